@@ -1,0 +1,50 @@
+"""The scripted expert: a task's plan turned into actions, clean or with noise that makes demonstrations cover recovery.
+
+Owns the noise. Does not know tasks or moves: the plan is a function that it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+
+class Expert:
+    """Turns a task's plan into actions, with bursts of noise for demonstrations that contain recovery.
+
+    `label` is the clean action for the state in which `act` was last called; with `noise=0` the two are equal.
+    """
+
+    def __init__(self, plan: Callable[[], np.ndarray], noise: float = 0.0, seed: int | None = None) -> None:
+        if not 0.0 <= noise <= 1.0:
+            raise ValueError(f"noise={noise!r} is out of range: give 0 (clean) to 1 (strong bursts)")
+        self._plan = plan
+        self._noise = noise
+        self._rng = np.random.default_rng(seed)
+        self._left = 0  # steps left in the current burst
+        self._push = np.zeros(3)
+        self._slip = 0  # steps left of a wrong gripper command
+        self.label = np.zeros(7, dtype=np.float32)
+
+    def act(self) -> np.ndarray:
+        """The action [7] float32 to execute now."""
+        self.label = self._plan().astype(np.float32)
+        return self._disturb(self.label.copy()) if self._noise else self.label.copy()
+
+    def _disturb(self, action: np.ndarray) -> np.ndarray:
+        rng, noise = self._rng, self._noise
+        if self._left == 0 and rng.random() < 0.05:
+            self._left = int(rng.integers(2, 7))
+            strength = rng.uniform(0.4, 1.8) * noise  # at the top the expert is overruled and pushed away
+            direction = rng.normal(size=3) * (1.0, 1.0, 0.6)
+            self._push = strength * direction / np.linalg.norm(direction)
+        if self._left > 0:
+            self._left -= 1
+            action[:3] += self._push + rng.normal(0.0, 0.15 * noise, size=3)
+        if self._slip == 0 and rng.random() < 0.008 * noise:
+            self._slip = int(rng.integers(2, 5))
+        if self._slip > 0:
+            self._slip -= 1
+            action[6] = -action[6]
+        return np.clip(action, -1.0, 1.0)

@@ -1,0 +1,220 @@
+"""Meta-World's 50 tasks behind this suite's interface: `vla-metaworld/<task>-v3`, e.g. `vla-metaworld/drawer-open-v3`.
+
+Owns the protocol under which policies are compared on Meta-World: camera, state, seeding, episode end, expert. Does not
+know physics, rewards or scripted policies: those are the `metaworld` package's, imported when the first environment is
+made. Nothing that a camera or a joint could not tell a robot is observed: the rest of Meta-World's observation vector
+holds the positions of objects and goal, and only the expert reads it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+
+from envs.errors import check_action, check_choice, check_range
+from envs.expert import Expert
+from envs.instructions import PHRASINGS
+from envs.metaworld_instructions import TASKS, sample
+from envs.render import Camera
+
+METAWORLD_IDS: tuple[str, ...] = tuple(f"vla-metaworld/{task}" for task in TASKS)
+CAMERA = "corner2"
+CAMERA_POS = (0.75, 0.075, 0.7)  # metres; where everybody who trains on Meta-World moves this camera
+STATE_NAMES = ("x", "y", "z", "gripper")  # hand position in metres; opening, 1 open to 0 closed
+ACTION_NAMES = ("dx", "dy", "dz", "gripper")
+STEP_HZ = 80  # one step of Meta-World is 5 substeps of 2.5 ms
+MAX_STEPS = 500  # Meta-World's steps per episode
+VIDEO_SIZE = 384
+_OURS = [0, 1, 2, 6]  # where a Meta-World action lies in an action of the tabletop suite
+
+
+def register_all() -> None:
+    """Register every task; calling it again changes nothing. Meta-World itself is not imported."""
+    for env_id, task in zip(METAWORLD_IDS, TASKS, strict=True):
+        if env_id not in gym.registry:
+            gym.register(
+                env_id, entry_point="envs.metaworld:MetaWorldEnv", max_episode_steps=MAX_STEPS, kwargs={"task": task}
+            )
+
+
+class MetaWorldEnv(gym.Env):
+    """A Sawyer hand, one object and an instruction.
+
+    Actions [4] in [-1, 1]: the hand's target moves by up to 1 cm per step and axis; the gripper closes with force at
+    +1 and opens at -1 (the opposite of the tabletop suite).
+
+    Args:
+        task: Meta-World's name of the task, e.g. "drawer-open-v3".
+        cameras: ("corner2",), or an empty tuple, which leaves out "pixels" and is fast.
+        image_size: height and width of the observed pictures, in pixels.
+        phrasing: which instructions are given: "train", "heldout" or "canonical".
+        action_repeat: steps for which each action is held: with 4, decisions come at 20 Hz and at most 125 of them.
+        render_mode: None or "rgb_array" (a larger picture, for videos).
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": STEP_HZ}  # noqa: RUF012 (gym.Env declares it)
+
+    def __init__(
+        self,
+        task: str,
+        cameras: Sequence[str] = (CAMERA,),
+        image_size: int = 96,
+        phrasing: str = "train",
+        action_repeat: int = 1,
+        render_mode: str | None = None,
+    ) -> None:
+        check_choice("task", task, TASKS)
+        cameras = (cameras,) if isinstance(cameras, str) else tuple(cameras)
+        for camera in cameras:
+            check_choice("cameras", camera, (CAMERA,))
+        check_range("image_size", image_size, 16, 1024)
+        check_choice("phrasing", phrasing, PHRASINGS)
+        check_range("action_repeat", action_repeat, 1, MAX_STEPS)
+        check_choice("render_mode", render_mode, (None, "rgb_array"))
+        self.task, self.cameras, self.image_size, self.phrasing = task, cameras, int(image_size), phrasing
+        self.action_repeat, self.render_mode = int(action_repeat), render_mode
+        self.metadata = {**self.metadata, "render_fps": round(STEP_HZ / self.action_repeat)}
+        self.task_description = ""
+        self._inner, self._make_policy = _load(task)
+        self._raw = np.zeros(0)  # Meta-World's whole observation [39]; empty before the first reset
+        self._camera: Camera | None = None
+        self._video: Camera | None = None
+        self._limits = np.array([[-0.525, 0.348, -0.0525, 0], [0.525, 1.025, 0.7, 1]], np.float32)  # of the state
+        spaces: dict[str, gym.Space] = {"agent_pos": gym.spaces.Box(*self._limits)}
+        if cameras:
+            picture = gym.spaces.Box(0, 255, (self.image_size, self.image_size, 3), np.uint8)
+            spaces["pixels"] = gym.spaces.Dict(dict.fromkeys(cameras, picture))
+        self.observation_space = gym.spaces.Dict(spaces)
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (len(ACTION_NAMES),), np.float32)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Start an episode; the seed alone decides where things are and how the instruction is phrased."""
+        super().reset(seed=seed)
+        if seed is not None:
+            self._inner.seed(seed)
+        self._inner.reset()
+        # Meta-World moves furniture after its last kinematics: without this the first picture shows the last episode.
+        mujoco.mj_forward(self._inner.model, self._inner.data)
+        self._raw = self._inner._get_obs()
+        self.task_description = sample(self.task, self.phrasing, self.np_random)
+        return self._observe(), self._info(False)
+
+    def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+        """Hold one action [4] in [-1, 1] for `action_repeat` steps of 12.5 ms, fewer when one of them succeeds.
+
+        Success terminates the episode. The reward is Meta-World's own (0 to 10) after the last of these steps.
+        `TimeLimit` truncates; Meta-World does so itself after 500 of its steps, which is earlier when actions are held.
+        """
+        command = check_action(action, ACTION_NAMES).astype(np.float32)
+        if not self._raw.size:
+            raise RuntimeError("step() was called before reset(): call reset() first.")
+        for _ in range(self.action_repeat):
+            self._raw, reward, _, truncated, info = self._inner.step(command)
+            success = info["success"] >= 0.5
+            if success or truncated:
+                break
+        return self._observe(), float(reward), success, truncated and not success, self._info(success)
+
+    def render(self) -> np.ndarray | None:
+        """A picture for people, uint8 [384, 384, 3], when render_mode is "rgb_array"."""
+        if self.render_mode is None:
+            return None
+        if self._video is None:
+            self._video = Camera(self._inner.model, VIDEO_SIZE, nice=True, sky=True)
+        return _upright(self._video(self._inner.data, CAMERA))
+
+    def close(self) -> None:
+        """Free the GL contexts."""
+        for camera in (self._camera, self._video):
+            if camera is not None:
+                camera.close()
+        self._camera = self._video = None
+
+    @property
+    def robot(self) -> dict[str, Any]:
+        """What a policy has to know about this robot, as plain values; a `None` in "hold" repeats the last command."""
+        return {
+            "cameras": list(self.cameras),
+            "state_names": list(STATE_NAMES),
+            "action_names": list(ACTION_NAMES),
+            "action_space": "ee_delta",
+            "gripper_index": 3,
+            "gripper_open": -1.0,
+            "gripper_closed": 1.0,
+            "control_hz": STEP_HZ / self.action_repeat,
+            "hold": [0, 0, 0, None],
+        }
+
+    def make_expert(self, noise: float = 0.0, seed: int | None = None) -> MetaWorldExpert:
+        """Meta-World's scripted policy for this task; ask it once per `step`."""
+        policy = self._make_policy()
+        return MetaWorldExpert(lambda: np.clip(policy.get_action(self._raw), -1.0, 1.0), noise, seed)
+
+    def _observe(self) -> dict[str, Any]:
+        state = np.clip(self._raw[: len(STATE_NAMES)].astype(np.float32), *self._limits)
+        if not self.cameras:
+            return {"agent_pos": state}
+        if self._camera is None:
+            self._camera = Camera(self._inner.model, self.image_size, sky=True)
+        return {
+            "pixels": {name: _upright(self._camera(self._inner.data, name)) for name in self.cameras},
+            "agent_pos": state,
+        }
+
+    def _info(self, success: bool) -> dict[str, Any]:
+        return {"instruction": self.task_description, "is_success": bool(success)}
+
+
+class MetaWorldExpert:
+    """A scripted policy with the noise of the tabletop suite's experts, and their interface.
+
+    `act()` is what to execute [4]; `label` is the clean action for the same state. Both lie in [-1, 1], float32.
+    """
+
+    def __init__(self, plan: Callable[[], np.ndarray], noise: float = 0.0, seed: int | None = None) -> None:
+        def widened() -> np.ndarray:
+            action = np.zeros(7)
+            action[_OURS] = plan()
+            return action
+
+        self._expert = Expert(widened, noise, seed)
+
+    @property
+    def label(self) -> np.ndarray:
+        return self._expert.label[_OURS]
+
+    def act(self) -> np.ndarray:
+        return self._expert.act()[_OURS]
+
+
+def _load(task: str) -> tuple[Any, Callable[[], Any]]:
+    """Meta-World's environment for `task`, set up for the protocol, and what makes its scripted policy."""
+    try:
+        from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+        from metaworld.policies import ENV_POLICY_MAP
+    except ImportError as error:
+        raise gym.error.DependencyNotInstalled(
+            f"Meta-World is not installed ({error}): run pip install '.[metaworld]' in the checkout of this package."
+        ) from error
+    # Every step of most scripted policies warns that it will be clipped, which is what is done with it.
+    warnings.filterwarnings("ignore", message="Constant.* may be too high", module="metaworld")
+    inner = ALL_V3_ENVIRONMENTS[task]()
+    # Show the expert the goal; the cached space, to whose limits every observation is clipped, still hides it.
+    inner._partially_observable = False
+    inner.__dict__.pop("sawyer_observation_space", None)
+    # Draw positions at every reset, from the generator that `seed` sets, instead of from a list of stored tasks.
+    inner._freeze_rand_vec, inner.seeded_rand_vec, inner._set_task_called = False, True, True
+    inner.model.cam_pos[inner.model.camera(CAMERA).id] = CAMERA_POS
+    return inner, ENV_POLICY_MAP[task]
+
+
+def _upright(image: np.ndarray) -> np.ndarray:
+    """Meta-World's corner cameras hang upside down: turn the picture by half a turn."""
+    return np.ascontiguousarray(image[::-1, ::-1])

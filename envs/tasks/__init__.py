@@ -1,0 +1,32 @@
+"""The list of tasks and their registration with Gymnasium.
+
+Owns ids and episode lengths. Does not know what a task is about: each has a file of its own in this folder.
+"""
+
+from __future__ import annotations
+
+import gymnasium as gym
+
+#: Class name -> (module, max_episode_steps). The limit is about 3.5 times the expert's mean length, so
+#: that nearly all of the noisy expert's recoveries fit.
+_TASKS: dict[str, tuple[str, int]] = {
+    "Reach": ("reach", 40),
+    "Push": ("push", 90),
+    "PickUp": ("pick_up", 70),
+    "PickPlace": ("pick_place", 130),
+    "Stack": ("stack", 120),
+    "PressButton": ("press_button", 50),
+    "OpenDrawer": ("open_drawer", 80),
+    "CloseDrawer": ("close_drawer", 70),
+}
+#: Not a task for a robot but a question about the picture, for grounding: one step, one answer.
+_QUESTIONS: dict[str, tuple[str, int]] = {"Point": ("point", 1)}
+ENV_IDS: tuple[str, ...] = tuple(f"vla/{name}-v0" for name in _TASKS)
+
+
+def register_all() -> None:
+    """Register every task as `vla/<Task>-v0`; calling it again changes nothing."""
+    for name, (module, steps) in (_TASKS | _QUESTIONS).items():
+        env_id = f"vla/{name}-v0"
+        if env_id not in gym.registry:
+            gym.register(env_id, entry_point=f"envs.tasks.{module}:{name}", max_episode_steps=steps)

@@ -1,0 +1,54 @@
+"""Push: slide the named object into the named zone, one of two strips left and right of the objects.
+
+Owns the strips and when an object counts as in one. Does not know how the hand pushes.
+"""
+
+from __future__ import annotations
+
+import mujoco
+import numpy as np
+
+from envs.base import Scene
+from envs.furniture import add_zones
+from envs.moves import push
+from envs.objects import draw_pairs
+from envs.scene import CENTER, HALF, OBJECT_BOX
+from envs.tasks.common import objects_at
+from envs.tasks.zones import N_ZONES, ZoneTask
+
+_STRIP = np.array([0.165, 0.040])  # half sizes in metres
+_STRIP_SIDE = 0.150  # from the middle of the table to the middle of a strip
+_ROW_GAP = 0.090  # between objects along x: the way to either strip is free
+_MIDDLE = 0.050  # objects start no further than this from the middle
+_REACH = 0.056  # between hand and object when the hand comes down
+
+
+class Push(ZoneTask):
+    """Success: the named object's centre is in the named strip, on the table, at rest."""
+
+    task = "push"
+
+    def furnish(self, spec: mujoco.MjSpec) -> None:
+        add_zones(spec, N_ZONES, (float(_STRIP[0]), float(_STRIP[1])))
+
+    def layout(self, rng: np.random.Generator) -> Scene:
+        n = self.n_objects
+        low, high = OBJECT_BOX[:, 0]
+        slack = np.sort(rng.uniform(0.0, high - low - (n - 1) * _ROW_GAP, size=n))
+        rows = rng.permutation(low + slack + _ROW_GAP * np.arange(n))
+        places = np.stack([rows, rng.uniform(-_MIDDLE, _MIDDLE, size=n)], axis=1)
+        scene = {"objects": objects_at(rng, draw_pairs(rng, n, self.pairs), places)}
+        sides = [(CENTER[0], _STRIP_SIDE), (CENTER[0], -_STRIP_SIDE)]
+        return self.zones(rng, scene, np.array(sides))
+
+    def success(self) -> bool:
+        at = self.object()
+        inside = np.all(np.abs(at[:2] - self.zone()) < _STRIP - 0.008)
+        return bool(inside and at[2] < HALF + 0.006 and self.world.object_speed(self.target) < 0.06)
+
+    def plan(self) -> np.ndarray:
+        at = self.object()
+        way = np.array([0.0, self.zone()[1] - at[1]])
+        if abs(way[1]) < 0.002:  # there, and only not yet at rest: keep a direction, hardly move
+            way[1] = 0.002 * np.sign(self.zone()[1])
+        return push(self.world, at, way, _REACH, HALF)

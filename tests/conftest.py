@@ -1,0 +1,94 @@
+"""Shared by all tests: no network, no GPU, deterministic, and small real networks rather than mocks."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MUJOCO_GL", "egl")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+
+import numpy as np
+import pytest
+import torch
+
+from vla.actions.normalize import compute_statistics
+from vla.config import ModelConfig
+from vla.model.backbones import DataFacts, build_policy
+from vla.spec import RobotSpec
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def robot() -> RobotSpec:
+    """Two cameras, seven state entries, seven action entries of which the rotations never move."""
+    return RobotSpec(
+        cameras=("front", "wrist"),
+        state_names=tuple(f"s{i}" for i in range(7)),
+        action_names=("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper"),
+        action_space="ee_delta",
+        gripper_index=6,
+        control_hz=20.0,
+        hold=(0, 0, 0, 0, 0, 0, None),
+    )
+
+
+@pytest.fixture(scope="session")
+def facts(robot: RobotSpec) -> DataFacts:
+    """Statistics of random actions with three constant entries."""
+    rng = np.random.default_rng(0)
+    actions = rng.uniform(-1, 1, (2000, robot.action_dim)).astype(np.float32)
+    actions[:, 3:6] = 0
+    states = rng.normal(size=(2000, robot.state_dim))
+    statistics = {"demo": {"action": compute_statistics(actions), "state": compute_statistics(states)}}
+    return DataFacts(robot, statistics, {"demo": actions})
+
+
+@pytest.fixture
+def nano(facts: DataFacts):
+    """The embedded architecture with random weights, and its processor."""
+    torch.manual_seed(0)
+    network, processor = build_policy(ModelConfig(backbone="nano-init", horizon=4, n_action_steps=4, bins=31), facts)
+    return network.eval(), processor
+
+
+@pytest.fixture(scope="session")
+def observations(robot: RobotSpec):
+    """`observations(n)`: n random observations of `robot`."""
+
+    def make(n: int, seed: int = 0) -> list[dict]:
+        rng = np.random.default_rng(seed)
+        return [
+            {
+                "pixels": {name: rng.integers(0, 256, (96, 96, 3), np.uint8) for name in robot.cameras},
+                "agent_pos": rng.normal(size=robot.state_dim).astype(np.float32),
+            }
+            for _ in range(n)
+        ]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory):
+    """`dataset(name, robot, ...)`: record a small dataset whose actions point from the hand to a bright square."""
+    from vla.data.writer import DemonstrationWriter
+
+    def make(name: str, robot: RobotSpec, episodes: int = 5, length: int = 9, size: int = 48):
+        root = tmp_path_factory.mktemp("data") / name
+        rng = np.random.default_rng(0)
+        with DemonstrationWriter(root, robot) as writer:
+            for number in range(episodes):
+                target = rng.uniform(-1, 1, robot.action_dim)
+                with writer.episode() as episode:
+                    for step in range(length):
+                        image = np.full((size, size, 3), 40, np.uint8)
+                        row, column = ((target[:2] + 1) / 2 * (size - 8)).astype(int)
+                        image[row : row + 8, column : column + 8, number % 3] = 250
+                        observation = {"pixels": {camera: image for camera in robot.cameras}}
+                        if robot.state_dim:
+                            observation["agent_pos"] = np.full(robot.state_dim, step / length, np.float32)
+                        episode.record(observation, (target * (1 - step / length)).astype(np.float32))
+                    episode.finish(instruction=f"go to square {number % 3}", success=True)
+        return root
+
+    return make

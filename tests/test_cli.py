@@ -1,0 +1,180 @@
+"""The command line: flags become a configuration, errors become one message and an exit status."""
+
+import errno
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from vla import cli, config
+from vla.cli import VERBS, main
+from vla.errors import ConfigError, VLAError
+
+ALONE = "import sys; from vla.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+def vla(*arguments: str, code: str = ALONE, **environment: str) -> subprocess.CompletedProcess:
+    """Run the command line in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "NO_COLOR": "1", **environment},
+        timeout=60,
+    )
+
+
+@pytest.fixture
+def job(monkeypatch):
+    """Put a function in the place of the doctor's job: `job(function)`."""
+
+    def install(function):
+        monkeypatch.setitem(VERBS, "doctor", VERBS["doctor"]._replace(job="test_cli:stand_in"))
+        monkeypatch.setattr(sys.modules[__name__], "stand_in", function, raising=False)
+
+    monkeypatch.setitem(sys.modules, "test_cli", sys.modules[__name__])
+    return install
+
+
+def test_help_lists_every_verb_without_importing_anything_heavy():
+    code = ALONE.replace("sys.exit(", "assert 0 == (").replace(
+        "[1:]))", "[1:])); assert not {'torch', 'transformers', 'numpy', 'tyro', 'gymnasium'} & set(sys.modules)"
+    )
+    done = vla("--help", code=code)
+    assert done.returncode == 0, done.stderr
+    assert all(re.search(rf"^  {verb} ", done.stdout, re.M) for verb in VERBS)
+
+
+def test_version():
+    assert vla("--version").stdout == "vla 0.1.0\n"
+
+
+def test_an_unknown_verb_is_told_with_the_nearest(capsys):
+    assert main(["rolout"]) == 2
+    assert "Did you mean 'rollout'?" in capsys.readouterr().err
+
+
+def test_a_wrong_flag_exits_with_2_and_names_the_nearest():
+    done = vla("rollout", "--polcy", "x")
+    assert done.returncode == 2
+    assert "--policy" in done.stdout + done.stderr
+    assert vla("rollout", "--episodes", "many").returncode == 2
+
+
+@pytest.mark.parametrize("name", [name for name, verb in VERBS.items() if hasattr(config, verb.config)])
+def test_every_verb_has_unambiguous_flags_and_keeps_its_defaults(name):
+    verb = VERBS[name]
+    assert cli._parse(name, verb, []) == getattr(config, verb.config)()
+
+
+def test_nested_values_have_short_flags():
+    flags = "--backbone llama --vision siglip dinov2 --data a b --rank 8 --shift 0 --resume"
+    parsed = cli._parse("train", VERBS["train"], flags.split())
+    assert parsed.model.backbone == "llama"
+    assert parsed.model.vision == ("siglip", "dinov2")
+    assert parsed.data == (Path("a"), Path("b"))
+    assert (parsed.lora.rank, parsed.augment.shift, parsed.resume) == (8, 0.0, True)
+
+
+def test_flags_override_the_file_and_the_file_overrides_the_defaults(tmp_path):
+    path = tmp_path / "values.yaml"
+    path.write_text("episodes: 5\nseed: 3\nadapter:\n  kwargs: {image_size: 64}\n  robot: {control_hz: 5.0}\n")
+    parsed = cli._parse("rollout", VERBS["rollout"], ["--seed", "9", f"--config={path}", "--env", "a", "b"])
+    assert (parsed.episodes, parsed.seed, parsed.env, parsed.n_envs) == (5, 9, ("a", "b"), 10)
+    assert parsed.adapter.kwargs == {"image_size": 64}
+    assert parsed.adapter.robot == {"control_hz": 5.0}
+
+
+def test_a_wrong_key_in_the_file_is_one_message(tmp_path):
+    path = tmp_path / "values.yaml"
+    path.write_text("epsiodes: 5\n")
+    done = vla("rollout", "--config", str(path))
+    assert done.returncode == 2
+    assert "Did you mean 'episodes'?" in done.stderr
+    assert "Traceback" not in done.stderr
+    with pytest.raises(ConfigError, match="no configuration file"):
+        cli._parse("rollout", VERBS["rollout"], ["--config", "nowhere.yaml"])
+
+
+def test_an_error_of_the_package_is_one_line_and_a_traceback_on_request(tmp_path):
+    arguments = ("rollout", "--episodes", "0", "--out", str(tmp_path / "r"))
+    done = vla(*arguments)
+    assert (done.returncode, done.stderr) == (2, "vla: episodes must be at least 1, got 0.\n")
+    assert "Traceback" in vla(*arguments, VLA_DEBUG="1").stderr
+
+
+def test_the_exit_status_says_how_it_went(job, capsys):
+    outcomes = {0: None, 1: False}
+    for status, result in outcomes.items():
+        job(lambda _, result=result: result)
+        assert main(["doctor"]) == status
+
+    def full(_):
+        raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    job(full)
+    assert main(["doctor"]) == 1
+    assert "the disk is full" in capsys.readouterr().err
+
+    def fuller(_):
+        raise OSError(errno.ENOSPC, "out of room", "/data/x")
+
+    job(fuller)
+    assert main(["doctor"]) == 1
+    assert "--out" in capsys.readouterr().err
+
+    def wrong(_):
+        raise VLAError("the arm is tired.")
+
+    job(wrong)
+    assert main(["doctor"]) == 2
+    assert capsys.readouterr().err == "vla: the arm is tired.\n"
+
+    def bug(_):
+        raise ZeroDivisionError
+
+    job(bug)
+    with pytest.raises(ZeroDivisionError):
+        main(["doctor"])
+
+
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_lets_the_job_finish_its_work_and_hints_at_what_is_next(sent, status, tmp_path):
+    code = f"""
+import sys, time, types
+sys.modules["slow"] = slow = types.ModuleType("slow")
+def job(config):
+    try:
+        print("ready", flush=True)
+        time.sleep(30)
+    finally:
+        print("saved", flush=True)
+slow.job = job
+from vla import cli
+cli.VERBS["train"] = cli.VERBS["train"]._replace(job="slow:job")
+sys.exit(cli.main(["train", "--out", {str(tmp_path)!r}]))
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.1)
+    process.send_signal(sent)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == status
+    assert out == "saved\n"
+    assert f"What was finished is in {tmp_path}" in err
+    assert "--resume` continues it" in err
+    assert "Traceback" not in err
+
+
+def test_a_reader_that_leaves_is_not_an_error():
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", ALONE, "rollout", "--help"], stdout=write, stderr=subprocess.PIPE)
+    os.close(write)
+    assert b"Traceback" not in done.stderr
+    assert b"BrokenPipe" not in done.stderr

@@ -1,0 +1,65 @@
+"""Every file in configs/<verb>/ is a configuration of that verb, and names environments that exist."""
+
+from pathlib import Path
+
+import gymnasium as gym
+import pytest
+import yaml
+
+import envs  # noqa: F401  (registers what the files name)
+from vla import config
+from vla.cli import VERBS
+from vla.config import AdapterConfig
+from vla.errors import ConfigError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+FILES = sorted(CONFIGS.glob("*/*.yaml"))
+
+
+def load(path: Path):
+    return config.load(getattr(config, VERBS[path.parent.name].config), path)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_loads_strictly_and_survives_a_dump(path, tmp_path):
+    loaded = load(path)
+    config.dump(loaded, tmp_path / "copy.yaml")
+    assert config.load(type(loaded), tmp_path / "copy.yaml") == loaded
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_says_something_and_names_known_environments(path):
+    assert path.read_text().startswith("# "), "a file in configs/ opens with what it is for"
+    loaded = load(path)
+    ids = getattr(loaded, "env", None) or ()
+    for env_id in (ids,) if isinstance(ids, str) else ids:
+        if env_id.startswith("vla"):
+            assert env_id in gym.registry
+        else:  # nothing in this package knows it: the file has to say where it comes from
+            assert ":" in env_id or loaded.adapter.module
+
+
+def test_every_folder_is_a_verb_and_every_file_is_found():
+    assert {path.name for path in CONFIGS.iterdir()} <= set(VERBS)
+    assert {path for path in CONFIGS.rglob("*") if path.is_file()} == set(FILES)
+
+
+@pytest.mark.parametrize("name", ["pusht", "metaworld"])
+def test_collect_replay_and_rollout_describe_the_same_environment(name):
+    adapters = [load(CONFIGS / verb / f"{name}.yaml").adapter for verb in ("collect", "replay", "rollout")]
+    free = {"expert", "max_steps"}
+    described = [{k: v for k, v in vars(adapter).items() if k not in free} for adapter in adapters]
+    assert (
+        described[0]
+        == described[1]
+        == described[2]
+        != {k: v for k, v in vars(AdapterConfig()).items() if k not in free}
+    )
+
+
+def test_a_misspelt_key_is_named(tmp_path):
+    values = yaml.safe_load((CONFIGS / "collect" / "pusht.yaml").read_text())
+    values["adapter"]["instructions"] = values["adapter"].pop("instruction")
+    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(ConfigError, match=r"instructions.*Did you mean 'instruction'"):
+        config.load(config.CollectConfig, tmp_path / "wrong.yaml")

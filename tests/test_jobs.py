@@ -1,0 +1,92 @@
+"""The three jobs as a person runs them, through the real command line, on a tiny network."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from vla.trainer import last_checkpoint
+
+
+def vla(*arguments: str | Path, **kwargs) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "vla.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, **kwargs)
+
+
+def test_collect_train_kill_resume_rollout(tmp_path):
+    demos, run, report = tmp_path / "demos", tmp_path / "run", tmp_path / "report"
+    collected = vla("collect", "--env", "vla/Reach-v0", "--episodes", 4, "--out", demos, "--workers", 2)
+    assert collected.returncode == 0, collected.stderr
+    assert "4 episodes" in collected.stderr
+
+    train = ["train", "--data", demos, "--out", run, "--backbone", "nano-init", "--method", "full"]
+    train += ["--steps", 30, "--batch-size", 2, "--save-every", 2, "--horizon", 2, "--n-action-steps", 2]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "vla.cli", *map(str, train)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while last_checkpoint(run) is None and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (run / "policy").exists(), "the run was over before it could be killed"
+
+    refused = vla(*train)
+    assert refused.returncode == 2 and "--resume" in refused.stderr
+    resumed = vla(*train, "--resume")
+    assert resumed.returncode == 0, resumed.stderr[-2000:]
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps) and steps[-1] == 30
+
+    rolled = vla("rollout", "--policy", run, "--env", "vla/Reach-v0", "--episodes", 2, "--n-envs", 2, "--out", report)
+    assert rolled.returncode == 0, rolled.stderr[-2000:]
+    info = json.loads((report / "eval_info.json").read_text())
+    assert [episode["seed"] for episode in info["per_episode"]] == [100_000, 100_001]
+    assert (report / "report.html").stat().st_size > 10_000
+
+
+def test_quickstart_runs_again_and_keeps_to_its_folder(tmp_path):
+    out = tmp_path / "quick"
+    command = ["quickstart", "--out", out, "--demonstrations", 3, "--minutes", 0, "--min-steps", 2, "--episodes", 1]
+    first = vla(*command)
+    assert first.returncode == 0, first.stderr[-2000:]
+    assert "zero-shot" in first.stdout and "fine-tuned" in first.stdout and "report.html" in first.stdout
+    (out / "after" / "eval_info.json").unlink()
+    start = time.monotonic()
+    again = vla(*command)
+    assert again.returncode == 0 and "fine-tuned" in again.stdout
+    assert (out / "after" / "report.html").is_file() and time.monotonic() - start < 60
+    other = vla(*command, "--env", "vla/Stack-v0")
+    assert other.returncode == 2 and "other settings" in other.stderr
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    refused = vla("quickstart", "--out", tmp_path / "mine", "--fresh")
+    assert refused.returncode == 2 and (tmp_path / "mine" / "thesis.txt").exists()
+
+
+def test_replay_of_recorded_actions_succeeds(tmp_path):
+    assert vla("collect", "--env", "vla/PickUp-v0", "--episodes", 3, "--out", tmp_path / "demos").returncode == 0
+    replayed = vla("replay", "--data", tmp_path / "demos", "--episodes", 3)
+    assert replayed.returncode == 0, replayed.stderr
+    assert "3 of 3" in replayed.stdout + replayed.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["rollout", "--policy", "/nowhere/at/all"], "no such folder"),
+        (["rollout", "--env", "vla/PikUp-v0"], "Did you mean 'vla/PickUp-v0'"),
+        (["rollout", "--device", "cuda", "--episodes", "1"], "not available"),
+        (["train", "--data", "/nowhere"], "/nowhere"),
+        (["colect"], "Did you mean 'collect'"),
+    ],
+)
+def test_mistakes_get_one_clear_message(arguments, message, tmp_path):
+    out = [] if arguments[0] == "colect" else ["--out", str(tmp_path / "out")]
+    result = vla(*arguments, *out, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    assert result.returncode == 2
+    assert message in result.stderr and "Traceback" not in result.stderr

@@ -1,0 +1,303 @@
+"""Training through the real command line: learns, resumes exactly after any kill, exports what it trained."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vla import checkpoint, config, trainer
+from vla.config import LoraConfig, ModelConfig, TrainConfig
+from vla.data.reader import Demonstrations
+from vla.decoding.greedy import greedy, reference
+from vla.errors import ConfigError, DataError
+from vla.model import lora
+from vla.model.backbones import build_policy
+from vla.policy import Policy
+from vla.train import _facts, pretrain, train
+
+SMALL = {
+    "steps": 12,
+    "batch_size": 4,
+    "save_every": 2,
+    "log_every": 1,
+    "eval_every": 6,
+    "val_fraction": 0.2,
+    "warmup_steps": 2,
+    "precision": "float32",
+    "model": {"backbone": "nano-init", "horizon": 4, "n_action_steps": 2, "bins": 31},
+}
+
+
+@pytest.fixture(scope="module")
+def demos(robot, dataset) -> Path:
+    return dataset("squares", robot)
+
+
+def small(**changes) -> TrainConfig:
+    values = SMALL | {key: value for key, value in changes.items() if key != "model"}
+    values["model"] = SMALL["model"] | changes.get("model", {})
+    return config.from_dict(TrainConfig, json.loads(json.dumps(values, default=str)))
+
+
+def losses(run: Path) -> dict[int, float]:
+    return {row["step"]: row["loss"] for row in trainer.read_metrics(run / trainer.METRICS) if "loss" in row}
+
+
+@pytest.fixture(scope="module")
+def unbroken(demos, tmp_path_factory) -> Path:
+    return pretrain(small(data=[demos], out=tmp_path_factory.mktemp("run") / "unbroken"))
+
+
+def test_a_run_folder_holds_what_a_run_is(unbroken):
+    names = {path.name for path in unbroken.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "curves.png", "policy", "checkpoint-12"} <= names
+    rows = trainer.read_metrics(unbroken / trainer.METRICS)
+    assert sorted(losses(unbroken)) == list(range(1, 13))
+    evals = [row for row in rows if "eval_loss" in row]
+    assert [row["step"] for row in evals] == [6, 12]
+    assert {"eval_token_accuracy", "eval_l1/dx", "eval_l1/gripper"} <= set(evals[0])
+    assert losses(unbroken)[12] < losses(unbroken)[1]
+    assert config.load(TrainConfig, unbroken / "config.yaml").steps == 12
+
+
+def test_exported_policy_runs(unbroken, observations):
+    policy = Policy.from_pretrained(str(unbroken))
+    assert policy.robot.control_hz == 20 and policy.n_action_steps == 2
+    chunk = policy.predict_chunk(observations(1)[0], "go to square 1")
+    assert chunk.shape == (4, 7) and np.isfinite(chunk).all()
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_killed_at_random_moments_it_resumes_to_the_same_losses(demos, tmp_path, method):
+    """kill -9 at random moments, as often as VLA_TEST_KILLS says; the losses equal those of an unbroken run."""
+    kills = int(os.environ.get("VLA_TEST_KILLS", "2"))
+    # Both runs in processes of their own: the same number of threads, so the same rounding.
+    for name in ("unbroken", "run"):
+        cfg = small(data=[demos], out=tmp_path / name, method=method, eval_every=100)
+        config.dump(cfg, tmp_path / f"{name}.yaml")
+    train_command = [sys.executable, "-m", "vla.cli", "train", "--config"]
+    subprocess.run([*train_command, str(tmp_path / "unbroken.yaml")], check=True, capture_output=True)
+    whole = losses(tmp_path / "unbroken")
+    run, rng = tmp_path / "run", random.Random(0)
+    log = (tmp_path / "log").open("w")
+    for attempt in range(kills + 1):
+        resume = ["--resume"] if (run / "config.yaml").exists() else []
+        command = [*train_command, str(tmp_path / "run.yaml"), *resume]
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+        if attempt < kills:
+            while not (run / "metrics.jsonl").exists() and process.poll() is None:
+                time.sleep(0.05)
+            time.sleep(rng.uniform(0, 2.0))
+            process.send_signal(signal.SIGKILL)
+        process.wait()
+        for folder in run.glob("checkpoint-*"):  # whatever the moment: a checkpoint that has its name is complete
+            assert (folder / "trainer_state.json").exists() and (folder / "optimizer.pt").exists()
+        if process.returncode == 0:
+            break
+    assert process.returncode == 0, (tmp_path / "log").read_text()[-2000:]
+    assert losses(run) == whole
+
+
+def test_interrupt_saves_a_checkpoint_and_says_how_to_go_on(demos, tmp_path):
+    config.dump(small(data=[demos], out=tmp_path / "run", steps=500, save_every=400), tmp_path / "job.yaml")
+    command = [sys.executable, "-m", "vla.cli", "pretrain", "--config", str(tmp_path / "job.yaml")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while len(losses(tmp_path / "run")) < 3 and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143 and "--resume" in err
+    assert trainer.last_checkpoint(tmp_path / "run") is not None
+
+
+def test_lora_trains_little_and_merges_without_changing_a_token(demos, unbroken, observations, tmp_path):
+    cfg = small(
+        data=[demos],
+        out=tmp_path / "run",
+        model={"backbone": str(unbroken)},
+        lora={"train_vision": True},
+        learning_rate=0.01,
+    )
+    run = train(cfg)
+    base, processor = checkpoint.load(str(unbroken))
+    adapted = lora.load(base, run / "adapter").eval()
+    trainable = lora.attach(checkpoint.load(str(unbroken))[0], LoraConfig()).parameters()
+    trained = sum(p.numel() for p in trainable if p.requires_grad)
+    assert trained < 0.35 * sum(p.numel() for p in base.parameters())
+    batch = processor.observe(observations(16), ["go to square 1"] * 16)
+    unmerged = greedy(adapted.get_base_model(), batch)
+    merged, _ = checkpoint.load(str(run))
+    assert torch.equal(greedy(merged, batch), unmerged)
+    before, after = checkpoint.load(str(unbroken))[0].state_dict(), merged.state_dict()
+    for name in ("language_model.model.layers.0.self_attn.q_proj.weight", "vision_towers.0.merge.weight"):
+        assert not torch.equal(before[name], after[name])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_lora_of_a_composed_backbone_merges_exactly(demos, tmp_path, observations, tied):
+    """Two towers, and a head that was tied to the embedding: what was trained is what is exported."""
+    from tests import random_models
+
+    random_models.save_llama(tmp_path / "llama", tie_word_embeddings=tied)
+    random_models.save_siglip(tmp_path / "siglip")
+    random_models.save_dinov2(tmp_path / "dino")
+    model = {"backbone": str(tmp_path / "llama"), "vision": [str(tmp_path / "dino"), str(tmp_path / "siglip")]}
+    cfg = small(data=[demos], out=tmp_path / "run", model=model, lora={"train_vision": True}, learning_rate=0.01)
+    run = train(cfg)
+    merged, processor = checkpoint.load(str(run))
+    facts, _ = _facts(cfg, [Demonstrations(demos)])
+    torch.manual_seed(0)
+    base, _ = build_policy(cfg.model, facts)
+    # Random parts of the network are not the adapter's; take them from the run.
+    parts = {key: value for key, value in merged.state_dict().items() if "language_model" not in key}
+    base.load_state_dict(parts, strict=False)
+    adapted = lora.load(base, run / "adapter").eval()
+    batch = processor.observe(observations(8), ["go to square 1"] * 8)
+    assert torch.equal(greedy(adapted.get_base_model(), batch), greedy(merged, batch))
+    assert torch.equal(greedy(merged, batch), reference(merged, batch))
+    before, begin = (
+        random_models.save_llama(tmp_path / "again", tie_word_embeddings=tied),
+        merged.config.action_token_begin,
+    )
+    head = merged.language_model.lm_head.weight
+    assert not torch.allclose(head[begin : begin + 31], before.lm_head.weight[begin : begin + 31])
+    assert torch.equal(head[:100], before.lm_head.weight[:100])
+
+
+def test_mixture_needs_one_robot_and_distinct_names(robot, dataset, tmp_path):
+    import dataclasses as dc
+
+    other = dataset("other", dc.replace(robot, gripper_open=-1.0, gripper_closed=1.0), episodes=2)
+    same = dataset("other", robot, episodes=2)
+    with pytest.raises(DataError, match=r"gripper_open 1\.0 and -1\.0"):
+        pretrain(small(data=[same, other], unnorm_keys=["a", "b"], out=tmp_path / "x"))
+    with pytest.raises(ConfigError, match="one name per dataset"):
+        pretrain(small(data=[same, same], out=tmp_path / "x"))
+    run = pretrain(small(data=[same, same], unnorm_keys=["a", "b"], weights=[1, 3], out=tmp_path / "run", steps=2))
+    assert sorted(checkpoint.load(str(run))[0].config.statistics) == ["a", "b"]
+
+
+def test_any_llama_with_any_siglip(demos, tmp_path, observations):
+    """Random small checkpoints on disk stand for hub models: they train, save, reload and act."""
+    from tests.random_models import save_llama, save_siglip
+
+    save_llama(tmp_path / "llama")
+    save_siglip(tmp_path / "siglip")
+    command = [sys.executable, "-m", "vla.cli", "train", "--backbone", str(tmp_path / "llama"), "--vision"]
+    command += [str(tmp_path / "siglip"), "--data", str(demos), "--out", str(tmp_path / "run"), "--steps", "2"]
+    command += ["--batch-size", "2", "--horizon", "2", "--n-action-steps", "2", "--rank", "4", "--alpha", "4"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    policy = Policy.from_pretrained(str(tmp_path / "run"))
+    assert policy.network.config.layout == "image_first"
+    assert policy.predict_chunk(observations(1)[0], "go to square 1").shape == (2, 7)
+
+
+@pytest.mark.parametrize("family", ["siglip", "dinov2", "clip"])
+def test_vision_towers_keep_their_weights(facts, tmp_path, family):
+    from tests import random_models
+
+    tower = getattr(random_models, f"save_{family}")(tmp_path / family)
+    random_models.save_llama(tmp_path / "llama")
+    model = ModelConfig(backbone=str(tmp_path / "llama"), vision=(str(tmp_path / family),), horizon=2, n_action_steps=2)
+    network, _ = build_policy(model, facts)
+    ours = network.vision_towers[0].state_dict()
+    theirs = {key.removeprefix("vision_model."): value for key, value in tower.state_dict().items()}
+    compared = 0
+    for key, value in ours.items():
+        key = key.removeprefix("vision_model.")
+        if key in theirs:
+            assert torch.equal(value, theirs[key]), key
+            compared += 1
+    assert compared > 10
+    pixels = torch.zeros(1, 2, 3, 32, 32, dtype=torch.uint8)
+    assert network.encode_images(pixels).shape == (1, 2 * network.tokens_per_image, 64)
+
+
+def test_two_towers_are_fused(facts, tmp_path):
+    from tests import random_models
+
+    random_models.save_siglip(tmp_path / "siglip")
+    random_models.save_dinov2(tmp_path / "dino")
+    random_models.save_llama(tmp_path / "llama")
+    vision = (str(tmp_path / "dino"), str(tmp_path / "siglip"))
+    model = ModelConfig(
+        backbone=str(tmp_path / "llama"), vision=vision, horizon=2, n_action_steps=2, tokenizer="openvla"
+    )
+    network, _ = build_policy(model, facts)
+    assert network.projector[0].in_features == 64 and len(network.projector) == 5
+    assert network.config.image_mean[0] != network.config.image_mean[1]
+
+
+def test_closed_loop_evaluation_during_training(tmp_path):
+    from vla.collect import collect
+    from vla.config import CollectConfig
+
+    demos = collect(CollectConfig(("vla/Reach-v0",), tmp_path / "demos", episodes=2, workers=1))
+    cfg = small(data=[demos], out=tmp_path / "run", steps=3, rollout_every=2, rollout_episodes=1)
+    run = pretrain(config.from_dict(TrainConfig, config.to_dict(cfg) | {"rollout_env": ["vla/Reach-v0"]}))
+    info = json.loads((run / "rollout-2" / "eval_info.json").read_text())
+    assert info["overall"]["n_episodes"] == 1
+    assert sorted(losses(run)) == [1, 2, 3]
+
+
+def test_two_cameras_fourteen_actions_no_state_trains(dataset, tmp_path):
+    from vla.spec import RobotSpec
+
+    names = tuple(f"joint_{i}" for i in range(14))
+    root = dataset("bimanual", RobotSpec(("left", "right"), (), names, control_hz=50), episodes=3)
+    run = pretrain(small(data=[root], out=tmp_path / "run", steps=2))
+    _, processor = checkpoint.load(str(run))
+    assert processor.robot.action_dim == 14 and processor.robot.state_dim == 0
+    assert processor.action_tokenizer.n_tokens == 4 * 14
+
+
+def test_training_prefix_equals_serving_prefix(demos, unbroken):
+    """Every tensor of a training sample's prefix is, bit for bit, what serving builds for the same frame."""
+    from vla.data.samples import ChunkSamples
+
+    _, processor = checkpoint.load(str(unbroken))
+    data = Demonstrations(demos)
+    sample = ChunkSamples(data, processor.robot.cameras, 96, 4, 0)[3]
+    key = next(iter(processor.config.statistics))
+    trained = trainer.Collator(processor, [key])([sample])
+    frames = {camera: list(data.frames(0, camera))[3] for camera in processor.robot.cameras}
+    served = processor.observe([{"pixels": frames, "agent_pos": data.states[3]}], [sample.instruction])
+    length = served["input_ids"].shape[1]
+    assert torch.equal(trained["input_ids"][:, :length], served["input_ids"])
+    assert torch.equal(trained["pixel_values"], served["pixel_values"])
+    assert torch.equal(trained["state"], served["state"])
+
+
+def test_dry_run_writes_nothing(demos, tmp_path, capsys):
+    pretrain(small(data=[demos], out=tmp_path / "run", dry_run=True))
+    assert not (tmp_path / "run").exists()
+    assert "everything fits together" in capsys.readouterr().out
+
+
+def test_mistakes_are_explained_before_anything_is_written(demos, unbroken, tmp_path):
+    with pytest.raises(ConfigError, match="--resume continues the run"):
+        pretrain(small(data=[demos], out=unbroken))
+    with pytest.raises(ConfigError, match="learning_rate differ"):
+        pretrain(small(data=[demos], out=unbroken, resume=True, learning_rate=0.5))
+    with pytest.raises(ConfigError, match="nothing to resume"):
+        pretrain(small(data=[demos], out=tmp_path / "none", resume=True))
+    with pytest.raises(ConfigError, match="Did you mean 'front'"):
+        pretrain(small(data=[demos], out=tmp_path / "x", model={"cameras": ["fornt"]}))
+    with pytest.raises(ConfigError, match="cannot load backbone"):
+        train(small(data=[demos], out=tmp_path / "x", model={"backbone": "nowhere", "vision": ["nowhere"]}))
+    with pytest.raises(ConfigError, match="no module named w_proj"):
+        bad = small(data=[demos], out=tmp_path / "x", method="lora", lora={"targets": ["w_proj"]})
+        train(bad)
+    for name, value in {"steps": 0, "batch_size": 0, "log_every": 0, "rollout_every": 5}.items():
+        with pytest.raises(ConfigError, match=name):
+            train(small(data=[demos], out=tmp_path / "x", **{name: value}))
+    assert not (tmp_path / "x").exists()

@@ -1,0 +1,123 @@
+"""Normalisation of actions and states, per dimension, with exact statistics.
+
+Owns: computing statistics, and the mirror pair `normalize` / `unnormalize` built from them. It does not know tokens,
+datasets or models. Statistics are plain lists (they live in a checkpoint's config.json), exact quantiles of all values
+(`np.quantile`), never running estimates.
+
+    q01_q99:   x = 2 (a - q01) / (q99 - q01) - 1     (OpenVLA's BOUNDS_Q99)
+    min_max:   x = 2 (a - min) / (max - min) - 1
+    mean_std:  x = (a - mean) / (3 std)              (three standard deviations fill [-1, 1])
+
+A dimension that never moves (or in less than one frame of a thousand) carries no information: it normalises to 0 and
+un-normalises to its median. A dimension whose quantile range is a tiny part of its full range (an entry that moves in
+less than 2 % of the frames) falls back to min_max: dividing by a vanishing q99 - q01 is how such a dimension blows a
+policy up.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from vla.errors import DataError, unknown
+
+METHODS = ("q01_q99", "min_max", "mean_std")
+NAMES = ("mean", "std", "min", "max", "q01", "median", "q99", "moving")
+
+# A quantile range below this share of the full range is not a range to divide by.
+_DEGENERATE = 1e-2
+# A dimension that leaves its median in fewer frames than this is a constant with accidents.
+_STILL = 1e-3
+
+
+def compute_statistics(values: np.ndarray) -> dict[str, list[float]]:
+    """Exact per-dimension statistics of `values` [N, D]: mean, std, min, max, q01, median, q99, and
+    `moving`, the share of frames in which it differs from its median; lists of D floats.
+
+    Raises:
+        DataError: no rows, or values that are not finite.
+    """
+    values = np.asarray(values, np.float64)
+    if values.ndim != 2 or not len(values):
+        raise DataError(f"statistics need at least one frame; got values of shape {values.shape}.")
+    if not np.isfinite(values).all():
+        frame, dim = np.argwhere(~np.isfinite(values))[0]
+        raise DataError(f"statistics need finite values; frame {frame}, dimension {dim} is {values[frame, dim]}.")
+    q01, median, q99 = np.quantile(values, [0.01, 0.5, 0.99], axis=0)
+    # Differences below float32's resolution of the values themselves are rounding noise.
+    moving = (np.abs(values - median) > 1e-6 * np.maximum(1.0, np.abs(median))).mean(0)
+    named = {
+        "mean": values.mean(0),
+        "std": values.std(0),
+        "min": values.min(0),
+        "max": values.max(0),
+        "q01": q01,
+        "median": median,
+        "q99": q99,
+        "moving": moving,
+    }
+    return {name: array.tolist() for name, array in named.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalizer:
+    """Affine map per dimension, `x = (a - offset) / scale` where `mask`, identity elsewhere.
+
+    Attributes:
+        offset, scale: float64 [D]. A scale of 0 marks a dimension that never moves.
+        mask: bool [D]; False leaves a dimension untouched (it must already be in [-1, 1]).
+        limit: normalised values are clipped to [-limit, limit].
+    """
+
+    offset: np.ndarray
+    scale: np.ndarray
+    mask: np.ndarray
+    limit: float = 1.0
+
+    @classmethod
+    def from_statistics(
+        cls,
+        statistics: Mapping[str, Any],
+        method: str = "q01_q99",
+        mask: Sequence[bool] | None = None,
+        limit: float = 1.0,
+    ) -> Normalizer:
+        """Build from what `compute_statistics` returned."""
+        if method not in METHODS:
+            raise DataError(unknown("normalization", method, METHODS))
+        missing = [name for name in NAMES if name not in statistics]
+        if missing:
+            raise DataError(f"statistics lack {', '.join(missing)}; compute them again with `compute_statistics`.")
+        stats = {name: np.asarray(statistics[name], np.float64) for name in NAMES}
+        full = stats["max"] - stats["min"]
+        if method == "mean_std":
+            offset, scale = stats["mean"], 3 * stats["std"]
+        else:
+            low, high = (stats["q01"], stats["q99"]) if method == "q01_q99" else (stats["min"], stats["max"])
+            degenerate = (high - low) < _DEGENERATE * full
+            low, high = np.where(degenerate, stats["min"], low), np.where(degenerate, stats["max"], high)
+            offset, scale = (low + high) / 2, (high - low) / 2
+        constant = stats["moving"] < _STILL
+        scale = np.where(constant, 0.0, scale)
+        offset = np.where(constant, stats["median"], offset)
+        chosen = np.ones(len(scale), bool) if mask is None else np.asarray(mask, bool)
+        return cls(offset, scale, chosen, limit)
+
+    @property
+    def constant(self) -> np.ndarray:
+        """bool [D]: dimensions that never moved in the data."""
+        return (self.scale == 0) & self.mask
+
+    def normalize(self, values: np.ndarray) -> np.ndarray:
+        """[..., D] in the robot's units -> float32 [..., D] in [-limit, limit]."""
+        values = np.asarray(values, np.float64)
+        scaled = np.where(self.scale == 0, 0.0, (values - self.offset) / np.where(self.scale == 0, 1.0, self.scale))
+        return np.clip(np.where(self.mask, scaled, values), -self.limit, self.limit).astype(np.float32)
+
+    def unnormalize(self, values: np.ndarray) -> np.ndarray:
+        """[..., D] in [-1, 1] -> float32 [..., D] in the robot's units."""
+        values = np.asarray(values, np.float64)
+        return np.where(self.mask, values * self.scale + self.offset, values).astype(np.float32)

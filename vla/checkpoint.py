@@ -1,0 +1,136 @@
+"""Checkpoints on disk: one folder that is a whole policy.
+
+Owns: the folder layout (config.json, model.safetensors, text tokenizer, model card), writing it so that a folder with
+the final name is always complete, and finding one by name. It does not know training state (the trainer keeps that
+beside it) nor how to decode.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from vla.errors import CheckpointError
+from vla.model.backbones import find_checkpoint
+from vla.model.configuration import VLAConfig
+from vla.model.modeling import VLAForActionPrediction
+from vla.model.processing import VLAProcessor
+from vla.spec import RobotSpec
+
+# Beside `robot`, `statistics` and `action_tokenizer`, which VLAConfig itself demands.
+REQUIRED = ("normalization", "prompt", "layout", "image_size", "use_state", "horizon", "n_action_steps")
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """A scratch folder that becomes `target` when the block ends without an error (replacing what was there)."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for left in target.parent.glob(f".{target.name}-*"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        scratch.chmod(0o755)
+        yield scratch
+        for file in scratch.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        if target.exists():
+            previous = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
+            target.rename(previous / target.name)
+            scratch.rename(target)
+            shutil.rmtree(previous)
+        else:
+            scratch.rename(target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def save(network: VLAForActionPrediction, processor: VLAProcessor, folder: Path, card: str = "") -> None:
+    """Write a whole policy to `folder`, atomically."""
+    network.generation_config.use_cache = True  # training switches it off, and `generate` would follow
+    with atomic_folder(folder) as scratch:
+        network.save_pretrained(scratch)
+        processor.save_pretrained(scratch)
+        (scratch / "README.md").write_text(_FRONT_MATTER + card)
+
+
+def load(name: str, dtype: torch.dtype = torch.float32) -> tuple[VLAForActionPrediction, VLAProcessor]:
+    """Load a policy by "nano", run folder, checkpoint folder or hub id.
+
+    Raises:
+        CheckpointError: nothing there, not one of this package's policies, or incomplete (says what is missing).
+    """
+    transformers_logging.disable_progress_bar()  # a policy loads in a second
+    folder = find_checkpoint(name) or _from_hub(name)
+    config = _read_config(folder)
+    try:
+        network, info = VLAForActionPrediction.from_pretrained(
+            folder, config=config, dtype=dtype, output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} is damaged or incomplete: {error}") from None
+    # transformers fills what is missing with random numbers; a policy must not move a robot with those.
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info.get(what):
+            some = ", ".join(str(key) for key in sorted(info[what])[:3])
+            raise CheckpointError(
+                f"{folder}: its weights do not fit its config.json ({what.replace('_', ' ')}: {some})."
+            )
+    return network.eval(), VLAProcessor(config, tokenizer)
+
+
+def _read_config(folder: Path) -> VLAConfig:
+    """config.json, checked: nothing that decides what an action means may come from a default of this version."""
+    try:
+        values = json.loads((folder / "config.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{folder}/config.json cannot be read: {error}") from None
+    missing = [name for name in REQUIRED if name not in values]
+    robot = values.get("robot") or {}
+    missing += [f"robot.{field.name}" for field in dataclasses.fields(RobotSpec) if robot and field.name not in robot]
+    if missing:
+        raise CheckpointError(
+            f"{folder}/config.json has no {', '.join(missing)}: without that this checkpoint's actions cannot be "
+            "interpreted. Add it from the run that trained it."
+        )
+    config = VLAConfig.from_pretrained(folder)
+    config.check_policy()
+    return config
+
+
+def _from_hub(name: str) -> Path:
+    if (Path(name) / "metrics.jsonl").is_file():
+        raise CheckpointError(f"the run in {name} has no policy yet; finish it with `vla train ... --resume`.")
+    if Path(name).exists():
+        raise CheckpointError(
+            f"{name} is not a policy of this package: no config.json with model_type 'vla' in it or in {name}/policy. "
+            "Give the run folder of `vla train`, or its policy folder."
+        )
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise CheckpointError(f"no policy at {name!r}: there is no such folder (and it is not a hub id, 'owner/name').")
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"no policy {name!r}: neither a folder nor reachable on the hub ({error}).") from None
+
+
+_FRONT_MATTER = """---
+library_name: vla
+pipeline_tag: robotics
+tags: [vision-language-action, action-tokens]
+---
+"""

@@ -1,0 +1,355 @@
+"""Configuration: one frozen dataclass per job, read strictly from YAML, overridden by flags.
+
+Owns: the fields, types and defaults of every job, and how a YAML file becomes one of them (default < YAML < flag). It
+does not know what the jobs do with the values; each job checks what only it can check (that a path exists, that an
+environment id is registered).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_type_hints
+
+import pydantic
+import yaml
+
+from vla.errors import ConfigError, unknown
+
+Config = TypeVar("Config")
+
+# Unknown keys are errors; "1e-4", which PyYAML reads as text, still becomes a number.
+STRICT = pydantic.ConfigDict(extra="forbid")
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """Where a Gymnasium environment keeps its images, state, instruction and success. The defaults fit this package's
+    environments; another environment is described by these values alone.
+
+    Attributes:
+        module: imported before `gymnasium.make`, so that it can register its ids (the "module" of "module:id").
+        kwargs: passed to `gymnasium.make`.
+        images: camera name -> dotted path into the observation, e.g. {"top": "pixels"}; empty: every entry of
+            observation["pixels"]. The path "render()" takes `env.render()`.
+        flip: cameras whose image is upside down (rotated by 180 degrees).
+        state: dotted paths into the observation, concatenated; empty: a policy without proprioception.
+        instruction: a fixed instruction; None takes info["instruction"], else the attribute `task_description`.
+        success: dotted path into `info`; the episode is a success while it is true (>= 0.5).
+        expert: where demonstrations come from: "env" (the environment's own `make_expert`), "random", or
+            "module:callable", called with (env, seed), which returns an object with `act() -> action`.
+        robot: properties of the RobotSpec that the environment does not state itself (action_names, control_hz, ...).
+        max_steps: overrides the environment's registered episode limit.
+    """
+
+    __pydantic_config__ = STRICT
+    module: str | None = None
+    kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    images: dict[str, str] = dataclasses.field(default_factory=dict)
+    flip: tuple[str, ...] = ()
+    state: tuple[str, ...] = ("agent_pos",)
+    instruction: str | None = None
+    success: str = "is_success"
+    expert: str = "env"
+    robot: dict[str, Any] = dataclasses.field(default_factory=dict)
+    max_steps: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class CollectConfig:
+    """`vla collect`: run an expert, keep the successes, write a LeRobotDataset v3.
+
+    Attributes:
+        env: environment ids; episodes are spread evenly over them.
+        out: dataset folder.
+        episodes: successful episodes in all.
+        seed: first environment seed; episode i uses seed + i.
+        noise: strength of the expert's noise (0: the clean expert); the recorded action is the clean one.
+        noise_share: share of the episodes that are noisy.
+        keep: "success" or "all".
+        workers: processes; 0 takes one per core.
+        resume: continue an interrupted collection in `out`.
+    """
+
+    __pydantic_config__ = STRICT
+    env: tuple[str, ...] = ("envs:vla/PickUp-v0",)
+    out: Path = Path("datasets/demos")
+    episodes: int = 50
+    seed: int = 0
+    noise: float = 0.0
+    noise_share: float = 0.5
+    keep: Literal["success", "all"] = "success"
+    workers: int = 0
+    resume: bool = False
+    adapter: AdapterConfig = AdapterConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class InspectConfig:
+    """`vla inspect`: print and plot what is in a dataset, and what is wrong with it.
+
+    Attributes:
+        data: dataset folder.
+        out: where the plots and the page go; None: `<data>/inspect`.
+        bins: bins of the action tokenizer whose edges are drawn.
+    """
+
+    __pydantic_config__ = STRICT
+    data: Path = Path("datasets/demos")
+    out: Path | None = None
+    bins: int = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class ReplayConfig:
+    """`vla replay`: send recorded actions to the environment they came from and report success.
+
+    Attributes:
+        data: dataset folder.
+        env: environment id; None takes the one recorded with each episode.
+        episodes: how many episodes, from the first on.
+        out: folder for the report; None prints only.
+    """
+
+    __pydantic_config__ = STRICT
+    data: Path = Path("datasets/demos")
+    env: str | None = None
+    episodes: int = 10
+    out: Path | None = None
+    adapter: AdapterConfig = AdapterConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """What `vla train` adapts. `targets` are module names of the decoder, as in peft."""
+
+    __pydantic_config__ = STRICT
+    rank: int = 32
+    alpha: int = 64
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    train_action_rows: bool = True
+    train_projector: bool = True
+    train_vision: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentConfig:
+    """Image augmentation, the same for all cameras of a sample's draw except for the shift.
+
+    Attributes:
+        shift: random translation, as a share of the image side.
+        brightness, contrast, saturation: half-width of the random factor around 1.
+    """
+
+    __pydantic_config__ = STRICT
+    shift: float = 0.04
+    brightness: float = 0.1
+    contrast: float = 0.1
+    saturation: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The policy to train. None means: as in the checkpoint that is trained further, else a default.
+
+    Attributes:
+        backbone: "nano" (the embedded policy; the default of `vla train`), "nano-init" (its architecture, untrained;
+            the default of `vla pretrain`), a checkpoint of this package, or a folder or hub id of a LLaMA-architecture
+            causal language model.
+        vision: folders or hub ids of SigLIP/DINOv2/CLIP towers, fused on the feature axis; none for a checkpoint.
+        cameras: which of the dataset's cameras, in this order; empty: all.
+        image_size: side of the square image in pixels; None: what the vision tower was built for.
+        use_state: give the policy `agent_pos`.
+        horizon: actions per chunk, H; 8 by default.
+        n_action_steps: actions executed before the next chunk is predicted; half the horizon by default.
+        bins: bins per action entry; 255 by default.
+        tokenizer: action tokenizer, see `vla.actions.tokenizer`.
+        normalization: "q01_q99", "min_max" or "mean_std".
+        prompt: prompt template, see `vla.prompt`; "plain" by default.
+        freeze_vision: do not train the vision tower.
+    """
+
+    __pydantic_config__ = STRICT
+    backbone: str | None = None
+    vision: tuple[str, ...] = ()
+    cameras: tuple[str, ...] = ()
+    image_size: int | None = None
+    use_state: bool = True
+    horizon: int | None = None
+    n_action_steps: int | None = None
+    bins: int | None = None
+    tokenizer: str = "uniform"
+    normalization: Literal["q01_q99", "min_max", "mean_std"] = "q01_q99"
+    prompt: str | None = None
+    freeze_vision: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """`vla train` (LoRA or full fine-tuning) and `vla pretrain` (all weights).
+
+    Attributes:
+        data: dataset folders; several make a weighted mixture.
+        weights: sampling weight of each; empty: in proportion to their frames.
+        unnorm_keys: name under which each dataset's statistics are stored (pooled where names repeat); empty: the
+            folder names.
+        out: run folder.
+        method: "lora" trains adapters, action rows and projector; "full" trains everything that is not frozen.
+        steps: optimizer steps.
+        batch_size: samples per forward pass and device; times `grad_accum` per optimizer step.
+        precision: "auto" is bf16 where the hardware computes it natively, else float32.
+        val_fraction: share of episodes held out for validation.
+        rollout_every: optimizer steps between closed-loop evaluations in `rollout_env` (through `adapter`); 0: none.
+        report_to: "none", "tensorboard", "trackio" or "wandb".
+        resume: continue the run in `out` from its last checkpoint.
+        dry_run: check configuration, data, shapes and memory, take one step, write nothing.
+    """
+
+    __pydantic_config__ = STRICT
+    data: tuple[Path, ...] = (Path("datasets/demos"),)
+    weights: tuple[float, ...] = ()
+    unnorm_keys: tuple[str, ...] = ()
+    out: Path = Path("runs/train")
+    model: ModelConfig = ModelConfig()
+    method: Literal["lora", "full"] = "lora"
+    lora: LoraConfig = LoraConfig()
+    augment: AugmentConfig = AugmentConfig()
+    steps: int = 2000
+    batch_size: int = 64
+    grad_accum: int = 1
+    learning_rate: float = 1.0e-3
+    weight_decay: float = 0.01
+    warmup_steps: int = 50
+    max_grad_norm: float = 1.0
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    compile: bool = False
+    workers: int = 0
+    seed: int = 0
+    val_fraction: float = 0.05
+    eval_every: int = 500
+    save_every: int = 500
+    log_every: int = 20
+    keep_checkpoints: int = 2
+    rollout_every: int = 0
+    rollout_env: tuple[str, ...] = ()
+    rollout_episodes: int = 10
+    adapter: AdapterConfig = AdapterConfig()
+    report_to: str = "none"
+    resume: bool = False
+    dry_run: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """`vla rollout`: evaluate a policy closed loop on environments x seeds.
+
+    Attributes:
+        policy: "nano", a run folder or a checkpoint folder.
+        env: environment ids.
+        episodes: episodes per environment.
+        seed: first environment seed; episode i uses seed + i.
+        n_envs: environments stepped side by side.
+        n_action_steps: overrides the checkpoint's value.
+        unnorm_key: whose statistics un-normalise the actions; needed only when the checkpoint holds several.
+        videos: videos per environment of the first episodes; as many again of failures.
+        out: report folder.
+        compare: another report folder to compare with.
+    """
+
+    __pydantic_config__ = STRICT
+    policy: str = "nano"
+    env: tuple[str, ...] = ("envs:vla/PickUp-v0",)
+    episodes: int = 20
+    seed: int = 100_000
+    n_envs: int = 10
+    n_action_steps: int | None = None
+    unnorm_key: str | None = None
+    videos: int = 3
+    out: Path = Path("runs/rollout")
+    compare: Path | None = None
+    device: str = "auto"
+    overwrite: bool = False
+    adapter: AdapterConfig = AdapterConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class QuickstartConfig:
+    """`vla quickstart`: demonstrations of a task the embedded backbone has never seen, LoRA, rollouts before and after.
+
+    Attributes:
+        env: the task.
+        demonstrations: successful expert episodes to learn from.
+        minutes: training time; the number of steps follows from this machine's measured speed.
+        min_steps: train for at least so many steps, however slow the machine.
+        episodes: rollouts on unseen seeds, before and after.
+        out: folder of everything it makes. What is finished in it is not done again.
+        fresh: start over.
+    """
+
+    __pydantic_config__ = STRICT
+    env: str = "envs:vla/OpenDrawer-v0"
+    demonstrations: int = 150
+    minutes: float = 5.0
+    min_steps: int = 300
+    episodes: int = 20
+    out: Path = Path("runs/quickstart")
+    fresh: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class DoctorConfig:
+    """`vla doctor`: what is wrong with this machine, and how to mend it.
+
+    Attributes:
+        out: folder whose disk is checked.
+        json: print the findings as JSON.
+    """
+
+    __pydantic_config__ = STRICT
+    out: Path = Path()
+    json: bool = False
+
+
+def from_dict(cls: type[Config], values: dict[str, Any], where: str = "configuration") -> Config:
+    """Build `cls` from plain values, strictly: unknown keys and wrong types are ConfigErrors that name the key."""
+    try:
+        return pydantic.TypeAdapter(cls).validate_python(values)
+    except pydantic.ValidationError as error:
+        raise ConfigError("\n".join(_explain(cls, problem, where) for problem in error.errors())) from None
+
+
+def load(cls: type[Config], path: str | Path) -> Config:
+    """Read a YAML file into `cls`."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"no configuration file at {path}.")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected `key: value` lines, got {type(values).__name__}.")
+    return from_dict(cls, values, str(path))
+
+
+def dump(config: Any, path: str | Path) -> None:
+    """Write a configuration as YAML that `load` reads back to an equal object; a reader sees all of it or none."""
+    scratch = Path(path).with_suffix(".partial")
+    scratch.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+    scratch.replace(path)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain values (paths as text, tuples as lists)."""
+    return pydantic.TypeAdapter(type(config)).dump_python(config, mode="json")
+
+
+def _explain(cls: Any, problem: Any, where: str) -> str:
+    *parents, key = [str(part) for part in problem["loc"]] or [""]
+    name = ".".join([*parents, key])
+    if problem["type"] == "unexpected_keyword_argument":
+        for parent in parents:
+            cls = get_type_hints(cls)[parent]
+        return f"{where}: {unknown('key', name, [f.name for f in dataclasses.fields(cls)])}"
+    return f"{where}: {name}: {problem['msg']}, got {problem['input']!r}."

@@ -1,0 +1,1 @@
+"""Demonstrations on disk: LeRobotDataset v3, written and read."""

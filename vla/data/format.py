@@ -1,0 +1,236 @@
+"""LeRobotDataset v3 on disk: where files lie, what `meta/info.json` says, how features describe a robot.
+
+Owns: the paths, the `Info` record, the features of a dataset that this package writes, and the RobotSpec that a dataset
+implies. It does not know how frames are encoded, nor how a dataset is written or read as a whole.
+
+    meta/info.json                                      what the columns are, rates, counts
+    meta/stats.json                                     statistics over all frames
+    meta/tasks.parquet                                  instruction -> task_index
+    meta/episodes/chunk-000/file-000.parquet            one row per episode: where its frames are
+    data/chunk-000/file-000.parquet                     one row per frame, many episodes per file
+    videos/<camera key>/chunk-000/file-000.mp4          many episodes per file, one after the other
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vla.errors import DataError, SpecError, unknown
+from vla.spec import RobotSpec
+
+VERSION = "v3.0"
+
+INFO = "meta/info.json"
+STATS = "meta/stats.json"
+TASKS = "meta/tasks.parquet"
+EPISODES = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+DATA = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+VIDEO = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+
+#: Where episodes wait until a recording is complete. A folder that has it and no `meta` is not a dataset yet.
+STAGING = ".partial"
+
+#: Beside the dataset: the configuration that it was collected with.
+PLAN = "collect.yaml"
+
+ACTION = "action"
+EXECUTED = "executed_action"  # what was sent to the robot, where `action` is the clean label of a noisy expert
+STATE = "observation.state"
+IMAGES = "observation.images."
+DONE, SUCCESS = "next.done", "next.success"
+
+#: Columns that every LeRobotDataset has, besides what the robot sees and does.
+BOOKKEEPING = {
+    "timestamp": {"dtype": "float32", "shape": [1], "names": None},
+    "frame_index": {"dtype": "int64", "shape": [1], "names": None},
+    "episode_index": {"dtype": "int64", "shape": [1], "names": None},
+    "index": {"dtype": "int64", "shape": [1], "names": None},
+    "task_index": {"dtype": "int64", "shape": [1], "names": None},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Info:
+    """`meta/info.json`. `robot` is this package's addition (a RobotSpec as plain values); LeRobot ignores it.
+
+    `features` maps a column or camera key to {"dtype", "shape", "names"}, for a video also "info".
+    """
+
+    fps: float
+    features: dict[str, dict[str, Any]]
+    total_episodes: int = 0
+    total_frames: int = 0
+    total_tasks: int = 0
+    codebase_version: str = VERSION
+    robot_type: str | None = None
+    chunks_size: int = 1000
+    data_files_size_in_mb: int = 100
+    video_files_size_in_mb: int = 200
+    splits: dict[str, str] = dataclasses.field(default_factory=dict)
+    data_path: str = DATA
+    video_path: str | None = VIDEO
+    robot: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values. A whole rate is written as an integer, which is what LeRobot expects."""
+        values = dataclasses.asdict(self)
+        values["fps"] = int(self.fps) if float(self.fps).is_integer() else self.fps
+        return {key: value for key, value in values.items() if key != "robot" or value is not None}
+
+    @classmethod
+    def load(cls, root: Path) -> Info:
+        """Read and check the info of the dataset at `root`; DataError says what is wrong and what to do."""
+        path = root / INFO
+        if not path.is_file():
+            raise DataError(_no_dataset(root))
+        values = read_json(path)
+        _check_version(root, values)
+        for key in ("features", "fps"):
+            if not values.get(key):
+                raise DataError(f"{path}: {key!r} is missing or empty. Copy the dataset again.")
+        known = {field.name for field in dataclasses.fields(cls)}
+        info = cls(**{key: value for key, value in values.items() if key in known})
+        if not (isinstance(info.fps, int | float) and info.fps > 0):
+            raise DataError(f"{path}: fps must be a positive number, got {info.fps!r}.")
+        for key, feature in info.features.items():
+            if not isinstance(feature, dict) or "dtype" not in feature or "shape" not in feature:
+                raise DataError(f'{path}: feature {key!r} needs "dtype" and "shape", got {feature!r}.')
+        if ACTION not in info.features:
+            raise DataError(f"{path}: there is no feature {ACTION!r} to learn; it has: {', '.join(info.features)}.")
+        return info
+
+    @property
+    def cameras(self) -> dict[str, str]:
+        """Camera name -> key of its feature, in the order of the file. Depth images are not cameras."""
+        found = {}
+        for key, feature in self.features.items():
+            details = feature.get("info") or feature.get("video_info") or {}
+            depth = details.get("is_depth_map") or details.get("video.is_depth_map")
+            if feature["dtype"] in ("video", "image") and not depth:
+                found[key.removeprefix(IMAGES).removeprefix("observation.")] = key
+        return found
+
+    def image_shape(self, camera: str) -> tuple[int, int]:
+        """(height, width) of a camera's images; features may also list the channels first."""
+        shape = [int(side) for side in self.features[self.cameras[camera]]["shape"]]
+        return (shape[1], shape[2]) if shape[0] in (1, 3) and shape[2] not in (1, 3) else (shape[0], shape[1])
+
+    def describe_robot(self) -> RobotSpec:
+        """The recorded RobotSpec, else one made of the features' names; DataError if it contradicts the features."""
+        cameras = tuple(self.cameras)
+        state = _names(self.features[STATE], "state") if STATE in self.features else ()
+        action = _names(self.features[ACTION], "action")
+        if self.robot is None:
+            return RobotSpec(cameras, state, action, control_hz=float(self.fps))
+        try:
+            robot = RobotSpec.from_dict(self.robot)
+        except SpecError as error:
+            raise DataError(f'{INFO}: "robot" is not a robot description: {error}') from None
+        if (robot.state_dim, robot.action_dim) != (len(state), len(action)):
+            raise DataError(
+                f'{INFO}: "robot" has {robot.state_dim} state and {robot.action_dim} action entries, but the features '
+                f'have {len(state)} and {len(action)}. Correct or remove "robot".'
+            )
+        return dataclasses.replace(robot, cameras=cameras)
+
+
+def features_of(
+    robot: RobotSpec, image_shapes: Mapping[str, tuple[int, int]], videos: Mapping[str, dict[str, Any]], executed: bool
+) -> dict[str, dict[str, Any]]:
+    """Features of a dataset of this robot.
+
+    Args:
+        image_shapes: camera -> (height, width).
+        videos: camera -> the video's properties (`vla.data.video.describe`).
+        executed: whether frames also hold the executed action.
+    """
+    features: dict[str, dict[str, Any]] = {}
+    for camera in robot.cameras:
+        features[IMAGES + camera] = {
+            "dtype": "video",
+            "shape": [*image_shapes[camera], 3],
+            "names": ["height", "width", "channels"],
+            "info": videos[camera],
+        }
+    if robot.state_dim:
+        features[STATE] = _vector(robot.state_names)
+    features[ACTION] = _vector(robot.action_names)
+    if executed:
+        features[EXECUTED] = _vector(robot.action_names)
+    for key in (DONE, SUCCESS):
+        features[key] = {"dtype": "bool", "shape": [1], "names": None}
+    return features | {key: dict(feature) for key, feature in BOOKKEEPING.items()}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; DataError if there is none."""
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"{path} cannot be read as JSON ({error}). Copy the dataset again.") from None
+    if not isinstance(values, dict):
+        raise DataError(f"{path}: expected a JSON object, got {type(values).__name__}.")
+    return values
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, indent=4, ensure_ascii=False) + "\n")
+
+
+def _vector(names: tuple[str, ...]) -> dict[str, Any]:
+    return {"dtype": "float32", "shape": [len(names)], "names": list(names)}
+
+
+def _names(feature: Mapping[str, Any], what: str) -> tuple[str, ...]:
+    """One name per entry. LeRobot's recorders write a list, {"motors": [...]}, {name: position}, or nothing."""
+    shape = list(feature["shape"])
+    if len(shape) != 1:
+        raise DataError(f"{INFO}: {what} must be a vector; its shape is {shape}. Flatten it before training.")
+    names: Any = feature.get("names")
+    if isinstance(names, dict):
+        if all(isinstance(position, int) for position in names.values()):
+            names = sorted(names, key=names.__getitem__)
+        else:
+            names = [name for group in names.values() if isinstance(group, list) for name in group]
+    if not isinstance(names, list) or len(names) != shape[0] or len(set(map(str, names))) != shape[0]:
+        names = [f"{what}_{i}" for i in range(shape[0])]
+    return tuple(str(name) for name in names)
+
+
+def _check_version(root: Path, values: Mapping[str, Any]) -> None:
+    version = str(values.get("codebase_version", "unknown"))
+    if version.startswith("v3."):
+        return
+    convert = f"python -m lerobot.scripts.convert_dataset_v21_to_v30 --repo-id=<user>/{root.name} --root={root}"
+    if version == "v2.1":
+        fix = f"Convert it with LeRobot: `{convert}`."
+    elif version.startswith(("v2", "v1")):
+        fix = f"Convert it to v2.1 with the LeRobot release that wrote it, then to v3.0: `{convert}`."
+    else:
+        fix = "This package reads v3.0; update it, or write the dataset with a LeRobot that uses v3.0."
+    raise DataError(f"{root / INFO}: the dataset is in LeRobot format {version}; {VERSION} is needed. {fix}")
+
+
+def _no_dataset(root: Path) -> str:
+    if (root / STAGING).is_dir():
+        return (
+            f"{root} holds a recording that was not finished, so it cannot be read yet. "
+            "Continue it with the command that started it and `--resume`."
+        )
+    if not root.is_dir():
+        near = sorted(path.parent.parent.name for path in root.parent.glob("*/" + INFO)) if root.parent.is_dir() else []
+        beside = f" {unknown('dataset', root.name, near)}" if near else ""
+        return f"no dataset at {root}.{beside}"
+    inside = [path.relative_to(root).parent.parent for path in sorted(root.glob("*/" + INFO))[:3]]
+    if inside:
+        return f"{root} is a folder of datasets; name one of them, e.g. {root / inside[0]}."
+    content = ", ".join(sorted(path.name for path in root.iterdir())[:8]) or "nothing"
+    return (
+        f"{root} is not a LeRobotDataset {VERSION}: it has no {INFO} (it has: {content}). "
+        "Name the folder that contains `meta`, `data` and `videos`; other formats must be converted with LeRobot first."
+    )

@@ -1,0 +1,159 @@
+"""Raw training samples: what a policy saw at one frame and what was done from there on.
+
+Owns: the frame cache (decoded and resized once, memory-mapped), the split into training and validation episodes, and
+the map from a draw number to a sample. A sample is a pure function of (seed, draw): no sampler has a state, so a
+resumed run draws what an unbroken one would have drawn, whatever the number of workers or devices. It does not know
+tokens or tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import psutil
+from rich.progress import track
+
+from vla.config import AugmentConfig
+from vla.data.reader import Demonstrations
+from vla.errors import ConfigError, DataError
+from vla.images import augment, resize
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One frame and the actions that follow it.
+
+    Attributes:
+        images: uint8 [C, S, S, 3].
+        state: float32 [S'], the robot's units; empty without proprioception.
+        chunk: float32 [H, D], the robot's units; the last action is repeated beyond the episode's end.
+        valid: bool [H], False beyond the end.
+        instruction: what the demonstration was told to do.
+        source: index of the dataset in the mixture.
+    """
+
+    images: np.ndarray
+    state: np.ndarray
+    chunk: np.ndarray
+    valid: np.ndarray
+    instruction: str
+    source: int
+
+
+def cached_frames(demos: Demonstrations, cameras: Sequence[str], size: int) -> np.ndarray:
+    """All frames of `cameras`, uint8 [N, C, size, size, 3]; decoded on the first call.
+
+    In memory when they fit into half of what is available (random reads from a disk are slower than training), else
+    memory-mapped.
+
+    The cache lies in `<dataset>/.cache` (or the system's temporary folder where that cannot be written) and is named
+    after the dataset's fingerprint, so that changed data is never read through a stale cache.
+    """
+    name = f"frames-{demos.fingerprint[:16]}-{'-'.join(cameras)}-{size}.npy"
+    folder = demos.root / ".cache"
+    try:
+        folder.mkdir(exist_ok=True)
+        (folder / ".writable").touch()
+    except OSError:
+        folder = Path(tempfile.gettempdir()) / "vla-frames"
+        folder.mkdir(exist_ok=True)
+    path = folder / name
+    if not path.exists():
+        scratch = path.with_suffix(".partial.npy")
+        shape = (demos.num_frames, len(cameras), size, size, 3)
+        try:
+            frames = np.lib.format.open_memmap(scratch, "w+", np.uint8, shape)
+            for episode in track(demos.episodes, description=f"decoding {demos.root.name}", transient=True):
+                for index, camera in enumerate(cameras):
+                    for offset, frame in enumerate(demos.frames(episode.index, camera)):
+                        frames[episode.start + offset, index] = resize(frame, size)
+            frames.flush()
+            del frames
+        except BaseException:
+            scratch.unlink(missing_ok=True)
+            raise
+        scratch.rename(path)
+    return np.load(path, mmap_mode="r" if path.stat().st_size > psutil.virtual_memory().available / 2 else None)
+
+
+def split_episodes(demos: Demonstrations, val_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Frame indices (training, validation): whole episodes on one side, at least one on each if there are two."""
+    count = len(demos.episodes)
+    n_val = 0 if count < 2 or val_fraction <= 0 else min(count - 1, max(1, round(val_fraction * count)))
+    held_out = set(np.random.default_rng(seed).permutation(count)[:n_val].tolist())
+    sides: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
+    for position, episode in enumerate(demos.episodes):
+        sides[position in held_out].append(np.arange(episode.start, episode.start + episode.length))
+    train, val = (np.concatenate(side) if side else np.zeros(0, np.int64) for side in sides)
+    return train, val
+
+
+class ChunkSamples:
+    """Samples of one dataset, by frame index."""
+
+    def __init__(self, demos: Demonstrations, cameras: Sequence[str], size: int, horizon: int, source: int) -> None:
+        self.demos, self.horizon, self.source = demos, horizon, source
+        self.frames = cached_frames(demos, cameras, size)
+        ends = np.zeros(demos.num_frames, np.int64)
+        for episode in demos.episodes:
+            ends[episode.start : episode.start + episode.length] = episode.start + episode.length
+        self._ends = ends
+        self._states = demos.states if demos.states is not None else np.zeros((demos.num_frames, 0), np.float32)
+
+    def __getitem__(self, frame: int) -> Sample:
+        steps = frame + np.arange(self.horizon)
+        valid = steps < self._ends[frame]
+        return Sample(
+            images=np.asarray(self.frames[frame]),
+            state=self._states[frame],
+            chunk=self.demos.actions[np.minimum(steps, self._ends[frame] - 1)],
+            valid=valid,
+            instruction=self.demos.tasks[self.demos.task_index[frame]],
+            source=self.source,
+        )
+
+
+class Mixture:
+    """An endless weighted mixture of datasets, addressed by draw number (a map-style dataset of length `draws`).
+
+    Args:
+        sources: the datasets.
+        frames: per dataset, the frame indices to draw from.
+        weights: per dataset, how often it is drawn; None is in proportion to its frames.
+        augmentation: None leaves images as they are.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[ChunkSamples],
+        frames: Sequence[np.ndarray],
+        weights: Sequence[float] | None,
+        seed: int,
+        draws: int,
+        augmentation: AugmentConfig | None,
+    ) -> None:
+        if any(not len(indices) for indices in frames):
+            raise DataError("a dataset has no training frames left after the validation split.")
+        sizes = np.array([len(indices) for indices in frames], float)
+        shares = sizes if not weights else np.asarray(weights, float)
+        if len(shares) != len(sources) or (shares < 0).any() or not shares.sum() > 0:
+            raise ConfigError(f"`weights` needs one non-negative number per dataset, got {list(shares)}.")
+        self._edges = np.cumsum(shares / shares.sum())
+        self._sources, self._frames, self._seed, self._draws = sources, frames, seed, draws
+        self._augmentation = augmentation
+
+    def __len__(self) -> int:
+        return self._draws
+
+    def __getitem__(self, draw: int) -> Sample:
+        rng = np.random.Generator(np.random.Philox(key=[self._seed, draw]))
+        source = min(int(np.searchsorted(self._edges, rng.random(), side="right")), len(self._sources) - 1)
+        indices = self._frames[source]
+        sample = self._sources[source][int(indices[rng.integers(len(indices))])]
+        if self._augmentation is None:
+            return sample
+        return dataclasses.replace(sample, images=augment(sample.images, self._augmentation, rng))

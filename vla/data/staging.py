@@ -1,0 +1,59 @@
+"""The staging folder: where episodes wait until a recording is complete.
+
+Owns: `<dataset>/.partial`, which folders may be recorded into, and what is said when the disk is full. It does not know
+what an episode consists of, nor the format that the episodes become.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from vla.data.format import INFO, STAGING
+from vla.errors import DataError
+
+EPISODE = "episode-{:06d}"
+
+
+def finished(staging: Path) -> list[int]:
+    """Numbers of the finished episodes in a staging folder, ascending."""
+    return sorted(int(path.name.removeprefix("episode-")) for path in staging.glob("episode-*"))
+
+
+def open_staging(root: Path, resume: bool) -> Path:
+    """The staging folder of `root`, made ready to record into.
+
+    Raises:
+        DataError: `root` holds a finished dataset, something else, or an unfinished recording and not `resume`.
+    """
+    staging = root / STAGING
+    if (root / INFO).is_file():
+        raise DataError(f"{root} already holds a dataset. Choose another folder, or remove this one.")
+    if staging.is_dir():
+        if not resume:
+            raise DataError(
+                f"{root} holds an unfinished recording of {len(finished(staging))} episodes. "
+                "Continue it with `--resume`, or remove the folder."
+            )
+        for leftover in staging.glob(".*"):  # what a killed process had in hand
+            shutil.rmtree(leftover, ignore_errors=True)
+    elif root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise DataError(f"{root} exists and is not a recording of this package. Choose another folder.")
+    staging.mkdir(parents=True, exist_ok=True)
+    return staging
+
+
+@contextlib.contextmanager
+def guard_disk(place: Path) -> Iterator[None]:
+    """A full disk as a DataError that says what is safe."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC and "No space left on device" not in str(error):
+            raise
+        raise DataError(
+            f"the disk is full while writing {place}. Finished episodes are safe; free some space and continue."
+        ) from None

@@ -1,0 +1,61 @@
+"""Statistics of a dataset's features, under LeRobot's names and shapes.
+
+Owns: min, max, mean, std, count and exact quantiles of vectors and images. It does not know files. LeRobot estimates
+the quantiles of a dataset from histograms and averages; these are exact over the values they are given. (Normalisation
+of actions uses `vla.actions.normalize`, never this.)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
+
+# Pixels of an image are alike: every fourth row and column of a few frames says what all of them would.
+STRIDE = 4
+
+
+def vector_stats(values: np.ndarray) -> dict[str, list[Any]]:
+    """Statistics of `values` [N] or [N, D] over the frames, as lists of 1 or D numbers."""
+    table = np.asarray(values, np.float64).reshape(len(values), -1)
+    quantiles = np.quantile(table, list(QUANTILES.values()), axis=0)
+    return {
+        "min": table.min(0).tolist(),
+        "max": table.max(0).tolist(),
+        "mean": table.mean(0).tolist(),
+        "std": table.std(0).tolist(),
+        "count": [len(table)],
+        **{name: row.tolist() for name, row in zip(QUANTILES, quantiles, strict=True)},
+    }
+
+
+def histogram(image: np.ndarray) -> np.ndarray:
+    """How often each value occurs in each channel of `image` uint8 [H, W, 3]: int64 [3, 256].
+
+    Histograms of frames add up to the histogram of a dataset, from which every statistic follows exactly.
+    """
+    pixels = image[::STRIDE, ::STRIDE].reshape(-1, 3).astype(np.int64)
+    return np.bincount((pixels + np.arange(3) * 256).ravel(), minlength=3 * 256).reshape(3, 256)
+
+
+def image_stats(counts: np.ndarray, frames: int) -> dict[str, list[Any]]:
+    """Statistics per channel in [0, 1], each of shape [3, 1, 1] as LeRobot has them, from a histogram [3, 256].
+
+    `frames` is the number of images that were counted.
+    """
+    levels = np.arange(256) / 255.0
+    total = counts.sum(1)
+    mean = counts @ levels / total
+    std = np.sqrt(np.maximum(counts @ levels**2 / total - mean**2, 0.0))
+    share = counts.cumsum(1) / total[:, None]
+    present = counts > 0
+    stats: dict[str, np.ndarray] = {
+        "min": levels[present.argmax(1)],
+        "max": levels[255 - present[:, ::-1].argmax(1)],
+        "mean": mean,
+        "std": std,
+        **{name: levels[(share >= q).argmax(1)] for name, q in QUANTILES.items()},
+    }
+    return {name: value.reshape(3, 1, 1).tolist() for name, value in stats.items()} | {"count": [frames]}

@@ -1,0 +1,222 @@
+"""Recording demonstrations so that what is finished is never lost and what is unfinished is never read.
+
+Owns: turning observations and actions into staged episodes. Each finished episode is one folder in the staging folder,
+made visible by a rename:
+
+    .partial/episode-000012/episode.json     instruction, environment, seed, success, robot, image histograms
+    .partial/episode-000012/frames.parquet   states, actions, success per frame
+    .partial/episode-000012/<camera>.mp4
+
+A process killed at any moment leaves whole episodes only. `finalise` (see `packing`) turns them into a LeRobotDataset
+v3. This module does not know that format, nor where episodes come from; several processes may record side by side.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from vla.data.format import ACTION, EXECUTED, STATE, SUCCESS, write_json
+from vla.data.packing import finalise, vector_column
+from vla.data.staging import EPISODE, finished, guard_disk, open_staging
+from vla.data.stats import histogram
+from vla.data.video import VideoWriter
+from vla.errors import DataError, SpecError
+from vla.spec import Observation, RobotSpec, check_image
+
+# Frames of an episode whose pixels are counted for the statistics: the first, then every n-th.
+_COUNT_EVERY = 8
+
+
+class DemonstrationWriter:
+    """Records episodes into the folder `root`; leaving the context without an error makes it a readable dataset.
+
+    After an error, or a kill, the finished episodes wait in `root`; `resume=True` goes on from them.
+
+    >>> with DemonstrationWriter("datasets/mine", robot) as writer:                        # doctest: +SKIP
+    ...     with writer.episode() as episode:
+    ...         episode.record(observation, action)
+    ...         episode.finish(instruction="pick up the red cube", success=True)
+
+    Args:
+        executed_actions: frames also hold the action that was executed, where `action` is the label to learn.
+    Raises:
+        DataError: `root` holds something else, a finished dataset, or (without `resume`) an unfinished one.
+    """
+
+    def __init__(
+        self, root: str | Path, robot: RobotSpec, *, executed_actions: bool = False, resume: bool = False
+    ) -> None:
+        self.root, self.robot, self.executed_actions = Path(root), robot, executed_actions
+        self.staging = open_staging(self.root, resume)
+
+    def __enter__(self) -> DemonstrationWriter:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *rest: object) -> None:
+        if error is None:
+            finalise(self.root)
+
+    @property
+    def finished(self) -> list[int]:
+        """Numbers of the finished episodes."""
+        return finished(self.staging)
+
+    def episode(self, number: int | None = None) -> EpisodeRecorder:
+        """A recorder of the episode `number`; None: the one after the last."""
+        if number is None:
+            number = max(self.finished, default=-1) + 1
+        return EpisodeRecorder(self.staging, number, self.robot, executed_actions=self.executed_actions)
+
+    def add_episode(
+        self,
+        observations: Iterable[Observation],
+        actions: np.ndarray,
+        instruction: str,
+        *,
+        executed_actions: np.ndarray | None = None,
+        env_id: str | None = None,
+        seed: int | None = None,
+        success: bool | None = None,
+        noise: float = 0.0,
+    ) -> None:
+        """Record a whole episode: one observation per row of `actions` [T, D], each taken before its action."""
+        with self.episode() as episode:
+            executed = actions if executed_actions is None else executed_actions
+            for observation, action, sent in zip(observations, actions, executed, strict=True):
+                episode.record(observation, action, executed_action=sent if self.executed_actions else None)
+            episode.finish(instruction=instruction, env_id=env_id, seed=seed, success=success, noise=noise)
+
+
+class EpisodeRecorder:
+    """One episode on its way to disk. Leaving its context without `finish` discards it.
+
+    Raises (all methods):
+        SpecError: an observation or action does not fit the robot.
+        DataError: an image changes its size, or the disk is full.
+    """
+
+    def __init__(self, staging: Path, number: int, robot: RobotSpec, *, executed_actions: bool = False) -> None:
+        self.robot, self.executed_actions = robot, executed_actions
+        self._place = staging / EPISODE.format(number)
+        self._folder = staging / f".{self._place.name}-{os.getpid()}"
+        self._videos: dict[str, VideoWriter] = {}
+        self._counts = {camera: np.zeros((3, 256), np.int64) for camera in robot.cameras}
+        self._states: list[np.ndarray] = []
+        self._actions: list[np.ndarray] = []
+        self._executed: list[np.ndarray] = []
+        self._success: list[bool] = []
+
+    def __enter__(self) -> EpisodeRecorder:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.discard()
+
+    def __len__(self) -> int:
+        return len(self._actions)
+
+    def record(
+        self, observation: Observation, action: np.ndarray, *, executed_action: np.ndarray | None = None
+    ) -> None:
+        """Append a frame. Call it before the action is carried out: an environment may draw into the same arrays again.
+
+        Args:
+            observation: what the robot sees before the action.
+            action: the action to learn, [D].
+            executed_action: the action that is sent, if the recording keeps it.
+        """
+        self.robot.check_observation(observation)
+        self.robot.check_action(action)
+        if self.executed_actions != (executed_action is not None):
+            raise SpecError("give `executed_action` with every frame of a recording that keeps it, and with no other.")
+        if executed_action is not None:
+            self.robot.check_action(executed_action)
+            self._executed.append(np.asarray(executed_action, np.float32))
+        with guard_disk(self._place):
+            for camera in self.robot.cameras:
+                image = np.asarray(observation["pixels"][camera])
+                check_image(image, camera)
+                self._video(camera, image).add(image)
+                if len(self) % _COUNT_EVERY == 0:
+                    self._counts[camera] += histogram(image)
+        if self.robot.state_dim:
+            self._states.append(np.array(observation["agent_pos"], np.float32))
+        self._actions.append(np.array(action, np.float32))
+        self._success.append(False)
+
+    def outcome(self, success: bool) -> None:
+        """Say whether the task is solved after the last recorded action was carried out."""
+        self._success[-1] = bool(success)
+
+    def finish(
+        self,
+        *,
+        instruction: str,
+        env_id: str | None = None,
+        seed: int | None = None,
+        success: bool | None = None,
+        noise: float = 0.0,
+    ) -> int:
+        """Complete the episode and return its length. From here on it survives anything.
+
+        Args:
+            success: whether the episode was one; None: not known.
+            noise: strength of the expert's noise.
+        """
+        if not self._actions:
+            raise DataError("an episode without frames cannot be recorded.")
+        if not instruction.strip():
+            raise DataError("an episode needs an instruction; this one is empty.")
+        columns = {ACTION: vector_column(np.stack(self._actions)), SUCCESS: pa.array(self._success)}
+        if self._states:
+            columns[STATE] = vector_column(np.stack(self._states))
+        if self.executed_actions:
+            columns[EXECUTED] = vector_column(np.stack(self._executed))
+        about: dict[str, Any] = {
+            "length": len(self),
+            "instruction": instruction,
+            "env_id": env_id,
+            "seed": seed,
+            "success": success,
+            "noise": float(noise),
+            "robot": self.robot.to_dict(),
+            "image_shapes": {camera: list(video.shape[:2]) for camera, video in self._videos.items()},
+            "counted_frames": -(-len(self) // _COUNT_EVERY),
+            "histograms": {camera: counts.tolist() for camera, counts in self._counts.items()},
+        }
+        with guard_disk(self._place):
+            for video in self._videos.values():
+                video.close()
+            self._folder.mkdir(parents=True, exist_ok=True)
+            pq.write_table(pa.table(columns), self._folder / "frames.parquet")
+            write_json(self._folder / "episode.json", about)
+            if self._place.exists():  # recorded again after it had been finished: the same episode
+                shutil.rmtree(self._folder)
+            else:
+                self._folder.rename(self._place)
+        return len(self)
+
+    def discard(self) -> None:
+        """Remove what was recorded, unless it was finished."""
+        for video in self._videos.values():
+            with contextlib.suppress(Exception):  # the frames are thrown away: a full disk does not matter any more
+                video.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _video(self, camera: str, image: np.ndarray) -> VideoWriter:
+        if camera not in self._videos:
+            if "/" in camera:
+                raise SpecError(f"camera {camera!r}: a dataset's camera names cannot contain '/'.")
+            self._folder.mkdir(parents=True, exist_ok=True)
+            height, width = image.shape[:2]
+            self._videos[camera] = VideoWriter(self._folder / f"{camera}.mp4", height, width, self.robot.control_hz)
+        return self._videos[camera]

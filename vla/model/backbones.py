@@ -1,0 +1,253 @@
+"""Where a policy's weights come from: the embedded backbone, a checkpoint of this package, or any LLaMA-architecture
+causal language model with any SigLIP/DINOv2/CLIP tower.
+
+Owns: turning a `ModelConfig` plus what the data says (robot, statistics) into a network and its processor. Embeddings
+are never resized: action tokens and placeholders take over the tail of the vocabulary. It does not know training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers.utils import cached_file
+
+from vla.actions.bins import OpenVLABins, QuantileBins, UniformBins
+from vla.actions.tokenizer import ActionTokenizer
+from vla.config import ModelConfig
+from vla.errors import CheckpointError, ConfigError, unknown
+from vla.model.configuration import VLAConfig
+from vla.model.modeling import VLAForActionPrediction
+from vla.model.processing import VLAProcessor
+from vla.spec import RobotSpec
+
+NANO = Path(__file__).parent.parent / "pretrained" / "nano"
+N_ACTION_ROWS = 256
+# Odd, so that one bin's centre is exactly 0.
+DEFAULT_BINS = 255
+
+_MEAN_STD = {
+    "siglip": ([0.5] * 3, [0.5] * 3),
+    "clip": ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
+    "dinov2": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DataFacts:
+    """What the demonstrations decide about a policy.
+
+    Attributes:
+        robot: the RobotSpec; its cameras are the dataset's.
+        statistics: unnorm_key -> {"action": ..., "state": ...} as `compute_statistics` returns.
+        actions: unnorm_key -> float32 [N, D], all actions (quantile bins are fitted to them).
+    """
+
+    robot: RobotSpec
+    statistics: dict[str, dict[str, Any]]
+    actions: dict[str, np.ndarray]
+
+
+def build_policy(model: ModelConfig, facts: DataFacts) -> tuple[VLAForActionPrediction, VLAProcessor]:
+    """The network to train and its processor. Errors: ConfigError, CheckpointError."""
+    robot = _choose_cameras(facts.robot, model.cameras)
+    backbone = model.backbone or "nano"
+    if backbone == "nano-init":
+        config, tokenizer = nano_config(), AutoTokenizer.from_pretrained(NANO)
+        _set_policy(config, model, facts, robot)
+        network = VLAForActionPrediction(config)
+    elif (own := find_checkpoint(backbone)) is not None:
+        config = VLAConfig.from_pretrained(own)
+        if model.vision:
+            raise ConfigError(f"{backbone} already has its vision tower; leave `vision` empty.")
+        if model.image_size not in (None, config.image_size):
+            raise ConfigError(f"{backbone} was built for images of {config.image_size}, not {model.image_size}.")
+        _set_policy(config, model, facts, robot)
+        network = VLAForActionPrediction.from_pretrained(own, config=config, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(own)
+    else:
+        network, tokenizer = _compose(backbone, model, facts, robot)
+    if robot.state_dim > network.config.max_state_dim:
+        raise ConfigError(f"the state has {robot.state_dim} entries; at most {network.config.max_state_dim} fit.")
+    return network, VLAProcessor(network.config, tokenizer)
+
+
+def find_checkpoint(name: str) -> Path | None:
+    """The folder of one of this package's checkpoints: "nano", a run folder, or a checkpoint folder; else None."""
+    for folder in [NANO] if name == "nano" else [Path(name) / "policy", Path(name)]:
+        config = folder / "config.json"
+        if config.is_file() and json.loads(config.read_text()).get("model_type") == "vla":
+            return folder
+    if name == "nano":
+        raise CheckpointError("this installation has no embedded backbone; reinstall the package.")
+    return None
+
+
+def nano_config() -> VLAConfig:
+    """Architecture of the embedded backbone: 16 tokens per camera, four decoder layers, 5 M parameters."""
+    return VLAConfig(
+        text_config={
+            "model_type": "llama",
+            "vocab_size": 1024,
+            "hidden_size": 256,
+            "intermediate_size": 768,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 512,
+            "tie_word_embeddings": False,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        },
+        vision_configs=[{"model_type": "vla_nano_vision"}],
+        image_mean=[[0.5] * 3],
+        image_std=[[0.25] * 3],
+        image_size=96,
+        projector_layers=1,
+        action_token_begin=1024 - N_ACTION_ROWS,
+        n_action_rows=N_ACTION_ROWS,
+        image_token_id=3,
+        state_token_id=4,
+    )
+
+
+def _compose(
+    backbone: str, model: ModelConfig, facts: DataFacts, robot: RobotSpec
+) -> tuple[VLAForActionPrediction, Any]:
+    if not model.vision:
+        raise ConfigError(
+            f"{backbone!r} is not a checkpoint of this package, so a vision tower is needed: name a SigLIP, "
+            "DINOv2 or CLIP folder or hub id in `vision`."
+        )
+    text_config = _load(AutoConfig, backbone, "backbone")
+    tokenizer = _load(AutoTokenizer, backbone, "text tokenizer")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    visions = [_load(AutoConfig, name, "vision tower") for name in model.vision]
+    visions = [getattr(vision, "vision_config", vision) for vision in visions]
+    for name, vision in zip(model.vision, visions, strict=True):
+        if not isinstance(getattr(vision, "patch_size", None), int):
+            raise ConfigError(f"vision tower {name!r} ({vision.model_type}) has no patch grid.")
+    means, stds = zip(*(_image_statistics(n, v) for n, v in zip(model.vision, visions, strict=True)), strict=True)
+    begin = _action_rows(text_config.vocab_size, tokenizer.all_special_ids)
+    config = VLAConfig(
+        text_config=text_config.to_dict(),
+        vision_configs=[vision.to_dict() for vision in visions],
+        vision_feature_layer=-2,
+        image_mean=list(means),
+        image_std=list(stds),
+        image_size=model.image_size or visions[0].image_size,
+        projector_layers=2 if len(visions) == 1 else 3,
+        layout="image_first",
+        action_token_begin=begin,
+        n_action_rows=N_ACTION_ROWS,
+        image_token_id=begin - 1,
+        state_token_id=begin - 2,
+    )
+    _set_policy(config, model, facts, robot)
+    for vision in config.vision_configs:
+        if vision.image_size != config.image_size:
+            raise ConfigError(f"the vision tower was built for images of {vision.image_size}, not {config.image_size}.")
+    network = VLAForActionPrediction(config)
+    network.language_model = _load_decoder(backbone)
+    network.config.text_config.tie_word_embeddings = False
+    for index, (name, vision) in enumerate(zip(model.vision, visions, strict=True)):
+        network.vision_towers[index] = _load(AutoModel, name, "vision tower", config=vision, dtype=torch.float32)
+    return network, tokenizer
+
+
+def _load_decoder(backbone: str) -> Any:
+    """The language model, with a head of its own: action rows mean one thing when read and another when predicted."""
+    decoder = _load(AutoModelForCausalLM, backbone, "backbone", dtype=torch.float32)
+    head = getattr(decoder, "lm_head", None)
+    if head is None or head.bias is not None or not hasattr(decoder, "model"):
+        raise ConfigError(f"{backbone!r} ({decoder.config.model_type}) is not a LLaMA-architecture causal LM.")
+    if decoder.config.tie_word_embeddings:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+        decoder.config.tie_word_embeddings = False
+    return decoder
+
+
+def _action_rows(vocab_size: int, special: list[int]) -> int:
+    """First id of the action rows: as near to the vocabulary's end as its special tokens allow, with the two
+    placeholders in front."""
+    begin = vocab_size - N_ACTION_ROWS
+    while inside := [i for i in special if begin - 2 <= i < begin + N_ACTION_ROWS]:
+        begin = min(inside) - N_ACTION_ROWS
+    if begin < 8:
+        raise ConfigError(f"a vocabulary of {vocab_size} has no room for {N_ACTION_ROWS} action rows.")
+    return begin
+
+
+def _set_policy(config: VLAConfig, model: ModelConfig, facts: DataFacts, robot: RobotSpec) -> None:
+    """Write what an action means into `config`: robot, statistics, tokenizer, horizon, prompt."""
+    before = config.action_tokenizer  # that of the checkpoint which is trained further
+    config.robot, config.statistics = robot.to_dict(), facts.statistics
+    config.use_state, config.normalization = model.use_state, model.normalization
+    config.prompt = model.prompt or config.prompt
+    config.horizon = model.horizon or config.horizon
+    kept = config.n_action_steps if before and model.horizon is None else max(1, config.horizon // 2)
+    config.n_action_steps = model.n_action_steps or kept
+    if not 1 <= config.n_action_steps <= config.horizon:
+        raise ConfigError(f"n_action_steps {config.n_action_steps} must be between 1 and the horizon {config.horizon}.")
+    bins = model.bins or (before or {}).get("n_bins", DEFAULT_BINS)
+    normalizers = {key: config.action_normalizer(key) for key in facts.statistics}
+    constant = np.logical_and.reduce([normalizer.constant for normalizer in normalizers.values()])
+    if constant.all():
+        raise ConfigError("no action entry ever moves in this data; there is nothing to learn.")
+    active = np.flatnonzero(~constant).tolist()
+    normalized = np.concatenate([normalizers[key].normalize(actions) for key, actions in facts.actions.items()])
+    config.action_tokenizer = _tokenizer(model.tokenizer, config.horizon, bins, normalized, active).to_dict()
+    config.check_policy()
+
+
+def _tokenizer(name: str, horizon: int, bins: int, normalized: np.ndarray, active: list[int]) -> ActionTokenizer:
+    """The action tokenizer for normalised actions [N, D] of which the entries `active` move."""
+    action_dim = normalized.shape[1]
+    if not 2 <= bins <= N_ACTION_ROWS:
+        raise ConfigError(f"bins must be between 2 and the {N_ACTION_ROWS} action rows, got {bins}.")
+    match name:
+        case "uniform":
+            return UniformBins(horizon, action_dim, bins, active)
+        case "openvla":
+            return OpenVLABins(horizon, action_dim)
+        case "quantile":
+            return QuantileBins.fit(normalized, horizon, bins, active)
+    raise ConfigError(unknown("action tokenizer", name, ["uniform", "quantile", "openvla"]))
+
+
+def _choose_cameras(robot: RobotSpec, cameras: tuple[str, ...]) -> RobotSpec:
+    for camera in cameras:
+        if camera not in robot.cameras:
+            raise ConfigError(unknown("camera", camera, robot.cameras, "`cameras` names those of the dataset."))
+    if not robot.cameras:
+        raise ConfigError("the dataset has no camera; an image policy needs at least one.")
+    return dataclasses.replace(robot, cameras=cameras or robot.cameras)
+
+
+def _load(auto: Any, name: str, what: str, **kwargs: Any) -> Any:
+    try:
+        return auto.from_pretrained(name, **kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"cannot load {what} {name!r}: {error}\nExpected the embedded 'nano', a checkpoint folder of this package, "
+            "or a folder or hub id that transformers can load."
+        ) from None
+
+
+def _image_statistics(name: str, vision: PreTrainedConfig) -> tuple[list[float], list[float]]:
+    """Mean and std that the tower was trained with: from its preprocessor_config.json, else its family's."""
+    path = cached_file(name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
+    stored = json.loads(Path(path).read_text()) if path else {}
+    if "image_mean" in stored and "image_std" in stored:
+        return stored["image_mean"], stored["image_std"]
+    for family, values in _MEAN_STD.items():
+        if family in vision.model_type:
+            return values
+    return _MEAN_STD["siglip"]

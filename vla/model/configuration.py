@@ -1,0 +1,163 @@
+"""VLAConfig: everything a checkpoint must know to be used correctly, in one config.json.
+
+Owns: the fields, and the refusal to work without the ones that decide what an action means (contract: a checkpoint
+cannot be misread). It does not build networks or read data.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+
+from vla.actions.normalize import Normalizer
+from vla.actions.tokenizer import ActionTokenizer, build
+from vla.errors import CheckpointError, unknown
+from vla.prompt import check_template
+from vla.spec import RobotSpec
+
+# States beyond three standard ranges say nothing more, but must not saturate at the edge of the data.
+STATE_LIMIT = 3.0
+
+
+@strict
+class VLAConfig(PreTrainedConfig):
+    """Configuration of `VLAForActionPrediction`.
+
+    Network:
+        text_config: the decoder, a LLaMA-architecture causal language model.
+        vision_configs: the vision towers; features of several are concatenated per patch.
+        vision_feature_layer: which hidden states of a tower are used; -1 is `last_hidden_state`, -2 the block before.
+        image_mean, image_std: per tower, three values each, for images scaled to [0, 1].
+        projector_layers: linear layers from vision to language width, GELU in between.
+        projector_hidden: width between them; None is the language model's.
+        max_state_dim: width of the state input; shorter states are padded with zeros.
+
+    Sequence:
+        layout: "instruction_first" ([BOS] prompt, images, state) or "image_first" ([BOS] images, state, prompt).
+        image_token_id, state_token_id: placeholders in `input_ids`, replaced by features.
+        action_token_begin: id of the first action row; row k of the tokenizer is `action_token_begin + k`.
+        n_action_rows: rows reserved for action tokens.
+
+    Policy (what an action means):
+        robot: RobotSpec as a dict: cameras in order, state and action names, gripper polarity, control rate, hold.
+        image_size: side of the square images in pixels.
+        use_state, horizon, n_action_steps, prompt, normalization: as in `vla.config.ModelConfig`.
+        action_tokenizer: `ActionTokenizer.to_dict()`.
+        statistics: unnorm_key -> {"action": {...}, "state": {...}, "mask": [...]}, see `vla.actions.normalize`.
+    """
+
+    model_type = "vla"
+    sub_configs: ClassVar = {"text_config": AutoConfig}
+
+    text_config: Any = None
+    vision_configs: Any = None
+    vision_feature_layer: int = -1
+    image_mean: list | None = None
+    image_std: list | None = None
+    projector_layers: int = 2
+    projector_hidden: int | None = None
+    max_state_dim: int = 32
+    layout: str = "instruction_first"
+    image_token_id: int = 3
+    state_token_id: int = 4
+    action_token_begin: int = 0
+    n_action_rows: int = 256
+    robot: dict | None = None
+    image_size: int = 224
+    use_state: bool = True
+    horizon: int = 8
+    n_action_steps: int = 8
+    prompt: str = "plain"
+    normalization: str = "q01_q99"
+    action_tokenizer: dict | None = None
+    statistics: Any = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.text_config = _as_config(self.text_config or {"model_type": "llama"})
+        self.vision_configs = [_as_config(values) for values in self.vision_configs or []]
+        super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        values = super().to_dict()
+        values["vision_configs"] = [config.to_dict() for config in self.vision_configs]
+        return values
+
+    @property
+    def hidden_size(self) -> int:
+        return self.text_config.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self.text_config.vocab_size
+
+    @property
+    def robot_spec(self) -> RobotSpec:
+        return RobotSpec.from_dict(self._needed("robot"))
+
+    def make_action_tokenizer(self) -> ActionTokenizer:
+        return build(self._needed("action_tokenizer"))
+
+    def unnorm_key(self, key: str | None = None) -> str:
+        """`key` checked, or the only one there is. CheckpointError when the choice is open or the key unknown."""
+        statistics = self._needed("statistics")
+        if key is None:
+            if len(statistics) != 1:
+                raise CheckpointError(
+                    f"this checkpoint was trained on {len(statistics)} datasets; choose whose statistics un-normalise "
+                    f"its actions with unnorm_key: {', '.join(statistics)}."
+                )
+            return next(iter(statistics))
+        if key not in statistics:
+            raise CheckpointError(unknown("unnorm_key", key, statistics))
+        return key
+
+    def action_normalizer(self, key: str | None = None) -> Normalizer:
+        statistics = self._needed("statistics")[self.unnorm_key(key)]
+        return Normalizer.from_statistics(statistics["action"], self.normalization, statistics.get("mask"))
+
+    def state_normalizer(self, key: str | None = None) -> Normalizer | None:
+        statistics = self._needed("statistics")[self.unnorm_key(key)].get("state")
+        if not self.use_state or not statistics:
+            return None
+        return Normalizer.from_statistics(statistics, self.normalization, limit=STATE_LIMIT)
+
+    def check_policy(self) -> None:
+        """Raise CheckpointError unless everything that decides what an action means is there and consistent."""
+        tokenizer, robot = self.make_action_tokenizer(), self.robot_spec
+        check_template(self.prompt)
+        for key in self._needed("statistics"):
+            width = len(self.action_normalizer(key).scale)
+            if width != robot.action_dim:
+                raise CheckpointError(
+                    f"statistics of {key!r} have {width} action entries, the robot {robot.action_dim}."
+                )
+        if (tokenizer.horizon, tokenizer.action_dim) != (self.horizon, robot.action_dim):
+            raise CheckpointError(
+                f"the action tokenizer makes chunks [{tokenizer.horizon}, {tokenizer.action_dim}], the policy needs "
+                f"[{self.horizon}, {robot.action_dim}]. This checkpoint was saved with another tokenizer."
+            )
+        end = self.action_token_begin + tokenizer.vocab_size
+        if tokenizer.vocab_size > self.n_action_rows or end > self.vocab_size:
+            raise CheckpointError(
+                f"action tokens {self.action_token_begin}..{end - 1} do not fit the {self.n_action_rows} action rows "
+                f"of a vocabulary of {self.vocab_size}."
+            )
+
+    def _needed(self, field: str) -> Any:
+        value = getattr(self, field)
+        if not value:
+            raise CheckpointError(
+                f"config.json has no `{field}`: without it this checkpoint's actions cannot be interpreted. Train or "
+                "save it with this package, or add the field from the original training run."
+            )
+        return value
+
+
+def _as_config(values: dict | PreTrainedConfig) -> PreTrainedConfig:
+    if isinstance(values, PreTrainedConfig):
+        return values
+    arguments = dict(values)
+    return AutoConfig.for_model(arguments.pop("model_type"), **arguments)

@@ -1,0 +1,55 @@
+"""LoRA through peft: attach, save, load, merge.
+
+Owns: which parts of the policy an adapter trains, and the merge (in float32; the merged network must decode the same
+tokens). Action rows are trained as rows of the embedding and of the head, so embeddings are never resized. It does not
+know the training loop.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import peft
+import torch
+
+from vla.config import LoraConfig
+from vla.errors import ConfigError
+from vla.model.modeling import VLAForActionPrediction
+
+
+def attach(network: VLAForActionPrediction, lora: LoraConfig) -> peft.PeftModel:
+    """Freeze `network` and add trainable adapters as `lora` says."""
+    names = {name.rsplit(".", 1)[-1] for name, _ in network.language_model.named_modules()}
+    missing = [target for target in lora.targets if target not in names]
+    if missing:
+        raise ConfigError(f"lora.targets: the decoder has no module named {', '.join(missing)}.")
+    rows = None
+    if lora.train_action_rows:
+        begin = network.config.action_token_begin
+        ids = list(range(begin, begin + network.config.make_action_tokenizer().vocab_size))
+        # Named explicitly: the list form silently skips a head that is not tied to the embedding (ours never is).
+        rows = {"embed_tokens": ids, "lm_head": ids}
+    saved = ["projector", "state_projector", "camera_embedding"] * lora.train_projector
+    # Each tower by itself: peft cannot wrap a list of modules.
+    saved += [f"vision_towers.{i}" for i in range(len(network.vision_towers))] * lora.train_vision
+    targets = "|".join(lora.targets)
+    config = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=rf".*language_model\..*\.({targets})",  # a vision tower has q_proj, v_proj, ... too
+        modules_to_save=saved or None,
+        trainable_token_indices=rows,
+    )
+    return peft.get_peft_model(network, config)
+
+
+def load(network: VLAForActionPrediction, folder: str | Path, trainable: bool = False) -> peft.PeftModel:
+    """Attach the adapter saved in `folder` (safetensors) to the network it was trained on."""
+    return peft.PeftModel.from_pretrained(network, str(folder), is_trainable=trainable)
+
+
+@torch.no_grad()
+def merge(model: peft.PeftModel) -> VLAForActionPrediction:
+    """The plain network with the adapters folded in, in float32. Consumes `model`."""
+    return model.float().merge_and_unload(safe_merge=True)

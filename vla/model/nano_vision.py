@@ -1,0 +1,88 @@
+"""The embedded backbone's vision tower: a small convolutional encoder made for CPUs.
+
+Owns: its configuration and network. An overlapping patch convolution of stride 4 and a strided 3x3 one see an image
+of 96 pixels as 12 x 12 cells, residual blocks mix neighbours, and a patch-merging convolution makes 4 x 4 = 16 tokens
+per camera: the sequence length, not the encoder, is what costs time (a token costs the decoder more than its receptive
+field costs the encoder), and on a CPU the elementwise work on large early maps costs more than all convolutions. It
+does not know cameras, language or actions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+
+@strict
+class NanoVisionConfig(PreTrainedConfig):
+    """`channels` after the stride-4 and the stride-2 stage, then `merge` x `merge` cells become one token."""
+
+    model_type = "vla_nano_vision"
+
+    image_size: int = 96
+    channels: Any = None
+    blocks: int = 2
+    merge: int = 3
+    hidden_size: int = 256
+
+    def __post_init__(self, **kwargs) -> None:
+        self.channels = self.channels or [48, 128]
+        super().__post_init__(**kwargs)
+
+    @property
+    def patch_size(self) -> int:
+        return 8 * self.merge
+
+
+class _Residual(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(8, channels)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.conv2(nn.functional.relu(self.conv1(self.norm(x))))
+
+
+class NanoVisionModel(PreTrainedModel):
+    """pixel_values [B, 3, S, S] -> last_hidden_state [B, (S / patch_size)^2, hidden_size]."""
+
+    config_class = NanoVisionConfig
+    base_model_prefix = "nano_vision"
+    main_input_name = "pixel_values"
+
+    def __init__(self, config: NanoVisionConfig) -> None:
+        super().__init__(config)
+        first, second = config.channels
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, first, 7, stride=4, padding=3),
+            nn.ReLU(),
+            nn.Conv2d(first, second, 3, stride=2, padding=1),
+            *[_Residual(second) for _ in range(config.blocks)],
+        )
+        self.merge = nn.Conv2d(second, config.hidden_size, config.merge, stride=config.merge)
+        self.position_embedding = nn.Parameter(
+            torch.zeros(1, (config.image_size // config.patch_size) ** 2, config.hidden_size)
+        )
+        self.norm = nn.LayerNorm(config.hidden_size)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # torch's own initialisation of convolutions suits a network trained from scratch.
+        if isinstance(module, NanoVisionModel):
+            nn.init.normal_(module.position_embedding, std=0.02)
+
+    def forward(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutput:
+        x = self.stem(pixel_values.contiguous(memory_format=torch.channels_last))
+        x = self.merge(x).flatten(2).transpose(1, 2)
+        return BaseModelOutput(last_hidden_state=self.norm(x + self.position_embedding))
+
+
+AutoConfig.register("vla_nano_vision", NanoVisionConfig)
+AutoModel.register(NanoVisionConfig, NanoVisionModel)

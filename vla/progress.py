@@ -1,0 +1,62 @@
+"""How far long work has come, for people who wait.
+
+Owns: the bar on a terminal, and a line now and then in a log. It does not know what is counted.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+LOG_EVERY_S = 20.0
+
+
+class Progress:
+    """Counts `unit`s up to `total`; shows their rate, a note and the time left. A context manager.
+
+    Args:
+        done: how many an earlier run has finished; they do not count for the rate.
+    """
+
+    def __init__(self, total: int, unit: str, done: int = 0) -> None:
+        self._total, self._unit, self._done, self._before = total, unit, done, done
+        self._start = self._last = time.monotonic()
+        self._bar: Bar | None = None
+        console = Console(stderr=True)
+        if console.is_terminal:
+            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+            self._bar = Bar(*columns, console=console, transient=True)
+            self._task = self._bar.add_task(unit, total=total, completed=done)
+
+    def __enter__(self) -> Progress:
+        self._start = self._last = time.monotonic()
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def advance(self, note: str) -> None:
+        """One more is finished."""
+        self._done += 1
+        now = time.monotonic()
+        per_second = (self._done - self._before) / max(now - self._start, 1e-9)
+        rate = f"{per_second:.1f}/s" if per_second >= 1 else f"{60 * per_second:.1f}/min"
+        state = f"{note}, {rate}"
+        if self._bar:
+            self._bar.update(self._task, advance=1, description=state)
+        elif now - self._last > LOG_EVERY_S:
+            left = (self._total - self._done) / per_second
+            print(
+                f"{self._done} of {self._total} {self._unit}: {state}, {left:.0f} s left", file=sys.stderr, flush=True
+            )
+            self._last = now

@@ -1,0 +1,34 @@
+"""Instruction -> prompt.
+
+Owns: the prompt templates, by name, and how an instruction is cleaned before it enters one. A template's name is stored
+in the checkpoint and its text never changes: a new wording gets a new name. It does not know tokens.
+"""
+
+from vla.errors import ConfigError, unknown
+
+TEMPLATES = {
+    "plain": "{instruction}",
+    "openvla": "In: What action should the robot take to {instruction}?\nOut:",
+    "openvla-v01": (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed,"
+        " and polite answers to the user's questions. USER: What action should the robot take to {instruction}?"
+        " ASSISTANT:"
+    ),
+}
+
+
+def check_template(template: str) -> None:
+    """Raise ConfigError for a template name that does not exist."""
+    if template not in TEMPLATES:
+        raise ConfigError(unknown("prompt template", template, TEMPLATES))
+
+
+def build_prompt(instruction: str, template: str) -> str:
+    """The text given to the language model.
+
+    >>> build_prompt("  Pick up the red cube. ", "plain")
+    'pick up the red cube'
+    """
+    check_template(template)
+    cleaned = " ".join(instruction.lower().split()).rstrip(".!")
+    return TEMPLATES[template].format(instruction=cleaned)
