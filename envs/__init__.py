@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 
-if not os.environ.get("DISPLAY"):
-    os.environ.setdefault("MUJOCO_GL", "egl")
+if not os.environ.get("DISPLAY") and not os.environ.get("MUJOCO_GL"):
+    os.environ["MUJOCO_GL"] = "egl"
 # Software GL: rasterising 96 px pictures in the calling thread is faster than handing them to a pool, and leaves the
 # other cores to whoever runs other worlds there.
 os.environ.setdefault("LP_NUM_THREADS", "0")

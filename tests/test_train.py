@@ -81,28 +81,31 @@ def test_killed_at_random_moments_it_resumes_to_the_same_losses(demos, tmp_path,
     kills = int(os.environ.get("VLA_TEST_KILLS", "2"))
     # Both runs in processes of their own: the same number of threads, so the same rounding.
     for name in ("unbroken", "run"):
-        cfg = small(data=[demos], out=tmp_path / name, method=method, eval_every=100)
+        # Long enough to be still at work when it is killed for the last time.
+        cfg = small(data=[demos], out=tmp_path / name, method=method, steps=40 * kills, eval_every=1000)
         config.dump(cfg, tmp_path / f"{name}.yaml")
     train_command = [sys.executable, "-m", "vla.cli", "train", "--config"]
     subprocess.run([*train_command, str(tmp_path / "unbroken.yaml")], check=True, capture_output=True)
     whole = losses(tmp_path / "unbroken")
     run, rng = tmp_path / "run", random.Random(0)
-    log = (tmp_path / "log").open("w")
+    log, killed = (tmp_path / "log").open("w"), 0
     for attempt in range(kills + 1):
         resume = ["--resume"] if (run / "config.yaml").exists() else []
         command = [*train_command, str(tmp_path / "run.yaml"), *resume]
         process = subprocess.Popen(command, stdout=log, stderr=log)
         if attempt < kills:
-            while not (run / "metrics.jsonl").exists() and process.poll() is None:
-                time.sleep(0.05)
-            time.sleep(rng.uniform(0, 2.0))
+            before = max(losses(run), default=0)
+            while max(losses(run), default=0) <= before and process.poll() is None:
+                time.sleep(0.02)
+            time.sleep(rng.uniform(0, 0.5))
             process.send_signal(signal.SIGKILL)
-        process.wait()
+        killed += process.wait() == -signal.SIGKILL
         for folder in run.glob("checkpoint-*"):  # whatever the moment: a checkpoint that has its name is complete
             assert (folder / "trainer_state.json").exists() and (folder / "optimizer.pt").exists()
         if process.returncode == 0:
             break
     assert process.returncode == 0, (tmp_path / "log").read_text()[-2000:]
+    assert killed == kills
     assert losses(run) == whole
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
 
 from vla.data.samples import Sample
 from vla.model.processing import VLAProcessor
@@ -136,10 +136,12 @@ class VLATrainer(Trainer):
                 if file.is_file():
                     with file.open("rb") as handle:
                         os.fsync(handle.fileno())
-            shutil.rmtree(run / name, ignore_errors=True)
+            if (run / name).exists():
+                _remove(run / name)
             Path(staging, name).rename(run / name)
             shutil.rmtree(staging)
-            rotate_checkpoints(output_dir=str(run), save_total_limit=self.args.save_total_limit, use_mtime=False)
+            for folder in sort_checkpoints(str(run))[: -(self.args.save_total_limit or 1)]:
+                _remove(Path(folder))
         self.accelerator.wait_for_everyone()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -238,6 +240,14 @@ class StopOnRequest(TrainerCallback):
             stop = bool(flag)
         if stop:
             control.should_save = control.should_training_stop = True
+
+
+def _remove(checkpoint: Path) -> None:
+    """Delete a checkpoint; killed half-way, what is left of it no longer has a checkpoint's name."""
+    doomed = checkpoint.with_name(".removing")
+    shutil.rmtree(doomed, ignore_errors=True)
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def last_checkpoint(run: Path) -> str | None:

@@ -19,8 +19,10 @@ _TASKS: dict[str, tuple[str, int]] = {
     "OpenDrawer": ("open_drawer", 80),
     "CloseDrawer": ("close_drawer", 70),
 }
-#: Not a task for a robot but a question about the picture, for grounding: one step, one answer.
-_QUESTIONS: dict[str, tuple[str, int]] = {"Point": ("point", 1)}
+#: Not tasks for a robot but questions about the picture, for grounding: one step, one answer.
+_QUESTIONS: dict[str, tuple[str, int]] = {
+    name: ("point", 1) for name in ("Point", "PointZone", "PointButton", "PointDrawer")
+}
 ENV_IDS: tuple[str, ...] = tuple(f"vla/{name}-v0" for name in _TASKS)
 
 

@@ -67,3 +67,19 @@ def test_camera_choice_and_size() -> None:
     observation, _ = env.reset(seed=0)
     assert {name: picture.shape for name, picture in observation["pixels"].items()} == {"wrist": (64, 64, 3)}
     env.close()
+
+
+@pytest.mark.parametrize("name", ["Point", "PointZone", "PointButton", "PointDrawer"])
+def test_a_question_is_answered_with_the_place_of_what_is_named(name: str) -> None:
+    env = gym.make(f"vla/{name}-v0")
+    wrong = 0
+    for seed in range(3):
+        for target in range(env.get_wrapper_attr("target_candidates")):
+            env.reset(seed=seed, options={"target": target})
+            answer = env.unwrapped.make_expert().act()
+            _, _, _, _, info = env.step(answer)
+            assert info["is_success"] and info["reached"] == target
+            env.reset(seed=seed, options={"target": (target + 1) % env.get_wrapper_attr("target_candidates")})
+            wrong += not env.step(answer)[4]["is_success"]
+    assert wrong >= 6
+    env.close()

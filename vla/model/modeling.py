@@ -88,8 +88,13 @@ class VLAForActionPrediction(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.language_model.get_output_embeddings()
 
-    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """uint8 [B, C, 3, S, S] -> image tokens [B, C * tokens_per_image, width] (all cameras in one batch)."""
+    def encode_images(self, pixel_values: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
+        """Image tokens [B, C * tokens_per_image, width] (all cameras in one batch).
+
+        Args:
+            pixel_values: uint8 [B, C, 3, S, S].
+            condition: [B, width], for towers that are conditioned on the instruction.
+        """
         batch, cameras = pixel_values.shape[:2]
         flat = pixel_values.flatten(0, 1)
         dtype = self.dtype
@@ -98,18 +103,29 @@ class VLAForActionPrediction(PreTrainedModel, GenerationMixin):
             mean = torch.tensor(self.config.image_mean[index], device=flat.device).view(1, 3, 1, 1)
             std = torch.tensor(self.config.image_std[index], device=flat.device).view(1, 3, 1, 1)
             images = ((flat.float() / 255 - mean) / std).to(dtype)
-            features.append(self._tower_features(tower, images))
+            features.append(self._tower_features(tower, images, condition))
         tokens = self.projector(torch.cat(features, dim=-1))
         which = self.camera_embedding(torch.arange(cameras, device=tokens.device))
         return (tokens.view(batch, cameras, self.tokens_per_image, -1) + which[:, None]).flatten(1, 2)
 
-    def _tower_features(self, tower: nn.Module, images: torch.Tensor) -> torch.Tensor:
-        layer = self.config.vision_feature_layer
+    def _tower_features(self, tower: nn.Module, images: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor:
+        layer, inputs = self.config.vision_feature_layer, {"pixel_values": images}
+        if _is_conditioned(tower.config):
+            assert condition is not None
+            inputs["condition"] = condition.repeat_interleave(len(images) // len(condition), dim=0).to(images.dtype)
         if layer == -1:
-            hidden = tower(pixel_values=images).last_hidden_state
+            hidden = tower(**inputs).last_hidden_state
         else:
-            hidden = tower(pixel_values=images, output_hidden_states=True).hidden_states[layer]
+            hidden = tower(**inputs, output_hidden_states=True).hidden_states[layer]
         return hidden[:, -self.tokens_per_image :]  # class and register tokens stand in front
+
+    def _mean_word(self, input_ids: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+        """Mean embedding [B, width] of each prompt's words: neither padding, placeholders nor action tokens."""
+        config = self.config
+        words = (input_ids < config.action_token_begin) & (input_ids != (config.text_config.pad_token_id or 0))
+        words &= (input_ids != config.image_token_id) & (input_ids != config.state_token_id)
+        weights = words.to(embeds.dtype).unsqueeze(-1)
+        return (embeds * weights).sum(1) / weights.sum(1).clamp(min=1)
 
     def embed(
         self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None, state: torch.Tensor | None
@@ -118,7 +134,9 @@ class VLAForActionPrediction(PreTrainedModel, GenerationMixin):
         embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is not None:
             mask = (input_ids == self.config.image_token_id).unsqueeze(-1)
-            embeds = embeds.masked_scatter(mask, self.encode_images(pixel_values).to(embeds.dtype))
+            conditioned = any(_is_conditioned(vision) for vision in self.config.vision_configs)
+            condition = self._mean_word(input_ids, embeds) if conditioned else None
+            embeds = embeds.masked_scatter(mask, self.encode_images(pixel_values, condition).to(embeds.dtype))
         if state is not None:
             mask = (input_ids == self.config.state_token_id).unsqueeze(-1)
             projected = self.state_projector(state.to(self.dtype))
@@ -180,6 +198,10 @@ class VLAForActionPrediction(PreTrainedModel, GenerationMixin):
         if not is_first_iteration and inputs.get("past_key_values") is not None:  # they are in the cache by then
             inputs["pixel_values"] = inputs["state"] = None
         return inputs
+
+
+def _is_conditioned(vision: Any) -> bool:
+    return getattr(vision, "condition_size", None) is not None
 
 
 def count_image_tokens(config: VLAConfig) -> int:

@@ -1,0 +1,44 @@
+"""The embedded backbone's vision tower is conditioned on the instruction's words, and on nothing else of a prompt."""
+
+import pytest
+import torch
+
+from vla.model.nano_vision import NanoVisionConfig, NanoVisionModel
+
+
+def test_the_instruction_changes_what_the_tower_sees(nano, observations):
+    network, processor = nano
+    seen = observations(1) * 2
+    red, blue = (processor.observe(seen, [f"reach the {color} cube"] * 2) for color in ("red", "blue"))
+    pixels = red["pixel_values"]
+    features = [
+        network.encode_images(pixels, network._mean_word(ids, network.get_input_embeddings()(ids)))
+        for ids in (red["input_ids"], blue["input_ids"])
+    ]
+    assert not torch.allclose(features[0], features[1])
+
+
+def test_padding_images_state_and_actions_do_not_count_as_words(nano, observations):
+    network, processor = nano
+    words = "reach the red cube"
+    alone = processor.observe(observations(1), [words])["input_ids"]
+    padded = processor.observe(observations(2), [words, "please move the hand over to the red cube now"])["input_ids"]
+    suffix = torch.full((1, 4), network.config.action_token_begin)
+    embed = network.get_input_embeddings()
+    expected = network._mean_word(alone, embed(alone))
+    assert padded.shape[1] > alone.shape[1]
+    torch.testing.assert_close(network._mean_word(padded, embed(padded))[:1], expected)
+    longer = torch.cat([alone, suffix], dim=1)
+    torch.testing.assert_close(network._mean_word(longer, embed(longer)), expected)
+    bos_and_words = [
+        processor.tokenizer.bos_token_id,
+        *processor.tokenizer(words, add_special_tokens=False)["input_ids"],
+    ]
+    torch.testing.assert_close(embed(torch.tensor(bos_and_words)).mean(0, keepdim=True), expected)
+
+
+@pytest.mark.parametrize("condition_size", [None, 16])
+def test_shapes_with_and_without_a_condition(condition_size):
+    tower = NanoVisionModel(NanoVisionConfig(channels=[8, 16], hidden_size=32, condition_size=condition_size))
+    condition = torch.randn(2, 16) if condition_size else None
+    assert tower(torch.randn(2, 3, 96, 96), condition).last_hidden_state.shape == (2, 16, 32)
