@@ -5,6 +5,7 @@ Owns renderers and the settings that make software GL fast. Does not know what i
 
 from __future__ import annotations
 
+import atexit
 import os
 import weakref
 
@@ -31,8 +32,10 @@ class Camera:
                 "On Debian or Ubuntu: apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri, and set MUJOCO_GL=egl; "
                 "or apt-get install libosmesa6 and set MUJOCO_GL=osmesa."
             ) from error
-        #: Frees the GL context; at the latest when the interpreter exits, before GL itself is torn down.
+        #: Frees the GL context; at the latest when the interpreter exits, before GL itself is torn down: functions that
+        #: were registered later run earlier, and mujoco registered its own when the renderer was made.
         self.close = weakref.finalize(self, self._renderer.close)
+        atexit.register(self.close)
         flags = self._renderer.scene.flags
         flags[mujoco.mjtRndFlag.mjRND_SHADOW] = nice
         flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False

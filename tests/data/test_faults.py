@@ -45,7 +45,7 @@ def cut(path, share=0.5):
 
 
 def test_nothing_there(tmp_path, whole):
-    with pytest.raises(DataError, match=r"no dataset at .*whol.*Did you mean 'whole'"):
+    with pytest.raises(DataError, match=r"no folder .*whol.*Did you mean 'whole'"):
         Demonstrations(whole.parent / "whol")
     with pytest.raises(DataError, match="is a folder of datasets; name one of them"):
         Demonstrations(whole.parent)

@@ -224,8 +224,8 @@ def _no_dataset(root: Path) -> str:
         )
     if not root.is_dir():
         near = sorted(path.parent.parent.name for path in root.parent.glob("*/" + INFO)) if root.parent.is_dir() else []
-        beside = f" {unknown('dataset', root.name, near)}" if near else ""
-        return f"no dataset at {root}.{beside}"
+        beside = f" {unknown('dataset folder', root.name, near)}" if near else ""
+        return f"there is no folder {root}.{beside}"
     inside = [path.relative_to(root).parent.parent for path in sorted(root.glob("*/" + INFO))[:3]]
     if inside:
         return f"{root} is a folder of datasets; name one of them, e.g. {root / inside[0]}."

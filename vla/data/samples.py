@@ -9,18 +9,19 @@ tokens or tensors.
 from __future__ import annotations
 
 import dataclasses
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import psutil
-from rich.progress import track
 
 from vla.config import AugmentConfig
 from vla.data.reader import Demonstrations
 from vla.errors import ConfigError, DataError
 from vla.images import augment, resize
+from vla.progress import Progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,21 +64,38 @@ def cached_frames(demos: Demonstrations, cameras: Sequence[str], size: int) -> n
         folder.mkdir(exist_ok=True)
     path = folder / name
     if not path.exists():
-        scratch = path.with_suffix(".partial.npy")
-        shape = (demos.num_frames, len(cameras), size, size, 3)
-        try:
-            frames = np.lib.format.open_memmap(scratch, "w+", np.uint8, shape)
-            for episode in track(demos.episodes, description=f"decoding {demos.root.name}", transient=True):
+        _decode(demos, cameras, size, path)
+    return np.load(path, mmap_mode="r" if path.stat().st_size > psutil.virtual_memory().available / 2 else None)
+
+
+def _decode(demos: Demonstrations, cameras: Sequence[str], size: int, path: Path) -> None:
+    """Write the cache file. Several processes may do so at once: each has a scratch file, and the last one stays."""
+    shape = (demos.num_frames, len(cameras), size, size, 3)
+    with tempfile.NamedTemporaryFile(prefix=".frames-", suffix=".npy", dir=path.parent, delete=False) as file:
+        scratch = Path(file.name)
+    try:
+        frames = np.lib.format.open_memmap(scratch, "w+", np.uint8, shape)
+        # Claimed now: a disk that fills up while a mapped file is written kills the process without a word.
+        if hasattr(os, "posix_fallocate"):
+            with scratch.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, scratch.stat().st_size)
+        with Progress(len(demos.episodes), "episodes") as progress:
+            for episode in demos.episodes:
                 for index, camera in enumerate(cameras):
                     for offset, frame in enumerate(demos.frames(episode.index, camera)):
                         frames[episode.start + offset, index] = resize(frame, size)
-            frames.flush()
-            del frames
-        except BaseException:
-            scratch.unlink(missing_ok=True)
-            raise
+                progress.advance(f"decoding {demos.root.name} once, to {path.parent.name}/{path.name}")
+        frames.flush()
+        del frames
+        scratch.chmod(0o644)
         scratch.rename(path)
-    return np.load(path, mmap_mode="r" if path.stat().st_size > psutil.virtual_memory().available / 2 else None)
+    except OSError as error:
+        gib = np.prod(shape, dtype=np.int64) / 2**30
+        raise DataError(
+            f"cannot write the decoded frames of {demos.root} ({gib:.1f} GiB) to {path.parent}: {error}"
+        ) from None
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def split_episodes(demos: Demonstrations, val_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -165,14 +165,16 @@ def _compose(
     )
     _set_policy(config, model, facts, robot)
     for vision in config.vision_configs:
-        if vision.image_size != config.image_size:
+        # DINOv2 interpolates its position embeddings by itself (its own images have 518 pixels).
+        if vision.image_size != config.image_size and not vision.model_type.startswith("dinov2"):
             raise ConfigError(f"the vision tower was built for images of {vision.image_size}, not {config.image_size}.")
-    network = VLAForActionPrediction(config)
-    network.language_model = _load_decoder(backbone)
-    network.config.text_config.tie_word_embeddings = False
-    for index, (name, vision) in enumerate(zip(model.vision, visions, strict=True)):
-        network.vision_towers[index] = _load(AutoModel, name, "vision tower", config=vision, dtype=torch.float32)
-    return network, tokenizer
+    decoder = _load_decoder(backbone)
+    towers = [
+        _load(AutoModel, name, "vision tower", config=vision, dtype=torch.float32)
+        for name, vision in zip(model.vision, visions, strict=True)
+    ]
+    config.text_config.tie_word_embeddings = False
+    return VLAForActionPrediction(config, towers, decoder), tokenizer
 
 
 def _load_decoder(backbone: str) -> Any:

@@ -16,6 +16,7 @@ observations become tensors (processing) or how chunks are decoded (decoding).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -52,16 +53,22 @@ class VLAForActionPrediction(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _skip_keys_device_placement: ClassVar = ["past_key_values"]
 
-    def __init__(self, config: VLAConfig) -> None:
+    def __init__(
+        self,
+        config: VLAConfig,
+        vision_towers: Sequence[nn.Module] | None = None,
+        language_model: nn.Module | None = None,
+    ) -> None:
+        """Built from `config`; parts that are given (pretrained ones) take the place of random ones."""
         super().__init__(config)
-        towers = [AutoModel.from_config(vision) for vision in config.vision_configs]
+        towers = vision_towers or [AutoModel.from_config(vision) for vision in config.vision_configs]
         self.vision_towers = nn.ModuleList(towers)
         hidden = config.projector_hidden or config.hidden_size
         vision_width = sum(vision.hidden_size for vision in config.vision_configs)
         self.projector = Projector(vision_width, hidden, config.hidden_size, config.projector_layers)
         self.camera_embedding = nn.Embedding(MAX_CAMERAS, config.hidden_size)
         self.state_projector = Projector(config.max_state_dim, config.hidden_size, config.hidden_size, 2)
-        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.language_model = language_model or AutoModelForCausalLM.from_config(config.text_config)
         self.tokens_per_image = count_image_tokens(config)
         self.n_suffix = config.make_action_tokenizer().n_tokens if config.action_tokenizer else 0
         self.post_init()
