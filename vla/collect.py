@@ -16,12 +16,10 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vla import config as configuration
 from vla import machine
@@ -31,6 +29,7 @@ from vla.data.packing import finalise
 from vla.data.staging import EPISODE, finished, open_staging
 from vla.demonstrators import Attempt, Job, Outcome, Pool
 from vla.errors import ConfigError, SimulatorError
+from vla.progress import Progress
 
 FAILURES = "failures.jsonl"  # one line per attempt that was not kept
 
@@ -121,12 +120,13 @@ class _Run:
             executed_actions=self.config.noise > 0 or ":" in self.config.adapter.expert,
         )
         count = min(self.config.workers or machine.cores(), len(self.todo))
-        with Pool(count, job) as pool, _progress(self) as show:
+        with Pool(count, job) as pool, Progress(self.config.episodes, "episodes", done=len(self.done)) as progress:
             while self.todo or pool.busy:
                 pool.assign(self.todo)
                 for tried, outcome in pool.outcomes():
                     self._account(tried, outcome)
-                    show()
+                    if outcome.kind == "kept":
+                        progress.advance(self.describe())
 
     def write_failures(self, path: Path) -> None:
         """Those failures that made the dataset what it is, in an order that does not depend on timing."""
@@ -252,21 +252,3 @@ def _read_failures(path: Path, episodes: int) -> list[dict[str, Any]]:
         with contextlib.suppress(json.JSONDecodeError):  # the last line, when the process was killed while writing it
             failures.append(json.loads(line))
     return [failure for failure in failures if failure["episode"] < episodes]
-
-
-@contextlib.contextmanager
-def _progress(run: _Run) -> Iterator[Any]:
-    """A bar on a terminal; in a log, a line now and then. Yields a function that shows the present state."""
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    with Progress(*columns, console=_console, transient=True, disable=not _console.is_terminal) as bar:
-        task = bar.add_task("", total=run.config.episodes, completed=len(run.done))
-        last = time.monotonic()
-
-        def show() -> None:
-            nonlocal last
-            bar.update(task, completed=len(run.done), description=run.describe())
-            if not _console.is_terminal and time.monotonic() - last > 20:
-                last = time.monotonic()
-                _console.print(f"{len(run.done)} of {run.config.episodes} episodes, {run.describe()}", highlight=False)
-
-        yield show

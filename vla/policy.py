@@ -7,6 +7,7 @@ environments, clocks or robots' drivers.
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Sequence
 
@@ -14,6 +15,8 @@ import numpy as np
 import torch
 
 from vla import checkpoint
+from vla.actions.chunks import remainder
+from vla.decoding.engine import Engine
 from vla.decoding.greedy import greedy
 from vla.errors import ConfigError
 from vla.model.modeling import VLAForActionPrediction
@@ -74,6 +77,12 @@ class Policy:
         self.unnorm_key = network.config.unnorm_key(unnorm_key)
         self._queue = ActionQueue()
         self._instruction: str | None = None
+        self._chunk: np.ndarray | None = None  # the last one that `act` predicted
+        try:
+            self._engine = Engine(self.network)
+        except ConfigError as error:
+            warnings.warn(f"decoding through transformers' own layers, several times slower: {error}", stacklevel=2)
+            self._engine = None
 
     @classmethod
     def from_pretrained(cls, name: str, device: str = "auto", unnorm_key: str | None = None, **kwargs) -> Policy:
@@ -83,19 +92,22 @@ class Policy:
             CheckpointError: not found, incomplete, or several unnorm_keys and none chosen.
         """
         network, processor = checkpoint.load(str(name))
+        network.requires_grad_(False)
         return cls(network, processor, device, unnorm_key, **kwargs)
 
     def reset(self, instruction: str) -> None:
         """Start an episode: forget queued actions, take the instruction."""
         self._queue.clear()
-        self._instruction = instruction
+        self._instruction, self._chunk = instruction, None
 
     def act(self, observation: Observation) -> np.ndarray:
         """The next action, float32 [D]; predicts a new chunk when the executed part of the last one is used up."""
         if self._instruction is None:
             raise ConfigError("call policy.reset(instruction) before policy.act(observation).")
         if not len(self._queue):
-            self._queue.push(self.predict_chunk(observation)[: self.n_action_steps])
+            drafts = None if self._chunk is None else [remainder(self._chunk, self.n_action_steps)]
+            self._chunk = self.predict_chunks([observation], [self._instruction], drafts)[0]
+            self._queue.push(self._chunk[: self.n_action_steps])
         return self._queue.pop()
 
     def predict_chunk(self, observation: Observation, instruction: str | None = None) -> np.ndarray:
@@ -105,15 +117,36 @@ class Policy:
             raise ConfigError("give an instruction, or call policy.reset(instruction) first.")
         return self.predict_chunks([observation], [instruction])[0]
 
-    def predict_chunks(self, observations: Sequence[Observation], instructions: Sequence[str]) -> np.ndarray:
+    def predict_chunks(
+        self,
+        observations: Sequence[Observation],
+        instructions: Sequence[str],
+        drafts: Sequence[np.ndarray | None] | None = None,
+    ) -> np.ndarray:
         """Chunks for a batch of observations in one forward, float32 [B, H, D], un-normalised.
 
+        Args:
+            drafts: a guess of each chunk [H, D], such as the `remainder` of the last one. It makes decoding faster
+                the better it is, and never changes the result.
         Raises:
             SpecError: an observation does not fit the robot.
         """
         batch = self.processor.observe(observations, instructions, self.unnorm_key)
-        ids = greedy(self.network, {name: tensor.to(self.device) for name, tensor in batch.items()})
+        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        if self._engine is None:
+            ids = greedy(self.network, batch)
+        else:
+            ids = self._engine.parallel(batch, self._draft(drafts or [None] * len(observations))).ids
         return self.processor.decode_actions(ids.cpu().numpy(), self.unnorm_key)
+
+    def _draft(self, chunks: Sequence[np.ndarray | None]) -> torch.Tensor:
+        """Ids [B, T] of the drafts; the middle action row where there is none."""
+        config, tokenizer = self.network.config, self.processor.action_tokenizer
+        ids = np.full((len(chunks), tokenizer.n_tokens), config.action_token_begin + tokenizer.vocab_size // 2)
+        for row, chunk in enumerate(chunks):
+            if chunk is not None:
+                ids[row] = self.processor.encode_actions(chunk, self.unnorm_key)
+        return torch.from_numpy(ids).to(self.device)
 
 
 def choose_device(name: str) -> torch.device:

@@ -22,6 +22,7 @@ import numpy as np
 
 from vla import config as configuration
 from vla import machine, report, results
+from vla.actions.chunks import remainder
 from vla.comparison import common_environments, compare
 from vla.config import RolloutConfig
 from vla.errors import ConfigError, SimulatorError, SpecError
@@ -108,6 +109,7 @@ class _Run:
         self._queue = deque(episodes)
         self._running: dict[int, Episode] = {}  # by slot
         self._views: dict[int, Start | Stretch] = {}  # by slot: the last that was seen of its episode
+        self._drafts: dict[int, np.ndarray] = {}  # by slot: what its last chunk says about the next one
         self._failures: collections.Counter[str] = collections.Counter()  # by environment id: failures on video
         self._done: list[Episode] = []
         self._progress = Progress(len(episodes), "episodes")
@@ -153,10 +155,15 @@ class _Run:
             return {}
         views = [self._views[slot] for slot in slots]
         start = time.perf_counter()
-        chunks = self._policy.predict_chunks([v.observation for v in views], [v.instruction for v in views])
+        chunks = self._policy.predict_chunks(
+            [view.observation for view in views],
+            [view.instruction for view in views],
+            [self._drafts.get(slot) for slot in slots],
+        )
         seconds = time.perf_counter() - start
         self.forwards.append((len(slots), seconds))
-        for slot in slots:
+        for slot, chunk in zip(slots, chunks, strict=True):
+            self._drafts[slot] = remainder(chunk, self._n_action_steps)
             self._running[slot].n_chunks += 1
             self._running[slot].decode_ms.append(1e3 * seconds)
         return dict(zip(slots, np.asarray(chunks), strict=True))
@@ -192,6 +199,7 @@ class _Run:
         videos = self._pool.exchange(clips)
         for slot in ended:
             episode, video = self._running.pop(slot), videos.get(slot)
+            self._drafts.pop(slot, None)
             if isinstance(video, Fault):
                 warnings.warn(f"no video of {episode.env_id}, seed {episode.seed}: {video.message}", stacklevel=2)
             elif video:

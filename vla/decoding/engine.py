@@ -1,8 +1,9 @@
 """The engine: greedy decoding of action tokens near the speed of the hardware, without changing a token.
 
 Owns: the static key-value cache, the forward pass over plain matrices, and two ways to decode with it that give the
-same tokens as `generate`: stepwise, one token per forward, and in parallel, where a draft of the whole chunk is verified
-in one forward and everything up to the first wrong token is kept. It knows neither robots nor what tokens mean.
+same tokens as `generate`: stepwise, one token per forward, and in parallel, where a draft of the whole chunk is
+verified in one forward and everything up to the first wrong token is kept. It knows neither robots nor what tokens
+mean.
 
 Exact parallel decoding. Greedy decoding is the only fixed point of
 

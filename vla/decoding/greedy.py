@@ -7,6 +7,8 @@ the number of tokens that the tokenizer needs. It does not know what the tokens 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
@@ -32,8 +34,8 @@ def _action_rows(model: VLAForActionPrediction) -> tuple[int, int, int]:
 
 
 @torch.inference_mode()
-def reference(model: VLAForActionPrediction, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Ids int64 [B, T] of the model's vocabulary, through stock `generate`."""
+def reference(model: VLAForActionPrediction, batch: dict[str, torch.Tensor], **options: Any) -> torch.Tensor:
+    """Ids int64 [B, T] of the model's vocabulary, through stock `generate`; `options` are passed to it."""
     begin, end, n_tokens = _action_rows(model)
     output = model.generate(
         **batch,
@@ -43,6 +45,7 @@ def reference(model: VLAForActionPrediction, batch: dict[str, torch.Tensor]) -> 
         eos_token_id=None,
         pad_token_id=0,
         logits_processor=LogitsProcessorList([OnlyActionRows(begin, end)]),
+        **options,
     )
     return output[:, -n_tokens:]
 

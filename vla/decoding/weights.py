@@ -72,7 +72,7 @@ def read(network: VLAForActionPrediction, positions: int) -> Decoder:
     begin = network.config.action_token_begin
     rows = slice(begin, begin + network.config.make_action_tokenizer().vocab_size)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    table = _embedding(model.embed_tokens)[rows]
+    table = _matrix(model.embed_tokens)[rows]
     cos, sin = model.rotary_emb(table[None], torch.arange(positions, device=table.device)[None])
     half = torch.ones(head_dim, device=table.device, dtype=sin.dtype)
     half[: head_dim // 2] = -1
@@ -96,14 +96,24 @@ def _layer(layer: Any) -> Layer:
     biases = [bias for projection in queries if (bias := _bias(projection)) is not None]
     return Layer(
         attention_norm=layer.input_layernorm.weight.detach(),
-        qkv=torch.cat([_matrix(projection) for projection in queries]),
+        qkv=_fuse(*queries),
         qkv_bias=torch.cat(biases) if biases else None,
         out=_matrix(attention.o_proj),
         out_bias=_bias(attention.o_proj),
         mlp_norm=layer.post_attention_layernorm.weight.detach(),
-        gate_up=torch.cat([_matrix(mlp.gate_proj), _matrix(mlp.up_proj)]),
+        gate_up=_fuse(mlp.gate_proj, mlp.up_proj),
         down=_matrix(mlp.down_proj),
     )
+
+
+def _fuse(*modules: nn.Module) -> torch.Tensor:
+    """The weights of several linear maps of one input, below each other. Frozen modules keep views of the result, so
+    that a large decoder is not in memory twice."""
+    fused = torch.cat([_matrix(module) for module in modules])
+    if all(isinstance(module, nn.Linear) and not module.weight.requires_grad for module in modules):
+        for module, part in zip(modules, fused.split([module.out_features for module in modules]), strict=True):
+            module.weight.data = part
+    return fused
 
 
 def _matrix(module: nn.Module) -> torch.Tensor:
@@ -116,10 +126,6 @@ def _matrix(module: nn.Module) -> torch.Tensor:
     for name in module.active_adapters:
         weight += module.get_delta_weight(name).detach()
     return weight
-
-
-def _embedding(module: nn.Module) -> torch.Tensor:
-    return _matrix(module)
 
 
 def _bias(module: Any) -> torch.Tensor | None:

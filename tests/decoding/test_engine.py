@@ -1,0 +1,142 @@
+"""The engine gives the tokens of stock `generate`, whatever the decoder's shape, the batch or the draft."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from tests import random_models
+from vla.config import LoraConfig, ModelConfig
+from vla.decoding.engine import Engine
+from vla.decoding.greedy import reference
+from vla.errors import ConfigError
+from vla.model import lora
+from vla.model.backbones import build_policy
+
+WORDS = ["pick up the red cube", "open the drawer", "please put the green ball on the blue zone", "reach"]
+
+
+def save_qwen2(folder) -> None:
+    """Grouped queries, biases, a tied head."""
+    torch.manual_seed(5)
+    config = Qwen2Config(
+        vocab_size=640, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6,
+        num_key_value_heads=3, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(config)
+    for layer in model.model.layers:  # transformers starts them at zero, where forgetting them would not show
+        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+            torch.nn.init.normal_(projection.bias)
+    model.save_pretrained(folder)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+
+
+@pytest.fixture(scope="module", params=["nano", "llama, grouped queries", "llama, tied", "qwen2, biases"])
+def policy(request, facts, tmp_path_factory):
+    """Networks with random weights, large enough that tokens differ, and their processors."""
+    folder = tmp_path_factory.mktemp("models")
+    settings = {"horizon": 4, "n_action_steps": 4, "bins": 31}
+    if request.param == "nano":
+        settings["backbone"] = "nano-init"
+    else:
+        random_models.save_siglip(folder / "siglip")
+        if request.param == "qwen2, biases":
+            save_qwen2(folder / "decoder")
+        else:
+            random_models.save_llama(folder / "decoder", tie_word_embeddings=request.param == "llama, tied")
+        settings |= {"backbone": str(folder / "decoder"), "vision": (str(folder / "siglip"),)}
+    torch.manual_seed(0)
+    network, processor = build_policy(ModelConfig(**settings), facts)
+    with torch.no_grad():
+        for parameter in network.language_model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4)
+    return network.eval(), processor
+
+
+@pytest.mark.parametrize("size", [1, 16])
+def test_tokens_equal_generate(policy, observations, size):
+    network, processor = policy
+    engine, torch_rng = Engine(network), torch.Generator().manual_seed(size)
+    different = set()
+    for trial in range(16 // size):
+        words = [WORDS[(trial + i) % len(WORDS)] for i in range(size)]
+        batch = processor.observe(observations(size, seed=trial), words)
+        expected = reference(network, batch)
+        assert torch.equal(engine.stepwise(batch).ids, expected)
+        begin, rows = network.config.action_token_begin, processor.action_tokenizer.vocab_size
+        noise = torch.randint(begin, begin + rows, expected.shape, generator=torch_rng)
+        half = torch.where(torch.rand(expected.shape, generator=torch_rng) < 0.5, noise, expected)
+        for draft, forwards in ((noise, range(2, 17)), (half, range(1, 17)), (expected, [1])):
+            decoded = engine.parallel(batch, draft)
+            assert torch.equal(decoded.ids, expected) and decoded.forwards in forwards
+        different |= {tuple(row.tolist()) for row in expected}
+    assert len(different) > 4  # the networks do look at what they are shown
+
+
+@settings(max_examples=25, deadline=None)
+@given(window=st.integers(1, 16), wrong=st.lists(st.integers(0, 15), max_size=5), seed=st.integers(0, 3))
+def test_no_draft_and_no_window_changes_a_token(facts, observations, window, wrong, seed):
+    torch.manual_seed(0)
+    network, processor = build_policy(ModelConfig(backbone="nano-init", horizon=4, n_action_steps=4, bins=31), facts)
+    network.eval()
+    batch = processor.observe(observations(2, seed=seed), WORDS[:2])
+    expected = Engine(network).stepwise(batch).ids
+    draft = expected.clone()
+    for place in wrong:
+        draft[:, place] = network.config.action_token_begin + (draft[:, place] + 7) % 31
+    decoded = Engine(network, window=window).parallel(batch, draft)
+    assert torch.equal(decoded.ids, expected)
+    assert decoded.forwards <= 1 + 16
+
+
+def test_an_engine_grows_with_its_batches(nano, observations):
+    network, processor = nano
+    engine = Engine(network)
+    for size, words in ((1, "reach"), (5, "please put the green ball on the blue zone " * 6), (2, "reach")):
+        batch = processor.observe(observations(size), [words] * size)
+        assert torch.equal(engine.stepwise(batch).ids, reference(network, batch))
+
+
+def test_an_unmerged_adapter_counts(nano, observations):
+    network, processor = nano
+    batch = processor.observe(observations(4), WORDS)
+    before = reference(network, batch)
+    adapted = lora.attach(network, LoraConfig(rank=4, alpha=16)).eval()
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name or "trainable_tokens_delta" in name:
+                torch.nn.init.normal_(parameter, std=0.2)
+    network = adapted.get_base_model()
+    expected = reference(network, batch)
+    assert not torch.equal(before, expected)
+    assert torch.equal(Engine(network).stepwise(batch).ids, expected)
+
+
+def test_frozen_weights_are_not_kept_twice(nano, observations):
+    network, processor = nano
+    batch = processor.observe(observations(2), WORDS[:2])
+    expected = reference(network, batch)
+    network.requires_grad_(False)
+    engine = Engine(network)
+    layer, fused = network.language_model.model.layers[0], engine._weights.layers[0]
+    assert layer.self_attn.k_proj.weight.untyped_storage().data_ptr() == fused.qkv.untyped_storage().data_ptr()
+    assert torch.equal(reference(network, batch), expected)
+    assert torch.equal(engine.stepwise(batch).ids, expected)
+
+
+def test_another_architecture_is_refused_by_name(nano):
+    network, _ = nano
+    network.config.text_config.model_type = "gpt_neox"
+    try:
+        with pytest.raises(ConfigError, match=r"'gpt_neox'.*llama, mistral, qwen2"):
+            Engine(network)
+    finally:
+        network.config.text_config.model_type = "llama"
