@@ -42,7 +42,7 @@ def test_a_report_beside_the_data_and_no_cameras(tmp_path, capsys):
 
 
 def test_errors(tmp_path, data):
-    with pytest.raises(DataError, match="no dataset"):
+    with pytest.raises(DataError, match="there is no folder"):
         inspect(InspectConfig(data=tmp_path / "none"))
     with pytest.raises(ConfigError, match="bins"):
         inspect(InspectConfig(data=data, bins=1))

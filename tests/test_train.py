@@ -110,20 +110,10 @@ def test_killed_at_random_moments_it_resumes_to_the_same_losses(demos, tmp_path,
 
 
 def test_two_processes_learn_what_one_does_with_twice_the_batch(demos, tmp_path):
-    """`accelerate launch`: the same draws, so the same losses."""
+    """Data parallelism: together they make the same draws, so the losses are the same."""
     single = pretrain(small(data=[demos], out=tmp_path / "single", batch_size=8, steps=6))
     config.dump(small(data=[demos], out=tmp_path / "double", batch_size=4, steps=6), tmp_path / "job.yaml")
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*launch, "-m", "vla.cli", "pretrain", "--config", str(tmp_path / "job.yaml")]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
@@ -211,7 +201,7 @@ def test_mixture_needs_one_robot_and_distinct_names(robot, dataset, tmp_path):
 
 
 def test_any_llama_with_any_siglip(demos, tmp_path, observations):
-    """Random small checkpoints on disk stand for hub models: they train, save, reload and act."""
+    """Random small checkpoints on disk stand for hub models: they train, save, reload and roll out."""
     from tests.random_models import save_llama, save_siglip
 
     save_llama(tmp_path / "llama")
@@ -224,6 +214,12 @@ def test_any_llama_with_any_siglip(demos, tmp_path, observations):
     policy = Policy.from_pretrained(str(tmp_path / "run"))
     assert policy.network.config.layout == "image_first"
     assert policy.predict_chunk(observations(1)[0], "go to square 1").shape == (2, 7)
+    command = [sys.executable, "-m", "vla.cli", "rollout", "--policy", str(tmp_path / "run"), "--env", "vla/Reach-v0"]
+    command += ["--episodes", "2", "--n-envs", "2", "--videos", "0", "--out", str(tmp_path / "rollout")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    episodes = json.loads((tmp_path / "rollout" / "eval_info.json").read_text())["per_episode"]
+    assert [episode["fault"] for episode in episodes] == [None, None] and episodes[0]["length"] > 1
 
 
 @pytest.mark.parametrize("family", ["siglip", "dinov2", "clip"])

@@ -45,6 +45,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         yield scratch
         for file in scratch.rglob("*"):
             if file.is_file():
+                file.chmod(0o644)  # safetensors makes files that only their owner may read
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
         if target.exists():

@@ -78,11 +78,11 @@ class Policy:
         self._queue = ActionQueue()
         self._instruction: str | None = None
         self._chunk: np.ndarray | None = None  # the last one that `act` predicted
+        self._engine: Engine | None = None
         try:
             self._engine = Engine(self.network)
         except ConfigError as error:
             warnings.warn(f"decoding through transformers' own layers, several times slower: {error}", stacklevel=2)
-            self._engine = None
 
     @classmethod
     def from_pretrained(cls, name: str, device: str = "auto", unnorm_key: str | None = None, **kwargs) -> Policy:

@@ -26,6 +26,8 @@ from vla.decoding import weights
 from vla.model.modeling import VLAForActionPrediction
 
 _ROUND = 32  # cache lengths are multiples of this
+# Of 8, 16 and 32 the fastest for one observation of the embedded backbone on 2 cores (docs/benchmarks.md).
+WINDOW = 16
 
 
 @dataclasses.dataclass
@@ -45,16 +47,16 @@ class Engine:
     """Decodes chunks of `network`, which stays on its device and must not change while the engine is used.
 
     Args:
-        window: tokens that a verification looks ahead; None looks at the whole chunk.
+        window: tokens that a verification looks ahead, at most.
     Raises:
         ConfigError: the decoder's architecture computes something that the engine does not.
     """
 
-    def __init__(self, network: VLAForActionPrediction, window: int | None = None) -> None:
+    def __init__(self, network: VLAForActionPrediction, window: int = WINDOW) -> None:
         self.network = network
         tokenizer = network.config.make_action_tokenizer()
         self.n_tokens, self.begin = tokenizer.n_tokens, network.config.action_token_begin
-        self.window = window or self.n_tokens
+        self.window = window
         self._keys = self._values = torch.empty(0)
         self._weights = weights.read(network, positions=2 * _ROUND + self.n_tokens)
 

@@ -106,7 +106,7 @@ def _layer(layer: Any) -> Layer:
     )
 
 
-def _fuse(*modules: nn.Module) -> torch.Tensor:
+def _fuse(*modules: Any) -> torch.Tensor:
     """The weights of several linear maps of one input, below each other. Frozen modules keep views of the result, so
     that a large decoder is not in memory twice."""
     fused = torch.cat([_matrix(module) for module in modules])
@@ -116,7 +116,7 @@ def _fuse(*modules: nn.Module) -> torch.Tensor:
     return fused
 
 
-def _matrix(module: nn.Module) -> torch.Tensor:
+def _matrix(module: Any) -> torch.Tensor:
     """The weight of a linear map, with what an unmerged adapter adds to it."""
     if hasattr(module, "token_adapter"):  # peft trains some rows of it
         return module.token_adapter.get_merged_weights(module.token_adapter.active_adapters).detach()

@@ -186,6 +186,7 @@ def _load_decoder(backbone: str) -> Any:
     if decoder.config.tie_word_embeddings:
         head.weight = torch.nn.Parameter(head.weight.detach().clone())
         decoder.config.tie_word_embeddings = False
+        decoder.all_tied_weights_keys = {}  # or the head would be left out when the network is saved
     return decoder
 
 
