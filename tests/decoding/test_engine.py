@@ -81,7 +81,7 @@ def test_tokens_equal_generate(policy, observations, size):
 
 
 @settings(max_examples=25, deadline=None)
-@given(window=st.integers(1, 16), wrong=st.lists(st.integers(0, 15), max_size=5), seed=st.integers(0, 3))
+@given(window=st.integers(1, 40), wrong=st.lists(st.integers(0, 15), max_size=5), seed=st.integers(0, 3))
 def test_no_draft_and_no_window_changes_a_token(facts, observations, window, wrong, seed):
     torch.manual_seed(0)
     network, processor = build_policy(ModelConfig(backbone="nano-init", horizon=4, n_action_steps=4, bins=31), facts)

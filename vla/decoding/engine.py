@@ -56,7 +56,7 @@ class Engine:
         self.network = network
         tokenizer = network.config.make_action_tokenizer()
         self.n_tokens, self.begin = tokenizer.n_tokens, network.config.action_token_begin
-        self.window = window
+        self.window = min(window, self.n_tokens)
         self._keys = self._values = torch.empty(0)
         self._weights = weights.read(network, positions=2 * _ROUND + self.n_tokens)
 
