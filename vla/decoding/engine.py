@@ -26,7 +26,7 @@ from vla.decoding import weights
 from vla.model.modeling import VLAForActionPrediction
 
 _ROUND = 32  # cache lengths are multiples of this
-# Of 8, 16 and 32 the fastest for one observation of the embedded backbone on 2 cores (docs/benchmarks.md).
+# The fastest of 8, 16 and 32 for one observation on 2 cores, in one run each (docs/benchmarks.md): a first choice.
 WINDOW = 16
 
 

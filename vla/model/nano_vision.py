@@ -48,7 +48,7 @@ class NanoVisionConfig(PreTrainedConfig):
 
 
 class _Residual(nn.Module):
-    """x + conv(relu(conv(FiLM(norm(x)))))), where FiLM(h) = h * (1 + scale) + shift, per channel."""
+    """x + conv(relu(conv(FiLM(norm(x))))), where FiLM(h) = h * (1 + scale) + shift, per channel."""
 
     def __init__(self, channels: int, condition_size: int | None) -> None:
         super().__init__()
