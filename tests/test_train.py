@@ -109,6 +109,18 @@ def test_killed_at_random_moments_it_resumes_to_the_same_losses(demos, tmp_path,
     assert losses(run) == whole
 
 
+def test_two_processes_learn_what_one_does_with_twice_the_batch(demos, tmp_path):
+    """Data parallelism: together they make the same draws, so the losses are the same."""
+    single = pretrain(small(data=[demos], out=tmp_path / "single", batch_size=8, steps=6))
+    config.dump(small(data=[demos], out=tmp_path / "double", batch_size=4, steps=6), tmp_path / "job.yaml")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, "-m", "vla.cli", "pretrain", "--config", str(tmp_path / "job.yaml")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert losses(tmp_path / "double") == pytest.approx(losses(single), rel=1e-3)
+    assert Policy.from_pretrained(str(tmp_path / "double")).horizon == 4
+
+
 def test_interrupt_saves_a_checkpoint_and_says_how_to_go_on(demos, tmp_path):
     config.dump(small(data=[demos], out=tmp_path / "run", steps=500, save_every=400), tmp_path / "job.yaml")
     command = [sys.executable, "-m", "vla.cli", "pretrain", "--config", str(tmp_path / "job.yaml")]

@@ -65,6 +65,8 @@ def train(cfg: TrainConfig) -> Path:
     if job.args.should_save:
         _export(job.model, job.collator.processor, cfg)
         trainer.plot_metrics(cfg.out)
+    job.accelerator.wait_for_everyone()  # a process that leaves while another still works aborts the other
+    job.accelerator.end_training()
     return cfg.out
 
 
