@@ -32,7 +32,7 @@ class Slider:
         self.instructions: set[str] = set()
         self._direction, self._stop_at, self._error = direction, stop_at, error
 
-    def predict_chunks(self, observations, instructions, drafts=None):
+    def predict_chunks(self, observations, instructions, memories=None):
         if len(self.batches) == self._stop_at:
             raise self._error
         self.batches.append(len(observations))

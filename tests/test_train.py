@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from tests.decoders import greedy, reference
 from vla import checkpoint, config, trainer
 from vla.config import LoraConfig, ModelConfig, TrainConfig
 from vla.data.reader import Demonstrations
-from vla.decoding.greedy import greedy, reference
 from vla.errors import ConfigError, DataError
 from vla.model import lora
 from vla.model.backbones import build_policy

@@ -1,24 +1,29 @@
 """Policy: observations in, actions out.
 
 Owns: the run-time object that every job uses: it holds a network and its processor, decodes action chunks for a batch
-of observations, and hands out one action at a time through the only action queue there is. It does not know
-environments, clocks or robots' drivers.
+of observations as its `DecodingConfig` says, can tell how sure it was, and hands out one action at a time through the
+only action queue there is. It does not know environments, clocks or robots' drivers.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from transformers import StoppingCriteriaList
 
 from vla import checkpoint
-from vla.actions.chunks import remainder
+from vla.config import GREEDY, DecodingConfig
+from vla.decoding import strategies
 from vla.decoding.engine import Engine
-from vla.decoding.greedy import greedy
+from vla.decoding.result import Decoded
+from vla.decoding.streaming import ActionStreamer
 from vla.errors import ConfigError
+from vla.memory import Memory
 from vla.model.modeling import VLAForActionPrediction
 from vla.model.processing import VLAProcessor
 from vla.spec import Observation, RobotSpec
@@ -44,6 +49,31 @@ class ActionQueue:
         return len(self._actions)
 
 
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """A batch of chunks, and how sure the policy was of them.
+
+    Attributes:
+        chunks: float32 [B, H, D], un-normalised; fewer than H actions when decoding was stopped early.
+        ids: int64 [B, T], the chosen tokens, ids of the model's vocabulary.
+        log_probs: float32 [B, T], log p(a_t | x, a_<t) over the action rows, by the network itself: before temperature,
+            penalties and cuts.
+        entropy: float32 [B, T], of the same distributions, in nats.
+        forwards: passes through the decoder that it took.
+    """
+
+    chunks: np.ndarray
+    ids: np.ndarray
+    log_probs: np.ndarray
+    entropy: np.ndarray
+    forwards: int
+
+    @property
+    def log_likelihood(self) -> np.ndarray:
+        """log p(a_1..a_T | x) of each chunk, float32 [B]."""
+        return self.log_probs.sum(-1)
+
+
 class Policy:
     """An action-token policy.
 
@@ -56,6 +86,7 @@ class Policy:
         horizon: actions per chunk, H.
         n_action_steps: actions of a chunk that `act` executes before it predicts the next.
         unnorm_key: whose statistics un-normalise the actions.
+        decoding: how chunks are chosen from probabilities.
     """
 
     def __init__(
@@ -65,49 +96,59 @@ class Policy:
         device: str = "auto",
         unnorm_key: str | None = None,
         n_action_steps: int | None = None,
+        decoding: DecodingConfig = GREEDY,
     ) -> None:
+        decoding.check()
         self.device = choose_device(device)
         self.network = network.to(self.device).eval()
-        self.processor = processor
+        self.processor, self.decoding = processor, decoding
         self.robot: RobotSpec = processor.robot
         self.horizon: int = network.config.horizon
         self.n_action_steps = n_action_steps or network.config.n_action_steps
         if not 1 <= self.n_action_steps <= self.horizon:
             raise ConfigError(f"n_action_steps must be between 1 and the horizon {self.horizon}, got {n_action_steps}.")
+        if decoding.max_actions is not None and decoding.max_actions < self.n_action_steps:
+            raise ConfigError(f"{self.n_action_steps} actions are executed, but max_actions is {decoding.max_actions}.")
+        if self.processor.action_tokenizer.tokens_per_action is None and decoding != GREEDY:
+            raise ConfigError("this policy's tokens speak about several actions at once; it decodes greedily only.")
         self.unnorm_key = network.config.unnorm_key(unnorm_key)
         self._queue = ActionQueue()
         self._instruction: str | None = None
-        self._chunk: np.ndarray | None = None  # the last one that `act` predicted
-        self._engine: Engine | None = None
+        self._memory = Memory()
+        self._draws = 0  # sampled batches: each has a seed of its own
         try:
-            self._engine = Engine(self.network)
+            self._engine: Engine | None = Engine(self.network)
         except ConfigError as error:
-            warnings.warn(f"decoding through transformers' own layers, several times slower: {error}", stacklevel=2)
+            warnings.warn(f"decoding through transformers, which is slower: {error}", stacklevel=2)
+            self._engine = None
 
     @classmethod
-    def from_pretrained(cls, name: str, device: str = "auto", unnorm_key: str | None = None, **kwargs) -> Policy:
-        """Load by "nano", run folder, checkpoint folder or hub id.
-
-        Raises:
-            CheckpointError: not found, incomplete, or several unnorm_keys and none chosen.
-        """
+    def from_pretrained(
+        cls,
+        name: str = "nano",
+        device: str = "auto",
+        unnorm_key: str | None = None,
+        n_action_steps: int | None = None,
+        decoding: DecodingConfig = GREEDY,
+    ) -> Policy:
+        """Load a policy: "nano" (the embedded backbone), a checkpoint folder, a run folder, or a hub id."""
         network, processor = checkpoint.load(str(name))
         network.requires_grad_(False)
-        return cls(network, processor, device, unnorm_key, **kwargs)
+        return cls(network, processor, device, unnorm_key, n_action_steps, decoding)
 
     def reset(self, instruction: str) -> None:
         """Start an episode: forget queued actions, take the instruction."""
         self._queue.clear()
-        self._instruction, self._chunk = instruction, None
+        self._instruction, self._memory = instruction, Memory()
 
     def act(self, observation: Observation) -> np.ndarray:
         """The next action, float32 [D]; predicts a new chunk when the executed part of the last one is used up."""
         if self._instruction is None:
             raise ConfigError("call policy.reset(instruction) before policy.act(observation).")
         if not len(self._queue):
-            drafts = None if self._chunk is None else [remainder(self._chunk, self.n_action_steps)]
-            self._chunk = self.predict_chunks([observation], [self._instruction], drafts)[0]
-            self._queue.push(self._chunk[: self.n_action_steps])
+            chunk = self.predict_chunks([observation], [self._instruction], [self._memory])[0]
+            self._queue.push(chunk[: self.n_action_steps])
+        self._memory.advance(1)
         return self._queue.pop()
 
     def predict_chunk(self, observation: Observation, instruction: str | None = None) -> np.ndarray:
@@ -121,32 +162,127 @@ class Policy:
         self,
         observations: Sequence[Observation],
         instructions: Sequence[str],
-        drafts: Sequence[np.ndarray | None] | None = None,
+        memories: Sequence[Memory] | None = None,
     ) -> np.ndarray:
-        """Chunks for a batch of observations in one forward, float32 [B, H, D], un-normalised.
+        """`predict` for whom the actions are enough: float32 [B, H, D], un-normalised."""
+        return self.predict(observations, instructions, memories).chunks
+
+    def predict(
+        self,
+        observations: Sequence[Observation],
+        instructions: Sequence[str],
+        memories: Sequence[Memory] | None = None,
+        on_action: Callable[[int, np.ndarray], None] | None = None,
+        stopping: StoppingCriteriaList | None = None,
+    ) -> Prediction:
+        """Chunks for a batch of observations.
 
         Args:
-            drafts: a guess of each chunk [H, D], such as the `remainder` of the last one. It makes decoding faster
-                the better it is, and never changes the result.
+            memories: one per episode, which this call updates; the caller tells them what is executed
+                (`Memory.advance`). They make greedy decoding faster without changing it, and carry temporal ensembling.
+            on_action: is called with (index, action [D], un-normalised) as soon as an action is decoded, while the rest
+                of the chunk is still to come; for one observation.
+            stopping: transformers' criteria, asked after every token; the chunks end with the last whole action.
         Raises:
             SpecError: an observation does not fit the robot.
+            ConfigError: actions cannot be streamed as this policy decodes.
         """
         batch = self.processor.observe(observations, instructions, self.unnorm_key)
-        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
-        if self._engine is None:
-            ids = greedy(self.network, batch)
-        else:
-            ids = self._engine.parallel(batch, self._draft(drafts or [None] * len(observations))).ids
-        return self.processor.decode_actions(ids.cpu().numpy(), self.unnorm_key)
+        memories = [Memory() for _ in observations] if memories is None else memories
+        decoded = self._decode(batch, memories, self._streamer(on_action, len(observations)), stopping)
+        size = self.processor.action_tokenizer.tokens_per_action
+        if size is not None and decoded.ids.shape[1] % size:
+            whole = decoded.ids.shape[1] // size * size
+            decoded = Decoded(decoded.ids[:, :whole], decoded.logits[:, :whole], decoded.forwards)
+        prediction = self._describe(decoded)
+        if self.decoding.ensemble is not None or self.decoding.value == "mean":
+            prediction = dataclasses.replace(prediction, chunks=self._averaged(decoded, memories))
+        for memory, chunk in zip(memories, prediction.chunks, strict=True):
+            memory.remember(chunk)
+        return prediction
 
-    def _draft(self, chunks: Sequence[np.ndarray | None]) -> torch.Tensor:
-        """Ids [B, T] of the drafts; the middle action row where there is none."""
+    def score(self, observations: Sequence[Observation], instructions: Sequence[str], chunks: np.ndarray) -> Prediction:
+        """What the policy says about given chunks [B, H, D]: their tokens' probabilities, in one forward."""
+        batch = self.processor.observe(observations, instructions, self.unnorm_key)
+        ids = torch.from_numpy(self.processor.encode_actions(np.asarray(chunks), self.unnorm_key))
+        return self._describe(strategies.teacher_forced(self.network, batch, ids))
+
+    def warm_up(self, batch_size: int = 1, instruction: str = "warm up") -> None:
+        """Decode one chunk of a blank observation, so that the first real one is as fast as the others."""
+        size, robot = self.network.config.image_size, self.robot
+        blank = {
+            "pixels": {camera: np.zeros((size, size, 3), np.uint8) for camera in robot.cameras},
+            "agent_pos": np.zeros(robot.state_dim, np.float32),
+        }
+        self.predict([blank] * batch_size, [instruction] * batch_size)
+
+    def _decode(
+        self,
+        batch: dict[str, torch.Tensor],
+        memories: Sequence[Memory],
+        streamer: ActionStreamer | None,
+        stopping: StoppingCriteriaList | None,
+    ) -> Decoded:
+        """The chosen tokens: by the engine where they are greedy's, else by `generate`."""
+        if self.decoding.greedy and self._engine is not None:
+            n_tokens = strategies.count_tokens(self.network, self.decoding)
+            if stopping is None and self.device.type == "cpu":
+                return self._engine.parallel(batch, self.draft(memories)[:, :n_tokens], streamer)
+            return self._engine.stepwise(batch, n_tokens, streamer, stopping)
+        self._draws += 1
+        seed = self.decoding.seed + self._draws
+        return strategies.generate(self.network, batch, self.decoding, seed, streamer, stopping)
+
+    def draft(self, memories: Sequence[Memory]) -> torch.Tensor:
+        """Ids int64 [B, T] of the drafts in `memories`; the middle action row where there is none."""
         config, tokenizer = self.network.config, self.processor.action_tokenizer
-        ids = np.full((len(chunks), tokenizer.n_tokens), config.action_token_begin + tokenizer.vocab_size // 2)
-        for row, chunk in enumerate(chunks):
-            if chunk is not None:
-                ids[row] = self.processor.encode_actions(chunk, self.unnorm_key)
-        return torch.from_numpy(ids).to(self.device)
+        ids = np.full((len(memories), tokenizer.n_tokens), config.action_token_begin + tokenizer.vocab_size // 2)
+        for row, memory in enumerate(memories):
+            if memory.draft is not None:
+                known = self.processor.encode_actions(memory.draft, self.unnorm_key)
+                ids[row, : len(known)] = known
+        return torch.from_numpy(ids)
+
+    def _describe(self, decoded: Decoded) -> Prediction:
+        ids = decoded.ids.cpu().numpy()
+        return Prediction(
+            chunks=self.processor.decode_actions(ids, self.unnorm_key),
+            ids=ids,
+            log_probs=decoded.log_probs(self.network.config.action_token_begin).cpu().numpy(),
+            entropy=decoded.entropy.cpu().numpy(),
+            forwards=decoded.forwards,
+        )
+
+    def _averaged(self, decoded: Decoded, memories: Sequence[Memory]) -> np.ndarray:
+        """Chunks [B, n, D] from distributions instead of tokens: their mean, their average over chunks, or both."""
+        probabilities = decoded.distribution.exp().cpu().numpy()
+        size = self.processor.action_tokenizer.tokens_per_action
+        assert size is not None  # __init__ has seen to it
+        if self.decoding.ensemble is not None:
+            by_action = probabilities.reshape(len(probabilities), -1, size, probabilities.shape[-1])
+            averaged = [m.ensemble(p, self.decoding.ensemble) for m, p in zip(memories, by_action, strict=True)]
+            probabilities = np.stack(averaged).reshape(probabilities.shape)
+        if self.decoding.value == "mean":
+            return self.processor.expected_actions(probabilities, self.unnorm_key)
+        ids = probabilities.argmax(-1) + self.network.config.action_token_begin
+        return self.processor.decode_actions(ids, self.unnorm_key)
+
+    def _streamer(self, on_action: Callable[[int, np.ndarray], None] | None, size: int) -> ActionStreamer | None:
+        """What hands actions over while others are decoded; ConfigError where an action is not final by then."""
+        if on_action is None:
+            return None
+        tokens = self.processor.action_tokenizer.tokens_per_action
+        config = self.decoding
+        if tokens is None or size > 1 or config.num_beams > 1 or config.value == "mean" or config.ensemble is not None:
+            raise ConfigError(
+                "actions can be streamed for one observation, decoded token by token: without beams, value 'mean' or "
+                "temporal ensembling."
+            )
+
+        def forward(index: int, ids: list[int]) -> None:
+            on_action(index, self.processor.decode_actions(np.array(ids), self.unnorm_key)[0])
+
+        return ActionStreamer(tokens, forward)
 
 
 def choose_device(name: str) -> torch.device:

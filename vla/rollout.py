@@ -22,10 +22,10 @@ import numpy as np
 
 from vla import config as configuration
 from vla import machine, report, results
-from vla.actions.chunks import remainder
 from vla.comparison import common_environments, compare
 from vla.config import RolloutConfig
 from vla.errors import ConfigError, SimulatorError, SpecError
+from vla.memory import Memory
 from vla.progress import Progress
 from vla.results import Episode
 from vla.spec import RobotSpec
@@ -109,7 +109,7 @@ class _Run:
         self._queue = deque(episodes)
         self._running: dict[int, Episode] = {}  # by slot
         self._views: dict[int, Start | Stretch] = {}  # by slot: the last that was seen of its episode
-        self._drafts: dict[int, np.ndarray] = {}  # by slot: what its last chunk says about the next one
+        self._memories: dict[int, Memory] = {}  # by slot: what its episode carries from chunk to chunk
         self._failures: collections.Counter[str] = collections.Counter()  # by environment id: failures on video
         self._done: list[Episode] = []
         self._progress = Progress(len(episodes), "episodes")
@@ -137,6 +137,7 @@ class _Run:
         for slot in range(len(self._pool)):
             if slot not in self._running and self._queue:
                 self._running[slot] = episode = self._queue.popleft()
+                self._memories[slot] = Memory()
                 record = self._wants_first(episode) or self._wants_failure(episode)
                 requests[slot] = ("reset", episode.env_id, episode.seed, record)
         failed: dict[int, str | None] = {}
@@ -158,12 +159,12 @@ class _Run:
         chunks = self._policy.predict_chunks(
             [view.observation for view in views],
             [view.instruction for view in views],
-            [self._drafts.get(slot) for slot in slots],
+            [self._memories[slot] for slot in slots],
         )
         seconds = time.perf_counter() - start
         self.forwards.append((len(slots), seconds))
-        for slot, chunk in zip(slots, chunks, strict=True):
-            self._drafts[slot] = remainder(chunk, self._n_action_steps)
+        for slot in slots:
+            self._memories[slot].advance(self._n_action_steps)
             self._running[slot].n_chunks += 1
             self._running[slot].decode_ms.append(1e3 * seconds)
         return dict(zip(slots, np.asarray(chunks), strict=True))
@@ -199,7 +200,6 @@ class _Run:
         videos = self._pool.exchange(clips)
         for slot in ended:
             episode, video = self._running.pop(slot), videos.get(slot)
-            self._drafts.pop(slot, None)
             if isinstance(video, Fault):
                 warnings.warn(f"no video of {episode.env_id}, seed {episode.seed}: {video.message}", stacklevel=2)
             elif video:
@@ -267,7 +267,9 @@ def _describe(pool: Pool, env_ids: Sequence[str]) -> dict[str, Description]:
 def _load(config: RolloutConfig) -> Policy:
     from vla.policy import Policy
 
-    return Policy.from_pretrained(config.policy, device=config.device, unnorm_key=config.unnorm_key)
+    return Policy.from_pretrained(
+        config.policy, config.device, config.unnorm_key, config.n_action_steps, config.decoding
+    )
 
 
 def _check_fit(policy: RobotSpec, env: RobotSpec, env_id: str) -> None:

@@ -4,7 +4,7 @@ import gymnasium as gym
 import pytest
 import torch
 
-from vla.decoding.greedy import greedy, reference
+from tests.decoders import greedy, reference
 from vla.model.backbones import NANO
 from vla.policy import Policy
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.decoders import greedy, reference
 from vla import checkpoint
-from vla.decoding.greedy import greedy, reference
 from vla.errors import CheckpointError, ConfigError, SpecError
 from vla.policy import Policy
 

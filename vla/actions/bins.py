@@ -26,7 +26,8 @@ class _Bins(ActionTokenizer):
         self.active = list(range(action_dim)) if active is None else [int(dim) for dim in active]
         if not self.active or sorted(set(self.active)) != self.active or self.active[-1] >= action_dim:
             raise ValueError(f"active must name dimensions of 0..{action_dim - 1} in order, got {self.active}.")
-        self.n_tokens = horizon * len(self.active)
+        self.tokens_per_action = len(self.active)
+        self.n_tokens = horizon * self.tokens_per_action
 
     def encode(self, chunks: np.ndarray) -> np.ndarray:
         chunks = np.asarray(chunks, np.float64)
@@ -39,7 +40,14 @@ class _Bins(ActionTokenizer):
 
     def decode(self, ids: np.ndarray) -> np.ndarray:
         ids = self.check_ids(ids)
-        values = self._to_values(ids.reshape(*ids.shape[:-1], self.horizon, len(self.active)))
+        return self._chunks(self._to_values(ids.reshape(*ids.shape[:-1], -1, len(self.active))))
+
+    def expect(self, probabilities: np.ndarray) -> np.ndarray:
+        by_action = probabilities.reshape(*probabilities.shape[:-2], -1, len(self.active), self.vocab_size)
+        return self._chunks((by_action * self.centres()).sum(-1))
+
+    def _chunks(self, values: np.ndarray) -> np.ndarray:
+        """Values [..., n, n active] -> chunks [..., n, D]; 0 where nothing ever moves."""
         chunks = np.zeros((*values.shape[:-1], self.action_dim), np.float32)
         chunks[..., self.active] = values
         return chunks

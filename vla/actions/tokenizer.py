@@ -24,6 +24,7 @@ class ActionTokenizer(ABC):
         action_dim: D.
         vocab_size: ids are 0..vocab_size-1.
         n_tokens: ids per chunk; always the same, so that every decoded sequence is a valid chunk.
+        tokens_per_action: ids per action, where each action has its own; None where a token speaks about several.
     """
 
     name: str
@@ -31,6 +32,7 @@ class ActionTokenizer(ABC):
     action_dim: int
     vocab_size: int
     n_tokens: int
+    tokens_per_action: int | None = None
 
     @abstractmethod
     def encode(self, chunks: np.ndarray) -> np.ndarray:
@@ -38,7 +40,15 @@ class ActionTokenizer(ABC):
 
     @abstractmethod
     def decode(self, ids: np.ndarray) -> np.ndarray:
-        """int [..., n_tokens] -> float32 [..., H, D]. Ids outside 0..vocab_size-1 are a ValueError."""
+        """int [..., n_tokens] -> float32 [..., H, D]. Ids outside 0..vocab_size-1 are a ValueError.
+
+        Where actions have tokens of their own, the first actions of a chunk can be decoded alone: int [..., n *
+        tokens_per_action] -> float32 [..., n, D]."""
+
+    def expect(self, probabilities: np.ndarray) -> np.ndarray:
+        """Probabilities [..., n_tokens, vocab_size] of each token -> mean chunk, float32 [..., H, D]; the first actions
+        alone as in `decode`. ConfigError where tokens have no values of their own."""
+        raise ConfigError(f"action tokenizer {self.name!r} has no mean value of a token; use value 'mode'.")
 
     @abstractmethod
     def token_mask(self, valid: np.ndarray) -> np.ndarray:
@@ -51,7 +61,8 @@ class ActionTokenizer(ABC):
     def check_ids(self, ids: np.ndarray) -> np.ndarray:
         """The ids as int64, or a ValueError naming one that this tokenizer cannot have produced."""
         ids = np.asarray(ids, np.int64)
-        if ids.shape[-1] != self.n_tokens:
+        length, size = ids.shape[-1], self.tokens_per_action
+        if length != self.n_tokens and (size is None or length % size or length > self.n_tokens):
             raise ValueError(f"a chunk has {self.n_tokens} tokens, got {ids.shape[-1]}.")
         bad = (ids < 0) | (ids >= self.vocab_size)
         if bad.any():

@@ -17,30 +17,18 @@ chunk without its executed part, and the first verification rides along with the
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch.nn import functional as F
+from transformers import StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 
 from vla.decoding import weights
+from vla.decoding.result import Decoded
 from vla.model.modeling import VLAForActionPrediction
 
 _ROUND = 32  # cache lengths are multiples of this
-# The fastest of 8, 16 and 32 for one observation on 2 cores, in one run each (docs/benchmarks.md): a first choice.
-WINDOW = 16
-
-
-@dataclasses.dataclass
-class Decoded:
-    """One batch of chunks.
-
-    Attributes:
-        ids: int64 [B, T], ids of the model's vocabulary.
-        forwards: passes through the decoder, the prefill included.
-    """
-
-    ids: torch.Tensor
-    forwards: int
+WINDOW = 16  # tokens that a verification looks ahead, at most
+ROWS = 64  # and at most so many in all observations of the batch: beyond, a forward's time grows with its rows
 
 
 class Engine:
@@ -53,104 +41,150 @@ class Engine:
     """
 
     def __init__(self, network: VLAForActionPrediction, window: int = WINDOW) -> None:
-        self.network = network
+        self.network, self.device = network, network.device
         tokenizer = network.config.make_action_tokenizer()
         self.n_tokens, self.begin = tokenizer.n_tokens, network.config.action_token_begin
-        self.window = min(window, self.n_tokens)
-        self._keys = self._values = torch.empty(0)
-        self._weights = weights.read(network, positions=2 * _ROUND + self.n_tokens)
+        self.window = window
+        self._placeholders = torch.tensor([network.config.image_token_id, network.config.state_token_id])
+        self._weights = weights.read(network)
+        self._cos = self._sin = self._causal = self._cache = torch.empty(0)
+        self._cached: torch.Tensor | None = None  # prompts whose keys and values stand in the cache
+        if self.device.type == "cpu":
+            for tower in network.vision_towers:  # what oneDNN's convolutions want
+                tower.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @torch.inference_mode()
-    def stepwise(self, batch: dict[str, torch.Tensor]) -> Decoded:
+    def stepwise(
+        self,
+        batch: dict[str, torch.Tensor],
+        n_tokens: int | None = None,
+        streamer: BaseStreamer | None = None,
+        stopping: StoppingCriteriaList | None = None,
+    ) -> Decoded:
         """Greedy decoding, one token per forward.
 
         Args:
-            batch: prefix tensors from `VLAProcessor`, on the network's device.
+            batch: prefix tensors from `VLAProcessor`, on the CPU.
+            n_tokens: so many of a chunk's tokens; None: all.
+            streamer: is given every token as soon as it is decoded.
+            stopping: ends the chunk early when it says so for all observations.
         """
-        hidden, offsets = self._start(batch)
-        length = hidden.shape[1]
-        rows = [self._choose(self._forward(hidden, 0, offsets)[:, -1:])]
-        for t in range(self.n_tokens - 1):
-            hidden = self._forward(F.embedding(rows[-1], self._weights.table), length + t, offsets)
-            rows.append(self._choose(hidden))
-        return Decoded(torch.cat(rows, dim=1) + self.begin, self.n_tokens)
+        hidden, offsets, start = self._start(batch)
+        length, ids, logits = start + hidden.shape[1], batch["input_ids"].to(self.device), []
+        for t in range(n_tokens or self.n_tokens):
+            hidden = self._forward(hidden, start, offsets)[:, -1:]
+            self._cached = batch["input_ids"]
+            logits.append(self._weights.head(hidden))
+            row = logits[-1].argmax(-1)
+            ids = torch.cat([ids, row + self.begin], dim=1)
+            if streamer is not None:
+                streamer.put(ids[:, -1].cpu())
+            if stopping is not None and bool(stopping(ids, None).all()):
+                break
+            hidden, start = F.embedding(row, self._weights.table), length + t
+        if streamer is not None:
+            streamer.end()
+        return Decoded(ids[:, length:], torch.cat(logits, dim=1), len(logits))
 
     @torch.inference_mode()
-    def parallel(self, batch: dict[str, torch.Tensor], draft: torch.Tensor) -> Decoded:
-        """Greedy decoding that verifies `draft`, ids int64 [B, T] of the model's vocabulary: any ids will do, but the
-        better they are, the fewer forwards it takes."""
-        prefix, offsets = self._start(batch)
-        length, total = prefix.shape[1], self.n_tokens
-        candidate = (draft - self.begin).clone()
-        hidden = torch.cat([prefix, F.embedding(candidate[:, : self.window - 1], self._weights.table)], dim=1)
-        chosen = self._choose(self._forward(hidden, 0, offsets)[:, length - 1 :])
-        known, forwards = 0, 1  # tokens that are greedy's own in every row of the batch
+    def parallel(
+        self, batch: dict[str, torch.Tensor], draft: torch.Tensor, streamer: BaseStreamer | None = None
+    ) -> Decoded:
+        """Greedy decoding that verifies a draft of the chunk.
+
+        Args:
+            batch: prefix tensors from `VLAProcessor`, on the CPU.
+            draft: int64 [B, T], ids of the model's vocabulary, for as many tokens as shall be decoded. Any will do, but
+                the better they are, the fewer forwards it takes.
+            streamer: is given tokens as soon as they are known to be greedy's own.
+        """
+        hidden, offsets, start = self._start(batch)
+        length, total, table = start + hidden.shape[1], draft.shape[1], self._weights.table
+        candidate = draft.to(self.device) - self.begin  # a copy
+        logits = hidden.new_empty(len(draft), total, len(table))
+        ahead = max(1, min(self.window, ROWS // len(draft), total))
+        hidden = torch.cat([hidden, F.embedding(candidate[:, : ahead - 1], table)], dim=1)
+        known, window, forwards = 0, ahead, 0  # known: tokens that are greedy's own in every row of the batch
         while True:
-            end = known + chosen.shape[1]
-            wrong = (chosen != candidate[:, known:end]).any(dim=0).int()
-            candidate[:, known:end] = chosen
+            found = self._weights.head(self._forward(hidden, start, offsets)[:, -window:])
+            self._cached, forwards = batch["input_ids"], forwards + 1
+            chosen, end = found.argmax(-1), known + window
+            wrong = (chosen != candidate[:, known:end]).any(dim=0).tolist()
+            candidate[:, known:end], logits[:, known:end] = chosen, found
             # Everything before the first wrong token was right, and the correction of that one is right, too.
-            known = known + int(wrong.argmax()) + 1 if bool(wrong.any()) else end
+            gained = wrong.index(True) + 1 if True in wrong else window
+            if streamer is not None:
+                for column in (candidate[:, known : known + gained] + self.begin).cpu().T:
+                    streamer.put(column)
+            known += gained
             if known >= total:
-                return Decoded(candidate + self.begin, forwards)
-            inputs = candidate[:, known - 1 : min(known - 1 + self.window, total - 1)]
-            hidden = self._forward(F.embedding(inputs, self._weights.table), length + known - 1, offsets)
-            chosen, forwards = self._choose(hidden), forwards + 1
+                break
+            # Where drafts are poor, look less far ahead, down to one token per forward.
+            window = min(max(8, 2 * gained), ahead, total - known)
+            start = length + known - 1
+            hidden = F.embedding(candidate[:, known - 1 : known - 1 + window], table)
+        if streamer is not None:
+            streamer.end()
+        return Decoded(candidate + self.begin, logits, forwards)
 
-    def _start(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Embedded prefix [B, P, width], and how many padding tokens stand in front of each, [B]; None for no padding.
+    def _start(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None, int]:
+        """What of the prefix is not in the cache yet, embedded [B, P - start, width]; how many padding tokens stand in
+        front of each row, [B], None for no padding; and `start`, the tokens that are in the cache.
 
-        Makes room in the cache for the prefix and its chunk."""
-        hidden = self.network.embed(batch["input_ids"], batch["pixel_values"], batch.get("state"))
-        hidden = hidden.to(self._weights.table.dtype)
-        rows, needed = hidden.shape[0], hidden.shape[1] + self.n_tokens
-        if needed > len(self._weights.cos):
-            self._weights = weights.read(self.network, positions=-(-needed // _ROUND) * _ROUND)
-        w, room = self._weights, len(self._weights.cos)
-        if self._keys.ndim < 2 or self._keys.shape[1] < rows or self._keys.shape[3] < room:
-            shape = (len(w.layers), rows, w.kv_heads, room, w.head_dim)
-            self._keys, self._values = hidden.new_empty(shape), hidden.new_empty(shape)
-        offsets = batch["attention_mask"].shape[1] - batch["attention_mask"].sum(-1)
-        return hidden, offsets if bool(offsets.any()) else None
+        Makes room in the cache for the prefix and its chunk. Prompts that stand before the images are computed once for
+        as long as they stay the same."""
+        ids, mask, w = batch["input_ids"], batch["attention_mask"], self._weights
+        inputs = {name: batch[name].to(self.device) for name in ("input_ids", "pixel_values", "state") if name in batch}
+        hidden = self.network.embed(inputs["input_ids"], inputs["pixel_values"], inputs.get("state")).to(w.table.dtype)
+        (rows, length), start = ids.shape, 0
+        if length + self.n_tokens > len(self._cos):
+            self._cos, self._sin = weights.rotary(self.network, -(-(length + self.n_tokens) // _ROUND) * _ROUND)
+            self._cos, self._sin = self._cos.to(w.table.dtype), self._sin.to(w.table.dtype)
+            self._causal = torch.full((len(self._cos),) * 2, -torch.inf, dtype=w.table.dtype, device=self.device).triu(
+                1
+            )
+        if self._cache.ndim < 2 or self._cache.shape[1] < rows or self._cache.shape[3] < len(self._cos):
+            shape = (len(w.layers), rows, 2 * w.kv_heads, len(self._cos), w.head_dim)
+            self._cache, self._cached = hidden.new_empty(shape), None
+        if self._cached is not None and torch.equal(self._cached, ids):
+            start = int(torch.isin(ids, self._placeholders).any(dim=0).int().argmax())
+        self._cached = None  # until the forward that follows has succeeded
+        padding = length - mask.sum(-1)
+        return hidden[:, start:], padding.to(self.device) if bool(padding.any()) else None, start
 
     def _forward(self, hidden: torch.Tensor, start: int, offsets: torch.Tensor | None) -> torch.Tensor:
         """Run tokens [B, n, width] at cache places start..start+n-1 through the decoder; final hidden states."""
-        w, (rows, n, width) = self._weights, hidden.shape
-        end, turned = start + n, w.heads + w.kv_heads
+        w, (rows, n, _) = self._weights, hidden.shape
+        end, heads, side_by_side = start + n, w.heads, (w.heads + 2 * w.kv_heads, w.head_dim)
         if offsets is None:
-            cos, sin = w.cos[start:end, None], w.sin[start:end, None]
+            cos, sin = self._cos[start:end], self._sin[start:end]
         else:
-            places = (torch.arange(start, end, device=hidden.device) - offsets[:, None]).clamp(min=0)
-            cos, sin = w.cos[places].unsqueeze(2), w.sin[places].unsqueeze(2)
-        mask = self._mask(start, end, offsets, hidden.device) if n > 1 or offsets is not None else None
+            places = (torch.arange(start, end, device=self.device) - offsets[:, None]).clamp(min=0)
+            cos, sin = self._cos[places], self._sin[places]
+        mask = None if n == 1 and offsets is None else self._mask(start, end, offsets)
+        cache = self._cache[:, :rows, :, :end]
+        written, keys, values = (
+            part.unbind(0) for part in (cache[:, :, :, start:], cache[:, :, : w.kv_heads], cache[:, :, w.kv_heads :])
+        )
         for index, layer in enumerate(w.layers):
-            normed = F.rms_norm(hidden, (width,), layer.attention_norm, w.eps)
-            qkv = F.linear(normed, layer.qkv, layer.qkv_bias).view(rows, n, turned + w.kv_heads, w.head_dim)
-            qk = qkv[:, :, :turned]
-            qk = torch.addcmul(qk * cos, qk.roll(w.head_dim // 2, dims=-1), sin)
-            keys, values = self._keys[index, :rows, :, :end], self._values[index, :rows, :, :end]
-            keys[:, :, start:] = qk[:, :, w.heads :].transpose(1, 2)
-            values[:, :, start:] = qkv[:, :, turned:].transpose(1, 2)
+            qkv = layer.qkv(layer.attention_norm(hidden)).view(rows, n, *side_by_side)
+            qkv = torch.addcmul(qkv * cos, qkv.roll(w.head_dim // 2, dims=-1), sin).transpose(1, 2)
+            written[index].copy_(qkv[:, heads:])
             attended = F.scaled_dot_product_attention(
-                qk[:, :, : w.heads].transpose(1, 2), keys, values, mask, enable_gqa=w.kv_heads != w.heads
+                qkv[:, :heads], keys[index], values[index], mask, enable_gqa=w.kv_heads != heads
             )
-            hidden = hidden + F.linear(attended.transpose(1, 2).reshape(rows, n, -1), layer.out, layer.out_bias)
-            normed = F.rms_norm(hidden, (width,), layer.mlp_norm, w.eps)
-            gate, up = F.linear(normed, layer.gate_up).chunk(2, dim=-1)
-            hidden = hidden + F.linear(F.silu(gate) * up, layer.down)
-        return F.rms_norm(hidden, (width,), w.norm, w.eps)
+            hidden = hidden + layer.out(attended.transpose(1, 2).reshape(rows, n, -1))
+            gate, up = layer.gate_up(layer.mlp_norm(hidden)).chunk(2, dim=-1)
+            hidden = hidden + layer.down(F.silu(gate) * up)
+        return w.norm(hidden)
 
-    @staticmethod
-    def _mask(start: int, end: int, offsets: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-        """Which places a token sees, bool [B or 1, 1, n, end]: those up to itself that are not padding."""
-        places = torch.arange(end, device=device)
-        seen = places[None, :] <= places[start:, None]
+    def _mask(self, start: int, end: int, offsets: torch.Tensor | None) -> torch.Tensor:
+        """0 where a token sees a place, else minus infinity, [n, end] or [B, 1, n, end]: it sees those up to itself
+        that are not padding."""
+        seen = self._causal[start:end, :end]
         if offsets is None:
-            return seen[None, None]
+            return seen
+        places = torch.arange(end, device=self.device)
         # A padding token sees itself: a row without anything to see would be NaN.
-        real = (places[None, None, :] >= offsets[:, None, None]) | (places[None, :] == places[start:, None])
-        return (seen & real).unsqueeze(1)
-
-    def _choose(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The likeliest action row for every hidden state [B, n, width]: int64 [B, n]."""
-        return F.linear(hidden, self._weights.head).argmax(-1)
+        hidden = (places < offsets[:, None, None]) & (places != places[start:, None])
+        return seen.masked_fill(hidden, -torch.inf).unsqueeze(1)

@@ -133,5 +133,10 @@ class VLAProcessor:
         normalized = self.action_tokenizer.decode(np.asarray(ids) - self.config.action_token_begin)
         return self._actions[self.config.unnorm_key(unnorm_key)].unnormalize(normalized)
 
+    def expected_actions(self, probabilities: np.ndarray, unnorm_key: str | None = None) -> np.ndarray:
+        """Probabilities [..., T, rows] of every token -> mean chunk, float32 [..., H, D] in the robot's units."""
+        normalized = self.action_tokenizer.expect(probabilities)
+        return self._actions[self.config.unnorm_key(unnorm_key)].unnormalize(normalized)
+
     def save_pretrained(self, folder: Any) -> None:
         self.tokenizer.save_pretrained(folder)

@@ -1,0 +1,341 @@
+"""Strategies against what they are by definition, worked out over every chunk there is.
+
+The policy of these tests has one action of four entries with five bins: 625 chunks. `Table` asks the network for the
+logits after every possible beginning; distributions, nuclei, beams and penalties are then computed from it by hand.
+"""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from transformers import MaxLengthCriteria, StoppingCriteriaList
+
+from vla.config import DecodingConfig, ModelConfig
+from vla.decoding.strategies import generate, teacher_forced
+from vla.errors import ConfigError
+from vla.memory import Memory
+from vla.model.backbones import build_policy
+from vla.policy import Policy
+
+BINS, ENTRIES = 5, 4
+
+
+def softmax(logits):
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+class Table:
+    """table(beginning) -> logits [BINS] of the next token after that beginning, a tuple of rows."""
+
+    def __init__(self, network, batch):
+        self.chunks = list(itertools.product(range(BINS), repeat=ENTRIES))
+        ids = torch.tensor(self.chunks) + network.config.action_token_begin
+        repeated = {name: tensor.expand(len(ids), *tensor.shape[1:]) for name, tensor in batch.items()}
+        logits = teacher_forced(network, repeated, ids).logits.double().numpy()
+        self.logits = {
+            chunk[:length]: logits[row, length] for row, chunk in enumerate(self.chunks) for length in range(ENTRIES)
+        }
+
+    def __call__(self, beginning):
+        return self.logits[tuple(beginning)]
+
+    def log_likelihood(self, chunk):
+        return sum(np.log(softmax(self(chunk[:t]))[token]) for t, token in enumerate(chunk))
+
+
+@pytest.fixture(scope="module")
+def small(facts, observations):
+    """Network, processor, one observation's batch, and its table."""
+    torch.manual_seed(2)
+    network, processor = build_policy(ModelConfig(backbone="nano-init", horizon=1, n_action_steps=1, bins=BINS), facts)
+    with torch.no_grad():
+        network.language_model.lm_head.weight.mul_(4)  # distributions that are neither flat nor certain
+        for layer in network.language_model.model.layers:
+            layer.self_attn.o_proj.weight.mul_(4)
+    network.eval()
+    batch = processor.observe(observations(1, seed=5), ["reach the red cube"])
+    return network, processor, batch, Table(network, batch)
+
+
+def rows(network, decoded):
+    return (decoded.ids - network.config.action_token_begin).tolist()
+
+
+def frequencies(network, batch, config, draws=2000):
+    """Share of each pair of first tokens among so many sampled chunks."""
+    repeated = {name: tensor.expand(draws // 2, *tensor.shape[1:]) for name, tensor in batch.items()}
+    counts = np.zeros((BINS, BINS))
+    for seed in range(2):
+        for chunk in rows(network, generate(network, repeated, config, seed)):
+            counts[chunk[0], chunk[1]] += 1
+    return counts / counts.sum()
+
+
+def expected(table, choose):
+    """Joint distribution of the first two tokens when `choose` turns logits into probabilities."""
+    first = choose(table(()))
+    return np.stack([first[k] * choose(table((k,))) for k in range(BINS)])
+
+
+def cut(probabilities, allowed):
+    kept = np.where(allowed, probabilities, 0)
+    return kept / kept.sum()
+
+
+def nucleus(probabilities, top_p):
+    """The likeliest tokens until their probability reaches top_p, one by one."""
+    allowed, total = np.zeros(BINS, bool), 0.0
+    for token in np.argsort(-probabilities):
+        if total >= top_p:
+            break
+        allowed[token], total = True, total + probabilities[token]
+    return allowed
+
+
+def likeliest(probabilities, k):
+    return probabilities >= np.sort(probabilities)[-k]
+
+
+@pytest.mark.parametrize(
+    ("config", "choose"),
+    [
+        (DecodingConfig(temperature=1.0), softmax),
+        (DecodingConfig(temperature=0.5), lambda z: softmax(z / 0.5)),
+        (DecodingConfig(temperature=2.0), lambda z: softmax(z / 2)),
+        (DecodingConfig(temperature=1.0, top_k=2), lambda z: cut(softmax(z), likeliest(softmax(z), 2))),
+        (DecodingConfig(temperature=1.0, top_p=0.6), lambda z: cut(softmax(z), nucleus(softmax(z), 0.6))),
+        (
+            DecodingConfig(temperature=1.5, top_k=3, top_p=0.8),
+            lambda z: cut(
+                p := cut(softmax(z / 1.5), likeliest(softmax(z), 3)),
+                nucleus(p, 0.8),
+            ),
+        ),
+    ],
+    ids=["T=1", "T=0.5", "T=2", "top-k", "top-p", "all three"],
+)
+def test_samples_come_from_the_distribution(small, config, choose):
+    network, _, batch, table = small
+    share, target = frequencies(network, batch, config), expected(table, choose)
+    assert (target > 0.02).sum() > 2  # there is something to tell apart
+    assert (share[target < 1e-12] == 0).all()  # outside the cut: never
+    assert np.abs(share - target).sum() / 2 < 0.06  # 25 cells, 2000 draws: a typical distance is 0.03
+
+
+def test_no_temperature_and_the_engine_are_greedy(small):
+    network, _, batch, table = small
+    chunk = []
+    while len(chunk) < ENTRIES:
+        chunk.append(int(table(chunk).argmax()))
+    assert rows(network, generate(network, batch)) == [chunk]
+    assert rows(network, generate(network, batch, DecodingConfig(temperature=1.0, top_k=1))) == [chunk]
+
+
+@pytest.mark.parametrize("beams", [2, 3, 4])
+def test_beams_are_those_of_a_beam_search_by_hand(small, beams):
+    network, _, batch, table = small
+    alive = [((), 0.0)]
+    for _ in range(ENTRIES):
+        grown = [((*chunk, k), score + np.log(softmax(table(chunk))[k])) for chunk, score in alive for k in range(BINS)]
+        alive = sorted(grown, key=lambda item: -item[1])[:beams]
+    decoded = generate(network, batch, DecodingConfig(num_beams=beams))
+    assert rows(network, decoded) == [list(alive[0][0])]
+    assert float(decoded.log_probs(network.config.action_token_begin).sum()) == pytest.approx(alive[0][1], abs=1e-4)
+
+
+def test_enough_beams_find_the_likeliest_chunk_of_all(small):
+    network, _, batch, table = small
+    best = max(table.chunks, key=table.log_likelihood)
+    assert rows(network, generate(network, batch, DecodingConfig(num_beams=125))) == [list(best)]
+
+
+@pytest.mark.parametrize(
+    ("config", "penalise"),
+    [
+        (DecodingConfig(repetition_penalty=3.0), lambda z, n: np.where(n > 0, np.where(z > 0, z / 3, z * 3), z)),
+        (DecodingConfig(frequency_penalty=1.5), lambda z, n: z - 1.5 * n),
+        (DecodingConfig(presence_penalty=4.0), lambda z, n: z - 4.0 * (n > 0)),
+        (DecodingConfig(frequency_penalty=0.5, presence_penalty=2.0), lambda z, n: z - 0.5 * n - 2.0 * (n > 0)),
+    ],
+    ids=["repetition", "frequency", "presence", "both"],
+)
+def test_penalties(small, config, penalise):
+    network, _, batch, table = small
+    chunk, plain = [], rows(network, generate(network, batch))[0]
+    while len(chunk) < ENTRIES:
+        chunk.append(int(penalise(table(chunk), np.bincount(chunk, minlength=BINS).astype(float)).argmax()))
+    assert rows(network, generate(network, batch, config)) == [chunk]
+    assert chunk != plain or len(set(plain)) == ENTRIES
+
+
+def test_seeds_reproduce_and_leave_the_callers_random_state_alone(small, observations):
+    network, processor, _, _ = small
+    observation, words = observations(8, seed=1), ["reach"] * 8
+
+    def chunks(seed):
+        policy = Policy(network, processor, decoding=DecodingConfig(temperature=1.0, seed=seed))
+        return np.stack([policy.predict_chunks(observation, words) for _ in range(2)])
+
+    torch.manual_seed(11)
+    before = torch.get_rng_state()
+    first = chunks(0)
+    assert torch.equal(torch.get_rng_state(), before)
+    np.testing.assert_array_equal(first, chunks(0))
+    assert (first != chunks(100)).any() and (first[0] != first[1]).any()
+
+
+def test_a_policy_says_how_sure_it_was(small, observations):
+    network, processor, _, table = small
+    policy = Policy(network, processor)
+    observation, words = observations(1, seed=5), ["reach the red cube"]
+    prediction = policy.predict(observation, words)
+    chunk = tuple((prediction.ids[0] - network.config.action_token_begin).tolist())
+    assert prediction.log_likelihood[0] == pytest.approx(table.log_likelihood(chunk), abs=1e-4)
+    for t in range(ENTRIES):
+        p = softmax(table(chunk[:t]))
+        assert prediction.log_probs[0, t] == pytest.approx(np.log(p[chunk[t]]), abs=1e-4)
+        assert prediction.entropy[0, t] == pytest.approx(-(p * np.log(p)).sum(), abs=1e-4)
+    scored = policy.score(observation, words, prediction.chunks)
+    np.testing.assert_array_equal(scored.ids, prediction.ids)
+    np.testing.assert_allclose(scored.log_probs, prediction.log_probs, atol=1e-4)
+    other = processor.decode_actions(np.array([[(k + 1) % BINS for k in chunk]]) + network.config.action_token_begin)
+    assert policy.score(observation, words, other).log_likelihood[0] == pytest.approx(
+        table.log_likelihood(tuple((k + 1) % BINS for k in chunk)), abs=1e-4
+    )
+
+
+def test_expected_value_is_the_mean_of_the_bin_centres(small, observations):
+    network, processor, _, table = small
+    observation, words = observations(1, seed=5), ["reach the red cube"]
+    greedy = Policy(network, processor).predict(observation, words)
+    chunk = tuple((greedy.ids[0] - network.config.action_token_begin).tolist())
+    mean = Policy(network, processor, decoding=DecodingConfig(value="mean")).predict(observation, words)
+    np.testing.assert_array_equal(mean.ids, greedy.ids)
+    centres = np.array([-0.8, -0.4, 0.0, 0.4, 0.8])
+    normalized = np.zeros(7)
+    normalized[processor.action_tokenizer.active] = [softmax(table(chunk[:t])) @ centres for t in range(ENTRIES)]
+    target = network.config.action_normalizer().unnormalize(normalized)
+    np.testing.assert_allclose(mean.chunks[0, 0], target, atol=1e-4)
+    assert (np.abs(mean.chunks - greedy.chunks) > 1e-3).any()
+
+
+def test_ensembles_average_what_was_said_about_the_same_moment():
+    """Chunks of five actions, executed 2, 1, 3 and 2 at a time, against the definition moment by moment."""
+    rng, coefficient, memory, now = np.random.default_rng(0), 0.3, Memory(), 0
+    said: dict[int, list[np.ndarray]] = {}  # absolute moment -> distributions, oldest first
+    for executed in (2, 1, 3, 2, 5, 1):
+        new = rng.dirichlet(np.ones(7), size=(5, 3))
+        for h in range(5):
+            said.setdefault(now + h, []).append(new[h])
+        averaged = memory.ensemble(new, coefficient)
+        for h in range(5):
+            weights = [np.exp(-coefficient * i) for i in range(len(said[now + h]))]
+            target = sum(w * p for w, p in zip(weights, said[now + h], strict=True)) / sum(weights)
+            np.testing.assert_allclose(averaged[h], target)
+        memory.advance(executed)
+        now += executed
+    assert max(map(len, said.values())) >= 3
+
+
+@pytest.mark.parametrize("value", ["mode", "mean"])
+def test_ensembling_in_a_policy(nano, observations, value):
+    """The second chunk is the average of two; a new memory starts from nothing."""
+    network, processor = nano
+    policy = Policy(network, processor, decoding=DecodingConfig(ensemble=0.0, value=value))
+    first, second = observations(2)
+    plain = [Policy(network, processor).score([o], ["reach"], Policy(network, processor).predict_chunks([o], ["reach"]))
+             for o in (first, second)]  # fmt: skip
+    memory = Memory()
+    policy.predict([first], ["reach"], [memory])
+    memory.advance(1)
+    together = policy.predict([second], ["reach"], [memory])
+    np.testing.assert_array_equal(together.ids, plain[1].ids)
+
+    def distribution(prediction, observation):
+        batch = processor.observe([observation], ["reach"])
+        told = teacher_forced(network, batch, torch.from_numpy(prediction.ids))
+        return told.distribution.exp().numpy()[0].reshape(4, 4, -1)
+
+    old, new = (distribution(p, o) for p, o in zip(plain, (first, second), strict=True))
+    average = np.concatenate([(old[1:] + new[:3]) / 2, new[3:]]).reshape(1, 16, -1)
+    if value == "mean":
+        target = processor.expected_actions(average)
+    else:
+        target = processor.decode_actions(average.argmax(-1) + network.config.action_token_begin)
+    np.testing.assert_allclose(together.chunks, target, atol=1e-4)
+
+
+@pytest.mark.parametrize("decoding", [DecodingConfig(), DecodingConfig(temperature=1.0)], ids=["engine", "generate"])
+def test_actions_leave_before_the_chunk_is_decoded(nano, observations, decoding):
+    network, processor = nano
+    seen = []
+    policy = Policy(network, processor, decoding=decoding)
+
+    class Stop(Exception):
+        pass
+
+    def take(index, action):
+        seen.append((index, action))
+
+    chunk = policy.predict(observations(1), ["reach"], on_action=take).chunks[0]
+    assert [index for index, _ in seen] == [0, 1, 2, 3]
+    np.testing.assert_array_equal([action for _, action in seen], chunk)
+
+    def refuse(index, action):
+        raise Stop
+
+    passes = []
+    hook = network.language_model.model.register_forward_hook(lambda *_: passes.append(1))
+    try:
+        with pytest.raises(Stop):
+            policy.predict(observations(1), ["reach"], on_action=refuse)
+    finally:
+        hook.remove()
+    assert len(passes) in (0, 4)  # the engine does not go through the module; `generate` had decoded one action of four
+    again = Policy(network, processor, decoding=decoding).predict_chunks(observations(1), ["reach"])[0]
+    np.testing.assert_array_equal(again, chunk)
+
+
+@pytest.mark.parametrize("decoding", [DecodingConfig(), DecodingConfig(temperature=1.0)], ids=["engine", "generate"])
+def test_stopping_ends_with_the_last_whole_action(nano, observations, decoding):
+    network, processor = nano
+    prompt = processor.observe(observations(1), ["reach"])["input_ids"].shape[1]
+    whole = Policy(network, processor, decoding=decoding).predict(observations(1), ["reach"])
+    criteria = StoppingCriteriaList([MaxLengthCriteria(prompt + 10)])  # ten tokens: two actions and a half
+    part = Policy(network, processor, decoding=decoding).predict(observations(1), ["reach"], stopping=criteria)
+    assert part.chunks.shape == (1, 2, 7)
+    np.testing.assert_array_equal(part.chunks, whole.chunks[:, :2])
+
+
+def test_max_actions_decodes_the_first_actions_only(nano, observations):
+    network, processor = nano
+    whole = Policy(network, processor).predict(observations(3), ["reach"] * 3)
+    for config in (DecodingConfig(max_actions=2), DecodingConfig(max_actions=2, num_beams=1, value="mode")):
+        part = Policy(network, processor, n_action_steps=2, decoding=config).predict(observations(3), ["reach"] * 3)
+        np.testing.assert_array_equal(part.chunks, whole.chunks[:, :2])
+    with pytest.raises(ConfigError, match="4 actions are executed, but max_actions is 2"):
+        Policy(network, processor, n_action_steps=4, decoding=DecodingConfig(max_actions=2))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"temperature": -1.0}, "temperature >= 0"),
+        ({"temperature": 1.0, "top_p": 0.0}, "0 < top_p <= 1"),
+        ({"top_k": 5}, "give a temperature"),
+        ({"temperature": 1.0, "num_beams": 2}, "not both"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be positive"),
+        ({"max_actions": 0}, "max_actions must be at least 1"),
+    ],
+)
+def test_wrong_values_are_refused_by_name(nano, values, message):
+    with pytest.raises(ConfigError, match=message):
+        Policy(*nano, decoding=DecodingConfig(**values))
+
+
+def test_what_cannot_be_streamed_is_refused(nano, observations):
+    for config in (DecodingConfig(num_beams=2), DecodingConfig(value="mean"), DecodingConfig(ensemble=0.1)):
+        with pytest.raises(ConfigError, match="can be streamed for one observation"):
+            Policy(*nano, decoding=config).predict(observations(1), ["reach"], on_action=print)

@@ -1,0 +1,41 @@
+"""What a decoder returns, and what the logits say about it.
+
+Owns: `Decoded`, and the arithmetic from logits over the action rows to log-probabilities and entropy. It does not know
+how the tokens were chosen or what they mean.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    """One batch of chunks.
+
+    Attributes:
+        ids: int64 [B, T], ids of the model's vocabulary; fewer than a whole chunk when decoding was stopped early.
+        logits: [B, T, rows], what the network says about each token given those before it, over the action rows.
+        forwards: passes through the decoder, the prefill included.
+    """
+
+    ids: torch.Tensor
+    logits: torch.Tensor
+    forwards: int
+
+    @functools.cached_property
+    def distribution(self) -> torch.Tensor:
+        """log p(k | x, a_<t) over the action rows, float32 [B, T, rows]."""
+        return self.logits.float().log_softmax(-1)
+
+    def log_probs(self, begin: int) -> torch.Tensor:
+        """log p(a_t | x, a_<t) of the chosen tokens, float32 [B, T]; `begin` is the id of the first action row."""
+        return self.distribution.gather(-1, (self.ids - begin).unsqueeze(-1)).squeeze(-1)
+
+    @property
+    def entropy(self) -> torch.Tensor:
+        """Entropy of each token's distribution in nats, float32 [B, T]: 0 is certain, log(rows) knows nothing."""
+        return -(self.distribution.exp() * self.distribution).sum(-1)

@@ -1,0 +1,31 @@
+"""Actions of a chunk as they are decoded.
+
+Owns: the transformers streamer that collects tokens until an action is whole. It does not know what the tokens mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+
+class ActionStreamer(BaseStreamer):
+    """Calls `on_action(index, ids)` with the ids [tokens_per_action] of each action once its last token is known."""
+
+    def __init__(self, tokens_per_action: int, on_action: Callable[[int, list[int]], None]) -> None:
+        self._size, self._on_action = tokens_per_action, on_action
+        self._ids: list[int] = []
+        self._index = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        if value.ndim > 1:  # `generate` starts with the prompt
+            return
+        self._ids += value.tolist()
+        if len(self._ids) == self._size:
+            self._on_action(self._index, self._ids)
+            self._ids, self._index = [], self._index + 1
+
+    def end(self) -> None:
+        """Nothing is left: chunks hold whole actions."""
