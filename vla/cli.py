@@ -42,6 +42,9 @@ VERBS = {
     "train": Verb("TrainConfig", "vla.train:train", "fine-tune a policy on demonstrations"),
     "pretrain": Verb("TrainConfig", "vla.train:pretrain", "train all weights of a policy"),
     "rollout": Verb("RolloutConfig", "vla.rollout:rollout", "evaluate a policy closed loop and write a report"),
+    "analyze exposure": Verb(
+        "ExposureConfig", "vla.exposure:exposure", "measure a policy's exposure bias on a dataset"
+    ),
 }
 
 
@@ -61,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = None
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
+        if " ".join(arguments[:2]) in VERBS:
+            arguments[:2] = [" ".join(arguments[:2])]
         verb = _verb(arguments[0])
         config = _parse(arguments[0], verb, arguments[1:])
         module, _, name = verb.job.partition(":")

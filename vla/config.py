@@ -252,12 +252,12 @@ class DecodingConfig:
         repetition_penalty: divides positive logits of tokens that are in the chunk already, multiplies negative ones.
         frequency_penalty: subtracted from a token's logit for each time it is in the chunk already.
         presence_penalty: subtracted from the logits of tokens that are in the chunk already.
-        value: what becomes of an entry's distribution: "mode" is the bin of the chosen token, "mean" the
+        readout: what becomes of an entry's distribution: "mode" is the bin of the chosen token, "mean" the
             probability-weighted mean of all bin centres.
         ensemble: coefficient of temporal ensembling, the weights exp(-coefficient * i) of overlapping chunks with i = 0
             for the oldest; it takes effect where fewer actions are executed than a chunk has. None: no ensembling.
         max_actions: decode only so many first actions of each chunk. None: all.
-        seed: of sampling.
+        sampling_seed: of the draws.
     """
 
     __pydantic_config__ = STRICT
@@ -268,10 +268,10 @@ class DecodingConfig:
     repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
-    value: Literal["mode", "mean"] = "mode"
+    readout: Literal["mode", "mean"] = "mode"
     ensemble: float | None = None
     max_actions: int | None = None
-    seed: int = 0
+    sampling_seed: int = 0
 
     @property
     def greedy(self) -> bool:
@@ -332,6 +332,29 @@ class RolloutConfig:
     device: str = "auto"
     overwrite: bool = False
     adapter: AdapterConfig = AdapterConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class ExposureConfig:
+    """`vla analyze exposure`: what a policy loses by reading its own tokens instead of the demonstrator's.
+
+    Attributes:
+        policy: "nano", a run folder or a checkpoint folder.
+        data: a dataset folder; demonstrations that the policy was not trained on, for a fair answer.
+        out: folder of the figures and the picture.
+        frames: at most so many frames, spread evenly over all episodes.
+        batch_size: frames per forward.
+        unnorm_key: whose statistics normalise the actions; needed only when the checkpoint holds several.
+    """
+
+    __pydantic_config__ = STRICT
+    policy: str = "nano"
+    data: Path = Path("datasets/demos")
+    out: Path = Path("runs/exposure")
+    frames: int = 2000
+    batch_size: int = 32
+    unnorm_key: str | None = None
+    device: str = "auto"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -189,13 +189,13 @@ class Policy:
         """
         batch = self.processor.observe(observations, instructions, self.unnorm_key)
         memories = [Memory() for _ in observations] if memories is None else memories
-        decoded = self._decode(batch, memories, self._streamer(on_action, len(observations)), stopping)
+        decoded = self.decode(batch, memories, self._streamer(on_action, len(observations)), stopping)
         size = self.processor.action_tokenizer.tokens_per_action
         if size is not None and decoded.ids.shape[1] % size:
             whole = decoded.ids.shape[1] // size * size
             decoded = Decoded(decoded.ids[:, :whole], decoded.logits[:, :whole], decoded.forwards)
         prediction = self._describe(decoded)
-        if self.decoding.ensemble is not None or self.decoding.value == "mean":
+        if self.decoding.ensemble is not None or self.decoding.readout == "mean":
             prediction = dataclasses.replace(prediction, chunks=self._averaged(decoded, memories))
         for memory, chunk in zip(memories, prediction.chunks, strict=True):
             memory.remember(chunk)
@@ -216,21 +216,22 @@ class Policy:
         }
         self.predict([blank] * batch_size, [instruction] * batch_size)
 
-    def _decode(
+    def decode(
         self,
         batch: dict[str, torch.Tensor],
-        memories: Sequence[Memory],
-        streamer: ActionStreamer | None,
-        stopping: StoppingCriteriaList | None,
+        memories: Sequence[Memory] | None = None,
+        streamer: ActionStreamer | None = None,
+        stopping: StoppingCriteriaList | None = None,
     ) -> Decoded:
-        """The chosen tokens: by the engine where they are greedy's, else by `generate`."""
+        """Tokens for prefix tensors from the processor: by the engine where they are greedy's, else by `generate`."""
+        memories = [Memory() for _ in batch["input_ids"]] if memories is None else memories
         if self.decoding.greedy and self._engine is not None:
             n_tokens = strategies.count_tokens(self.network, self.decoding)
             if stopping is None and self.device.type == "cpu":
                 return self._engine.parallel(batch, self.draft(memories)[:, :n_tokens], streamer)
             return self._engine.stepwise(batch, n_tokens, streamer, stopping)
         self._draws += 1
-        seed = self.decoding.seed + self._draws
+        seed = self.decoding.sampling_seed + self._draws
         return strategies.generate(self.network, batch, self.decoding, seed, streamer, stopping)
 
     def draft(self, memories: Sequence[Memory]) -> torch.Tensor:
@@ -262,7 +263,7 @@ class Policy:
             by_action = probabilities.reshape(len(probabilities), -1, size, probabilities.shape[-1])
             averaged = [m.ensemble(p, self.decoding.ensemble) for m, p in zip(memories, by_action, strict=True)]
             probabilities = np.stack(averaged).reshape(probabilities.shape)
-        if self.decoding.value == "mean":
+        if self.decoding.readout == "mean":
             return self.processor.expected_actions(probabilities, self.unnorm_key)
         ids = probabilities.argmax(-1) + self.network.config.action_token_begin
         return self.processor.decode_actions(ids, self.unnorm_key)
@@ -273,9 +274,15 @@ class Policy:
             return None
         tokens = self.processor.action_tokenizer.tokens_per_action
         config = self.decoding
-        if tokens is None or size > 1 or config.num_beams > 1 or config.value == "mean" or config.ensemble is not None:
+        if (
+            tokens is None
+            or size > 1
+            or config.num_beams > 1
+            or config.readout == "mean"
+            or config.ensemble is not None
+        ):
             raise ConfigError(
-                "actions can be streamed for one observation, decoded token by token: without beams, value 'mean' or "
+                "actions can be streamed for one observation, decoded token by token: without beams, readout 'mean' or "
                 "temporal ensembling."
             )
 

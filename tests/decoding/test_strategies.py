@@ -175,7 +175,7 @@ def test_seeds_reproduce_and_leave_the_callers_random_state_alone(small, observa
     observation, words = observations(8, seed=1), ["reach"] * 8
 
     def chunks(seed):
-        policy = Policy(network, processor, decoding=DecodingConfig(temperature=1.0, seed=seed))
+        policy = Policy(network, processor, decoding=DecodingConfig(temperature=1.0, sampling_seed=seed))
         return np.stack([policy.predict_chunks(observation, words) for _ in range(2)])
 
     torch.manual_seed(11)
@@ -211,7 +211,7 @@ def test_expected_value_is_the_mean_of_the_bin_centres(small, observations):
     observation, words = observations(1, seed=5), ["reach the red cube"]
     greedy = Policy(network, processor).predict(observation, words)
     chunk = tuple((greedy.ids[0] - network.config.action_token_begin).tolist())
-    mean = Policy(network, processor, decoding=DecodingConfig(value="mean")).predict(observation, words)
+    mean = Policy(network, processor, decoding=DecodingConfig(readout="mean")).predict(observation, words)
     np.testing.assert_array_equal(mean.ids, greedy.ids)
     centres = np.array([-0.8, -0.4, 0.0, 0.4, 0.8])
     normalized = np.zeros(7)
@@ -243,7 +243,7 @@ def test_ensembles_average_what_was_said_about_the_same_moment():
 def test_ensembling_in_a_policy(nano, observations, value):
     """The second chunk is the average of two; a new memory starts from nothing."""
     network, processor = nano
-    policy = Policy(network, processor, decoding=DecodingConfig(ensemble=0.0, value=value))
+    policy = Policy(network, processor, decoding=DecodingConfig(ensemble=0.0, readout=value))
     first, second = observations(2)
     plain = [Policy(network, processor).score([o], ["reach"], Policy(network, processor).predict_chunks([o], ["reach"]))
              for o in (first, second)]  # fmt: skip
@@ -312,7 +312,7 @@ def test_stopping_ends_with_the_last_whole_action(nano, observations, decoding):
 def test_max_actions_decodes_the_first_actions_only(nano, observations):
     network, processor = nano
     whole = Policy(network, processor).predict(observations(3), ["reach"] * 3)
-    for config in (DecodingConfig(max_actions=2), DecodingConfig(max_actions=2, num_beams=1, value="mode")):
+    for config in (DecodingConfig(max_actions=2), DecodingConfig(max_actions=2, num_beams=1, readout="mode")):
         part = Policy(network, processor, n_action_steps=2, decoding=config).predict(observations(3), ["reach"] * 3)
         np.testing.assert_array_equal(part.chunks, whole.chunks[:, :2])
     with pytest.raises(ConfigError, match="4 actions are executed, but max_actions is 2"):
@@ -336,6 +336,6 @@ def test_wrong_values_are_refused_by_name(nano, values, message):
 
 
 def test_what_cannot_be_streamed_is_refused(nano, observations):
-    for config in (DecodingConfig(num_beams=2), DecodingConfig(value="mean"), DecodingConfig(ensemble=0.1)):
+    for config in (DecodingConfig(num_beams=2), DecodingConfig(readout="mean"), DecodingConfig(ensemble=0.1)):
         with pytest.raises(ConfigError, match="can be streamed for one observation"):
             Policy(*nano, decoding=config).predict(observations(1), ["reach"], on_action=print)

@@ -48,7 +48,7 @@ class ActionTokenizer(ABC):
     def expect(self, probabilities: np.ndarray) -> np.ndarray:
         """Probabilities [..., n_tokens, vocab_size] of each token -> mean chunk, float32 [..., H, D]; the first actions
         alone as in `decode`. ConfigError where tokens have no values of their own."""
-        raise ConfigError(f"action tokenizer {self.name!r} has no mean value of a token; use value 'mode'.")
+        raise ConfigError(f"action tokenizer {self.name!r} has no mean value of a token; use readout 'mode'.")
 
     @abstractmethod
     def token_mask(self, valid: np.ndarray) -> np.ndarray:

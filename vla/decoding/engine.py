@@ -23,6 +23,7 @@ from transformers import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from vla.decoding import weights
+from vla.decoding.graphs import Captured
 from vla.decoding.result import Decoded
 from vla.model.modeling import VLAForActionPrediction
 
@@ -49,6 +50,10 @@ class Engine:
         self._weights = weights.read(network)
         self._cos = self._sin = self._causal = self._cache = torch.empty(0)
         self._cached: torch.Tensor | None = None  # prompts whose keys and values stand in the cache
+        self._graphs: dict[int, Captured] = {}  # by number of tokens
+        # On a GPU a chunk is thousands of small kernels, and what each costs is its launch: fewer are faster.
+        fuse = torch.compile if self.device.type == "cuda" else (lambda function: function)
+        self._turn, self._gate = fuse(_turn), fuse(_gate)
         if self.device.type == "cpu":
             for tower in network.vision_towers:  # what oneDNN's convolutions want
                 tower.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -61,7 +66,7 @@ class Engine:
         streamer: BaseStreamer | None = None,
         stopping: StoppingCriteriaList | None = None,
     ) -> Decoded:
-        """Greedy decoding, one token per forward.
+        """Greedy decoding, one token per forward. On CUDA the whole chunk, camera images to tokens, is one graph.
 
         Args:
             batch: prefix tensors from `VLAProcessor`, on the CPU.
@@ -69,11 +74,32 @@ class Engine:
             streamer: is given every token as soon as it is decoded.
             stopping: ends the chunk early when it says so for all observations.
         """
-        hidden, offsets, start = self._start(batch)
-        length, ids, logits = start + hidden.shape[1], batch["input_ids"].to(self.device), []
-        for t in range(n_tokens or self.n_tokens):
-            hidden = self._forward(hidden, start, offsets)[:, -1:]
+        n_tokens = n_tokens or self.n_tokens
+        inputs, start = self._start(batch)
+        if self.device.type == "cuda" and streamer is None and stopping is None:
+            if n_tokens not in self._graphs:
+                self._graphs[n_tokens] = Captured(lambda **inputs: self._chunk(inputs, 0, n_tokens))
+            ids, logits = self._graphs[n_tokens](inputs)
+        else:
+            ids, logits = self._chunk(inputs, start, n_tokens, streamer, stopping)
             self._cached = batch["input_ids"]
+        if streamer is not None:
+            streamer.end()
+        return Decoded(ids[:, batch["input_ids"].shape[1] :], logits, logits.shape[1])
+
+    def _chunk(
+        self,
+        inputs: dict[str, torch.Tensor],
+        start: int,
+        n_tokens: int,
+        streamer: BaseStreamer | None = None,
+        stopping: StoppingCriteriaList | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prefix and chunk [B, P + T], logits [B, T, rows]; never waits for the device unless somebody listens."""
+        hidden, offsets = self._embed(inputs, start), inputs.get("offsets")
+        length, ids, logits = start + hidden.shape[1], inputs["input_ids"], []
+        for t in range(n_tokens):
+            hidden = self._forward(hidden, start, offsets)[:, -1:]
             logits.append(self._weights.head(hidden))
             row = logits[-1].argmax(-1)
             ids = torch.cat([ids, row + self.begin], dim=1)
@@ -82,9 +108,7 @@ class Engine:
             if stopping is not None and bool(stopping(ids, None).all()):
                 break
             hidden, start = F.embedding(row, self._weights.table), length + t
-        if streamer is not None:
-            streamer.end()
-        return Decoded(ids[:, length:], torch.cat(logits, dim=1), len(logits))
+        return ids, torch.cat(logits, dim=1)
 
     @torch.inference_mode()
     def parallel(
@@ -98,7 +122,8 @@ class Engine:
                 the better they are, the fewer forwards it takes.
             streamer: is given tokens as soon as they are known to be greedy's own.
         """
-        hidden, offsets, start = self._start(batch)
+        inputs, start = self._start(batch)
+        hidden, offsets = self._embed(inputs, start), inputs.get("offsets")
         length, total, table = start + hidden.shape[1], draft.shape[1], self._weights.table
         candidate = draft.to(self.device) - self.begin  # a copy
         logits = hidden.new_empty(len(draft), total, len(table))
@@ -127,30 +152,35 @@ class Engine:
             streamer.end()
         return Decoded(candidate + self.begin, logits, forwards)
 
-    def _start(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None, int]:
-        """What of the prefix is not in the cache yet, embedded [B, P - start, width]; how many padding tokens stand in
-        front of each row, [B], None for no padding; and `start`, the tokens that are in the cache.
+    def _start(self, batch: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], int]:
+        """The batch on the engine's device, with `offsets` [B], how many padding tokens stand in front of each row, if
+        there are any; and how many tokens of the prefix are in the cache already.
 
         Makes room in the cache for the prefix and its chunk. Prompts that stand before the images are computed once for
         as long as they stay the same."""
-        ids, mask, w = batch["input_ids"], batch["attention_mask"], self._weights
-        inputs = {name: batch[name].to(self.device) for name in ("input_ids", "pixel_values", "state") if name in batch}
-        hidden = self.network.embed(inputs["input_ids"], inputs["pixel_values"], inputs.get("state")).to(w.table.dtype)
-        (rows, length), start = ids.shape, 0
+        ids, w, start = batch["input_ids"], self._weights, 0
+        rows, length = ids.shape
         if length + self.n_tokens > len(self._cos):
-            self._cos, self._sin = weights.rotary(self.network, -(-(length + self.n_tokens) // _ROUND) * _ROUND)
-            self._cos, self._sin = self._cos.to(w.table.dtype), self._sin.to(w.table.dtype)
-            self._causal = torch.full((len(self._cos),) * 2, -torch.inf, dtype=w.table.dtype, device=self.device).triu(
-                1
-            )
+            room = -(-(length + self.n_tokens) // _ROUND) * _ROUND
+            self._cos, self._sin = (part.to(w.table.dtype) for part in weights.rotary(self.network, room))
+            self._causal = w.table.new_full((room, room), -torch.inf).triu(1)
         if self._cache.ndim < 2 or self._cache.shape[1] < rows or self._cache.shape[3] < len(self._cos):
             shape = (len(w.layers), rows, 2 * w.kv_heads, len(self._cos), w.head_dim)
-            self._cache, self._cached = hidden.new_empty(shape), None
+            self._cache, self._cached = w.table.new_empty(shape), None
+            self._graphs.clear()  # they write to the old one
         if self._cached is not None and torch.equal(self._cached, ids):
             start = int(torch.isin(ids, self._placeholders).any(dim=0).int().argmax())
         self._cached = None  # until the forward that follows has succeeded
-        padding = length - mask.sum(-1)
-        return hidden[:, start:], padding.to(self.device) if bool(padding.any()) else None, start
+        inputs = {name: tensor for name, tensor in batch.items() if name != "attention_mask"}
+        padding = length - batch["attention_mask"].sum(-1)
+        if bool(padding.any()):
+            inputs["offsets"] = padding
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}, start
+
+    def _embed(self, inputs: dict[str, torch.Tensor], start: int) -> torch.Tensor:
+        """The prefix from token `start` on, [B, P - start, width]."""
+        hidden = self.network.embed(inputs["input_ids"], inputs["pixel_values"], inputs.get("state"))
+        return hidden[:, start:].to(self._weights.table.dtype)
 
     def _forward(self, hidden: torch.Tensor, start: int, offsets: torch.Tensor | None) -> torch.Tensor:
         """Run tokens [B, n, width] at cache places start..start+n-1 through the decoder; final hidden states."""
@@ -168,14 +198,13 @@ class Engine:
         )
         for index, layer in enumerate(w.layers):
             qkv = layer.qkv(layer.attention_norm(hidden)).view(rows, n, *side_by_side)
-            qkv = torch.addcmul(qkv * cos, qkv.roll(w.head_dim // 2, dims=-1), sin).transpose(1, 2)
+            qkv = self._turn(qkv, cos, sin)
             written[index].copy_(qkv[:, heads:])
             attended = F.scaled_dot_product_attention(
                 qkv[:, :heads], keys[index], values[index], mask, enable_gqa=w.kv_heads != heads
             )
             hidden = hidden + layer.out(attended.transpose(1, 2).reshape(rows, n, -1))
-            gate, up = layer.gate_up(layer.mlp_norm(hidden)).chunk(2, dim=-1)
-            hidden = hidden + layer.down(F.silu(gate) * up)
+            hidden = hidden + layer.down(self._gate(layer.gate_up(layer.mlp_norm(hidden))))
         return w.norm(hidden)
 
     def _mask(self, start: int, end: int, offsets: torch.Tensor | None) -> torch.Tensor:
@@ -188,3 +217,14 @@ class Engine:
         # A padding token sees itself: a row without anything to see would be NaN.
         hidden = (places < offsets[:, None, None]) & (places != places[start:, None])
         return seen.masked_fill(hidden, -torch.inf).unsqueeze(1)
+
+
+def _turn(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary positions: [B, n, heads, d] -> [B, heads, n, d]."""
+    return torch.addcmul(qkv * cos, qkv.roll(qkv.shape[-1] // 2, dims=-1), sin).transpose(1, 2)
+
+
+def _gate(gate_up: torch.Tensor) -> torch.Tensor:
+    """SwiGLU's product: [..., 2 m] -> [..., m]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up

@@ -105,12 +105,20 @@ def teacher_forced(network: VLAForActionPrediction, batch: dict[str, torch.Tenso
     """What the network says about given tokens, int64 [B, T]: one forward over prefix and chunk."""
     begin = network.config.action_token_begin
     end = begin + network.config.make_action_tokenizer().vocab_size
+    logits = teacher_forced_logits(network, batch, ids)
+    return Decoded(ids.to(logits.device), logits[..., begin:end], 1)
+
+
+@torch.inference_mode()
+def teacher_forced_logits(
+    network: VLAForActionPrediction, batch: dict[str, torch.Tensor], ids: torch.Tensor
+) -> torch.Tensor:
+    """Logits [B, T, vocabulary] of each token of `ids`, int64 [B, T], given those before it."""
     batch = {name: tensor.to(network.device) for name, tensor in batch.items()}
     ids = ids.to(network.device)
     batch["input_ids"] = torch.cat([batch["input_ids"], ids], dim=1)
     batch["attention_mask"] = torch.cat([batch["attention_mask"], torch.ones_like(ids)], dim=1)
-    logits = network(**batch, logits_to_keep=ids.shape[1] + 1).logits
-    return Decoded(ids, logits[:, :-1, begin:end], 1)
+    return network(**batch, logits_to_keep=ids.shape[1] + 1).logits[:, :-1]
 
 
 def count_tokens(network: VLAForActionPrediction, config: DecodingConfig) -> int:

@@ -107,9 +107,10 @@ class VLAForActionPrediction(PreTrainedModel, GenerationMixin):
         dtype = self.dtype
         features = []
         for index, tower in enumerate(self.vision_towers):
-            mean = torch.tensor(self.config.image_mean[index], device=flat.device).view(1, 3, 1, 1)
-            std = torch.tensor(self.config.image_std[index], device=flat.device).view(1, 3, 1, 1)
-            images = ((flat.float() / 255 - mean) / std).to(dtype)
+            # By channel, with numbers instead of tensors: nothing is copied from the host, so a CUDA graph can hold it.
+            normalize = zip(flat.unbind(1), self.config.image_mean[index], self.config.image_std[index], strict=True)
+            images = torch.stack([(channel.float() / 255 - mean) / std for channel, mean, std in normalize], 1)
+            images = images.to(dtype)
             features.append(self._tower_features(tower, images, condition))
         tokens = self.projector(torch.cat(features, dim=-1))
         which = self.camera_embedding(torch.arange(cameras, device=tokens.device))
