@@ -43,7 +43,16 @@ def test_errors_are_counted_where_they_are(nano, observations):
 
 def test_the_job_writes_figures_and_a_picture(nano, dataset, robot, tmp_path, capsys):
     checkpoint.save(*nano, tmp_path / "policy")
-    flags = ["--policy", tmp_path / "policy", "--data", dataset("squares", robot), "--out", tmp_path / "out", "--frames", 40]
+    flags = [
+        "--policy",
+        tmp_path / "policy",
+        "--data",
+        dataset("squares", robot),
+        "--out",
+        tmp_path / "out",
+        "--frames",
+        40,
+    ]
     assert cli.main(["analyze", "exposure", *map(str, flags)]) == 0
     info = json.loads((tmp_path / "out" / "exposure.json").read_text())
     assert info["frames"] == 40 and info["tokens_per_action"] == 4

@@ -4,7 +4,9 @@ import gymnasium as gym
 import pytest
 import torch
 
-from tests.decoders import greedy, reference
+from tests.decoders import reference
+from vla.decoding.engine import Engine
+from vla.memory import Memory
 from vla.model.backbones import NANO
 from vla.policy import Policy
 
@@ -18,12 +20,12 @@ def policy() -> Policy:
 
 @pytest.fixture(scope="module")
 def scenes() -> tuple[list[dict], list[str]]:
-    """200 observations of real episodes, with their instructions."""
+    """500 observations of real episodes, with their instructions: five of each of 100 scenes, in order."""
     observations, instructions = [], []
     for number, task in enumerate(TASKS):
         env = gym.make(f"envs:vla/{task}-v0")
-        for seed in range(5):
-            observation, info = env.reset(seed=500_000 + 10 * number + seed)
+        for seed in range(13 if number < 4 else 12):
+            observation, info = env.reset(seed=500_000 + 100 * number + seed)
             expert = env.unwrapped.make_expert(noise=0.5, seed=seed)
             for _ in range(5):
                 observations.append(observation)
@@ -33,13 +35,33 @@ def scenes() -> tuple[list[dict], list[str]]:
     return observations, instructions
 
 
-def test_decoding_equals_generate_on_200_observations(policy, scenes):
+def test_both_engines_equal_generate_on_500_observations(policy, scenes):
+    """Sixteen at a time and one by one; drafts are the chunk before, or nothing at the start of a scene."""
     observations, instructions = scenes
-    assert len(observations) == 200
-    for start in range(0, 200, 50):
-        chosen = slice(start, start + 50)
+    assert len(observations) == 500
+    sixteen, single = Engine(policy.network), Engine(policy.network)
+    previous = policy.draft([Memory()])[0]
+    for start in range(0, 500, 16):
+        chosen = slice(start, start + 16)
         batch = policy.processor.observe(observations[chosen], instructions[chosen])
-        assert torch.equal(greedy(policy.network, batch), reference(policy.network, batch))
+        expected = reference(policy.network, batch)
+        drafts = torch.cat([previous[None], expected[:-1]])
+        assert torch.equal(sixteen.stepwise(batch).ids, expected)
+        assert torch.equal(sixteen.parallel(batch, drafts).ids, expected)
+        for row, (observation, words) in enumerate(zip(observations[chosen], instructions[chosen], strict=True)):
+            alone = policy.processor.observe([observation], [words])
+            assert torch.equal(single.parallel(alone, drafts[row : row + 1]).ids[0], expected[row])
+            if row % 4 == 0:
+                assert torch.equal(single.stepwise(alone).ids[0], expected[row])
+        previous = expected[-1]
+
+
+def test_generate_one_by_one_is_generate_sixteen_at_a_time(policy, scenes):
+    observations, instructions = (part[::25] for part in scenes)
+    together = reference(policy.network, policy.processor.observe(observations, instructions))
+    for row, (observation, words) in enumerate(zip(observations, instructions, strict=True)):
+        alone = policy.processor.observe([observation], [words])
+        assert torch.equal(reference(policy.network, alone)[0], together[row])
 
 
 def test_instructions_change_what_is_done(policy, scenes):
