@@ -42,6 +42,7 @@ VERBS = {
     "train": Verb("TrainConfig", "vla.train:train", "fine-tune a policy on demonstrations"),
     "pretrain": Verb("TrainConfig", "vla.train:pretrain", "train all weights of a policy"),
     "rollout": Verb("RolloutConfig", "vla.rollout:rollout", "evaluate a policy closed loop and write a report"),
+    "deploy": Verb("DeployConfig", "vla.deploy:deploy", "run a policy on a simulated robot in real time"),
     "analyze exposure": Verb(
         "ExposureConfig", "vla.exposure:exposure", "measure a policy's exposure bias on a dataset"
     ),

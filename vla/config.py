@@ -335,6 +335,69 @@ class RolloutConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SafetyConfig:
+    """Limits of a command, beside its range (that of the policy's training data).
+
+    Attributes:
+        max_age_s: the robot holds when its last observation is older.
+        max_change: largest change of an entry between two commands, as a share of its range; None: any. Grippers are
+            exempt.
+        max_entropy: the robot holds while the mean entropy of the chunk's tokens, in nats, is higher; None: never.
+    """
+
+    __pydantic_config__ = STRICT
+    max_age_s: float = 0.5
+    max_change: float | None = None
+    max_entropy: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ControlConfig:
+    """The real-time control loop.
+
+    Attributes:
+        hz: commands per second; None: the robot's own rate.
+        seam: how a chunk takes over from the last one: "switch" (hard), "ensemble" (chunks that overlap are averaged),
+            or "committed" (it continues the actions that are executed while it is decoded; a policy that was trained
+            on its own observations' actions only may then go on with an old plan for ever, see docs/log.md).
+        extra_latency_s: added to the measured decoding time when the next chunk is planned; for a policy that is far
+            away, or to try one that is.
+    """
+
+    __pydantic_config__ = STRICT
+    hz: float | None = None
+    seam: Literal["switch", "ensemble", "committed"] = "switch"
+    extra_latency_s: float = 0.0
+    safety: SafetyConfig = SafetyConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class DeployConfig:
+    """`vla deploy`: run a policy on a simulated robot in real time, where the world does not wait for it.
+
+    Attributes:
+        policy: "nano", a run folder or a checkpoint folder.
+        env: environment id of the simulated robot.
+        episodes: episodes, one after the other; episode i uses seed + i.
+        seconds: longest time of an episode.
+        out: folder of `deploy.json`.
+    """
+
+    __pydantic_config__ = STRICT
+    policy: str = "nano"
+    env: str = "envs:vla/PickUp-v0"
+    episodes: int = 5
+    seed: int = 100_000
+    seconds: float = 30.0
+    out: Path = Path("runs/deploy")
+    n_action_steps: int | None = None
+    unnorm_key: str | None = None
+    device: str = "auto"
+    control: ControlConfig = ControlConfig()
+    adapter: AdapterConfig = AdapterConfig()
+
+
+@dataclasses.dataclass(frozen=True)
 class ExposureConfig:
     """`vla analyze exposure`: what a policy loses by reading its own tokens instead of the demonstrator's.
 

@@ -17,10 +17,13 @@ class Memory:
 
     Attributes:
         draft: guess of the next chunk, float32 [H, D] in the robot's units; None at the start of an episode.
+        committed: so many first actions of `draft` will be executed whatever comes (they are, while the next chunk is
+            decoded): the next chunk begins with them and continues them.
     """
 
     def __init__(self) -> None:
         self.draft: np.ndarray | None = None
+        self.committed = 0
         self._past: list[
             np.ndarray
         ] = []  # per earlier chunk, oldest first: probabilities [actions ahead, entries, rows]

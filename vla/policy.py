@@ -179,7 +179,8 @@ class Policy:
 
         Args:
             memories: one per episode, which this call updates; the caller tells them what is executed
-                (`Memory.advance`). They make greedy decoding faster without changing it, and carry temporal ensembling.
+                (`Memory.advance`). They make greedy decoding faster without changing it, carry temporal ensembling, and
+                say which actions are committed.
             on_action: is called with (index, action [D], un-normalised) as soon as an action is decoded, while the rest
                 of the chunk is still to come; for one observation.
             stopping: transformers' criteria, asked after every token; the chunks end with the last whole action.
@@ -225,14 +226,20 @@ class Policy:
     ) -> Decoded:
         """Tokens for prefix tensors from the processor: by the engine where they are greedy's, else by `generate`."""
         memories = [Memory() for _ in batch["input_ids"]] if memories is None else memories
+        n_tokens, draft = strategies.count_tokens(self.network, self.decoding), self.draft(memories)
+        size = self.processor.action_tokenizer.tokens_per_action
+        if any(memory.committed for memory in memories) and size is None:
+            raise ConfigError("this policy's tokens speak about several actions at once; none can be committed.")
+        counts = torch.tensor([memory.committed * (size or 0) for memory in memories])
         if self.decoding.greedy and self._engine is not None:
-            n_tokens = strategies.count_tokens(self.network, self.decoding)
-            if stopping is None and self.device.type == "cpu":
-                return self._engine.parallel(batch, self.draft(memories)[:, :n_tokens], streamer)
-            return self._engine.stepwise(batch, n_tokens, streamer, stopping)
+            if stopping is None and (self.device.type == "cpu" or bool(counts.any())):
+                return self._engine.parallel(batch, draft[:, :n_tokens], streamer, counts)
+            if not bool(counts.any()):
+                return self._engine.stepwise(batch, n_tokens, streamer, stopping)
         self._draws += 1
         seed = self.decoding.sampling_seed + self._draws
-        return strategies.generate(self.network, batch, self.decoding, seed, streamer, stopping)
+        committed = (draft, counts) if bool(counts.any()) else None
+        return strategies.generate(self.network, batch, self.decoding, seed, streamer, stopping, committed)
 
     def draft(self, memories: Sequence[Memory]) -> torch.Tensor:
         """Ids int64 [B, T] of the drafts in `memories`; the middle action row where there is none."""

@@ -339,3 +339,29 @@ def test_what_cannot_be_streamed_is_refused(nano, observations):
     for config in (DecodingConfig(num_beams=2), DecodingConfig(readout="mean"), DecodingConfig(ensemble=0.1)):
         with pytest.raises(ConfigError, match="can be streamed for one observation"):
             Policy(*nano, decoding=config).predict(observations(1), ["reach"], on_action=print)
+
+
+@pytest.mark.parametrize(
+    "decoding",
+    [DecodingConfig(), DecodingConfig(temperature=1.0), DecodingConfig(num_beams=3)],
+    ids=["engine", "sampling", "beams"],
+)
+def test_a_chunk_continues_the_committed_actions(nano, observations, decoding):
+    """Another beginning for each observation, none for one: it is kept, and what follows is conditioned on it."""
+    network, processor = nano
+    policy, begin = Policy(network, processor, decoding=decoding), network.config.action_token_begin
+    drafts = processor.decode_actions(np.random.default_rng(0).integers(0, 31, (3, 16)) + begin)
+    memories = [Memory() for _ in range(3)]
+    for memory, draft, count in zip(memories, drafts, (2, 1, 0), strict=True):
+        memory.draft, memory.committed = draft, count
+    batch = processor.observe(observations(3), ["reach"] * 3)
+    ids = policy.predict(observations(3), ["reach"] * 3, memories).ids
+    given = processor.encode_actions(drafts)
+    for row, count in enumerate((8, 4, 0)):
+        np.testing.assert_array_equal(ids[row, :count], given[row, :count])
+    if decoding.greedy:
+        best = teacher_forced(network, batch, torch.from_numpy(ids)).logits.argmax(-1).numpy() + begin
+        for row, count in enumerate((8, 4, 0)):
+            np.testing.assert_array_equal(ids[row, count:], best[row, count:])
+        told = generate(network, batch, committed=(torch.from_numpy(given), torch.tensor([8, 4, 0])))
+        np.testing.assert_array_equal(told.ids.numpy(), ids)

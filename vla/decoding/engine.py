@@ -112,7 +112,11 @@ class Engine:
 
     @torch.inference_mode()
     def parallel(
-        self, batch: dict[str, torch.Tensor], draft: torch.Tensor, streamer: BaseStreamer | None = None
+        self,
+        batch: dict[str, torch.Tensor],
+        draft: torch.Tensor,
+        streamer: BaseStreamer | None = None,
+        committed: torch.Tensor | None = None,
     ) -> Decoded:
         """Greedy decoding that verifies a draft of the chunk.
 
@@ -121,19 +125,24 @@ class Engine:
             draft: int64 [B, T], ids of the model's vocabulary, for as many tokens as shall be decoded. Any will do, but
                 the better they are, the fewer forwards it takes.
             streamer: is given tokens as soon as they are known to be greedy's own.
+            committed: int64 [B], so many first tokens of each draft are not a guess but given: the rest continues them.
         """
         inputs, start = self._start(batch)
         hidden, offsets = self._embed(inputs, start), inputs.get("offsets")
         length, total, table = start + hidden.shape[1], draft.shape[1], self._weights.table
         candidate = draft.to(self.device) - self.begin  # a copy
         logits = hidden.new_empty(len(draft), total, len(table))
-        ahead = max(1, min(self.window, ROWS // len(draft), total))
-        hidden = torch.cat([hidden, F.embedding(candidate[:, : ahead - 1], table)], dim=1)
-        known, window, forwards = 0, ahead, 0  # known: tokens that are greedy's own in every row of the batch
+        committed = torch.zeros(len(draft), dtype=torch.int64) if committed is None else committed
+        given = (torch.arange(total) < committed[:, None]).to(self.device)
+        ahead = max(1, min(self.window, ROWS // len(draft)))
+        # Known are tokens that are greedy's own in every row of the batch.
+        known, window, forwards = 0, min(total, ahead + int(committed.min())), 0
+        hidden = torch.cat([hidden, F.embedding(candidate[:, : window - 1], table)], dim=1)
         while True:
             found = self._weights.head(self._forward(hidden, start, offsets)[:, -window:])
             self._cached, forwards = batch["input_ids"], forwards + 1
-            chosen, end = found.argmax(-1), known + window
+            end = known + window
+            chosen = torch.where(given[:, known:end], candidate[:, known:end], found.argmax(-1))
             wrong = (chosen != candidate[:, known:end]).any(dim=0).tolist()
             candidate[:, known:end], logits[:, known:end] = chosen, found
             # Everything before the first wrong token was right, and the correction of that one is right, too.
@@ -144,8 +153,8 @@ class Engine:
             known += gained
             if known >= total:
                 break
-            # Where drafts are poor, look less far ahead, down to one token per forward.
-            window = min(max(8, 2 * gained), ahead, total - known)
+            # Where guesses are poor, look less far ahead: a forward of few tokens is a shorter one.
+            window = min(max(8, 2 * gained) if gained > 1 else 2, ahead, total - known)
             start = length + known - 1
             hidden = F.embedding(candidate[:, known - 1 : known - 1 + window], table)
         if streamer is not None:

@@ -44,6 +44,20 @@ class FrequencyAndPresencePenalty(LogitsProcessor):
         return scores - self.frequency * counts - self.presence * (counts > 0)
 
 
+class Committed(LogitsProcessor):
+    """Allows only the given token where a chunk's first tokens are given: `tokens` int64 [B, T], `counts` [B]."""
+
+    def __init__(self, prompt: int, tokens: torch.Tensor, counts: torch.Tensor) -> None:
+        self.prompt, self.tokens, self.counts = prompt, tokens, counts
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        place, beams = input_ids.shape[1] - self.prompt, len(scores) // len(self.tokens)
+        token = self.tokens[:, place].repeat_interleave(beams)
+        given = (self.counts > place).repeat_interleave(beams)
+        only = torch.full_like(scores, float("-inf")).scatter_(1, token[:, None], 0.0)
+        return torch.where(given[:, None], only, scores)
+
+
 @torch.inference_mode()
 def generate(
     network: VLAForActionPrediction,
@@ -52,6 +66,7 @@ def generate(
     seed: int = 0,
     streamer: BaseStreamer | None = None,
     stopping: StoppingCriteriaList | None = None,
+    committed: tuple[torch.Tensor, torch.Tensor] | None = None,
     **options: Any,
 ) -> Decoded:
     """Decode one chunk per prefix with stock `generate`.
@@ -61,6 +76,7 @@ def generate(
         seed: of the draws, where the strategy samples; the caller's random state is left alone.
         streamer: is given every token as soon as it is decoded (one observation, no beams).
         stopping: ends the chunk early when it says so for all observations.
+        committed: tokens [B, T] and how many of each row, [B], are not to be chosen but given: the rest continues them.
         options: passed to `generate`, such as cache_implementation.
     Returns:
         The chosen ids, and the network's own logits: before temperature, penalties and cuts.
@@ -70,6 +86,9 @@ def generate(
     processors = LogitsProcessorList([OnlyActionRows(begin, end)])
     if config.frequency_penalty or config.presence_penalty:
         processors.append(FrequencyAndPresencePenalty(begin, end, config.frequency_penalty, config.presence_penalty))
+    if committed is not None:
+        tokens, counts = (part.to(network.device) for part in committed)
+        processors.append(Committed(batch["input_ids"].shape[1], tokens, counts))
     sampling = {}
     if config.temperature > 0:
         sampling = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}

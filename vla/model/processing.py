@@ -138,5 +138,9 @@ class VLAProcessor:
         normalized = self.action_tokenizer.expect(probabilities)
         return self._actions[self.config.unnorm_key(unnorm_key)].unnormalize(normalized)
 
+    def unnormalize(self, values: np.ndarray, unnorm_key: str | None = None) -> np.ndarray:
+        """Normalised entries [..., D] -> the robot's units; -1 and 1 are the ends of what an action token can say."""
+        return self._actions[self.config.unnorm_key(unnorm_key)].unnormalize(values)
+
     def save_pretrained(self, folder: Any) -> None:
         self.tokenizer.save_pretrained(folder)

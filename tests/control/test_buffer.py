@@ -1,0 +1,61 @@
+"""Actions by tick: what is executed when chunks overlap, come late, or do not come."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vla.control.buffer import ChunkBuffer
+
+
+def chunk(value: float, length: int = 4) -> np.ndarray:
+    """Entries: value + position, and a gripper that says the value's sign."""
+    return np.stack([value + np.arange(length), np.full(length, np.sign(value))], axis=1).astype(np.float32)
+
+
+def test_the_newest_chunk_counts_and_nothing_is_an_underrun():
+    buffer = ChunkBuffer("switch")
+    assert buffer.at(0) is None
+    buffer.put(chunk(10), first=0, now=0)
+    assert buffer.at(1)[0] == 11 and buffer.ahead(1) == 3
+    buffer.put(chunk(20), first=2, now=2)
+    assert buffer.at(2)[0] == 20 and buffer.at(5)[0] == 23
+    assert buffer.at(6) is None and buffer.ahead(6) <= 0
+
+
+def test_actions_that_come_late_are_dropped_and_counted():
+    buffer = ChunkBuffer("switch")
+    buffer.put(chunk(10), first=3, now=5)
+    assert buffer.late == 2 and buffer.at(5)[0] == 12
+    buffer.put(chunk(20), first=0, now=9)
+    assert buffer.late == 6 and buffer.at(9) is None
+
+
+def test_ensembling_averages_what_overlaps_but_not_the_gripper():
+    buffer = ChunkBuffer("ensemble", gripper=1)
+    buffer.put(chunk(10), first=0, now=0)
+    buffer.put(chunk(-20), first=2, now=2)
+    old, new = 12.0, -20.0
+    weight = np.exp(-0.01)
+    assert buffer.at(2)[0] == pytest.approx((old + weight * new) / (1 + weight))
+    assert buffer.at(2)[1] == -1.0
+    assert buffer.at(4)[0] == -18.0  # only the new one speaks
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 12), st.integers(0, 6)), max_size=8),
+    st.sampled_from(["switch", "ensemble", "committed"]),
+)
+def test_an_action_always_comes_from_a_chunk_that_speaks_about_its_tick(chunks, seam):
+    buffer, spoken = ChunkBuffer(seam), {}
+    for number, (first, delay) in enumerate(sorted(chunks)):
+        actions = np.full((4, 1), float(number), np.float32)
+        buffer.put(actions, first, first + delay)
+        for tick in range(first, first + 4):
+            spoken.setdefault(tick, []).append(number)
+        now = first + delay
+        action = buffer.at(now)
+        if action is None:
+            assert seam != "ensemble" or now not in spoken
+        else:
+            assert min(spoken[now]) - 1e-5 <= action[0] <= max(spoken[now]) + 1e-5

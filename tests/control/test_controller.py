@@ -1,0 +1,128 @@
+"""The loop: a command at every tick, whatever policy and robot do."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from vla.config import ControlConfig, SafetyConfig
+from vla.control.controller import Controller, State
+from vla.control.robot import Reading
+from vla.errors import SpecError
+from vla.policy import Policy
+from vla.spec import RobotSpec
+
+
+class FakeRobot:
+    """Keeps what it is told, with the time; its picture can freeze, and its task ends after `last` commands."""
+
+    def __init__(self, spec: RobotSpec, observation: dict, last: int = 10_000) -> None:
+        self.spec, self._observation, self._last = spec, observation, last
+        self.commands: list[tuple[float, np.ndarray]] = []
+        self.frozen_at: float | None = None
+        self.closed = False
+
+    def observe(self) -> Reading:
+        seen = time.monotonic() if self.frozen_at is None else self.frozen_at
+        over = len(self.commands) >= self._last
+        return Reading(self._observation, seen, over, over)
+
+    def command(self, action: np.ndarray) -> None:
+        self.commands.append((time.monotonic(), action))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def policy(nano):
+    return Policy(*nano)
+
+
+@pytest.fixture
+def robot(policy, observations):
+    return FakeRobot(policy.robot, observations(1)[0])
+
+
+def actions(robot: FakeRobot) -> np.ndarray:
+    return np.stack([action for _, action in robot.commands])
+
+
+@pytest.mark.parametrize("seam", ["switch", "ensemble", "committed"])
+def test_it_executes_the_policys_chunks(policy, robot, observations, seam):
+    chunk = policy.predict_chunk(observations(1)[0], "reach")
+    with Controller(robot, policy, ControlConfig(hz=20.0, seam=seam)) as controller:
+        record = controller.run("reach", seconds=1.0)
+    sent = actions(robot)
+    begun = record["interventions"].get("no chunk yet", 0)
+    assert 1 <= begun <= 4 and record["errors"] == []
+    # The picture never changes: every chunk is the same, and its first actions were too late.
+    first = next(h for h in range(1, 4) if np.allclose(sent[begun], chunk[h]))
+    assert first == begun
+    assert len(sent) == pytest.approx(21, abs=2)
+    assert robot.closed and controller.state is State.STOPPED
+    np.testing.assert_array_equal(sent[-1], policy.robot.hold_action(sent[-2]))
+
+
+def test_it_ends_with_the_task(policy, robot):
+    robot._last = 7
+    with Controller(robot, policy, ControlConfig(hz=50.0)) as controller:
+        record = controller.run("reach", seconds=10.0)
+        assert controller.state is State.HOLDING
+    assert record["success"] and record["commands"] == 7
+    assert len(robot.commands) == 8  # and the hold command
+
+
+def test_a_policy_that_throws_leaves_a_robot_that_holds(policy, robot, monkeypatch):
+    with Controller(robot, policy, ControlConfig(hz=50.0)) as controller:
+        monkeypatch.setattr(policy, "predict", lambda *_: 1 / 0)
+        record = controller.run("reach", seconds=0.4)
+    assert len(record["errors"]) >= 2 and "ZeroDivisionError" in record["errors"][0]
+    assert record["interventions"] == {"no chunk yet": record["commands"]}
+    np.testing.assert_array_equal(actions(robot)[:, :6], 0)
+
+
+def test_a_policy_that_hangs_stops_no_command(policy, robot, monkeypatch):
+    """After the first chunk is used up, the robot holds, at its rate."""
+    real, release, calls = policy.predict, threading.Event(), []
+
+    def slow(*arguments):
+        calls.append(1)
+        if len(calls) > 1:
+            release.wait(5)
+        return real(*arguments)
+
+    with Controller(robot, policy, ControlConfig(hz=20.0)) as controller:
+        monkeypatch.setattr(policy, "predict", slow)
+        timer = threading.Timer(1.0, release.set)
+        timer.start()
+        record = controller.run("reach", seconds=0.9)
+    assert record["interventions"]["underrun"] >= 8
+    assert record["commands"] + record["skipped"] >= 18
+    held = actions(robot)[6:17]
+    np.testing.assert_array_equal(held[:, :6], 0)
+
+
+def test_a_frozen_camera_is_noticed(policy, robot):
+    robot.frozen_at = time.monotonic()
+    config = ControlConfig(hz=50.0, safety=SafetyConfig(max_age_s=0.2))
+    with Controller(robot, policy, config) as controller:
+        robot.frozen_at = time.monotonic()
+        record = controller.run("reach", seconds=0.6)
+    assert record["interventions"]["stale observation"] >= 15
+
+
+def test_an_emergency_stop_in_the_middle_of_a_run(policy, robot):
+    with Controller(robot, policy, ControlConfig(hz=20.0)) as controller:
+        timer = threading.Timer(0.5, controller.safety.emergency_stop)
+        timer.start()
+        record = controller.run("reach", seconds=1.0)
+    assert record["interventions"]["emergency stop"] >= 8
+    np.testing.assert_array_equal(actions(robot)[-8:, :6], 0)
+
+
+def test_a_robot_that_does_not_fit_is_refused(policy, observations):
+    spec = RobotSpec(cameras=("top",), state_names=(), action_names=("x", "y"))
+    with pytest.raises(SpecError, match=r"the policy commands dx.*; the robot takes x, y and has top"):
+        Controller(FakeRobot(spec, observations(1)[0]), policy, ControlConfig())

@@ -1,0 +1,53 @@
+"""A simulated robot whose world does not wait, and the verb that drives it."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+
+from vla import checkpoint, cli
+from vla.control.sim import SimRobot
+from vla.errors import SimulatorError
+
+
+def test_the_world_moves_on_by_itself():
+    with SimRobot("envs:vla/Reach-v0") as robot:
+        first = robot.reset(seed=3)
+        assert robot.instruction and first.observation["pixels"]["front"].dtype == np.uint8
+        time.sleep(0.5)
+        later = robot.observe()
+        assert later.time - first.time == pytest.approx(0.5, abs=0.15)
+        start, still = first.observation["agent_pos"], later.observation["agent_pos"]
+        assert np.abs(still - start)[:3].max() < 0.01  # nobody commands: it holds
+        for _ in range(8):
+            robot.command(np.array([0.5, 0, 0, 0, 0, 0, 1.0], np.float32))
+            time.sleep(0.05)
+        moved = robot.observe().observation["agent_pos"]
+        assert np.abs(moved - still)[:3].max() > 0.02
+        again = robot.reset(seed=3)
+        np.testing.assert_array_equal(again.observation["agent_pos"], start)
+
+
+def test_a_world_that_cannot_be_built_or_dies_says_so():
+    with pytest.raises(SimulatorError, match="Nowhere"):
+        SimRobot("envs:vla/Nowhere-v0")
+    with SimRobot("envs:vla/Reach-v0") as robot:
+        robot.reset(seed=0)
+        robot._process.kill()
+        robot._process.join()
+        with pytest.raises(SimulatorError, match="process died"):
+            for _ in range(50):
+                robot.observe()
+
+
+def test_deploy_plays_episodes_in_real_time(nano, tmp_path, capsys):
+    checkpoint.save(*nano, tmp_path / "policy")
+    flags = ["--policy", tmp_path / "policy", "--env", "envs:vla/Reach-v0", "--episodes", 2, "--seconds", 1]
+    assert cli.main(["deploy", *map(str, flags), "--out", str(tmp_path / "out")]) == 0
+    info = json.loads((tmp_path / "out" / "deploy.json").read_text())
+    assert info["n_episodes"] == 2 and len(info["episodes"]) == 2 and info["errors"] == 0
+    for episode in info["episodes"]:
+        assert episode["commands"] + episode["skipped"] >= 15 or episode["success"]
+        assert episode["decode_ms"]["p50"] > 0
+    assert "of the deadlines missed" in capsys.readouterr().out

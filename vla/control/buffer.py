@@ -1,0 +1,56 @@
+"""Actions by the tick that they are for.
+
+Owns: what is to be executed when, and how a new chunk takes over from the last one (the seam). Actions that arrive too
+late for their tick are dropped. It does not know clocks or how chunks are made.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+Seam = Literal["switch", "ensemble", "committed"]
+SEAMS: tuple[Seam, ...] = ("switch", "ensemble", "committed")
+_OLD = 0.01  # coefficient of temporal ensembling (ACT's)
+
+
+class ChunkBuffer:
+    """Chunks laid on the axis of ticks.
+
+    Args:
+        seam: "switch" and "committed" execute the newest chunk that speaks about a tick (for "committed" it was decoded
+            as a continuation of the one before); "ensemble" averages all chunks that do, with weights exp(-0.01 i),
+            i = 0 for the oldest, except the gripper's entry, whose average is no command: there the newest counts.
+    """
+
+    def __init__(self, seam: Seam = "switch", gripper: int | None = None) -> None:
+        self.seam, self._gripper = seam, gripper
+        self._chunks: list[tuple[int, np.ndarray]] = []  # first tick, actions [H, D]; oldest first
+        self.late = 0  # actions that came after their tick
+
+    def put(self, chunk: np.ndarray, first: int, now: int) -> None:
+        """Take a chunk [H, D] whose action i is for tick first + i; `now` is the next tick to be executed."""
+        self.late += int(np.clip(now - first, 0, len(chunk)))
+        self._chunks.append((first, chunk))
+        if self.seam != "ensemble":
+            del self._chunks[:-1]
+
+    def at(self, tick: int) -> np.ndarray | None:
+        """The action for `tick`, float32 [D]; None when no chunk speaks about it (an underrun)."""
+        self._chunks = [(first, chunk) for first, chunk in self._chunks if first + len(chunk) > tick]
+        votes = [chunk[tick - first] for first, chunk in self._chunks if tick >= first]
+        if not votes:
+            return None
+        weights = np.exp(-_OLD * np.arange(len(votes)))
+        action = np.average(votes, axis=0, weights=weights).astype(np.float32)
+        if self._gripper is not None:
+            action[self._gripper] = votes[-1][self._gripper]
+        return action
+
+    def ahead(self, tick: int) -> int:
+        """Consecutive ticks from `tick` on that have an action."""
+        return max((first + len(chunk) - tick for first, chunk in self._chunks), default=0)
+
+    def clear(self) -> None:
+        self._chunks = []

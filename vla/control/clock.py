@@ -1,0 +1,68 @@
+"""The control rate.
+
+Owns: absolute deadlines on a monotonic clock, and the record of how well they were kept. A late tick does not move the
+ticks after it, and ticks that were slept through are skipped and counted, never made up for in a burst.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+
+from vla.statistics import percentiles
+
+
+class Rate:
+    """`hz` ticks per second from `start` on; tick k is due at start + k / hz.
+
+    Attributes:
+        tick: index of the tick that `wait` last returned; -1 before the first.
+        skipped: ticks that nobody was awake for.
+    """
+
+    def __init__(
+        self,
+        hz: float,
+        start: float | None = None,
+        now: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.period = 1.0 / hz
+        self._start = now() if start is None else start
+        self._now, self._sleep = now, sleep
+        self.tick, self.skipped = -1, 0
+        self._lateness: list[float] = []
+
+    def deadline(self, tick: int) -> float:
+        return self._start + tick * self.period
+
+    def wait(self) -> int:
+        """Sleep until the next tick and return its index."""
+        due = self.tick + 1
+        # A tick is gone when the next one is due.
+        missed = math.floor((self._now() - self.deadline(due)) / self.period)
+        if missed > 0:
+            self.skipped += missed
+            due += missed
+        while (left := self.deadline(due) - self._now()) > 0:
+            self._sleep(left)
+        self.tick = due
+        return due
+
+    def sent(self) -> None:
+        """The command of this tick has left: its lateness is the jitter of the command stream."""
+        self._lateness.append(self._now() - self.deadline(self.tick))
+
+    def report(self) -> dict[str, float]:
+        """Commands, skipped ticks, share of deadlines missed (skipped, or sent after the next tick was due), and
+        percentiles of a command's lateness in milliseconds."""
+        total = len(self._lateness) + self.skipped
+        missed = self.skipped + sum(late > self.period for late in self._lateness)
+        jitter = percentiles([1e3 * late for late in self._lateness]) if self._lateness else {}
+        return {
+            "commands": len(self._lateness),
+            "skipped": self.skipped,
+            "missed": missed / max(total, 1),
+            **{f"lateness_ms_{name}": value for name, value in jitter.items()},
+        }

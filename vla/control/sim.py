@@ -1,0 +1,141 @@
+"""A simulated robot in real time.
+
+Owns: an environment in a process of its own whose clock does not wait for anybody: at every tick of its control rate
+the world moves on, with the command that has arrived, or with the robot's hold command. The policy's thinking time
+therefore costs what it costs on a real robot. It does not know policies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import signal
+import time
+from collections import deque
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+from vla import simulator
+from vla.config import AdapterConfig
+from vla.control.clock import Rate
+from vla.control.robot import Reading
+from vla.errors import SimulatorError
+from vla.spec import RobotSpec
+
+_PATIENCE_S = 120.0  # to build a scene and draw its first picture
+_WAITING = 2  # commands that may wait for their tick; older ones are dropped
+
+
+class SimRobot:
+    """A `Robot`: the environment `env_id`, in real time. Use it as a context manager.
+
+    Attributes:
+        spec: its RobotSpec.
+        instruction: what the running episode asks for.
+    """
+
+    def __init__(self, env_id: str, adapter: AdapterConfig | None = None, hz: float | None = None) -> None:
+        method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+        context: Any = multiprocessing.get_context(method)
+        self._pipe, theirs = context.Pipe()
+        arguments = (theirs, env_id, adapter or AdapterConfig(), hz)
+        self._process = context.Process(target=_live, args=arguments, daemon=True, name="vla-sim-robot")
+        self._process.start()
+        theirs.close()
+        self._latest: Reading | None = None
+        self.spec = RobotSpec.from_dict(self._answer("spec"))
+        self.instruction = ""
+
+    def __enter__(self) -> SimRobot:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def reset(self, seed: int) -> Reading:
+        """Begin an episode; its time runs from the returned reading on."""
+        self._pipe.send(("reset", seed))
+        self.instruction, self._latest = self._answer("began")
+        assert self._latest is not None
+        return self._latest
+
+    def observe(self) -> Reading | None:
+        try:
+            while self._pipe.poll():
+                kind, value = self._pipe.recv()
+                if kind == "reading":
+                    self._latest = value
+                elif kind == "error":
+                    raise SimulatorError(value)
+        except (EOFError, OSError):
+            raise SimulatorError("the simulated robot's process died.") from None
+        return self._latest
+
+    def command(self, action: np.ndarray) -> None:
+        try:
+            self._pipe.send(("command", np.asarray(action, np.float32)))
+        except OSError:
+            raise SimulatorError("the simulated robot's process died.") from None
+
+    def close(self) -> None:
+        self._pipe.close()
+        self._process.join(timeout=2)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+    def _answer(self, kind: str) -> Any:
+        """The next message of this kind; readings of the episode before are dropped."""
+        deadline = time.monotonic() + _PATIENCE_S
+        try:
+            while self._pipe.poll(max(0.0, deadline - time.monotonic())):
+                found, value = self._pipe.recv()
+                if found == "error":
+                    raise SimulatorError(value)
+                if found == kind:
+                    return value
+        except (EOFError, OSError):
+            raise SimulatorError("the simulated robot's process died.") from None
+        raise SimulatorError(f"the simulated robot did not answer in {_PATIENCE_S:g} s.")
+
+
+def _live(pipe: Connection, env_id: str, adapter: AdapterConfig, hz: float | None) -> None:
+    """The process: an episode after every ("reset", seed), until the other end is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with contextlib.suppress(EOFError, OSError):
+        try:
+            env = simulator.make(env_id, adapter)
+            pipe.send(("spec", env.robot.to_dict()))
+            message = pipe.recv()
+            while True:
+                message = _episode(pipe, env, message[1], hz or env.robot.control_hz) if message[0] == "reset" else None
+                message = message or pipe.recv()
+        except (EOFError, OSError):
+            raise
+        except Exception as error:
+            pipe.send(("error", f"{type(error).__name__}: {error}"))
+
+
+def _episode(pipe: Connection, env: simulator.SimulatedRobot, seed: int, hz: float) -> tuple[str, int] | None:
+    """Run one episode in real time; returns the message that ended it, None when it ended by itself."""
+    observation, info = env.reset(seed=seed)
+    rate = Rate(hz)
+    pipe.send(("began", (info["instruction"], Reading(observation, time.monotonic()))))
+    rate.wait()  # tick 0 is the first picture
+    waiting: deque[np.ndarray] = deque(maxlen=_WAITING)
+    last: np.ndarray | None = None
+    while True:
+        rate.wait()
+        while pipe.poll():
+            message = pipe.recv()
+            if message[0] == "reset":
+                return message
+            waiting.append(message[1])
+        last = waiting.popleft() if waiting else env.robot.hold_action(last)
+        observation, _, terminated, truncated, info = env.step(last)
+        over = terminated or truncated
+        pipe.send(("reading", Reading(observation, time.monotonic(), over, bool(info["is_success"]))))
+        if over:
+            return None
