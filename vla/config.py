@@ -140,6 +140,9 @@ class AugmentConfig:
     Attributes:
         shift: random translation, as a share of the image side.
         brightness, contrast, saturation: half-width of the random factor around 1.
+        committed: share of the samples whose first actions (one to half a chunk) are given instead of learned, and come
+            from up to half a chunk earlier in the demonstration: for policies that are to continue plans which are
+            older than their picture (the "committed" seam of `vla deploy`).
     """
 
     __pydantic_config__ = STRICT
@@ -147,6 +150,7 @@ class AugmentConfig:
     brightness: float = 0.1
     contrast: float = 0.1
     saturation: float = 0.1
+    committed: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)

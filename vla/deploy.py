@@ -6,7 +6,9 @@ Owns: the episodes of a deployment and their record. The loop is `vla.control`'s
 from __future__ import annotations
 
 import json
+import statistics
 import sys
+from collections import Counter
 from typing import Any
 
 from rich.console import Console
@@ -19,7 +21,7 @@ from vla.control.controller import Controller
 from vla.control.sim import SimRobot
 from vla.errors import ConfigError
 from vla.policy import Policy
-from vla.statistics import wilson
+from vla.statistics import percentiles, wilson
 
 FILE = "deploy.json"
 
@@ -58,30 +60,28 @@ def deploy(config: DeployConfig) -> dict[str, Any]:
 
 def _line(record: dict[str, Any]) -> str:
     what = "success" if record["success"] else "no success"
-    decode = record["decode_ms"].get("p50")
-    thinking = "no chunk" if decode is None else f"decoding {decode:.0f} ms"
+    decode = record["decode_ms"]
+    thinking = f"decoding {statistics.median(decode):.0f} ms" if decode else "no chunk"
     notes = "".join(f", {count} x {reason}" for reason, count in record["interventions"].items())
     return f"{record['instruction']!r}: {what} after {record['commands']} commands, {thinking}{notes}"
 
 
 def _summarise(records: list[dict[str, Any]]) -> dict[str, Any]:
     successes, total = sum(record["success"] for record in records), len(records)
-    commands = sum(record["commands"] + record["skipped"] for record in records)
-    missed = sum(record["missed"] * (record["commands"] + record["skipped"]) for record in records)
-    reasons: dict[str, int] = {}
+    ticks = sum(record["commands"] + record["skipped"] for record in records)
+    interventions: Counter[str] = Counter()
     for record in records:
-        for reason, count in record["interventions"].items():
-            reasons[reason] = reasons.get(reason, 0) + count
+        interventions.update(record["interventions"])
+    timings = {name: [ms for record in records for ms in record[name]] for name in ("lateness_ms", "decode_ms")}
     return {
         "successes": successes,
         "n_episodes": total,
         "interval": wilson(successes, total) if total else None,
-        "commands": commands,
-        "missed": missed / max(commands, 1),
-        "lateness_ms_p99": max((record.get("lateness_ms_p99", 0.0) for record in records), default=0.0),
-        "decode_ms_p99": max((record["decode_ms"].get("p99", 0.0) for record in records), default=0.0),
+        "ticks": ticks,
+        "missed": sum(record["missed"] for record in records) / max(ticks, 1),
+        **{name: percentiles(values) if values else None for name, values in timings.items()},
         "jerk": sum(record["jerk"] for record in records) / max(total, 1),
-        "interventions": reasons,
+        "interventions": dict(interventions),
         "errors": sum(len(record["errors"]) for record in records),
     }
 
@@ -91,12 +91,16 @@ def _print(info: dict[str, Any]) -> None:
     low, high = (100 * limit for limit in info["interval"])
     rows = {
         "success": f"{info['successes']}/{info['n_episodes']} (95 % interval {low:.0f} to {high:.0f})",
-        "commands": f"{info['commands']}, {100 * info['missed']:.2f} % of the deadlines missed",
-        "lateness of a command": f"p99 at most {info['lateness_ms_p99']:.1f} ms in any episode",
-        "decoding": f"p99 at most {info['decode_ms_p99']:.0f} ms in any episode",
+        "ticks": f"{info['ticks']}, {100 * info['missed']:.2f} % of the deadlines missed",
+        "lateness of a command": _spread(info["lateness_ms"]),
+        "decoding": _spread(info["decode_ms"]),
         "interventions": ", ".join(f"{count} x {reason}" for reason, count in info["interventions"].items()) or "none",
         "mean jerk of the commands": f"{info['jerk']:.3f}",
     }
     for name, value in rows.items():
         table.add_row(name, value)
     Console().print(table)
+
+
+def _spread(ms: dict[str, float] | None) -> str:
+    return "none" if ms is None else f"p50 {ms['p50']:.1f} ms, p99 {ms['p99']:.1f}, at most {ms['max']:.1f}"

@@ -45,8 +45,8 @@ def test_a_late_tick_does_not_move_the_next(clock):
     assert rate.wait() == 1 and clock.time == pytest.approx(100.07)
     rate.sent()
     assert rate.wait() == 2 and clock.time == pytest.approx(100.1)
-    assert rate.report()["lateness_ms_max"] == pytest.approx(20.0)
-    assert rate.report()["missed"] == 0
+    assert rate.lateness == [pytest.approx(0.02)]
+    assert rate.missed == 0
 
 
 def test_ticks_that_are_slept_through_are_skipped_and_counted(clock):
@@ -56,9 +56,8 @@ def test_ticks_that_are_slept_through_are_skipped_and_counted(clock):
     clock.time += 0.22  # ticks 1, 2 and 3 pass; 4 is due, a little late
     assert rate.wait() == 4
     rate.sent()
-    report = rate.report()
-    assert (report["commands"], report["skipped"], report["missed"]) == (2, 3, 0.6)
-    assert report["lateness_ms_max"] == pytest.approx(20.0)
+    assert rate.lateness == [0.0, pytest.approx(0.02)]
+    assert rate.skipped == rate.missed == 3
 
 
 def test_a_command_sent_after_the_next_tick_was_due_is_a_miss(clock):
@@ -66,4 +65,4 @@ def test_a_command_sent_after_the_next_tick_was_due_is_a_miss(clock):
     rate.wait()
     clock.time += 0.06
     rate.sent()
-    assert rate.report()["missed"] == 1.0
+    assert rate.missed == 1

@@ -41,7 +41,7 @@ def policy(nano):
 
 
 @pytest.fixture
-def robot(policy, observations):
+def driver(policy, observations):
     return FakeRobot(policy.robot, observations(1)[0])
 
 
@@ -50,40 +50,40 @@ def actions(robot: FakeRobot) -> np.ndarray:
 
 
 @pytest.mark.parametrize("seam", ["switch", "ensemble", "committed"])
-def test_it_executes_the_policys_chunks(policy, robot, observations, seam):
+def test_it_executes_the_policys_chunks(policy, driver, observations, seam):
     chunk = policy.predict_chunk(observations(1)[0], "reach")
-    with Controller(robot, policy, ControlConfig(hz=20.0, seam=seam)) as controller:
+    with Controller(driver, policy, ControlConfig(hz=20.0, seam=seam)) as controller:
         record = controller.run("reach", seconds=1.0)
-    sent = actions(robot)
+    sent = actions(driver)
     begun = record["interventions"].get("no chunk yet", 0)
     assert 1 <= begun <= 4 and record["errors"] == []
     # The picture never changes: every chunk is the same, and its first actions were too late.
     first = next(h for h in range(1, 4) if np.allclose(sent[begun], chunk[h]))
     assert first == begun
     assert len(sent) == pytest.approx(21, abs=2)
-    assert robot.closed and controller.state is State.STOPPED
+    assert driver.closed and controller.state is State.STOPPED
     np.testing.assert_array_equal(sent[-1], policy.robot.hold_action(sent[-2]))
 
 
-def test_it_ends_with_the_task(policy, robot):
-    robot._last = 7
-    with Controller(robot, policy, ControlConfig(hz=50.0)) as controller:
+def test_it_ends_with_the_task(policy, driver):
+    driver._last = 7
+    with Controller(driver, policy, ControlConfig(hz=50.0)) as controller:
         record = controller.run("reach", seconds=10.0)
         assert controller.state is State.HOLDING
     assert record["success"] and record["commands"] == 7
-    assert len(robot.commands) == 8  # and the hold command
+    assert len(driver.commands) == 8  # and the hold command
 
 
-def test_a_policy_that_throws_leaves_a_robot_that_holds(policy, robot, monkeypatch):
-    with Controller(robot, policy, ControlConfig(hz=50.0)) as controller:
+def test_a_policy_that_throws_leaves_a_robot_that_holds(policy, driver, monkeypatch):
+    with Controller(driver, policy, ControlConfig(hz=50.0)) as controller:
         monkeypatch.setattr(policy, "predict", lambda *_: 1 / 0)
         record = controller.run("reach", seconds=0.4)
     assert len(record["errors"]) >= 2 and "ZeroDivisionError" in record["errors"][0]
     assert record["interventions"] == {"no chunk yet": record["commands"]}
-    np.testing.assert_array_equal(actions(robot)[:, :6], 0)
+    np.testing.assert_array_equal(actions(driver)[:, :6], 0)
 
 
-def test_a_policy_that_hangs_stops_no_command(policy, robot, monkeypatch):
+def test_a_policy_that_hangs_stops_no_command(policy, driver, monkeypatch):
     """After the first chunk is used up, the robot holds, at its rate."""
     real, release, calls = policy.predict, threading.Event(), []
 
@@ -93,33 +93,33 @@ def test_a_policy_that_hangs_stops_no_command(policy, robot, monkeypatch):
             release.wait(5)
         return real(*arguments)
 
-    with Controller(robot, policy, ControlConfig(hz=20.0)) as controller:
+    with Controller(driver, policy, ControlConfig(hz=20.0)) as controller:
         monkeypatch.setattr(policy, "predict", slow)
         timer = threading.Timer(1.0, release.set)
         timer.start()
         record = controller.run("reach", seconds=0.9)
     assert record["interventions"]["underrun"] >= 8
     assert record["commands"] + record["skipped"] >= 18
-    held = actions(robot)[6:17]
+    held = actions(driver)[6:17]
     np.testing.assert_array_equal(held[:, :6], 0)
 
 
-def test_a_frozen_camera_is_noticed(policy, robot):
-    robot.frozen_at = time.monotonic()
+def test_a_frozen_camera_is_noticed(policy, driver):
+    driver.frozen_at = time.monotonic()
     config = ControlConfig(hz=50.0, safety=SafetyConfig(max_age_s=0.2))
-    with Controller(robot, policy, config) as controller:
-        robot.frozen_at = time.monotonic()
+    with Controller(driver, policy, config) as controller:
+        driver.frozen_at = time.monotonic()
         record = controller.run("reach", seconds=0.6)
     assert record["interventions"]["stale observation"] >= 15
 
 
-def test_an_emergency_stop_in_the_middle_of_a_run(policy, robot):
-    with Controller(robot, policy, ControlConfig(hz=20.0)) as controller:
+def test_an_emergency_stop_in_the_middle_of_a_run(policy, driver):
+    with Controller(driver, policy, ControlConfig(hz=20.0)) as controller:
         timer = threading.Timer(0.5, controller.safety.emergency_stop)
         timer.start()
         record = controller.run("reach", seconds=1.0)
     assert record["interventions"]["emergency stop"] >= 8
-    np.testing.assert_array_equal(actions(robot)[-8:, :6], 0)
+    np.testing.assert_array_equal(actions(driver)[-8:, :6], 0)
 
 
 def test_a_robot_that_does_not_fit_is_refused(policy, observations):

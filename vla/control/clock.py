@@ -10,8 +10,6 @@ import math
 import time
 from collections.abc import Callable
 
-from vla.statistics import percentiles
-
 
 class Rate:
     """`hz` ticks per second from `start` on; tick k is due at start + k / hz.
@@ -19,6 +17,7 @@ class Rate:
     Attributes:
         tick: index of the tick that `wait` last returned; -1 before the first.
         skipped: ticks that nobody was awake for.
+        lateness: seconds from each tick's deadline to its command: the jitter of the command stream.
     """
 
     def __init__(
@@ -32,7 +31,7 @@ class Rate:
         self._start = now() if start is None else start
         self._now, self._sleep = now, sleep
         self.tick, self.skipped = -1, 0
-        self._lateness: list[float] = []
+        self.lateness: list[float] = []
 
     def deadline(self, tick: int) -> float:
         return self._start + tick * self.period
@@ -51,18 +50,10 @@ class Rate:
         return due
 
     def sent(self) -> None:
-        """The command of this tick has left: its lateness is the jitter of the command stream."""
-        self._lateness.append(self._now() - self.deadline(self.tick))
+        """The command of this tick has left."""
+        self.lateness.append(self._now() - self.deadline(self.tick))
 
-    def report(self) -> dict[str, float]:
-        """Commands, skipped ticks, share of deadlines missed (skipped, or sent after the next tick was due), and
-        percentiles of a command's lateness in milliseconds."""
-        total = len(self._lateness) + self.skipped
-        missed = self.skipped + sum(late > self.period for late in self._lateness)
-        jitter = percentiles([1e3 * late for late in self._lateness]) if self._lateness else {}
-        return {
-            "commands": len(self._lateness),
-            "skipped": self.skipped,
-            "missed": missed / max(total, 1),
-            **{f"lateness_ms_{name}": value for name, value in jitter.items()},
-        }
+    @property
+    def missed(self) -> int:
+        """Deadlines that were missed: ticks skipped, and commands sent after the next tick was due."""
+        return self.skipped + sum(late > self.period for late in self.lateness)

@@ -29,7 +29,6 @@ from vla.control.safety import SafetyFilter
 from vla.errors import ConfigError, SpecError
 from vla.memory import Memory
 from vla.policy import Policy
-from vla.statistics import percentiles
 
 
 class State(enum.Enum):
@@ -83,7 +82,9 @@ class Controller:
         """Control for so long, or until the robot says that its task is over. Ends with the hold command.
 
         Returns:
-            The record: `Rate.report`, milliseconds of decoding, underruns, interventions, late actions, jerk, success.
+            The record: success, commands and ticks skipped, deadlines missed, each command's lateness and each decoding
+            in milliseconds, interventions by reason, actions that came after their tick, errors of the policy, and the
+            mean absolute third difference of the commands ("jerk").
         """
         self.instruction, self.state = instruction, State.RUNNING
         first = self._first_reading()
@@ -177,9 +178,12 @@ class _Run:
     def report(self) -> dict[str, Any]:
         jerk = np.abs(np.diff(np.stack(self.commands), n=3, axis=0)).mean() if len(self.commands) > 3 else 0.0
         return {
-            **self.rate.report(),
             "success": self.success,
-            "decode_ms": percentiles(self.decode_ms) if self.decode_ms else {},
+            "commands": len(self.commands),
+            "skipped": self.rate.skipped,
+            "missed": self.rate.missed,
+            "lateness_ms": [round(1e3 * late, 3) for late in self.rate.lateness],
+            "decode_ms": [round(ms, 3) for ms in self.decode_ms],
             "late_actions": self.buffer.late,
             "errors": self.errors,
             "jerk": float(jerk),

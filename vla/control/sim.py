@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import signal
+import threading
 import time
 from collections import deque
 from multiprocessing.connection import Connection
@@ -21,7 +22,7 @@ from vla import simulator
 from vla.config import AdapterConfig
 from vla.control.clock import Rate
 from vla.control.robot import Reading
-from vla.errors import SimulatorError
+from vla.errors import SimulatorError, VLAError
 from vla.spec import RobotSpec
 
 _PATIENCE_S = 120.0  # to build a scene and draw its first picture
@@ -45,8 +46,12 @@ class SimRobot:
         self._process.start()
         theirs.close()
         self._latest: Reading | None = None
-        self.spec = RobotSpec.from_dict(self._answer("spec"))
         self.instruction = ""
+        try:
+            self.spec = RobotSpec.from_dict(self._answer("spec"))
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> SimRobot:
         return self
@@ -101,28 +106,60 @@ class SimRobot:
         raise SimulatorError(f"the simulated robot did not answer in {_PATIENCE_S:g} s.")
 
 
+class _Outbox:
+    """Sends from a thread of its own: the world must not stop because nobody reads. Of readings the latest wins."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe, self._messages = pipe, deque[tuple[str, Any]]()
+        self._wake = threading.Condition()
+        threading.Thread(target=self._serve, daemon=True, name="vla-outbox").start()
+
+    def put(self, kind: str, value: Any) -> None:
+        with self._wake:
+            if kind == "reading" and self._messages and self._messages[-1][0] == "reading":
+                self._messages.pop()
+            self._messages.append((kind, value))
+            self._wake.notify()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):  # the other end is closed
+            while True:
+                with self._wake:
+                    while not self._messages:
+                        self._wake.wait()
+                    message = self._messages.popleft()
+                self._pipe.send(message)
+
+
 def _live(pipe: Connection, env_id: str, adapter: AdapterConfig, hz: float | None) -> None:
     """The process: an episode after every ("reset", seed), until the other end is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    outbox = _Outbox(pipe)
     with contextlib.suppress(EOFError, OSError):
         try:
             env = simulator.make(env_id, adapter)
-            pipe.send(("spec", env.robot.to_dict()))
-            message = pipe.recv()
+            outbox.put("spec", env.robot.to_dict())
+            message = None
             while True:
-                message = _episode(pipe, env, message[1], hz or env.robot.control_hz) if message[0] == "reset" else None
                 message = message or pipe.recv()
+                if message[0] == "reset":
+                    message = _episode(pipe, outbox, env, message[1], hz or env.robot.control_hz)
+                else:  # a command to an episode that has ended
+                    message = None
         except (EOFError, OSError):
             raise
         except Exception as error:
-            pipe.send(("error", f"{type(error).__name__}: {error}"))
+            outbox.put("error", str(error) if isinstance(error, VLAError) else f"{type(error).__name__}: {error}")
+            pipe.recv()  # until the other end is closed: the message has to get there
 
 
-def _episode(pipe: Connection, env: simulator.SimulatedRobot, seed: int, hz: float) -> tuple[str, int] | None:
+def _episode(
+    pipe: Connection, outbox: _Outbox, env: simulator.SimulatedRobot, seed: int, hz: float
+) -> tuple[str, int] | None:
     """Run one episode in real time; returns the message that ended it, None when it ended by itself."""
     observation, info = env.reset(seed=seed)
     rate = Rate(hz)
-    pipe.send(("began", (info["instruction"], Reading(observation, time.monotonic()))))
+    outbox.put("began", (info["instruction"], Reading(observation, time.monotonic())))
     rate.wait()  # tick 0 is the first picture
     waiting: deque[np.ndarray] = deque(maxlen=_WAITING)
     last: np.ndarray | None = None
@@ -136,6 +173,6 @@ def _episode(pipe: Connection, env: simulator.SimulatedRobot, seed: int, hz: flo
         last = waiting.popleft() if waiting else env.robot.hold_action(last)
         observation, _, terminated, truncated, info = env.step(last)
         over = terminated or truncated
-        pipe.send(("reading", Reading(observation, time.monotonic(), over, bool(info["is_success"]))))
+        outbox.put("reading", Reading(observation, time.monotonic(), over, bool(info["is_success"])))
         if over:
             return None

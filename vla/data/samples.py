@@ -32,7 +32,7 @@ class Sample:
         images: uint8 [C, S, S, 3].
         state: float32 [S'], the robot's units; empty without proprioception.
         chunk: float32 [H, D], the robot's units; the last action is repeated beyond the episode's end.
-        valid: bool [H], False beyond the end.
+        valid: bool [H], the actions to learn: not those beyond the end, nor those that are given.
         instruction: what the demonstration was told to do.
         source: index of the dataset in the mixture.
     """
@@ -116,10 +116,10 @@ class ChunkSamples:
     def __init__(self, demos: Demonstrations, cameras: Sequence[str], size: int, horizon: int, source: int) -> None:
         self.demos, self.horizon, self.source = demos, horizon, source
         self.frames = cached_frames(demos, cameras, size)
-        ends = np.zeros(demos.num_frames, np.int64)
+        self._starts, self._ends = np.zeros((2, demos.num_frames), np.int64)
         for episode in demos.episodes:
-            ends[episode.start : episode.start + episode.length] = episode.start + episode.length
-        self._ends = ends
+            frames = slice(episode.start, episode.start + episode.length)
+            self._starts[frames], self._ends[frames] = episode.start, episode.start + episode.length
         self._states = demos.states if demos.states is not None else np.zeros((demos.num_frames, 0), np.float32)
 
     def __getitem__(self, frame: int) -> Sample:
@@ -133,6 +133,16 @@ class ChunkSamples:
             instruction=self.demos.tasks[self.demos.task_index[frame]],
             source=self.source,
         )
+
+    def continued(self, frame: int, count: int, lag: int) -> Sample:
+        """The sample at `frame` as the continuation of an older plan: its first `count` actions are those of `lag`
+        frames before (not before the episode), and are not to be learned."""
+        sample = self[frame]
+        start = max(frame - lag, int(self._starts[frame]))
+        chunk, valid = sample.chunk.copy(), sample.valid.copy()
+        chunk[:count] = self.demos.actions[np.minimum(start + np.arange(count), self._ends[frame] - 1)]
+        valid[:count] = False
+        return dataclasses.replace(sample, chunk=chunk, valid=valid)
 
 
 class Mixture:
@@ -171,7 +181,13 @@ class Mixture:
         rng = np.random.Generator(np.random.Philox(key=[self._seed, draw]))
         source = min(int(np.searchsorted(self._edges, rng.random(), side="right")), len(self._sources) - 1)
         indices = self._frames[source]
-        sample = self._sources[source][int(indices[rng.integers(len(indices))])]
+        frame = int(indices[rng.integers(len(indices))])
         if self._augmentation is None:
-            return sample
+            return self._sources[source][frame]
+        half = self._sources[source].horizon // 2
+        if half and self._augmentation.committed and rng.random() < self._augmentation.committed:
+            count, lag = int(rng.integers(1, half + 1)), int(rng.integers(0, half + 1))
+            sample = self._sources[source].continued(frame, count, lag)
+        else:
+            sample = self._sources[source][frame]
         return dataclasses.replace(sample, images=augment(sample.images, self._augmentation, rng))
