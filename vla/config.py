@@ -340,18 +340,26 @@ class RolloutConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SafetyConfig:
-    """Limits of a command, beside its range (that of the policy's training data).
+    """Limits of a command, beside its range (that of the policy's training data), and of what it may be based on.
 
     Attributes:
         max_age_s: the robot holds when its last observation is older.
+        max_frozen_s: the robot holds when a camera has shown the very same picture for longer; None: never. Real
+            cameras are noisy and never do; a simulated world at rest does.
         max_change: largest change of an entry between two commands, as a share of its range; None: any. Grippers are
             exempt.
+        max_velocity, max_acceleration: by action entry, in its unit per second and per second squared.
+        workspace: action entry -> (the state entry that it moves, lowest, highest).
         max_entropy: the robot holds while the mean entropy of the chunk's tokens, in nats, is higher; None: never.
     """
 
     __pydantic_config__ = STRICT
     max_age_s: float = 0.5
+    max_frozen_s: float | None = None
     max_change: float | None = None
+    max_velocity: dict[str, float] = dataclasses.field(default_factory=dict)
+    max_acceleration: dict[str, float] = dataclasses.field(default_factory=dict)
+    workspace: dict[str, tuple[str, float, float]] = dataclasses.field(default_factory=dict)
     max_entropy: float | None = None
 
 
@@ -364,14 +372,16 @@ class ControlConfig:
         seam: how a chunk takes over from the last one: "switch" (hard), "ensemble" (chunks that overlap are averaged),
             or "committed" (it continues the actions that are executed while it is decoded; a policy that was trained
             on its own observations' actions only may then go on with an old plan for ever, see docs/log.md).
-        extra_latency_s: added to the measured decoding time when the next chunk is planned; for a policy that is far
-            away, or to try one that is.
+        injected_latency_s: every decoding is made to take so much longer, to try a policy that is far away.
+        black_box_s: so many last seconds (observations, tokens, commands, timings, reasons) are kept, and written to
+            the result folder after every fault; 0: none.
     """
 
     __pydantic_config__ = STRICT
     hz: float | None = None
     seam: Literal["switch", "ensemble", "committed"] = "switch"
-    extra_latency_s: float = 0.0
+    injected_latency_s: float = 0.0
+    black_box_s: float = 30.0
     safety: SafetyConfig = SafetyConfig()
 
 
@@ -380,20 +390,25 @@ class DeployConfig:
     """`vla deploy`: run a policy on a simulated robot in real time, where the world does not wait for it.
 
     Attributes:
-        policy: "nano", a run folder or a checkpoint folder.
+        policy: "nano", a run folder, a checkpoint folder, or the address of a `vla serve` ("ws://host:8000").
         env: environment id of the simulated robot.
-        episodes: episodes, one after the other; episode i uses seed + i.
+        episodes: episodes, one after the other; episode i uses seed + i. None: until it is stopped.
         seconds: longest time of an episode.
-        out: folder of `deploy.json`.
+        out: folder of `deploy.json` and of the black boxes.
+        ui: serve the live page: cameras, instruction, hold and emergency stop.
+        host, port: where the live page is; port 0 takes a free one.
     """
 
     __pydantic_config__ = STRICT
     policy: str = "nano"
     env: str = "envs:vla/PickUp-v0"
-    episodes: int = 5
+    episodes: int | None = None
     seed: int = 100_000
     seconds: float = 30.0
     out: Path = Path("runs/deploy")
+    ui: bool = True
+    host: str = "127.0.0.1"
+    port: int = 8080
     n_action_steps: int | None = None
     unnorm_key: str | None = None
     device: str = "auto"

@@ -5,10 +5,16 @@ Owns: the episodes of a deployment and their record. The loop is `vla.control`'s
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
+import signal
 import statistics
 import sys
+import threading
 from collections import Counter
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -17,6 +23,7 @@ from rich.table import Table
 from vla import config as configuration
 from vla import machine
 from vla.config import DeployConfig
+from vla.control.blackbox import BlackBox
 from vla.control.controller import Controller
 from vla.control.sim import SimRobot
 from vla.errors import ConfigError
@@ -33,22 +40,26 @@ def deploy(config: DeployConfig) -> dict[str, Any]:
         VLAError: before the first episode, when policy, robot and configuration do not fit.
         KeyboardInterrupt: stopped; the robot holds, and finished episodes are written.
     """
-    if config.episodes < 1 or config.seconds <= 0:
+    if config.seconds <= 0 or (config.episodes is not None and config.episodes < 1):
         raise ConfigError(f"episodes and seconds must be positive, got {config.episodes} and {config.seconds}.")
     policy = Policy.from_pretrained(config.policy, config.device, config.unnorm_key, config.n_action_steps)
+    seeds = itertools.count(config.seed)
     records: list[dict[str, Any]] = []
     # A thread that wants to run may have to wait this long for Python's lock: less than the jitter that matters.
     sys.setswitchinterval(0.0005)
     with (
         SimRobot(config.env, config.adapter, config.control.hz) as robot,
         Controller(robot, policy, config.control) as controller,
+        _black_box(config, controller),
+        _held_by_signals(controller) as check,
     ):
         config.out.mkdir(parents=True, exist_ok=True)
         configuration.dump(config, config.out / "config.yaml")
         try:
-            for seed in range(config.seed, config.seed + config.episodes):
+            for seed in itertools.islice(seeds, config.episodes):
                 robot.reset(seed)
                 record = controller.run(robot.instruction, config.seconds)
+                check()
                 records.append({"seed": seed, "instruction": robot.instruction} | record)
                 print(_line(records[-1]), flush=True)
         finally:
@@ -56,6 +67,54 @@ def deploy(config: DeployConfig) -> dict[str, Any]:
             (config.out / FILE).write_text(json.dumps(info, indent=1))
     _print(info)
     return info
+
+
+@contextlib.contextmanager
+def _black_box(config: DeployConfig, controller: Controller) -> Iterator[None]:
+    if not config.control.black_box_s:
+        yield
+        return
+    box = BlackBox(config.out / "blackbox", config.control.black_box_s, controller.hz)
+    controller.listeners.append(box.add)
+    try:
+        yield
+    finally:
+        box.close()
+        if box.files:
+            print(f"something went wrong; the black box wrote {', '.join(map(str, box.files))}", flush=True)
+
+
+@contextlib.contextmanager
+def _held_by_signals(controller: Controller) -> Iterator[Callable[[], None]]:
+    """Ctrl-C and SIGTERM end the run at its next tick, with the hold command; only then, when what is yielded is
+    called, they do what they did before. A second one does so at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    caught: list[int] = []
+    before: dict[int, Any] = {}
+
+    def restore() -> None:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        controller.stop()
+        if caught:
+            restore()
+            signal.raise_signal(signum)
+        caught.append(signum)
+
+    def check() -> None:
+        if caught:
+            restore()
+            signal.raise_signal(caught[0])
+
+    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield check
+    finally:
+        restore()
 
 
 def _line(record: dict[str, Any]) -> str:

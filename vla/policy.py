@@ -7,6 +7,7 @@ only action queue there is. It does not know environments, clocks or robots' dri
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import warnings
 from collections import deque
@@ -135,6 +136,20 @@ class Policy:
         network, processor = checkpoint.load(str(name))
         network.requires_grad_(False)
         return cls(network, processor, device, unnorm_key, n_action_steps, decoding)
+
+    @property
+    def action_limits(self) -> tuple[np.ndarray, np.ndarray]:
+        """Lowest and highest value of each action entry that a token can say, float [D], in the robot's units."""
+        ends = np.stack([-np.ones(self.robot.action_dim), np.ones(self.robot.action_dim)])
+        low, high = self.processor.unnormalize(ends, self.unnorm_key)
+        return np.minimum(low, high), np.maximum(low, high)
+
+    def for_key(self, unnorm_key: str | None) -> Policy:
+        """The same policy with other statistics, in an episode of its own; the network is shared, not copied."""
+        twin = copy.copy(self)
+        twin.unnorm_key = self.network.config.unnorm_key(unnorm_key)
+        twin._queue, twin._memory, twin._instruction = ActionQueue(), Memory(), None
+        return twin
 
     def reset(self, instruction: str) -> None:
         """Start an episode: forget queued actions, take the instruction."""

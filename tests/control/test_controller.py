@@ -104,7 +104,7 @@ def test_a_policy_that_hangs_stops_no_command(policy, driver, monkeypatch):
     np.testing.assert_array_equal(held[:, :6], 0)
 
 
-def test_a_frozen_camera_is_noticed(policy, driver):
+def test_a_driver_that_falls_silent_is_noticed(policy, driver):
     driver.frozen_at = time.monotonic()
     config = ControlConfig(hz=50.0, safety=SafetyConfig(max_age_s=0.2))
     with Controller(driver, policy, config) as controller:

@@ -1,5 +1,7 @@
 """Between policy and robot: whatever is asked, what goes out is safe, and why it was changed is counted."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -11,66 +13,123 @@ from vla.errors import ConfigError
 from vla.spec import RobotSpec
 
 SPEC = RobotSpec(
-    cameras=("front",), state_names=(), action_names=("x", "y", "grip"), gripper_index=2, hold=(0, 0, None)
+    cameras=("front",),
+    state_names=("px", "py"),
+    action_names=("x", "y", "grip"),
+    action_space="ee_delta",
+    gripper_index=2,
+    hold=(0, 0, None),
+    control_hz=10.0,
 )
 LOW, HIGH = np.array([-1.0, -1.0, 0.0]), np.array([1.0, 1.0, 1.0])
 
 
-def make(**values) -> SafetyFilter:
-    return SafetyFilter(SPEC, SafetyConfig(**values), LOW, HIGH)
+def make(delta: bool = True, **values) -> SafetyFilter:
+    """For a robot that takes deltas and stands still at 0, or one that takes positions and repeats the last."""
+    spec = SPEC if delta else dataclasses.replace(SPEC, action_space="ee_position", hold=())
+    return SafetyFilter(spec, SafetyConfig(**values), LOW, HIGH)
 
 
-@given(st.lists(st.lists(st.floats(width=32), min_size=3, max_size=3), min_size=1, max_size=6))
-def test_nothing_but_finite_commands_in_range_without_jumps_goes_out(wanted):
-    safety, last = make(max_change=0.1), None
+def told(command, *expected) -> None:
+    np.testing.assert_allclose(command.action, expected, atol=1e-6)
+
+
+@given(st.lists(st.lists(st.floats(width=32), min_size=3, max_size=3), min_size=1, max_size=6), st.booleans())
+def test_nothing_but_finite_commands_in_range_without_jumps_goes_out(wanted, delta):
+    safety, last = make(delta, max_change=0.1, max_velocity={"x": 3.0}, max_acceleration={"y": 40.0}), None
+    motion, before = np.zeros(3), np.zeros(3)
     for action in wanted:
-        command = safety.check(np.array(action, np.float32), age_s=0.0)
+        command = safety.check(np.array(action, np.float32)).action
         assert np.isfinite(command).all() and (command >= LOW).all() and (command <= HIGH).all()
-        held = not np.isfinite(action).all()
-        if held:
-            np.testing.assert_array_equal(command, SPEC.hold_action(last))
-        elif last is not None:
-            assert (np.abs(command - last)[:2] <= 0.2 + 1e-6).all()
+        if not np.isfinite(action).all():
+            np.testing.assert_array_equal(command, make(delta)._spec.hold_action(last))
+        else:
+            motion = command if delta else command - (command if last is None else last)
+            assert last is None or (np.abs(command - last)[:2] <= 0.2 + 1e-6).all()
+            assert abs(motion[0]) <= 3.0 / 10 + 1e-6 and abs(motion[1] - before[1]) <= 40.0 / 100 + 1e-6
+        before = command if delta else command - (command if last is None else last)
         last = command
 
 
 def test_every_intervention_is_counted_with_its_reason():
     safety, fine = make(max_entropy=1.0), np.array([0.5, -0.5, 1.0], np.float32)
-    np.testing.assert_array_equal(safety.check(fine, 0.0), fine)
+    told(safety.check(fine), *fine)
     assert not safety.interventions
-    hold = np.array([0, 0, 1.0])  # the arm stays, the gripper keeps what it has
-    for action, age, entropy, reason in (
-        (None, 0.0, 0.0, "underrun"),
-        (fine, 0.6, 0.0, "stale observation"),
-        (np.array([np.nan, 0, 0]), 0.0, 0.0, "not finite"),
-        (fine[:2], 0.0, 0.0, "not finite"),
-        (fine, 0.0, 1.5, "not confident"),
+    for action, fault, entropy, reason in (
+        (None, None, 0.0, "underrun"),
+        (fine, "dark camera", 0.0, "dark camera"),
+        (np.array([np.nan, 0, 0]), None, 0.0, "not finite"),
+        (fine[:2], None, 0.0, "not finite"),
+        (fine, None, 1.5, "not confident"),
     ):
         before = safety.interventions[reason]
-        np.testing.assert_array_equal(safety.check(action, age, entropy), hold)
-        assert safety.interventions[reason] == before + 1
-    np.testing.assert_array_equal(safety.check(np.array([3.0, 0, 1.0]), 0.0), [1.0, 0, 1.0])
+        command = safety.check(action, fault, entropy=entropy)
+        told(command, 0, 0, 1.0)  # the arm stays, the gripper keeps what it has
+        assert command.reasons == (reason,) and safety.interventions[reason] == before + 1
+    told(safety.check(np.array([3.0, 0, 1.0])), 1.0, 0, 1.0)
     assert safety.interventions["range"] == 1
 
 
 def test_an_emergency_stop_stays_until_it_is_released():
     safety, fine = make(), np.array([0.5, -0.5, 1.0], np.float32)
-    safety.check(fine, 0.0)
+    safety.check(fine)
     safety.emergency_stop()
     for _ in range(3):
-        np.testing.assert_array_equal(safety.check(fine, 0.0), [0, 0, 1.0])
+        told(safety.check(fine), 0, 0, 1.0)
     assert safety.interventions["emergency stop"] == 3
     safety.reset()
-    np.testing.assert_array_equal(safety.check(fine, 0.0), fine)
+    told(safety.check(fine), *fine)
 
 
 def test_grippers_may_jump():
     safety = make(max_change=0.1)
-    safety.check(np.array([0, 0, 0.0]), 0.0)
-    np.testing.assert_allclose(safety.check(np.array([1.0, 0, 1.0]), 0.0), [0.2, 0, 1.0])
+    safety.check(np.array([0, 0, 0.0]))
+    told(safety.check(np.array([1.0, 0, 1.0])), 0.2, 0, 1.0)
     assert safety.interventions["jump"] == 1
 
 
-def test_limits_must_fit_the_robot():
+def test_velocity_and_acceleration_of_positions_and_of_deltas():
+    """At 10 Hz, 2 per second are 0.2 per command, and 5 per second squared change that by 0.05."""
+    limits = {"max_velocity": {"x": 2.0}, "max_acceleration": {"y": 5.0}}
+    safety = make(delta=False, **limits)
+    told(safety.check(np.zeros(3)), 0, 0, 0)
+    command = safety.check(np.array([1.0, 1.0, 0]))
+    told(command, 0.2, 0.05, 0)
+    assert command.reasons == ("velocity", "acceleration")
+    told(safety.check(np.array([1.0, 1.0, 0])), 0.4, 0.15, 0)
+    safety = make(delta=True, **limits)
+    told(safety.check(np.array([1.0, 1.0, 0])), 0.2, 0.05, 0)
+    told(safety.check(np.array([1.0, 1.0, 0])), 0.2, 0.10, 0)
+    told(safety.check(None), 0, 0, 0)
+    told(safety.check(np.array([0.1, 1.0, 0])), 0.1, 0.05, 0)  # and from a standstill again
+
+
+def test_the_hand_does_not_leave_the_workspace():
+    box = {"workspace": {"x": ("px", -0.5, 0.5)}}
+    deltas, places = make(delta=True, **box), make(delta=False, **box)
+    outward, inward = np.array([0.3, 0.3, 1.0]), np.array([-0.3, 0.3, 1.0])
+    told(deltas.check(outward, state=np.array([0.4, 0.0])), *outward)
+    at_the_wall = deltas.check(outward, state=np.array([0.5, 0.0]))
+    told(at_the_wall, 0, 0.3, 1.0)
+    assert at_the_wall.reasons == ("workspace",)
+    told(deltas.check(inward, state=np.array([0.6, 0.0])), *inward)
+    told(places.check(np.array([0.9, 0.9, 1.0]), state=np.array([0.0, 0.0])), 0.5, 0.9, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"max_velocity": {"elbow": 1.0}}, "max_velocity: unknown action entry 'elbow'"),
+        ({"max_acceleration": {"x": 0.0}}, "x must be positive, got 0"),
+        ({"workspace": {"x": ("pz", 0.0, 1.0)}}, "unknown state entry 'pz'"),
+        ({"workspace": {"x": ("px", 1.0, 1.0)}}, "x needs low < high"),
+    ],
+)
+def test_limits_must_be_the_robots(limits, message):
+    with pytest.raises(ConfigError, match=message):
+        make(**limits)
+
+
+def test_ranges_must_fit_the_robot():
     with pytest.raises(ConfigError, match="x, y, grip"):
         SafetyFilter(SPEC, SafetyConfig(), LOW[:2], HIGH[:2])

@@ -12,28 +12,33 @@ policy continues them exactly, at no cost.
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import gc
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from vla.config import ControlConfig
+from vla.control.blackbox import Moment
 from vla.control.buffer import SEAMS, ChunkBuffer
 from vla.control.clock import Rate
 from vla.control.inference import Answer, Inference
 from vla.control.robot import Reading, Robot
 from vla.control.safety import SafetyFilter
+from vla.control.watch import Watch
 from vla.errors import ConfigError, SpecError
 from vla.memory import Memory
 from vla.policy import Policy
 
 
 class State(enum.Enum):
-    """ready -> running <-> holding -> stopped."""
+    """unconfigured -> ready -> running <-> holding -> stopped."""
 
+    UNCONFIGURED = "unconfigured"
     READY = "ready"
     RUNNING = "running"
     HOLDING = "holding"
@@ -41,12 +46,14 @@ class State(enum.Enum):
 
 
 class Controller:
-    """Drives `robot` with `policy`. Use it as a context manager; `run` may be called many times.
+    """Drives `robot` with `policy`. Use it as a context manager; `run` may be called many times, from one thread; the
+    other methods are for any thread.
 
     Attributes:
         state: see `State`.
         safety: its interventions, and the emergency stop.
         instruction: what the policy is told; may be changed while it runs.
+        listeners: called with every `Moment`, in the loop: they must only hand it over.
     """
 
     def __init__(self, robot: Robot, policy: Policy, config: ControlConfig) -> None:
@@ -59,91 +66,129 @@ class Controller:
                 f"takes {', '.join(theirs.action_names)} and has {', '.join(theirs.cameras)}."
             )
         self._robot, self._policy, self._config = robot, policy, config
-        ends = np.stack([-np.ones(ours.action_dim), np.ones(ours.action_dim)])
-        low, high = policy.processor.unnormalize(ends, policy.unnorm_key)
-        self.safety = SafetyFilter(theirs, config.safety, np.minimum(low, high), np.maximum(low, high))
-        self.state, self.instruction = State.READY, ""
-        self._hz = config.hz or theirs.control_hz
-        self._inference = Inference(policy)
-        policy.warm_up()
+        self.hz = config.hz or theirs.control_hz
+        self.safety = SafetyFilter(theirs, config.safety, *policy.action_limits, hz=self.hz)
+        # The cameras that the policy looks at; what others show is none of its business.
+        self._seen = dataclasses.replace(theirs, cameras=ours.cameras)
+        self.state, self.instruction = State.UNCONFIGURED, ""
+        self.listeners: list[Callable[[Moment], None]] = []
+        self._inference = Inference(policy, config.injected_latency_s)
+        self._on_hold = self._stopping = False
 
     def __enter__(self) -> Controller:
+        self.configure()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def configure(self) -> None:
+        """Decode once, so that the first chunk of a run comes as fast as the others."""
+        self._policy.warm_up()
+        self.state = State.READY
 
     def close(self) -> None:
         self.state = State.STOPPED
         self._inference.close()
         self._robot.close()
 
+    def hold(self) -> None:
+        """The robot holds, and the run goes on, until `resume`."""
+        self._on_hold = True
+
+    def resume(self) -> None:
+        self._on_hold = False
+
+    def stop(self) -> None:
+        """End the run that is going on, or the next one, at its next tick."""
+        self._stopping = True
+
     def run(self, instruction: str, seconds: float) -> dict[str, Any]:
-        """Control for so long, or until the robot says that its task is over. Ends with the hold command.
+        """Control for so long, until the robot says that its task is over, or until `stop`. Ends with the hold command.
 
         Returns:
             The record: success, commands and ticks skipped, deadlines missed, each command's lateness and each decoding
             in milliseconds, interventions by reason, actions that came after their tick, errors of the policy, and the
             mean absolute third difference of the commands ("jerk").
         """
-        self.instruction, self.state = instruction, State.RUNNING
+        self.instruction = instruction
         first = self._first_reading()
-        buffer = ChunkBuffer(self._config.seam, self._robot.spec.gripper_index)
         before = self.safety.interventions.copy()
         gc.collect()
         gc.freeze()
         gc.disable()  # a collection takes longer than the jitter that a robot should see
         # Half a period after the robot's own ticks: neither early nor late commands fall into another of its periods.
-        elapsed = math.ceil((time.monotonic() - first.time) * self._hz)
-        run = _Run(Rate(self._hz, start=first.time + (elapsed + 0.5) / self._hz), buffer)
+        elapsed = math.ceil((time.monotonic() - first.time) * self.hz)
+        rate = Rate(self.hz, start=first.time + (elapsed + 0.5) / self.hz)
+        run = _Run(rate, ChunkBuffer(self._config.seam, self._robot.spec.gripper_index))
+        watch = Watch(self._seen, self._config.safety)
         try:
-            while run.rate.tick < seconds * self._hz:
+            while run.rate.tick < seconds * self.hz and not self._stopping:
                 run.rate.wait()
                 reading = self._robot.observe() or first
                 if reading.over:
                     run.success = reading.success
                     break
-                self._think(run, reading)
-                action = buffer.at(run.rate.tick)
-                age = time.monotonic() - reading.time
-                command = self.safety.check(action, age, run.entropy, "underrun" if run.begun else "no chunk yet")
-                self._robot.command(command)
-                run.rate.sent()
-                run.commands.append(command)
+                self._tick(run, reading, watch)
         finally:
             gc.enable()
             gc.unfreeze()
-            self.state = State.HOLDING
+            self.state, self._stopping = State.HOLDING, False
             self._robot.command(self._robot.spec.hold_action(run.commands[-1] if run.commands else None))
             self._drain()
         return run.report() | {"interventions": dict(self.safety.interventions - before)}
 
-    def _think(self, run: _Run, reading: Reading) -> None:
-        """Take the chunk that is ready, and ask for the next one when it is time."""
-        tick = run.rate.tick
-        answer = self._inference.take()
-        if answer is not None:
-            self._accept(run, answer)
-        latency = self._inference.latency() + self._config.extra_latency_s
-        needed = math.floor(latency * self._hz) + 1  # ticks until an answer can be used
-        due = run.asked is None or tick - run.asked >= self._policy.n_action_steps
-        if self._inference.busy_since is None and (due or run.buffer.ahead(tick) <= needed):
-            if run.chunk is not None:
-                run.memory.advance(tick - run.advanced)
-            run.advanced = run.asked = tick
-            committing = self._config.seam == "committed" and run.memory.draft is not None
-            run.memory.committed = min(needed, run.buffer.ahead(tick), self._policy.horizon - 1) if committing else 0
-            self._inference.request(tick, reading.observation, self.instruction, run.memory)
+    def _tick(self, run: _Run, reading: Reading, watch: Watch) -> None:
+        """Look, think, check, command: what is there at this moment is what counts."""
+        on_hold = self._on_hold or self.safety.stopped
+        self.state = State.HOLDING if on_hold else State.RUNNING
+        fault = watch.fault(reading, time.monotonic())
+        decoding = self._take(run)
+        if on_hold:
+            run.forget()
+        elif fault is None:
+            self._ask(run, reading)
+        missing = "on hold" if on_hold else "underrun" if run.begun else "no chunk yet"
+        state = reading.observation.get("agent_pos")
+        command = self.safety.check(run.buffer.at(run.rate.tick), fault, state, run.entropy, missing)
+        self._robot.command(command.action)
+        run.rate.sent()
+        run.commands.append(command.action)
+        moment = Moment(run.rate.tick, run.rate.lateness[-1], reading, command.action, command.reasons, decoding)
+        for listener in self.listeners:
+            listener(moment)
 
-    def _accept(self, run: _Run, answer: Answer) -> None:
+    def _take(self, run: _Run) -> dict[str, Any] | None:
+        """Take the chunk that is ready; returns what a black box wants to know about it."""
+        answer = self._inference.take()
+        if answer is None:
+            return None
+        about = {"asked": answer.tick, "ms": round(1e3 * answer.seconds, 3)}
         if answer.prediction is None:
             run.errors.append(answer.error or "")
+            return about | {"error": answer.error}
+        run.accept(answer)
+        return about | {"entropy": run.entropy, "ids": answer.prediction.ids[0].tolist()}
+
+    def _ask(self, run: _Run, reading: Reading) -> None:
+        """Ask for the next chunk when it is time: at the policy's own pace, or when the buffer runs out before then."""
+        tick = run.rate.tick
+        needed = math.floor(self._inference.latency() * self.hz) + 1  # ticks until an answer can be used
+        new = run.instruction != self.instruction
+        due = new or run.asked is None or tick - run.asked >= self._policy.n_action_steps
+        if self._inference.busy_since is not None or not (due or run.buffer.ahead(tick) <= needed):
             return
-        run.decode_ms.append(1e3 * answer.seconds)
-        run.chunk = answer.prediction.chunks[0]
-        run.entropy = float(answer.prediction.entropy.mean())
-        run.begun = True
-        run.buffer.put(run.chunk, answer.tick, run.rate.tick)
+        if new:
+            run.memory, run.instruction = Memory(), self.instruction  # the old plan is for another task
+        # The tick that the picture is of: it may be older than this one.
+        seen = max(tick - math.floor((time.monotonic() - reading.time) * self.hz), run.asked or 0)
+        if run.asked is not None:
+            run.memory.advance(seen - run.asked)
+        run.asked = seen
+        committing = self._config.seam == "committed" and run.memory.draft is not None
+        until = tick + min(needed, run.buffer.ahead(tick))
+        run.memory.committed = min(until - seen, self._policy.horizon - 1) if committing and until > tick else 0
+        self._inference.request(seen, reading.observation, self.instruction, run.memory)
 
     def _first_reading(self) -> Reading:
         deadline = time.monotonic() + self._config.safety.max_age_s + 5.0
@@ -166,14 +211,27 @@ class _Run:
 
     def __init__(self, rate: Rate, buffer: ChunkBuffer) -> None:
         self.rate, self.buffer, self.memory = rate, buffer, Memory()
-        self.chunk: np.ndarray | None = None
+        self.instruction: str | None = None  # of the last request
+        self.asked: int | None = None  # tick of the last request's observation; the memory stands there
         self.entropy = 0.0
         self.begun = self.success = False  # begun: a first chunk has come
-        self.asked: int | None = None  # tick of the last request
-        self.advanced = 0  # tick that the memory stands at
         self.commands: list[np.ndarray] = []
         self.decode_ms: list[float] = []
         self.errors: list[str] = []
+
+    def accept(self, answer: Answer) -> None:
+        """Put the chunk of an answer into the buffer; that of a plan that was given up since is forgotten."""
+        assert answer.prediction is not None
+        self.decode_ms.append(1e3 * answer.seconds)
+        self.entropy = float(answer.prediction.entropy.mean())
+        if self.asked == answer.tick:
+            self.begun = True
+            self.buffer.put(answer.prediction.chunks[0], answer.tick, self.rate.tick)
+
+    def forget(self) -> None:
+        """Give up the plan: what comes after a hold begins anew."""
+        self.buffer.clear()
+        self.memory, self.asked, self.begun = Memory(), None, False
 
     def report(self) -> dict[str, Any]:
         jerk = np.abs(np.diff(np.stack(self.commands), n=3, axis=0)).mean() if len(self.commands) > 3 else 0.0

@@ -11,7 +11,6 @@ import dataclasses
 import threading
 import time
 import traceback
-from collections.abc import Callable
 
 import numpy as np
 
@@ -33,8 +32,8 @@ class Answer:
 class Inference:
     """Decodes in the background. `busy_since` is when the running request was made; None when there is none."""
 
-    def __init__(self, policy: Policy, now: Callable[[], float] = time.monotonic) -> None:
-        self._policy, self._now = policy, now
+    def __init__(self, policy: Policy, injected_latency_s: float = 0.0) -> None:
+        self._policy, self._injected = policy, injected_latency_s
         self._wake = threading.Condition()
         self._request: tuple[int, Observation, str, Memory] | None = None
         self._answer: Answer | None = None
@@ -48,7 +47,7 @@ class Inference:
         """Start to decode; only when nothing is running. `memory` is the thread's until the answer is taken."""
         with self._wake:
             assert self.busy_since is None, "one request at a time"
-            self._request, self.busy_since = (tick, observation, instruction, memory), self._now()
+            self._request, self.busy_since = (tick, observation, instruction, memory), time.monotonic()
             self._wake.notify()
 
     def take(self) -> Answer | None:
@@ -78,12 +77,14 @@ class Inference:
                     return
                 assert self._request is not None
                 (tick, observation, instruction, memory), self._request = self._request, None
-            start = self._now()
+            start = time.monotonic()
             try:
                 prediction, error = self._policy.predict([observation], [instruction], [memory]), None
             except Exception as problem:  # whatever it is, the robot must go on being commanded
                 prediction, error = None, "".join(traceback.format_exception_only(problem)).strip()
-            seconds = self._now() - start
+            if self._injected:
+                time.sleep(self._injected)
+            seconds = time.monotonic() - start
             with self._wake:
                 self.seconds.append(seconds)
                 self._answer = Answer(tick, seconds, prediction, error)

@@ -6,7 +6,8 @@ Owns: the protocol that every driver fulfils, and the reading that it returns. I
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -20,12 +21,14 @@ class Reading:
     Attributes:
         time: when it was taken, in seconds of `time.monotonic`.
         over: the task has ended (simulations know), with `success`.
+        info: whatever else the driver knows, as plain values; nothing depends on it.
     """
 
     observation: Observation
     time: float
     over: bool = False
     success: bool = False
+    info: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Robot(Protocol):

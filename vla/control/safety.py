@@ -2,36 +2,57 @@
 
 Owns: the limits of a command, the emergency stop, and the count of every intervention with its reason. Whatever comes
 in, what goes out is finite, in range, no jump, and not the answer to something the robot saw long ago. It does not know
-where actions come from.
+where actions come from or what is wrong with a reading (`watch` does).
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 
 import numpy as np
 
 from vla.config import SafetyConfig
-from vla.errors import ConfigError
+from vla.errors import ConfigError, unknown
 from vla.spec import RobotSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """What the robot is told, float32 [D], and why it is not what the policy wanted; no reasons: it is."""
+
+    action: np.ndarray
+    reasons: tuple[str, ...] = ()
 
 
 class SafetyFilter:
     """Turns what the policy wants into what the robot is told.
 
+    Actions are deltas when the spec's action space ends in "delta", else they are positions (or whatever the robot is
+    to be at): velocity is then the change between two commands.
+
     Args:
         low, high: per entry, float [D], the range of commands in the robot's units.
+        hz: commands per second.
     Attributes:
         interventions: reason -> count.
         stopped: the emergency stop is pressed; it stays until `reset`.
     """
 
-    def __init__(self, spec: RobotSpec, config: SafetyConfig, low: np.ndarray, high: np.ndarray) -> None:
+    def __init__(
+        self, spec: RobotSpec, config: SafetyConfig, low: np.ndarray, high: np.ndarray, hz: float | None = None
+    ) -> None:
         if np.shape(low) != (spec.action_dim,) or np.shape(high) != (spec.action_dim,) or not (low <= high).all():
             raise ConfigError(f"safety needs a low and a high limit for each of {', '.join(spec.action_names)}.")
         self._spec, self._config = spec, config
         self._low, self._high = np.asarray(low, np.float32), np.asarray(high, np.float32)
+        self._delta = spec.action_space.endswith("delta")
+        period = 1 / (hz or spec.control_hz)
+        self._max_motion = period * self._per_entry("max_velocity", config.max_velocity)
+        self._max_motion_change = period**2 * self._per_entry("max_acceleration", config.max_acceleration)
+        self._walls = self._check_workspace(config.workspace)
         self._last: np.ndarray | None = None
+        self._motion = np.zeros(spec.action_dim, np.float32)  # what the last command moved, per period
         self.interventions: Counter[str] = Counter()
         self.stopped = False
 
@@ -42,36 +63,37 @@ class SafetyFilter:
     def reset(self) -> None:
         """Release the emergency stop and forget the last command (not the counts)."""
         self.stopped, self._last = False, None
+        self._motion[:] = 0
 
     def check(
-        self, action: np.ndarray | None, age_s: float, entropy: float = 0.0, missing: str = "underrun"
-    ) -> np.ndarray:
-        """The command for this tick, float32 [D].
+        self,
+        action: np.ndarray | None,
+        fault: str | None = None,
+        state: np.ndarray | None = None,
+        entropy: float = 0.0,
+        missing: str = "underrun",
+    ) -> Command:
+        """The command for this tick.
 
         Args:
             action: what the policy wants; None when it has nothing to say.
-            age_s: seconds since the observation that the robot last gave.
+            fault: what is wrong with the reading that the robot last gave.
+            state: the robot's state [S], for the workspace.
             entropy: mean entropy of the chunk's tokens, in nats.
             missing: the reason to count where `action` is None.
         """
-        reason = self._why_hold(action, age_s, entropy, missing)
-        if reason is not None:
-            self.interventions[reason] += 1
-            command = self._spec.hold_action(self._last)
+        hold = "emergency stop" if self.stopped else fault or self._why_hold(action, entropy, missing)
+        if hold is not None:
+            command = Command(self._spec.hold_action(self._last), (hold,))
         else:
             assert action is not None
-            command = np.clip(np.asarray(action, np.float32), self._low, self._high)
-            if (command != action).any():
-                self.interventions["range"] += 1
-            command = self._without_jump(command)
-        self._last = command
+            command = self._limited(np.asarray(action, np.float32), state)
+        self.interventions.update(command.reasons)
+        self._motion = self._moved(command.action)
+        self._last = command.action
         return command
 
-    def _why_hold(self, action: np.ndarray | None, age_s: float, entropy: float, missing: str) -> str | None:
-        if self.stopped:
-            return "emergency stop"
-        if age_s > self._config.max_age_s:
-            return "stale observation"
+    def _why_hold(self, action: np.ndarray | None, entropy: float, missing: str) -> str | None:
         if action is None:
             return missing
         if np.shape(action) != (self._spec.action_dim,) or not np.isfinite(action).all():
@@ -80,6 +102,22 @@ class SafetyFilter:
             return "not confident"
         return None
 
+    def _limited(self, action: np.ndarray, state: np.ndarray | None) -> Command:
+        """The range comes first: the other limits lead from there towards the last command or a standstill."""
+        reasons = []
+        for reason, limit in (
+            ("range", lambda command: np.clip(command, self._low, self._high)),
+            ("jump", self._without_jump),
+            ("velocity", self._slow),
+            ("acceleration", self._smooth),
+            ("workspace", lambda command: self._inside(command, state)),
+        ):
+            limited = limit(action)
+            if (limited != action).any():
+                reasons.append(reason)
+            action = limited
+        return Command(action, tuple(reasons))
+
     def _without_jump(self, command: np.ndarray) -> np.ndarray:
         """At most `max_change` of an entry's range away from the last command; grippers open and close at once."""
         if self._last is None or self._config.max_change is None:
@@ -87,7 +125,59 @@ class SafetyFilter:
         step = self._config.max_change * (self._high - self._low)
         if self._spec.gripper_index is not None:
             step[self._spec.gripper_index] = np.inf
-        limited = np.clip(command, self._last - step, self._last + step)
-        if (limited != command).any():
-            self.interventions["jump"] += 1
-        return limited
+        return np.clip(command, self._last - step, self._last + step)
+
+    def _slow(self, command: np.ndarray) -> np.ndarray:
+        return self._with_motion(command, -self._max_motion, self._max_motion)
+
+    def _smooth(self, command: np.ndarray) -> np.ndarray:
+        change = self._max_motion_change
+        return self._with_motion(command, self._motion - change, self._motion + change)
+
+    def _with_motion(self, command: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+        """`command` with what it moves in one period clipped; exactly itself where nothing is clipped."""
+        motion = self._moved(command)
+        clipped = np.clip(motion, low, high)
+        origin = np.zeros_like(command) if self._delta or self._last is None else self._last
+        return np.where(clipped == motion, command, origin + clipped).astype(np.float32)
+
+    def _moved(self, command: np.ndarray) -> np.ndarray:
+        if self._delta:
+            return command
+        return np.zeros_like(command) if self._last is None else command - self._last
+
+    def _inside(self, command: np.ndarray, state: np.ndarray | None) -> np.ndarray:
+        """Nothing leads out of the workspace: deltas that point outward are zero at a wall, positions are clipped."""
+        command = command.copy()
+        for entry, place, low, high in self._walls:
+            if not self._delta:
+                command[entry] = np.clip(command[entry], low, high)
+            elif state is not None:
+                outward = (state[place] <= low and command[entry] < 0) or (state[place] >= high and command[entry] > 0)
+                command[entry] = 0.0 if outward else command[entry]
+        return command
+
+    def _per_entry(self, name: str, limits: dict[str, float]) -> np.ndarray:
+        """Limits by action entry, float [D]; infinite where there is none."""
+        found = np.full(self._spec.action_dim, np.inf, np.float32)
+        for entry, limit in limits.items():
+            found[self._entry(name, entry)] = limit
+            if not limit > 0:
+                raise ConfigError(f"safety.{name}: {entry} must be positive, got {limit}.")
+        return found
+
+    def _entry(self, name: str, entry: str) -> int:
+        if entry not in self._spec.action_names:
+            raise ConfigError(f"safety.{name}: {unknown('action entry', entry, self._spec.action_names)}")
+        return self._spec.action_names.index(entry)
+
+    def _check_workspace(self, workspace: dict[str, tuple[str, float, float]]) -> list[tuple[int, int, float, float]]:
+        """(action entry, state entry, lowest, highest) of each wall pair."""
+        walls = []
+        for entry, (name, low, high) in workspace.items():
+            if name not in self._spec.state_names:
+                raise ConfigError(f"safety.workspace: {unknown('state entry', name, self._spec.state_names)}")
+            if not low < high:
+                raise ConfigError(f"safety.workspace: {entry} needs low < high, got {low} and {high}.")
+            walls.append((self._entry("workspace", entry), self._spec.state_names.index(name), low, high))
+        return walls

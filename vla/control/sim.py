@@ -159,7 +159,7 @@ def _episode(
     """Run one episode in real time; returns the message that ended it, None when it ended by itself."""
     observation, info = env.reset(seed=seed)
     rate = Rate(hz)
-    outbox.put("began", (info["instruction"], Reading(observation, time.monotonic())))
+    outbox.put("began", (info["instruction"], Reading(observation, time.monotonic(), info=_plain(info))))
     rate.wait()  # tick 0 is the first picture
     waiting: deque[np.ndarray] = deque(maxlen=_WAITING)
     last: np.ndarray | None = None
@@ -173,6 +173,11 @@ def _episode(
         last = waiting.popleft() if waiting else env.robot.hold_action(last)
         observation, _, terminated, truncated, info = env.step(last)
         over = terminated or truncated
-        outbox.put("reading", Reading(observation, time.monotonic(), over, bool(info["is_success"])))
+        outbox.put("reading", Reading(observation, time.monotonic(), over, bool(info["is_success"]), _plain(info)))
         if over:
             return None
+
+
+def _plain(info: dict[str, Any]) -> dict[str, Any]:
+    """What of an environment's info is a number, a flag or a text."""
+    return {key: value for key, value in info.items() if isinstance(value, bool | int | float | str)}

@@ -1,0 +1,75 @@
+"""After a fault, the seconds before it can be read."""
+
+import io
+import json
+import time
+import zipfile
+
+import cv2
+import numpy as np
+import pytest
+
+from vla.control.blackbox import BlackBox, Moment
+from vla.control.robot import Reading
+
+
+def moment(tick: int, reasons: tuple[str, ...] = (), decoding: dict | None = None) -> Moment:
+    image = np.full((16, 16, 3), (tick % 250, 0, 0), np.uint8)
+    observation = {"pixels": {"front": image, "wrist": image}, "agent_pos": np.array([tick, 0.5], np.float32)}
+    return Moment(tick, 0.001, Reading(observation, float(tick)), np.array([0.1, tick]), reasons, decoding)
+
+
+def read(path) -> tuple[list[dict], dict[str, np.ndarray]]:
+    with zipfile.ZipFile(path) as box:
+        ticks = [json.loads(line) for line in io.TextIOWrapper(box.open("ticks.jsonl"))]
+        names = {name for tick in ticks for name in tick["pictures"].values()}
+        return ticks, {name: cv2.imdecode(np.frombuffer(box.read(name), np.uint8), 1) for name in names}
+
+
+def test_a_fault_leaves_the_last_seconds_on_disk(tmp_path):
+    box = BlackBox(tmp_path / "box", seconds=3.0, hz=10.0)
+    for tick in range(50):
+        box.add(moment(tick, ("range",)))
+    box.add(moment(50, decoding={"asked": 48, "ms": 21.0, "entropy": 0.5, "ids": [4, 5]}))
+    box.add(moment(51, ("stale observation",)))
+    box.close()
+    (path,) = box.files
+    assert path.name.endswith("-stale-observation.zip") and path.parent == tmp_path / "box"
+    ticks, pictures = read(path)
+    assert [tick["tick"] for tick in ticks] == list(range(22, 52))  # three seconds at ten ticks
+    assert ticks[-1]["reasons"] == ["stale observation"] and ticks[-2]["decoding"]["ids"] == [4, 5]
+    assert ticks[-1]["state"] == [51.0, 0.5] and ticks[-1]["command"] == pytest.approx([0.1, 51])
+    for tick in ticks:
+        for name in tick["pictures"].values():
+            assert abs(int(pictures[name][8, 8, 2]) - tick["tick"]) < 8  # red, as it was seen
+
+
+def test_nothing_is_written_where_nothing_went_wrong(tmp_path):
+    box = BlackBox(tmp_path / "box", seconds=3.0, hz=10.0)
+    for reason in ("no chunk yet", "on hold", "range", "jump", "velocity", "acceleration", "workspace"):
+        box.add(moment(1, (reason,)))
+    box.close()
+    assert box.files == [] and not (tmp_path / "box").exists()
+
+
+@pytest.mark.parametrize("end", [{"reasons": ("underrun",)}, {"decoding": {"asked": 3, "ms": 1.0, "error": "boom"}}])
+def test_an_errors_own_tick_is_in_the_box_and_a_storm_of_faults_is_one_box(tmp_path, end):
+    box = BlackBox(tmp_path, seconds=30.0, hz=10.0)
+    for tick in range(40):
+        box.add(moment(tick, **end))
+    deadline = time.monotonic() + 1.2
+    while time.monotonic() < deadline:  # the aftermath passes, and the faults go on
+        box.add(moment(99, **end))
+        time.sleep(0.05)
+    box.end()
+    box.close()
+    assert 1 <= len(box.files) <= 2  # one after a second, and the rest at the end
+
+
+def test_what_a_faulty_driver_calls_a_picture_does_not_break_it(tmp_path):
+    box = BlackBox(tmp_path, seconds=3.0, hz=10.0)
+    for observation in ({}, {"pixels": None}, {"pixels": {"front": np.zeros(3)}}, {"pixels": {"front": "?"}}):
+        box.add(Moment(0, 0.0, Reading(observation, 0.0), np.zeros(1), ("malformed picture",), None))
+    box.close()
+    ticks, _ = read(box.files[0])
+    assert len(ticks) == 4

@@ -1,0 +1,227 @@
+"""The fault table: whatever breaks, every command is safe and on time, and what happened has a name.
+
+A `Bench` robot plays a real episode of pictures at its rate and keeps every command with its time. Each test breaks one
+thing for a while, and `safe_and_on_time` judges the commands: finite, in the policy's range, and none missing.
+"""
+
+import dataclasses
+import time
+
+import numpy as np
+import pytest
+
+from vla.config import ControlConfig, SafetyConfig
+from vla.control.blackbox import BlackBox
+from vla.control.controller import Controller
+from vla.control.robot import Reading
+from vla.policy import Policy
+
+HZ = 20.0
+
+
+class Bench:
+    """A robot whose pictures are noise, new at every period; `broken(observation, tick)` may change or drop them."""
+
+    def __init__(self, spec, make) -> None:
+        self.spec, self._observations = spec, make(8)
+        self.commands: list[tuple[float, np.ndarray]] = []
+        self.broken = lambda observation, tick: observation
+        self._start, self._last = time.monotonic(), None
+
+    def observe(self) -> Reading:
+        tick = int((time.monotonic() - self._start) * HZ)
+        observation = self.broken(self._observations[tick % 8], tick)
+        if observation is not None or self._last is None:
+            self._last = Reading(observation or self._observations[0], self._start + tick / HZ)
+        return self._last
+
+    def command(self, action: np.ndarray) -> None:
+        self.commands.append((time.monotonic(), action))
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def policy(nano):
+    return Policy(*nano)
+
+
+@pytest.fixture
+def bench(policy, observations):
+    return Bench(policy.robot, observations)
+
+
+def safe_and_on_time(bench: Bench, policy: Policy, record: dict, seconds: float) -> None:
+    actions = np.stack([action for _, action in bench.commands])
+    low, high = policy.action_limits
+    hold = bench.spec.hold_action(np.zeros(bench.spec.action_dim))
+    assert np.isfinite(actions).all()
+    assert ((actions >= np.minimum(low, hold)) & (actions <= np.maximum(high, hold))).all()
+    # A busy machine may be late now and then; what breaks must not make it so.
+    assert record["commands"] >= 0.9 * seconds * HZ and record["missed"] <= 0.1 * seconds * HZ
+
+
+def at(controller: Controller, tick: int, do) -> None:
+    """Call `do` once, at that tick or the first after it that is not slept through."""
+    waiting = [do]
+
+    def listen(moment) -> None:
+        if moment.tick >= tick and waiting:
+            waiting.pop()()
+
+    controller.listeners.append(listen)
+
+
+def during(start: int, stop: int, change):
+    return lambda observation, tick: change(observation) if start <= tick < stop else observation
+
+
+def dark(observation):
+    return observation | {"pixels": {name: np.zeros((96, 96, 3), np.uint8) for name in observation["pixels"]}}
+
+
+def small(observation):
+    return observation | {"pixels": {name: image[::2, ::2] for name, image in observation["pixels"].items()}}
+
+
+def blind(observation):
+    return observation | {"pixels": {"front": observation["pixels"]["front"]}}
+
+
+def nan(observation):
+    return observation | {"agent_pos": np.full(7, np.nan, np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("broken", "reason", "least"),
+    [
+        (during(10, 40, lambda _: None), "stale observation", 15),
+        (during(10, 30, dark), "dark camera", 15),
+        (during(10, 30, small), "picture of another size", 15),
+        (during(10, 30, blind), "missing camera", 15),
+        (during(10, 30, nan), "state not finite", 15),
+        (lambda observation, tick: observation if tick % 2 else None, None, 0),
+    ],
+    ids=[
+        "camera freezes",
+        "all black",
+        "wrong size",
+        "camera gone",
+        "NaN in the state",
+        "half the frames lost",
+    ],
+)
+def test_a_robot_that_sees_nonsense_holds_and_goes_on_afterwards(bench, policy, tmp_path, broken, reason, least):
+    with Controller(bench, policy, ControlConfig(hz=HZ)) as controller:
+        box = BlackBox(tmp_path, 30, HZ)
+        controller.listeners.append(box.add)
+        bench._start, bench.broken = time.monotonic(), broken
+        record = controller.run("reach", seconds=3.0)
+    box.close()
+    safe_and_on_time(bench, policy, record, 3.0)
+    named = {name: count for name, count in record["interventions"].items() if name not in ("no chunk yet", "range")}
+    if reason is None:
+        assert set(named) <= {"underrun"} and named.get("underrun", 0) <= 20 and record["errors"] == []
+        return
+    assert named[reason] >= least and record["errors"] == []
+    assert any(reason.replace(" ", "-") in path.name for path in box.files)
+    moving = np.abs(np.stack([action[:6] for _, action in bench.commands[-12:-1]])).max()
+    assert moving > 0  # it has gone on
+
+
+class Slow:
+    """Replaces `policy.predict` from its third call on."""
+
+    def __init__(self, policy: Policy, behave) -> None:
+        self._real, self._behave, self.calls = policy.predict, behave, 0
+
+    def __call__(self, *arguments):
+        self.calls += 1
+        if 3 <= self.calls < 9:
+            self._behave()
+        return self._real(*arguments)
+
+
+def raise_memory_error():
+    raise RuntimeError("CUDA out of memory")
+
+
+@pytest.mark.parametrize(
+    ("behave", "errors"),
+    [(lambda: time.sleep(0.3), 0), (raise_memory_error, 6), (lambda: time.sleep(2.0), 0)],
+    ids=["ten times slower", "throws", "hangs"],
+)
+def test_a_policy_that_fails_leaves_a_robot_that_holds_and_comes_back(bench, policy, monkeypatch, behave, errors):
+    with Controller(bench, policy, ControlConfig(hz=HZ)) as controller:
+        monkeypatch.setattr(policy, "predict", Slow(policy, behave))
+        record = controller.run("reach", seconds=3.0)
+    safe_and_on_time(bench, policy, record, 3.0)
+    assert len(record["errors"]) == errors and all("out of memory" in error for error in record["errors"])
+    assert record["interventions"]["underrun"] >= 1
+
+
+def test_a_policy_that_says_nan_is_not_obeyed(bench, policy, monkeypatch):
+    real = policy.predict
+
+    def sick(*arguments):
+        prediction = real(*arguments)
+        return dataclasses.replace(prediction, chunks=np.full_like(prediction.chunks, np.nan))
+
+    with Controller(bench, policy, ControlConfig(hz=HZ)) as controller:
+        monkeypatch.setattr(policy, "predict", sick)
+        record = controller.run("reach", seconds=1.0)
+    safe_and_on_time(bench, policy, record, 1.0)
+    assert record["interventions"]["not finite"] >= 8
+
+
+def test_a_policy_that_is_not_sure_is_not_obeyed_where_that_is_asked_for(bench, policy):
+    config = ControlConfig(hz=HZ, safety=SafetyConfig(max_entropy=1e-6))
+    with Controller(bench, policy, config) as controller:
+        record = controller.run("reach", seconds=1.0)
+    assert record["interventions"]["not confident"] >= 8
+
+
+def test_the_wall_clock_means_nothing(bench, policy, monkeypatch):
+    """It steps by an hour, twice; the loop runs on the monotonic clock."""
+    real, offset = time.time, [0.0]
+    monkeypatch.setattr(time, "time", lambda: real() + offset[0])
+    with Controller(bench, policy, ControlConfig(hz=HZ)) as controller:
+        at(controller, 8, lambda: offset.__setitem__(0, 3600.0))
+        at(controller, 16, lambda: offset.__setitem__(0, -3600.0))
+        record = controller.run("reach", seconds=1.2)
+    safe_and_on_time(bench, policy, record, 1.2)
+    assert set(record["interventions"]) <= {"no chunk yet", "range"}
+
+
+def test_hold_and_resume_while_it_runs(bench, policy):
+    with Controller(bench, policy, ControlConfig(hz=HZ)) as controller:
+        states = []
+        controller.listeners.append(lambda moment: states.append(controller.state.value))
+        at(controller, 10, controller.hold)
+        at(controller, 20, controller.resume)
+        record = controller.run("reach", seconds=2.0)
+    assert 5 <= record["interventions"]["on hold"] <= 10
+    assert states[0] == states[-1] == "running" and "holding" in states
+    assert record["interventions"]["no chunk yet"] >= 2  # the old plan is not gone on with
+
+
+def test_a_new_instruction_counts_from_the_next_chunk_on(bench, policy, monkeypatch):
+    real, told = policy.predict, []
+    with Controller(bench, policy, ControlConfig(hz=HZ)) as controller:
+        monkeypatch.setattr(policy, "predict", lambda o, i, m: (told.append((i[0], m[0].draft)), real(o, i, m))[1])
+        at(controller, 12, lambda: setattr(controller, "instruction", "push"))
+        controller.run("reach", seconds=1.5)
+    words = [word for word, _ in told]
+    first = words.index("push")
+    assert set(words[:first]) == {"reach"} and set(words[first:]) == {"push"}
+    assert told[first][1] is None and told[first - 1][1] is not None  # the old plan is not continued
+
+
+def test_stop_ends_the_run_with_the_hold_command(bench, policy):
+    with Controller(bench, policy, ControlConfig(hz=HZ)) as controller:
+        at(controller, 10, controller.stop)
+        begun = time.monotonic()
+        controller.run("reach", seconds=20.0)
+    assert time.monotonic() - begun < 2
+    np.testing.assert_array_equal(bench.commands[-1][1], bench.spec.hold_action(bench.commands[-2][1]))
