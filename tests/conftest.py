@@ -17,6 +17,8 @@ from vla.spec import RobotSpec
 
 torch.set_num_threads(2)
 
+pytest_plugins = ["tests.served"]
+
 
 @pytest.fixture(scope="session")
 def robot() -> RobotSpec:

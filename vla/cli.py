@@ -43,6 +43,7 @@ VERBS = {
     "pretrain": Verb("TrainConfig", "vla.train:pretrain", "train all weights of a policy"),
     "rollout": Verb("RolloutConfig", "vla.rollout:rollout", "evaluate a policy closed loop and write a report"),
     "deploy": Verb("DeployConfig", "vla.deploy:deploy", "run a policy on a simulated robot in real time"),
+    "serve": Verb("ServeConfig", "vla.serve.server:serve", "serve a policy to OpenVLA's and openpi's robot clients"),
     "analyze exposure": Verb(
         "ExposureConfig", "vla.exposure:exposure", "measure a policy's exposure bias on a dataset"
     ),

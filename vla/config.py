@@ -141,8 +141,8 @@ class AugmentConfig:
         shift: random translation, as a share of the image side.
         brightness, contrast, saturation: half-width of the random factor around 1.
         committed: share of the samples whose first actions (one to half a chunk) are given instead of learned, and come
-            from up to half a chunk earlier in the demonstration: for policies that are to continue plans which are
-            older than their picture (the "committed" seam of `vla deploy`).
+            from another moment of the demonstration: for policies that are to continue plans which are older than their
+            picture (the "committed" seam of `vla deploy`).
     """
 
     __pydantic_config__ = STRICT
@@ -308,7 +308,7 @@ class RolloutConfig:
     """`vla rollout`: evaluate a policy closed loop on environments x seeds.
 
     Attributes:
-        policy: "nano", a run folder or a checkpoint folder.
+        policy: "nano", a run folder, a checkpoint folder, or the address of a `vla serve` ("ws://host:8000").
         env: environment ids.
         episodes: episodes per environment.
         seed: first environment seed; episode i uses seed + i.
@@ -414,6 +414,58 @@ class DeployConfig:
     device: str = "auto"
     control: ControlConfig = ControlConfig()
     adapter: AdapterConfig = AdapterConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class KeysConfig:
+    """What clients call things, where it cannot be told: parts of nested keys are joined by "/".
+
+    Attributes:
+        images: camera of the policy -> key of its picture.
+        state: keys whose values, one after the other, are the state.
+        prompt: key of the instruction.
+    """
+
+    __pydantic_config__ = STRICT
+    images: dict[str, str] = dataclasses.field(default_factory=dict)
+    state: tuple[str, ...] = ()
+    prompt: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ServeConfig:
+    """`vla serve`: a policy for robots elsewhere, in the protocols of OpenVLA (POST /act) and openpi (websocket).
+
+    With the environment variable VLA_API_KEY set, clients must send `Authorization: Api-Key <key>` (or Bearer).
+
+    Attributes:
+        policy: "nano", a run folder or a checkpoint folder.
+        host, port: where to listen; only this machine can connect unless told otherwise ("0.0.0.0").
+        keys: what clients call things, where it cannot be told from their requests.
+        max_batch: observations of different clients that are decoded together.
+        max_queue: requests that may wait; more are refused.
+        max_request_mb: largest request.
+        patience_s: time that a client has to send a request once it has begun.
+        certificate, private_key: files in PEM format; both: TLS.
+        tracebacks: send them to clients, as openpi's own server does; they show paths and code.
+    """
+
+    __pydantic_config__ = STRICT
+    policy: str = "nano"
+    host: str = "127.0.0.1"
+    port: int = 8000
+    unnorm_key: str | None = None
+    n_action_steps: int | None = None
+    device: str = "auto"
+    decoding: DecodingConfig = GREEDY
+    keys: KeysConfig = KeysConfig()
+    max_batch: int = 32
+    max_queue: int = 256
+    max_request_mb: float = 32.0
+    patience_s: float = 10.0
+    certificate: Path | None = None
+    private_key: Path | None = None
+    tracebacks: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

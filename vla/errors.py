@@ -33,6 +33,10 @@ class SimulatorError(VLAError):
     """An environment cannot be made, does not offer what was asked for, or failed."""
 
 
+class ServerError(VLAError):
+    """A policy server cannot be reached, is too busy, or answered with an error."""
+
+
 def unknown(what: str, value: object, choices: Iterable[object], fix: str = "") -> str:
     """Message for a name that does not exist: the value, the nearest valid one, all valid ones, the fix.
 

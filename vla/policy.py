@@ -7,6 +7,7 @@ only action queue there is. It does not know environments, clocks or robots' dri
 
 from __future__ import annotations
 
+import abc
 import copy
 import dataclasses
 import warnings
@@ -75,18 +76,96 @@ class Prediction:
         return self.log_probs.sum(-1)
 
 
-class Policy:
-    """An action-token policy.
-
-    >>> policy = Policy.from_pretrained("nano")
-    >>> policy.reset("pick up the red cube")
-    >>> action = policy.act(observation)          # float32 [D], in the robot's units
+class ChunkPolicy(abc.ABC):
+    """Whatever predicts chunks: a network here (`Policy`) or one behind a server (`vla.client.RemotePolicy`).
 
     Attributes:
         robot: the RobotSpec that it was trained for.
         horizon: actions per chunk, H.
         n_action_steps: actions of a chunk that `act` executes before it predicts the next.
         unnorm_key: whose statistics un-normalise the actions.
+        image_size: side of the square picture that the network sees, in pixels; observations may have any size.
+    """
+
+    robot: RobotSpec
+    horizon: int
+    n_action_steps: int
+    unnorm_key: str
+    image_size: int
+
+    def __init__(self) -> None:
+        self._forget()
+
+    def _forget(self) -> None:
+        """Be between episodes."""
+        self._queue, self._memory = ActionQueue(), Memory()
+        self._instruction: str | None = None
+
+    @property
+    @abc.abstractmethod
+    def action_limits(self) -> tuple[np.ndarray, np.ndarray]:
+        """Lowest and highest value of each action entry that a token can say, float [D], in the robot's units."""
+
+    @abc.abstractmethod
+    def predict(
+        self, observations: Sequence[Observation], instructions: Sequence[str], memories: Sequence[Memory] | None = None
+    ) -> Prediction:
+        """Chunks for a batch of observations, and how sure the policy was of them.
+
+        Args:
+            memories: one per episode, which this call updates; the caller tells them what is executed
+                (`Memory.advance`).
+        """
+
+    def reset(self, instruction: str) -> None:
+        """Start an episode: forget queued actions, take the instruction."""
+        self._forget()
+        self._instruction = instruction
+
+    def act(self, observation: Observation) -> np.ndarray:
+        """The next action, float32 [D]; predicts a new chunk when the executed part of the last one is used up."""
+        if self._instruction is None:
+            raise ConfigError("call policy.reset(instruction) before policy.act(observation).")
+        if not len(self._queue):
+            chunk = self.predict_chunks([observation], [self._instruction], [self._memory])[0]
+            self._queue.push(chunk[: self.n_action_steps])
+        self._memory.advance(1)
+        return self._queue.pop()
+
+    def predict_chunk(self, observation: Observation, instruction: str | None = None) -> np.ndarray:
+        """The chunk for one observation, float32 [H, D]."""
+        instruction = self._instruction if instruction is None else instruction
+        if instruction is None:
+            raise ConfigError("give an instruction, or call policy.reset(instruction) first.")
+        return self.predict_chunks([observation], [instruction])[0]
+
+    def predict_chunks(
+        self,
+        observations: Sequence[Observation],
+        instructions: Sequence[str],
+        memories: Sequence[Memory] | None = None,
+    ) -> np.ndarray:
+        """`predict` for whom the actions are enough: float32 [B, H, D], un-normalised."""
+        return self.predict(observations, instructions, memories).chunks
+
+    def warm_up(self, batch_size: int = 1, instruction: str = "warm up") -> None:
+        """Decode one chunk of a blank observation, so that the first real one is as fast as the others."""
+        size, robot = self.image_size, self.robot
+        blank = {
+            "pixels": {camera: np.zeros((size, size, 3), np.uint8) for camera in robot.cameras},
+            "agent_pos": np.zeros(robot.state_dim, np.float32),
+        }
+        self.predict([blank] * batch_size, [instruction] * batch_size)
+
+
+class Policy(ChunkPolicy):
+    """An action-token policy.
+
+    >>> policy = Policy.from_pretrained("nano")
+    >>> policy.reset("pick up the red cube")
+    >>> action = policy.act(observation)          # float32 [D], in the robot's units
+
+    Attributes: those of `ChunkPolicy`, and
         decoding: how chunks are chosen from probabilities.
     """
 
@@ -99,12 +178,14 @@ class Policy:
         n_action_steps: int | None = None,
         decoding: DecodingConfig = GREEDY,
     ) -> None:
+        super().__init__()
         decoding.check()
         self.device = choose_device(device)
         self.network = network.to(self.device).eval()
         self.processor, self.decoding = processor, decoding
         self.robot: RobotSpec = processor.robot
         self.horizon: int = network.config.horizon
+        self.image_size: int = network.config.image_size
         self.n_action_steps = n_action_steps or network.config.n_action_steps
         if not 1 <= self.n_action_steps <= self.horizon:
             raise ConfigError(f"n_action_steps must be between 1 and the horizon {self.horizon}, got {n_action_steps}.")
@@ -113,9 +194,6 @@ class Policy:
         if self.processor.action_tokenizer.tokens_per_action is None and decoding != GREEDY:
             raise ConfigError("this policy's tokens speak about several actions at once; it decodes greedily only.")
         self.unnorm_key = network.config.unnorm_key(unnorm_key)
-        self._queue = ActionQueue()
-        self._instruction: str | None = None
-        self._memory = Memory()
         self._draws = 0  # sampled batches: each has a seed of its own
         try:
             self._engine: Engine | None = Engine(self.network)
@@ -148,39 +226,8 @@ class Policy:
         """The same policy with other statistics, in an episode of its own; the network is shared, not copied."""
         twin = copy.copy(self)
         twin.unnorm_key = self.network.config.unnorm_key(unnorm_key)
-        twin._queue, twin._memory, twin._instruction = ActionQueue(), Memory(), None
+        twin._forget()
         return twin
-
-    def reset(self, instruction: str) -> None:
-        """Start an episode: forget queued actions, take the instruction."""
-        self._queue.clear()
-        self._instruction, self._memory = instruction, Memory()
-
-    def act(self, observation: Observation) -> np.ndarray:
-        """The next action, float32 [D]; predicts a new chunk when the executed part of the last one is used up."""
-        if self._instruction is None:
-            raise ConfigError("call policy.reset(instruction) before policy.act(observation).")
-        if not len(self._queue):
-            chunk = self.predict_chunks([observation], [self._instruction], [self._memory])[0]
-            self._queue.push(chunk[: self.n_action_steps])
-        self._memory.advance(1)
-        return self._queue.pop()
-
-    def predict_chunk(self, observation: Observation, instruction: str | None = None) -> np.ndarray:
-        """The chunk for one observation, float32 [H, D]."""
-        instruction = self._instruction if instruction is None else instruction
-        if instruction is None:
-            raise ConfigError("give an instruction, or call policy.reset(instruction) first.")
-        return self.predict_chunks([observation], [instruction])[0]
-
-    def predict_chunks(
-        self,
-        observations: Sequence[Observation],
-        instructions: Sequence[str],
-        memories: Sequence[Memory] | None = None,
-    ) -> np.ndarray:
-        """`predict` for whom the actions are enough: float32 [B, H, D], un-normalised."""
-        return self.predict(observations, instructions, memories).chunks
 
     def predict(
         self,
@@ -222,15 +269,6 @@ class Policy:
         batch = self.processor.observe(observations, instructions, self.unnorm_key)
         ids = torch.from_numpy(self.processor.encode_actions(np.asarray(chunks), self.unnorm_key))
         return self._describe(strategies.teacher_forced(self.network, batch, ids))
-
-    def warm_up(self, batch_size: int = 1, instruction: str = "warm up") -> None:
-        """Decode one chunk of a blank observation, so that the first real one is as fast as the others."""
-        size, robot = self.network.config.image_size, self.robot
-        blank = {
-            "pixels": {camera: np.zeros((size, size, 3), np.uint8) for camera in robot.cameras},
-            "agent_pos": np.zeros(robot.state_dim, np.float32),
-        }
-        self.predict([blank] * batch_size, [instruction] * batch_size)
 
     def decode(
         self,

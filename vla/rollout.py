@@ -32,12 +32,12 @@ from vla.spec import RobotSpec
 from vla.workers import Description, Fault, Pool, Start, Stretch
 
 if TYPE_CHECKING:
-    from vla.policy import Policy
+    from vla.policy import ChunkPolicy
 
 VIDEOS = "videos"
 
 
-def rollout(config: RolloutConfig, policy: Policy | None = None) -> dict[str, Any]:
+def rollout(config: RolloutConfig, policy: ChunkPolicy | None = None) -> dict[str, Any]:
     """Evaluate `policy` (default: the one that the configuration names) and write the report folder.
 
     Returns:
@@ -103,7 +103,7 @@ class _Run:
     """The rounds of one evaluation. `finished` is in the order of the queue; `forwards` is (batch size, seconds)."""
 
     def __init__(
-        self, pool: Pool, policy: Policy, episodes: Sequence[Episode], n_action_steps: int, config: RolloutConfig
+        self, pool: Pool, policy: ChunkPolicy, episodes: Sequence[Episode], n_action_steps: int, config: RolloutConfig
     ) -> None:
         self._pool, self._policy, self._n_action_steps, self._config = pool, policy, n_action_steps, config
         self._queue = deque(episodes)
@@ -264,12 +264,10 @@ def _describe(pool: Pool, env_ids: Sequence[str]) -> dict[str, Description]:
     return descriptions
 
 
-def _load(config: RolloutConfig) -> Policy:
-    from vla.policy import Policy
+def _load(config: RolloutConfig) -> ChunkPolicy:
+    from vla import client
 
-    return Policy.from_pretrained(
-        config.policy, config.device, config.unnorm_key, config.n_action_steps, config.decoding
-    )
+    return client.load(config.policy, config.device, config.unnorm_key, config.n_action_steps, config.decoding)
 
 
 def _check_fit(policy: RobotSpec, env: RobotSpec, env_id: str) -> None:

@@ -1,5 +1,7 @@
 """Training samples: what a policy is shown, and what of it is learned."""
 
+from collections import Counter
+
 import numpy as np
 
 from vla.config import AugmentConfig
@@ -7,15 +9,21 @@ from vla.data.reader import Demonstrations
 from vla.data.samples import ChunkSamples, Mixture
 
 
-def test_a_continued_sample_begins_with_an_older_plan(dataset, robot):
-    """Its first actions are those of some frames before, never of another episode, and are not learned."""
+def test_a_continued_sample_begins_with_another_plan(dataset, robot):
+    """Its first actions are those of another moment of the same episode, in order, and are not learned."""
     demos = Demonstrations(dataset("squares", robot))
-    samples = ChunkSamples(demos, robot.cameras, 48, 4, source=0)
-    plain, older = samples[12], samples.continued(12, count=2, lag=2)  # episodes are nine frames long
-    np.testing.assert_array_equal(older.chunk[:2], demos.actions[10:12])
-    np.testing.assert_array_equal(older.chunk[2:], plain.chunk[2:])
-    assert older.valid.tolist() == [False, False, True, True]
-    np.testing.assert_array_equal(samples.continued(10, count=2, lag=4).chunk[:2], demos.actions[9:11])
+    samples, rng = ChunkSamples(demos, robot.cameras, 48, 4, source=0), np.random.default_rng(0)
+    plain, moments = samples[12], Counter()  # episodes are nine frames long
+    for _ in range(200):
+        given = samples.continued(12, rng)
+        count = int((~given.valid).sum())
+        assert 1 <= count <= 2 and given.valid[count:].all()
+        np.testing.assert_array_equal(given.chunk[count:], plain.chunk[count:])
+        begin = next(frame for frame in range(9, 18) if np.array_equal(demos.actions[frame], given.chunk[0]))
+        np.testing.assert_array_equal(given.chunk[:count], demos.actions[np.minimum(begin + np.arange(count), 17)])
+        moments[begin] += 1
+    assert set(moments) == set(range(9, 18))  # any moment, and more often a little before
+    assert sum(moments[frame] for frame in (10, 11, 12)) > 100
     np.testing.assert_array_equal(samples[12].chunk, plain.chunk)  # the original is left alone
 
 

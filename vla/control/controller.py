@@ -32,7 +32,7 @@ from vla.control.safety import SafetyFilter
 from vla.control.watch import Watch
 from vla.errors import ConfigError, SpecError
 from vla.memory import Memory
-from vla.policy import Policy
+from vla.policy import ChunkPolicy
 
 
 class State(enum.Enum):
@@ -56,7 +56,7 @@ class Controller:
         listeners: called with every `Moment`, in the loop: they must only hand it over.
     """
 
-    def __init__(self, robot: Robot, policy: Policy, config: ControlConfig) -> None:
+    def __init__(self, robot: Robot, policy: ChunkPolicy, config: ControlConfig) -> None:
         if config.seam not in SEAMS:
             raise ConfigError(f"seam must be one of {', '.join(SEAMS)}, got {config.seam!r}.")
         ours, theirs = policy.robot, robot.spec

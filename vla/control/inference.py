@@ -15,7 +15,7 @@ import traceback
 import numpy as np
 
 from vla.memory import Memory
-from vla.policy import Policy, Prediction
+from vla.policy import ChunkPolicy, Prediction
 from vla.spec import Observation
 
 
@@ -32,7 +32,7 @@ class Answer:
 class Inference:
     """Decodes in the background. `busy_since` is when the running request was made; None when there is none."""
 
-    def __init__(self, policy: Policy, injected_latency_s: float = 0.0) -> None:
+    def __init__(self, policy: ChunkPolicy, injected_latency_s: float = 0.0) -> None:
         self._policy, self._injected = policy, injected_latency_s
         self._wake = threading.Condition()
         self._request: tuple[int, Observation, str, Memory] | None = None

@@ -134,13 +134,20 @@ class ChunkSamples:
             source=self.source,
         )
 
-    def continued(self, frame: int, count: int, lag: int) -> Sample:
-        """The sample at `frame` as the continuation of an older plan: its first `count` actions are those of `lag`
-        frames before (not before the episode), and are not to be learned."""
-        sample = self[frame]
-        start = max(frame - lag, int(self._starts[frame]))
+    def continued(self, frame: int, rng: np.random.Generator) -> Sample:
+        """The sample at `frame` as the continuation of another plan, which is not to be learned.
+
+        Its first actions, one to half a chunk, are the demonstrator's of a moment up to half a chunk earlier (a plan
+        that is a little old), or of any moment of the episode (one that is wrong). Without the latter a policy learns
+        that going on as before is right nearly always, and does so whatever it sees."""
+        sample, half = self[frame], self.horizon // 2
+        start, end = int(self._starts[frame]), int(self._ends[frame])
+        count = int(rng.integers(1, half + 1))
+        begin = (
+            max(start, frame - int(rng.integers(0, half + 1))) if rng.random() < 0.5 else int(rng.integers(start, end))
+        )
         chunk, valid = sample.chunk.copy(), sample.valid.copy()
-        chunk[:count] = self.demos.actions[np.minimum(start + np.arange(count), self._ends[frame] - 1)]
+        chunk[:count] = self.demos.actions[np.minimum(begin + np.arange(count), end - 1)]
         valid[:count] = False
         return dataclasses.replace(sample, chunk=chunk, valid=valid)
 
@@ -184,10 +191,6 @@ class Mixture:
         frame = int(indices[rng.integers(len(indices))])
         if self._augmentation is None:
             return self._sources[source][frame]
-        half = self._sources[source].horizon // 2
-        if half and self._augmentation.committed and rng.random() < self._augmentation.committed:
-            count, lag = int(rng.integers(1, half + 1)), int(rng.integers(0, half + 1))
-            sample = self._sources[source].continued(frame, count, lag)
-        else:
-            sample = self._sources[source][frame]
+        samples, share = self._sources[source], self._augmentation.committed
+        sample = samples.continued(frame, rng) if share and rng.random() < share else samples[frame]
         return dataclasses.replace(sample, images=augment(sample.images, self._augmentation, rng))

@@ -1,0 +1,307 @@
+"""Stock clients get what they expect, whatever is sent is answered or refused, and nobody waits for somebody else."""
+
+import base64
+import concurrent.futures
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import json_numpy
+import msgpack
+import numpy as np
+import pytest
+import requests
+import websockets
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from websockets.sync.client import connect
+
+from vla import checkpoint, wire
+
+
+def libero(observation: dict, prompt: str = "go") -> dict:
+    return {
+        "observation/image": observation["pixels"]["front"],
+        "observation/wrist_image": observation["pixels"]["wrist"],
+        "observation/state": observation["agent_pos"],
+        "prompt": prompt,
+    }
+
+
+def openvla(observation: dict, image: str = "image") -> dict:
+    pixels = observation["pixels"]
+    return {image: pixels["front"], "wrist": pixels["wrist"], "state": observation["agent_pos"], "instruction": "go"}
+
+
+def act(url: str, values, **options) -> requests.Response:
+    body = values if isinstance(values, bytes) else json_numpy.dumps(values).encode()
+    return requests.post(url + "/act", data=body, headers={"Content-Type": "application/json"}, timeout=20, **options)
+
+
+def ask(socket, values) -> dict:
+    socket.send(wire.to_msgpack(values))
+    return wire.from_msgpack(socket.recv(timeout=20))
+
+
+def test_openvlas_clients(serving, observations):
+    """One action for "image", a list of actions for "full_image", both encodings; the chunk is the policy's own."""
+    (observation,) = observations(1)
+    with serving() as served:
+        chunk = served.policy.predict_chunk(observation, "go")
+        action = json_numpy.loads(act(served.http, openvla(observation)).text)
+        assert action.dtype == np.float64
+        np.testing.assert_array_equal(action, chunk[0])
+        actions = json_numpy.loads(act(served.http, openvla(observation, "full_image")).text)
+        assert isinstance(actions, list)
+        np.testing.assert_array_equal(np.stack(actions), chunk)
+        encoded = act(served.http, json.dumps({"encoded": json_numpy.dumps(openvla(observation))}).encode()).json()
+        np.testing.assert_array_equal(json_numpy.loads(encoded), chunk[0])
+        keyed = act(served.http, openvla(observation) | {"unnorm_key": "demo"})
+        np.testing.assert_array_equal(json_numpy.loads(keyed.text), chunk[0])
+
+
+def test_openpis_clients(serving, observations):
+    with serving() as served, connect(served.ws, compression=None, max_size=None) as client:
+        hello = msgpack.unpackb(client.recv())  # the server speaks first
+        assert hello["robot"]["cameras"] == ["front", "wrist"] and hello["unnorm_keys"] == ["demo"]
+        for number, observation in enumerate(observations(3)):
+            reply = ask(client, libero(observation))
+            np.testing.assert_array_equal(reply["actions"], served.policy.predict_chunk(observation, "go"))
+            assert reply["actions"].dtype == np.float32 and reply["policy_timing"]["infer_ms"] > 0
+            assert ("prev_total_ms" in reply["server_timing"]) == (number > 0)
+            # openpi's broker cuts every array of a reply along its first axis: there must be no others.
+            assert [name for name, value in reply.items() if isinstance(value, np.ndarray)] == ["actions"]
+
+
+def test_openvlas_clients_see_their_error_and_others_a_reason(serving, observations):
+    (observation,) = observations(1)
+    blind = {"instruction": "go"}
+    with serving() as served:
+        stock = act(served.http, blind)
+        assert (stock.status_code, stock.json()) == (200, "error")
+        for values, words in (
+            (blind, "no picture can be told to be camera 'front'"),
+            (openvla(observation) | {"state": np.zeros(3)}, "state: expected 7 entries"),
+            (openvla(observation) | {"unnorm_key": "brigde"}, "unknown unnorm_key 'brigde'"),
+            (b"{", "not valid JSON"),
+            (b"\xff\xfe", "not valid JSON"),
+            (b'{"encoded": 3}', "not valid JSON"),
+        ):
+            plain = act(served.http, values, params={"errors": "plain"})
+            assert plain.status_code == 400 and words in plain.json()["error"], plain.text
+            assert "Traceback" not in plain.text and ".py" not in plain.text
+
+
+def test_openpis_clients_see_their_error_and_others_a_reason(serving, observations):
+    (observation,) = observations(1)
+    with serving() as served:
+        with connect(served.ws) as client:
+            client.recv()
+            client.send(wire.to_msgpack({"prompt": "go"}))
+            message = client.recv()
+            assert isinstance(message, str) and "camera 'front'" in message and "Traceback" not in message
+            with pytest.raises(websockets.ConnectionClosed) as closed:
+                client.recv()
+            assert closed.value.rcvd.code == 1011
+        with connect(served.ws + "/any/path?errors=plain") as client:
+            client.recv()
+            for bad in ({"prompt": "go"}, [1], 7, libero(observation) | {"observation/state": np.full(7, np.nan)}):
+                assert set(ask(client, bad)) == {"error"}
+            client.send("text")
+            assert "binary" in wire.from_msgpack(client.recv())["error"]
+            assert "actions" in ask(client, libero(observation))
+
+
+def test_a_failing_policy_fails_its_own_request_only(serving, observations, monkeypatch):
+    (observation,) = observations(1)
+    with serving() as served:
+        real = served.policy.predict
+
+        def moody(observations, instructions, memories):
+            if "explode" in instructions:
+                raise RuntimeError("secret/path.py is broken")
+            return real(observations, instructions, memories)
+
+        monkeypatch.setattr(served.policy, "predict", moody)
+        served.app._batcher._by_key.clear()
+        monkeypatch.setattr(served.policy, "for_key", lambda key: served.policy)
+        failed = act(served.http, openvla(observation) | {"instruction": "explode"}, params={"errors": "plain"})
+        assert failed.status_code == 500 and "secret" not in failed.text
+        assert act(served.http, openvla(observation)).status_code == 200
+
+
+def test_tracebacks_where_they_are_asked_for(serving):
+    with serving(tracebacks=True) as served, connect(served.ws) as client:
+        client.recv()
+        client.send(wire.to_msgpack({}))
+        assert "Traceback" in client.recv()
+
+
+def test_what_is_too_large_or_too_slow_is_refused(serving, observations):
+    (observation,) = observations(1)
+    with serving(max_request_mb=0.5, patience_s=0.5) as served:
+        assert act(served.http, b" " * 2**20).status_code == 413
+        chunked = requests.post(served.http + "/act", data=(bytes(2**16) for _ in range(64)), timeout=20)
+        assert chunked.status_code == 413
+        with socket.create_connection(("127.0.0.1", served.port)) as liar:
+            liar.sendall(b"POST /act HTTP/1.1\r\nHost: x\r\nContent-Length: 1073741824\r\n\r\n")
+            assert liar.recv(100).startswith(b"HTTP/1.1 413")
+        with connect(served.ws) as client:
+            client.recv()
+            with contextlib.suppress(websockets.ConnectionClosed):
+                client.send(bytes(2**20))
+            with pytest.raises(websockets.ConnectionClosed) as closed:
+                client.recv()
+            assert closed.value.rcvd.code == 1009
+        # Slow ones, with their headers and with their body; others are answered meanwhile.
+        slow = [socket.create_connection(("127.0.0.1", served.port)) for _ in range(100)]
+        for number, one in enumerate(slow):
+            head = b"POST /act HTTP/1.1\r\nHost: x\r\n" + (b"Content-Length: 1000\r\n\r\n{" if number % 2 else b"")
+            one.sendall(head)
+        assert act(served.http, openvla(observation)).status_code == 200
+        deadline = time.monotonic() + 20
+        for number, one in enumerate(slow):
+            one.settimeout(max(0.1, deadline - time.monotonic()))
+            answer = one.recv(1000)
+            assert answer.startswith(b"HTTP/1.1 408") if number % 2 else answer == b""
+            one.close()
+        assert act(served.http, openvla(observation)).status_code == 200
+
+
+def test_keys(serving, observations):
+    (observation,) = observations(1)
+    with serving(key="sesame") as served:
+        for headers, status in (
+            ({}, 401),
+            ({"Authorization": "Api-Key simsalabim"}, 401),
+            ({"Authorization": "Api-Key sesame"}, 200),
+            ({"Authorization": "Bearer sesame"}, 200),
+        ):
+            body = json_numpy.dumps(openvla(observation))
+            assert requests.post(served.http + "/act", data=body, headers=headers, timeout=20).status_code == status
+            assert requests.get(served.http + "/metrics", headers=headers, timeout=20).status_code == status
+            if status == 200:
+                with connect(served.ws, additional_headers=headers) as client:
+                    client.recv()
+            else:
+                with pytest.raises(websockets.InvalidStatus):
+                    connect(served.ws, additional_headers=headers)
+        assert requests.get(served.http + "/healthz", timeout=20).text == "OK\n"
+
+
+def test_many_clients_at_once_are_decoded_together(serving, observations):
+    """200 of them, both protocols; everybody gets the answer to the own question."""
+    seen = observations(8)
+    with serving() as served:
+        wanted = [served.policy.predict_chunk(observation, "go") for observation in seen]
+
+        def one(number: int) -> bool:
+            observation, chunk = seen[number % 8], wanted[number % 8]
+            if number % 2:
+                action = json_numpy.loads(act(served.http, openvla(observation)).text)
+                return np.allclose(action, chunk[0], atol=1e-6)
+            with connect(served.ws, open_timeout=60) as client:
+                client.recv()
+                return np.allclose(ask(client, libero(observation))["actions"], chunk, atol=1e-6)
+
+        with concurrent.futures.ThreadPoolExecutor(200) as pool:
+            assert all(pool.map(one, range(200)))
+        text = requests.get(served.http + "/metrics", timeout=20).text
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    answered = sum(float(values[f'vla_request_seconds_count{{protocol="{name}"}}']) for name in ("openvla", "openpi"))
+    assert answered == 200 and float(values["vla_batch_size_count"]) < 200
+    assert float(values["vla_connections"]) == 0 and float(values["vla_queue"]) == 0
+
+
+def test_a_full_queue_says_so_at_once(serving, observations, monkeypatch):
+    (observation,) = observations(1)
+    with serving(max_queue=2, max_batch=1) as served:
+        real = served.policy.predict
+        monkeypatch.setattr(served.policy, "predict", lambda *a: (time.sleep(0.3), real(*a))[1])
+        monkeypatch.setattr(served.policy, "for_key", lambda key: served.policy)
+        with concurrent.futures.ThreadPoolExecutor(12) as pool:
+            replies = list(pool.map(lambda _: act(served.http, openvla(observation)), range(12)))
+        refused = [reply for reply in replies if reply.status_code == 503]
+        assert refused and all("try again later" in reply.json()["error"] for reply in refused)
+        assert all(reply.headers["Retry-After"] == "1" for reply in refused)
+        assert {reply.status_code for reply in replies} == {200, 503}
+
+
+KEYS = st.sampled_from(["image", "state", "prompt", "observation/image", "pixels", "encoded", "x"])
+LEAVES = st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.floats() | st.text() | st.binary(max_size=8)
+VALUES = st.recursive(
+    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=4), max_leaves=6
+)
+
+
+@settings(max_examples=60, deadline=5000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(values=VALUES, raw=st.binary(max_size=64))
+def test_no_request_breaks_the_server(served_once, values, raw):
+    """Whatever is sent gets an answer in bounded time, and the next good request is answered, too."""
+    served, good = served_once
+    with connect(served.ws + "/?errors=plain") as client:
+        client.recv()
+        for bad in (msgpack.packb(values, default=str), raw):
+            client.send(bad)
+            assert "error" in wire.from_msgpack(client.recv(timeout=5))
+        assert "actions" in ask(client, libero(good))
+    for bad in (json.dumps(values, default=str).encode(), raw):
+        assert act(served.http, bad, params={"errors": "plain"}).status_code == 400
+
+
+@pytest.fixture
+def served_once(serving, observations):
+    with serving() as served:
+        yield served, observations(1)[0]
+
+
+def test_the_verb_answers_what_is_asked_before_it_goes(nano, tmp_path, observations):
+    """SIGTERM in the middle of requests: those in flight are answered, the port is free afterwards."""
+    checkpoint.save(*nano, tmp_path / "policy")
+    command = [sys.executable, "-m", "vla.cli", "serve", "--policy", str(tmp_path / "policy"), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        line = process.stdout.readline()
+        url = line.split()[3].removesuffix("/act")
+        assert url.startswith("http://127.0.0.1:"), line
+        (observation,) = observations(1)
+        with connect("ws" + url.removeprefix("http")) as client:
+            client.recv()
+            for _ in range(5):
+                assert "actions" in ask(client, libero(observation))
+            client.send(wire.to_msgpack(libero(observation)))
+            time.sleep(0.005)
+            os.kill(process.pid, signal.SIGTERM)
+            answers = []
+            with contextlib.suppress(websockets.ConnectionClosed):
+                while True:
+                    answers.append(wire.from_msgpack(client.recv(timeout=20)))
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 143 and "Traceback" not in err, err
+    assert len(answers) == 1 and "actions" in answers[0]
+
+
+def test_tls(serving, observations, tmp_path):
+    pem = tmp_path / "key.pem", tmp_path / "cert.pem"
+    made = subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost",
+         "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", pem[0], "-out", pem[1]],
+        capture_output=True,
+    )  # fmt: skip
+    if made.returncode:
+        pytest.skip("openssl is not installed")
+    with serving(certificate=pem[1], private_key=pem[0]) as served:
+        url = f"https://127.0.0.1:{served.port}"
+        reply = requests.post(url + "/act", json_numpy.dumps(openvla(observations(1)[0])), verify=pem[1], timeout=20)
+        assert json_numpy.loads(reply.text).shape == (7,)
+
+
+def test_base64_that_is_none_is_refused(serving):
+    array = {"__numpy__": base64.b64encode(b"123").decode(), "dtype": "<f4", "shape": [2]}
+    with serving() as served:
+        reply = act(served.http, json.dumps({"image": array}).encode(), params={"errors": "plain"})
+        assert reply.status_code == 400 and "has 8 bytes, got 3" in reply.json()["error"]

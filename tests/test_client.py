@@ -1,0 +1,185 @@
+"""A policy on another machine is the same policy, and a network that breaks stops no robot."""
+
+import contextlib
+import threading
+import time
+
+import numpy as np
+import pytest
+from websockets.sync.server import serve as serve_websocket
+
+from tests.control.test_faults import HZ, Bench, at, safe_and_on_time
+from tests.road import Road
+from vla import client, wire
+from vla.client import RemotePolicy
+from vla.config import ControlConfig, DecodingConfig
+from vla.control.controller import Controller
+from vla.errors import ConfigError, ServerError
+from vla.memory import Memory
+from vla.serve.server import describe
+
+
+def test_it_is_the_policy_that_is_served(serving, observations):
+    with serving() as served:
+        remote, local = RemotePolicy(served.ws), served.policy
+        assert (remote.robot, remote.horizon, remote.unnorm_key) == (local.robot, local.horizon, local.unnorm_key)
+        assert remote.n_action_steps == local.n_action_steps
+        np.testing.assert_array_equal(remote.action_limits, local.action_limits)
+        seen = observations(4)
+        ours, theirs = (policy.predict(seen, ["reach"] * 4) for policy in (remote, local))
+        for name in ("chunks", "ids"):
+            np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
+        for name in ("log_probs", "entropy"):  # there one by one, here as a batch
+            np.testing.assert_allclose(getattr(ours, name), getattr(theirs, name), atol=1e-4)
+        for policy in (remote, local):
+            policy.reset("push")
+        for observation in observations(9, seed=5):
+            np.testing.assert_array_equal(remote.act(observation), local.act(observation))
+        remote.close()
+
+
+def test_committed_actions_travel(serving, observations):
+    with serving() as served:
+        (observation,), memories = observations(1), (Memory(), Memory())
+        chunks = []
+        for policy, memory in zip((RemotePolicy(served.ws), served.policy), memories, strict=True):
+            memory.remember(np.linspace(-0.5, 0.5, 28, dtype=np.float32).reshape(4, 7))
+            memory.committed = 2
+            chunks.append(policy.predict_chunks([observation], ["go"], [memory])[0])
+            assert memory.draft is not None
+        np.testing.assert_array_equal(*chunks)
+        np.testing.assert_allclose(chunks[0][:2, 0], [-0.5, -0.24], atol=0.1)
+
+
+def test_it_survives_a_server_that_is_restarted(serving, observations):
+    (observation,) = observations(1)
+    with serving() as served:
+        remote, port = RemotePolicy(served.ws, deadline_s=0.5), served.port
+        chunk = remote.predict_chunk(observation, "go")
+    with pytest.raises(ServerError, match="cannot be reached"):
+        remote.predict_chunk(observation, "go")
+    with serving(port=port):
+        np.testing.assert_array_equal(remote.predict_chunk(observation, "go"), chunk)
+        remote.close()
+
+
+def test_a_late_answer_is_not_that_of_the_next_question(serving, observations, monkeypatch):
+    seen = observations(2)
+    with serving() as served:
+        remote, real = RemotePolicy(served.ws, deadline_s=0.5), served.policy.predict
+        chunks = [remote.predict_chunk(observation, "go") for observation in seen]
+        monkeypatch.setattr(served.policy, "predict", lambda *a: (time.sleep(1.0), real(*a))[1])
+        monkeypatch.setattr(served.policy, "for_key", lambda key: served.policy)
+        served.app._batcher._by_key.clear()
+        with pytest.raises(ServerError, match=r"did not answer within 0.5 s"):
+            remote.predict_chunk(seen[0], "go")
+        monkeypatch.setattr(served.policy, "predict", real)
+        time.sleep(1.0)
+        np.testing.assert_array_equal(remote.predict_chunk(seen[1], "go"), chunks[1])
+        remote.close()
+
+
+def test_errors_are_the_servers_own_words(serving, observations):
+    with serving(key="sesame") as served:
+        with pytest.raises(ServerError, match=r"refused the connection with status 403. Is VLA_API_KEY right"):
+            RemotePolicy(served.ws)
+        remote = RemotePolicy(served.ws, api_key="sesame")
+        (observation,) = observations(1)
+        with pytest.raises(ServerError, match="answered: state: not finite"):
+            remote.predict_chunk(observation | {"agent_pos": np.full(7, np.nan)}, "go")
+        remote.predict_chunk(observation, "go")
+        with pytest.raises(ConfigError, match="unknown unnorm_key 'brigde'"):
+            RemotePolicy(served.ws, api_key="sesame", unnorm_key="brigde")
+        with pytest.raises(ConfigError, match="n_action_steps must be between 1 and the horizon 4"):
+            RemotePolicy(served.ws, api_key="sesame", n_action_steps=5)
+        remote.close()
+
+
+def test_addresses_that_nobody_serves():
+    with pytest.raises(ServerError, match="cannot be reached"):
+        RemotePolicy("ws://127.0.0.1:1", patience_s=0.3)
+    with pytest.raises(ConfigError, match="is no address"):
+        RemotePolicy("ws://", patience_s=0.3)
+    with pytest.raises(ConfigError, match="where it is served"):
+        client.load("ws://127.0.0.1:1", decoding=DecodingConfig(temperature=1.0))
+
+
+@pytest.mark.parametrize(
+    ("hello", "message"),
+    [("hello", "a msgpack map was expected"), ({"reset_pose": [0]}, "does not say its robot")],
+)
+def test_another_server_is_recognised(hello, message):
+    def answer(socket):
+        socket.send(hello if isinstance(hello, str) else wire.to_msgpack(hello))
+        socket.recv()
+
+    with serve_websocket(answer, "127.0.0.1", 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(ServerError, match=message):
+            RemotePolicy(f"ws://127.0.0.1:{server.socket.getsockname()[1]}", patience_s=2.0)
+        server.shutdown()
+
+
+def test_a_robot_does_not_go_on_with_another_policy(serving, observations, policy, monkeypatch):
+    with serving() as served:
+        remote, port = RemotePolicy(served.ws), served.port
+    other = describe(policy) | {"tokenizer_sha256": "0"}
+    monkeypatch.setattr("tests.served.describe", lambda policy: other)
+    with serving(port=port), pytest.raises(ServerError, match="another policy now: its tokenizer_sha256 has changed"):
+        remote.predict_chunk(observations(1)[0], "go")
+
+
+# The control loop over a bad network ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("delay_s", "loss"), [(0.05, 0.0), (0.2, 0.0), (0.05, 0.05)])
+def test_delay_and_loss_cost_actions_but_no_command(serving, observations, delay_s, loss):
+    """One way; a chunk of four actions at 20 Hz lasts as long as 200 ms."""
+    with serving() as served, Road(served.port, delay_s, loss) as road:
+        remote = RemotePolicy(f"ws://127.0.0.1:{road.port}", deadline_s=2.0)
+        bench = Bench(remote.robot, observations)
+        with Controller(bench, remote, ControlConfig(hz=HZ)) as controller:
+            bench._start = time.monotonic()
+            record = controller.run("reach", seconds=3.0)
+        remote.close()
+    safe_and_on_time(bench, served.policy, record, 3.0)
+    assert record["errors"] == [] and min(record["decode_ms"]) >= 2e3 * delay_s
+    if delay_s == 0.2:  # every chunk is older than it is long: the robot holds, and says so
+        assert record["interventions"].get("underrun", 0) + record["interventions"].get("no chunk yet", 0) >= 50
+
+
+def test_a_server_that_dies_in_mid_episode(serving, observations, policy):
+    """The robot holds until it is back, and goes on."""
+    first, second = serving(), contextlib.ExitStack()
+    served = first.__enter__()
+
+    def restart() -> None:
+        first.__exit__(None, None, None)
+        time.sleep(1.0)
+        second.enter_context(serving(port=served.port))
+
+    remote = RemotePolicy(served.ws, deadline_s=0.3)
+    bench, thread = Bench(remote.robot, observations), threading.Thread(target=restart)
+    with Controller(bench, remote, ControlConfig(hz=HZ)) as controller, second:
+        at(controller, 10, thread.start)
+        record = controller.run("reach", seconds=4.0)
+        thread.join()
+        remote.close()
+    safe_and_on_time(bench, policy, record, 4.0)
+    assert any("cannot be reached" in error for error in record["errors"])
+    assert record["interventions"]["underrun"] >= 10
+    assert np.abs(np.stack([action[:6] for _, action in bench.commands[-12:-1]])).max() > 0
+
+
+def test_a_connection_that_is_cut_is_made_again(serving, observations):
+    with serving() as served, Road(served.port) as road:
+        remote = RemotePolicy(f"ws://127.0.0.1:{road.port}", deadline_s=1.0)
+        bench = Bench(remote.robot, observations)
+        with Controller(bench, remote, ControlConfig(hz=HZ)) as controller:
+            for tick in (10, 20, 30):
+                at(controller, tick, road.cut)
+            record = controller.run("reach", seconds=2.5)
+        remote.close()
+    safe_and_on_time(bench, served.policy, record, 2.5)
+    assert record["errors"] == []  # it was connected again within the call
+    assert np.abs(np.stack([action[:6] for _, action in bench.commands[-12:-1]])).max() > 0

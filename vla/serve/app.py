@@ -1,0 +1,217 @@
+"""The two protocols, health and metrics, as one ASGI application.
+
+Owns: what stock clients of OpenVLA (`POST /act`) and openpi (websocket, msgpack) see, errors included, and who may ask
+what: keys and sizes. It does not know how an answer is found (`batcher`) or what keys mean (`requests`).
+
+Errors. OpenVLA's clients look for the text "error" with status 200, openpi's for a text message before the connection
+closes with 1011; both get that. A client that adds `?errors=plain` to the address gets a status code and {"error":
+message} instead, and on a websocket {"error": message} with the connection left open. What was wrong with a request is
+always said; a traceback only where the server was started with `--tracebacks`. Requests that are too large, too slow,
+without the key or too many are refused by status code in any case: no stock server knows them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import time
+import traceback
+from typing import Any
+
+import numpy as np
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HTTPRequest
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route, WebSocketRoute
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from vla import wire
+from vla.config import ServeConfig
+from vla.errors import ServerError, VLAError
+from vla.memory import Memory
+from vla.serve import requests
+from vla.serve.batcher import Answer, Batcher
+from vla.serve.metrics import Metrics
+
+log = logging.getLogger("vla.serve")
+
+_REFUSED = 1008, 1013  # websocket close codes: policy violation (no key), try again later
+_OPENPI_REASON = "Internal server error. Traceback included in previous frame."
+
+
+class PolicyApp:
+    """Serves `batcher`'s policy. `asgi` is the application; `drain` lets what is being answered end."""
+
+    def __init__(self, batcher: Batcher, config: ServeConfig, metadata: dict[str, Any], key: str | None = None) -> None:
+        self._batcher, self._config, self._key = batcher, config, key
+        self._hello = wire.to_msgpack(metadata)
+        self.metrics = Metrics(waiting=lambda: batcher.waiting)
+        self._active, self.draining = 0, False
+        self.asgi = Starlette(
+            routes=[
+                Route("/act", self._act, methods=["POST"]),
+                Route("/healthz", self._health),
+                Route("/metrics", self._scrape),
+                WebSocketRoute("/{path:path}", self._converse),
+            ]
+        )
+
+    async def drain(self, patience_s: float = 30.0) -> None:
+        """Refuse what comes, and wait for what is being answered."""
+        self.draining = True
+        deadline = time.monotonic() + patience_s
+        while self._active and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+
+    async def _health(self, request: HTTPRequest) -> Response:
+        return PlainTextResponse("OK\n", 503 if self.draining else 200)
+
+    async def _scrape(self, request: HTTPRequest) -> Response:
+        if not self._allowed(request.headers):
+            return _json({"error": "the API key is missing or wrong."}, 401)
+        return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def _act(self, request: HTTPRequest) -> Response:
+        """OpenVLA's protocol: one action for {"image", ...}, a list of actions for {"full_image", ...} and the rest."""
+        if not self._allowed(request.headers):
+            return _json({"error": "the API key is missing or wrong."}, 401)
+        plain = request.query_params.get("errors") == "plain"
+        begun = time.perf_counter()
+        try:
+            async with asyncio.timeout(self._config.patience_s):
+                body = await self._body(request)
+        except TimeoutError:
+            return _json({"error": f"the request did not arrive within {self._config.patience_s:g} s."}, 408)
+        if body is None:
+            return _json({"error": f"the request is larger than {self._config.max_request_mb:g} MB."}, 413)
+        try:
+            values = wire.from_json(body)
+            encoded = isinstance(values, dict) and set(values) == {"encoded"}
+            if encoded:
+                values = wire.from_json(values["encoded"])
+            answer = await self._answer(values, Memory())
+        except Exception as error:
+            self.metrics.count("openvla", error)
+            status, message = self._explain(error)
+            if plain or status == 503:
+                return _json({"error": message}, status, {"Retry-After": "1"} if status == 503 else None)
+            return _json("error", 200)
+        chunk = np.asarray(answer.prediction.chunks[0], np.float64)  # as OpenVLA's server sends them
+        reply = wire.to_json(chunk[0] if "image" in values else list(chunk))
+        self.metrics.answered("openvla", time.perf_counter() - begun, answer.seconds)
+        return Response(wire.to_json(reply) if encoded else reply, media_type="application/json")
+
+    async def _body(self, request: HTTPRequest) -> bytes | None:
+        """The body; None as soon as it is known to be too large."""
+        limit, body = self._config.max_request_mb * 2**20, bytearray()
+        if int(request.headers.get("content-length") or 0) > limit:
+            return None
+        async for part in request.stream():
+            body += part
+            if len(body) > limit:
+                return None
+        return bytes(body)
+
+    async def _converse(self, socket: WebSocket) -> None:
+        """openpi's protocol: the server says who it is, then every binary message is answered by one."""
+        if not self._allowed(socket.headers) or self.draining:
+            await socket.close(_REFUSED[self.draining])
+            return
+        await socket.accept()
+        self.metrics.connections.inc()
+        try:
+            await socket.send_bytes(self._hello)
+            await self._requests(socket)
+        except (WebSocketDisconnect, ClientDisconnect, RuntimeError):  # the client left, maybe while it was answered
+            pass
+        finally:
+            self.metrics.connections.dec()
+
+    async def _requests(self, socket: WebSocket) -> None:
+        plain = socket.query_params.get("errors") == "plain"
+        memory, total_ms = Memory(), None
+        while True:
+            message = await socket.receive()
+            if message["type"] == "websocket.disconnect":
+                return
+            begun = time.perf_counter()
+            try:
+                if message.get("bytes") is None:
+                    raise wire.WireError("a request is a binary message (msgpack), got text.")
+                values = wire.from_msgpack(message["bytes"])
+                answer = await self._answer(values, memory)
+            except Exception as error:
+                self.metrics.count("openpi", error)
+                _, text = self._explain(error)
+                if plain:
+                    await socket.send_bytes(wire.to_msgpack({"error": text}))
+                    continue
+                await socket.send_text(text)
+                await socket.close(1011, _OPENPI_REASON)
+                return
+            memory.advance(
+                self._batcher.policy.n_action_steps
+            )  # stock clients do not say how many; a right guess is a draft
+            reply = _openpi_reply(answer, bool(values.get("vla/details")))
+            reply["server_timing"] = {"infer_ms": 1e3 * (time.perf_counter() - begun)}
+            if total_ms is not None:
+                reply["server_timing"]["prev_total_ms"] = total_ms
+            await socket.send_bytes(wire.to_msgpack(reply))
+            total_ms = 1e3 * (time.perf_counter() - begun)
+            self.metrics.answered("openpi", total_ms / 1e3, answer.seconds)
+            if self.draining:
+                await socket.close(1001, "the server is going down.")
+                return
+
+    async def _answer(self, values: Any, memory: Memory) -> Answer:
+        """`memory` is that of the connection; what the request says of its own counts more."""
+        policy = self._batcher.policy
+        if self.draining:
+            raise ServerError("the server is going down.")
+        request = requests.read(values, policy.robot, policy.horizon, self._config.keys, memory)
+        self._active += 1
+        try:
+            return await self._batcher.answer(request)
+        finally:
+            self._active -= 1
+
+    def _explain(self, error: Exception) -> tuple[int, str]:
+        """Status code and text for a client; the whole of it for the log when it is no error of the client's."""
+        if self._config.tracebacks:
+            text = "".join(traceback.format_exception(error))
+        elif isinstance(error, VLAError):
+            text = str(error)
+        else:
+            text = "the policy failed; the server's log says why."
+        if not isinstance(error, VLAError):
+            log.error("a request failed", exc_info=error)
+            return 500, text
+        return 503 if isinstance(error, ServerError) else 400, text
+
+    def _allowed(self, headers: Headers) -> bool:
+        if self._key is None:
+            return True
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        return scheme.lower() in ("api-key", "bearer") and hmac.compare_digest(key.encode(), self._key.encode())
+
+
+def _openpi_reply(answer: Answer, details: bool) -> dict[str, Any]:
+    """Arrays only where openpi has them: its chunk broker cuts every array of a reply into steps."""
+    prediction = answer.prediction
+    reply: dict[str, Any] = {"actions": prediction.chunks[0], "policy_timing": {"infer_ms": 1e3 * answer.seconds}}
+    if details:
+        reply["vla"] = {
+            "ids": prediction.ids[0],
+            "log_probs": prediction.log_probs[0],
+            "entropy": prediction.entropy[0],
+            "forwards": prediction.forwards,
+        }
+    return reply
+
+
+def _json(value: Any, status: int, headers: dict[str, str] | None = None) -> Response:
+    return Response(wire.to_json(value), status, headers, media_type="application/json")

@@ -1,0 +1,153 @@
+"""What a client sends, as an observation.
+
+Owns: how the keys of existing clients (openpi's LIBERO, DROID and ALOHA forms, OpenVLA's and OpenVLA-OFT's, and this
+package's own `{"pixels": ..., "agent_pos": ..., "prompt": ...}`) become the cameras, the state and the instruction of a
+policy. It does not know how requests travel or what answers them.
+
+A policy's cameras are found by name (the last part of a key: "observation/wrist_image" is no name of a camera, but
+"images/front" is "front"). What is left is unambiguous when one picture of a hand ("wrist" in its name) or one other
+picture is left on either side. Whatever else there is must be said with `keys`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from vla.config import KeysConfig
+from vla.errors import SpecError
+from vla.memory import Memory
+from vla.spec import Observation, RobotSpec
+
+_STATES = (
+    ("agent_pos",),
+    ("observation/state",),
+    ("observation/joint_position", "observation/gripper_position"),
+    ("state",),
+)
+_PROMPTS = ("prompt", "instruction", "task", "language_instruction")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One observation to answer.
+
+    Attributes:
+        memory: what the client's episode carries from chunk to chunk.
+    """
+
+    observation: Observation
+    instruction: str
+    unnorm_key: str | None = None
+    memory: Memory = dataclasses.field(default_factory=Memory)
+
+
+def read(values: Any, robot: RobotSpec, horizon: int, keys: KeysConfig, memory: Memory | None = None) -> Request:
+    """Understand a decoded request; SpecError says what is missing or ambiguous, and what there is.
+
+    `memory` is that of the client's connection: for clients that send none of their own."""
+    if not isinstance(values, Mapping):
+        raise SpecError(f"a request is a map of keys and values, got {type(values).__name__}.")
+    flat = dict(_flatten(values))
+    observation: dict[str, Any] = {"pixels": _pictures(flat, robot, keys)}
+    if robot.state_dim:
+        observation["agent_pos"] = _state(flat, robot, keys)
+    robot.check_observation(observation)
+    unnorm_key = values.get("unnorm_key")
+    if unnorm_key is not None and not isinstance(unnorm_key, str):
+        raise SpecError(f"unnorm_key must be a text, got {type(unnorm_key).__name__}.")
+    memory = _memory(values, horizon, robot.action_dim) or memory or Memory()
+    return Request(observation, _prompt(flat, keys), unnorm_key, memory)
+
+
+def _flatten(tree: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        name = f"{path}/{key}" if path else str(key)
+        if isinstance(value, Mapping):
+            yield from _flatten(value, name)
+        else:
+            yield name, value
+
+
+def _pictures(flat: dict[str, Any], robot: RobotSpec, keys: KeysConfig) -> dict[str, np.ndarray]:
+    found = {key: value for key, value in flat.items() if isinstance(value, np.ndarray) and value.ndim == 3}
+    chosen: dict[str, str] = {}
+    for camera in robot.cameras:
+        named = [key for key in found if key.rpartition("/")[2] == camera]
+        if camera in keys.images:
+            chosen[camera] = keys.images[camera]
+        elif len(named) == 1:
+            chosen[camera] = named[0]
+    for hand in (False, True):
+        cameras = [camera for camera in robot.cameras if camera not in chosen and _of_hand(camera) == hand]
+        left = [key for key in found if key not in chosen.values() and _of_hand(key) == hand]
+        if len(cameras) == len(left) == 1:
+            chosen[cameras[0]] = left[0]
+        elif cameras:
+            raise SpecError(
+                f"no picture can be told to be camera {cameras[0]!r}; the request has "
+                f"{', '.join(map(repr, found)) or 'no pictures (arrays of three axes)'}. Say which key is which camera "
+                f"when the server starts: --keys.images {cameras[0]} KEY."
+            )
+    missing = [key for key in chosen.values() if key not in found]
+    if missing:
+        raise SpecError(f"the request has no picture {missing[0]!r}; it has {', '.join(map(repr, found)) or 'none'}.")
+    return {camera: _picture(found[key], key) for camera, key in chosen.items()}
+
+
+def _of_hand(name: str) -> bool:
+    return "wrist" in name or "hand" in name
+
+
+def _picture(image: np.ndarray, key: str) -> np.ndarray:
+    """uint8 [height, width, 3], from channels first and from floats in [0, 1] as well."""
+    if image.shape[0] == 3 and image.shape[2] != 3:
+        image = image.transpose(1, 2, 0)
+    if image.dtype.kind == "f":
+        if not (np.isfinite(image).all() and image.min() >= 0 and image.max() <= 1):
+            raise SpecError(f"{key!r}: a picture of floats must be in 0..1; send uint8 otherwise.")
+        image = (image * 255).round().astype(np.uint8)
+    return np.ascontiguousarray(image)
+
+
+def _state(flat: dict[str, Any], robot: RobotSpec, keys: KeysConfig) -> np.ndarray:
+    for names in (keys.state,) if keys.state else _STATES:
+        if all(name in flat for name in names):
+            try:
+                return np.concatenate([np.ravel(np.asarray(flat[name], np.float32)) for name in names])
+            except (TypeError, ValueError):
+                raise SpecError(f"the state {', '.join(names)} must be numbers.") from None
+    raise SpecError(
+        f"the request has no state; {robot.state_dim} entries ({', '.join(robot.state_names)}) are expected under "
+        f"{' or '.join(' + '.join(names) for names in ((keys.state,) if keys.state else _STATES))}."
+    )
+
+
+def _prompt(flat: dict[str, Any], keys: KeysConfig) -> str:
+    for name in (keys.prompt,) if keys.prompt else _PROMPTS:
+        if name in flat:
+            said = flat[name]
+            said = said.item() if isinstance(said, np.ndarray | np.generic) and np.ndim(said) == 0 else said
+            if isinstance(said, bytes):
+                said = said.decode("utf-8", "replace")
+            if not isinstance(said, str):
+                raise SpecError(f"{name!r} must be a text, got {type(said).__name__}.")
+            return said
+    raise SpecError(f"the request has no instruction; it is expected under {keys.prompt or ' or '.join(_PROMPTS)}.")
+
+
+def _memory(values: Mapping[Any, Any], horizon: int, action_dim: int) -> Memory | None:
+    draft, committed = values.get("vla/draft"), values.get("vla/committed", 0)
+    if draft is None:
+        return None
+    shape, expected = np.shape(draft), (horizon, action_dim)
+    if not isinstance(draft, np.ndarray) or shape != expected or not np.isfinite(draft).all():
+        raise SpecError(f"vla/draft must be finite actions {list(expected)}, got shape {list(shape)}.")
+    if not isinstance(committed, int) or not 0 <= committed < horizon:
+        raise SpecError(f"vla/committed must be between 0 and {horizon - 1}, got {committed!r}.")
+    memory = Memory()
+    memory.draft, memory.committed = draft.astype(np.float32), committed
+    return memory
