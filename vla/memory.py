@@ -34,9 +34,15 @@ class Memory:
             self.draft = remainder(self.draft, min(executed, len(self.draft)))
         self._past = [chunk[executed:] for chunk in self._past if len(chunk) > executed]
 
+    def commit(self, actions: np.ndarray) -> None:
+        """`actions` [n, D] are executed whatever comes; the draft must be that of a chunk already."""
+        assert self.draft is not None and len(actions) < len(self.draft)
+        self.draft = np.concatenate([actions, self.draft[len(actions) :]])
+        self.committed = len(actions)
+
     def remember(self, chunk: np.ndarray) -> None:
-        """Take `chunk` [H, D] as the last one."""
-        self.draft = chunk
+        """Take `chunk` [H, D] as the last one; nothing of it is committed yet."""
+        self.draft, self.committed = chunk, 0
 
     def ensemble(self, probabilities: np.ndarray, coefficient: float) -> np.ndarray:
         """Average the distributions of a new chunk with those of earlier chunks about the same moments.

@@ -100,8 +100,8 @@ def test_a_policy_that_hangs_stops_no_command(policy, driver, monkeypatch):
         record = controller.run("reach", seconds=0.9)
     assert record["interventions"]["underrun"] >= 8
     assert record["commands"] + record["skipped"] >= 18
-    held = actions(driver)[6:17]
-    np.testing.assert_array_equal(held[:, :6], 0)
+    held = (actions(driver)[:, :6] == 0).all(axis=1)
+    assert held.sum() >= record["interventions"]["underrun"]
 
 
 def test_a_driver_that_falls_silent_is_noticed(policy, driver):

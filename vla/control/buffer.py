@@ -32,14 +32,12 @@ class ChunkBuffer:
     def put(self, chunk: np.ndarray, first: int, now: int) -> None:
         """Take a chunk [H, D] whose action i is for tick first + i; `now` is the next tick to be executed."""
         self.late += int(np.clip(now - first, 0, len(chunk)))
-        self._chunks.append((first, chunk))
-        if self.seam != "ensemble":
-            del self._chunks[:-1]
+        past = self._chunks if self.seam == "ensemble" else []
+        self._chunks = [(start, old) for start, old in past if start + len(old) > now] + [(first, chunk)]
 
     def at(self, tick: int) -> np.ndarray | None:
         """The action for `tick`, float32 [D]; None when no chunk speaks about it (an underrun)."""
-        self._chunks = [(first, chunk) for first, chunk in self._chunks if first + len(chunk) > tick]
-        votes = [chunk[tick - first] for first, chunk in self._chunks if tick >= first]
+        votes = [chunk[tick - first] for first, chunk in self._chunks if 0 <= tick - first < len(chunk)]
         if not votes:
             return None
         weights = np.exp(-_OLD * np.arange(len(votes)))

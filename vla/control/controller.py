@@ -33,6 +33,7 @@ from vla.control.watch import Watch
 from vla.errors import ConfigError, SpecError
 from vla.memory import Memory
 from vla.policy import ChunkPolicy
+from vla.spec import RobotSpec
 
 
 class State(enum.Enum):
@@ -185,9 +186,9 @@ class Controller:
         if run.asked is not None:
             run.memory.advance(seen - run.asked)
         run.asked = seen
-        committing = self._config.seam == "committed" and run.memory.draft is not None
-        until = tick + min(needed, run.buffer.ahead(tick))
-        run.memory.committed = min(until - seen, self._policy.horizon - 1) if committing and until > tick else 0
+        if self._config.seam == "committed" and run.memory.draft is not None:
+            count = min(tick + needed - seen, self._policy.horizon - 1)
+            run.memory.commit(run.plan(seen, count, self._robot.spec))
         self._inference.request(seen, reading.observation, self.instruction, run.memory)
 
     def _first_reading(self) -> Reading:
@@ -227,6 +228,15 @@ class _Run:
         if self.asked == answer.tick:
             self.begun = True
             self.buffer.put(answer.prediction.chunks[0], answer.tick, self.rate.tick)
+
+    def plan(self, first: int, count: int, spec: RobotSpec) -> np.ndarray:
+        """What is executed in `count` ticks from `first` on if nothing new comes, [count, D]: past commands, what the
+        buffer says, and the hold command where it says nothing."""
+        actions = self.commands[len(self.commands) - (self.rate.tick - first) :]
+        for tick in range(first + len(actions), first + count):
+            action = self.buffer.at(tick)
+            actions.append(spec.hold_action(actions[-1] if actions else None) if action is None else action)
+        return np.stack(actions[:count])
 
     def forget(self) -> None:
         """Give up the plan: what comes after a hold begins anew."""
