@@ -12,7 +12,8 @@ from vla.config import ServeConfig
 from vla.policy import Policy
 from vla.serve.app import PolicyApp
 from vla.serve.batcher import Batcher
-from vla.serve.server import describe, listen, settings
+from vla.serve.server import describe, settings
+from vla.serve.sockets import listen
 
 
 @dataclasses.dataclass

@@ -1,4 +1,4 @@
-"""Every file in configs/<verb>/ is a configuration of that verb, and names environments that exist."""
+"""Every file in configs/<verb>/ is a configuration of that verb, and names environments that exist; but for ROS's."""
 
 from pathlib import Path
 
@@ -9,14 +9,18 @@ import yaml
 import envs  # noqa: F401  (registers what the files name)
 from vla import config
 from vla.cli import VERBS
-from vla.config import AdapterConfig
+from vla.config import AdapterConfig, ControlConfig
 from vla.errors import ConfigError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-FILES = sorted(CONFIGS.glob("*/*.yaml"))
+#: Files of ROS, which reads them itself; tests/control/test_ros2.py does, too.
+ROS = {CONFIGS / "deploy" / name for name in ("ros2.yaml", "ros2.launch.py")}
+FILES = sorted(set(CONFIGS.glob("*/*.yaml")) - ROS)
 
 
 def load(path: Path):
+    if path.name == "ros2-control.yaml":  # the part of a DeployConfig that a real robot needs
+        return config.load(ControlConfig, path)
     return config.load(getattr(config, VERBS[path.parent.name].config), path)
 
 
@@ -41,7 +45,7 @@ def test_says_something_and_names_known_environments(path):
 
 def test_every_folder_is_a_verb_and_every_file_is_found():
     assert {path.name for path in CONFIGS.iterdir()} <= set(VERBS)
-    assert {path for path in CONFIGS.rglob("*") if path.is_file()} == set(FILES)
+    assert {path for path in CONFIGS.rglob("*") if path.is_file()} == set(FILES) | ROS
 
 
 @pytest.mark.parametrize("name", ["pusht", "metaworld"])

@@ -117,7 +117,8 @@ class RemotePolicy(ChunkPolicy):
         if self.robot.state_dim:
             request["agent_pos"] = np.asarray(observation["agent_pos"])
         if memory.draft is not None:
-            request |= {"vla/draft": np.asarray(memory.draft), "vla/committed": memory.committed}
+            draft = {"draft": np.asarray(memory.draft), "committed": memory.committed, "trust": float(memory.trust)}
+            request |= {f"vla/{name}": value for name, value in draft.items()}
         answer = self._exchange(wire.to_msgpack(request))
         if "error" in answer:
             raise ServerError(f"{self._address} answered: {answer['error']}")

@@ -370,8 +370,9 @@ class ControlConfig:
     Attributes:
         hz: commands per second; None: the robot's own rate.
         seam: how a chunk takes over from the last one: "switch" (hard), "ensemble" (chunks that overlap are averaged),
-            or "committed" (it continues the actions that are executed while it is decoded; a policy that was trained
-            on its own observations' actions only may then go on with an old plan for ever, see docs/log.md).
+            or "committed" (it continues the actions that are executed while it is decoded).
+        trust: committed actions are continued as long as the policy itself gives their tokens at least this share of
+            its best token's probability; 0: always, even where the pictures say that the plan is wrong.
         injected_latency_s: every decoding is made to take so much longer, to try a policy that is far away.
         black_box_s: so many last seconds (observations, tokens, commands, timings, reasons) are kept, and written to
             the result folder after every fault; 0: none.
@@ -380,6 +381,7 @@ class ControlConfig:
     __pydantic_config__ = STRICT
     hz: float | None = None
     seam: Literal["switch", "ensemble", "committed"] = "switch"
+    trust: float = 0.5
     injected_latency_s: float = 0.0
     black_box_s: float = 30.0
     safety: SafetyConfig = SafetyConfig()

@@ -1,36 +1,45 @@
 """`vla deploy`: a policy on a simulated robot in real time.
 
-Owns: the episodes of a deployment and their record. The loop is `vla.control`'s.
+Owns: the episodes of a deployment and their record. The loop is `vla.control`'s, the live page `vla.serve.page`'s.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import json
+import os
 import signal
 import statistics
 import sys
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterator
+import time
+import webbrowser
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from vla import client, machine
 from vla import config as configuration
-from vla import machine
-from vla.config import DeployConfig
+from vla.config import AdapterConfig, DeployConfig
 from vla.control.blackbox import BlackBox
 from vla.control.controller import Controller
 from vla.control.sim import SimRobot
+from vla.control.station import Station
 from vla.errors import ConfigError
-from vla.policy import Policy
+from vla.policy import ChunkPolicy
+from vla.serve.page import page, serve_in_thread
+from vla.spec import RobotSpec
 from vla.statistics import percentiles, wilson
 
 FILE = "deploy.json"
+_NO_LIMIT = 2**31  # steps
+_REMEMBERED = 10_000  # episodes, where nobody says how many: a deployment may last for weeks
 
 
 def deploy(config: DeployConfig) -> dict[str, Any]:
@@ -42,31 +51,48 @@ def deploy(config: DeployConfig) -> dict[str, Any]:
     """
     if config.seconds <= 0 or (config.episodes is not None and config.episodes < 1):
         raise ConfigError(f"episodes and seconds must be positive, got {config.episodes} and {config.seconds}.")
-    policy = Policy.from_pretrained(config.policy, config.device, config.unnorm_key, config.n_action_steps)
+    policy = client.load(config.policy, config.device, config.unnorm_key, config.n_action_steps)
     seeds = itertools.count(config.seed)
-    records: list[dict[str, Any]] = []
+    records: deque[dict[str, Any]] = deque(maxlen=_REMEMBERED)
     # A thread that wants to run may have to wait this long for Python's lock: less than the jitter that matters.
     sys.setswitchinterval(0.0005)
     with (
-        SimRobot(config.env, config.adapter, config.control.hz) as robot,
+        SimRobot(config.env, _adapter(config), config.control.hz) as robot,
         Controller(robot, policy, config.control) as controller,
         _black_box(config, controller),
         _held_by_signals(controller) as check,
+        _live_page(config, controller, robot.spec, policy) as station,
     ):
         config.out.mkdir(parents=True, exist_ok=True)
         configuration.dump(config, config.out / "config.yaml")
         try:
             for seed in itertools.islice(seeds, config.episodes):
                 robot.reset(seed)
+                controller.safety.forget()
+                if station is not None:
+                    station.begin(seed, robot.instruction)
                 record = controller.run(robot.instruction, config.seconds)
                 check()
+                if station is not None:
+                    record["person"] = station.end(record["success"])
                 records.append({"seed": seed, "instruction": robot.instruction} | record)
                 print(_line(records[-1]), flush=True)
+                while station is not None and station.waiting():
+                    check()
+                    time.sleep(0.02)
         finally:
-            info = _summarise(records) | {"machine": machine.describe(), "episodes": records}
+            info = _summarise(records) | {"machine": machine.describe(), "episodes": list(records)}
             (config.out / FILE).write_text(json.dumps(info, indent=1))
     _print(info)
     return info
+
+
+def _adapter(config: DeployConfig) -> AdapterConfig:
+    """A person needs more time to tell the robot something than an environment gives a policy: where scenes follow each
+    other until somebody stops them, only `config.seconds` limits one. A given number of episodes end as usual."""
+    if config.ui and config.episodes is None and config.adapter.max_steps is None:
+        return dataclasses.replace(config.adapter, max_steps=_NO_LIMIT)
+    return config.adapter
 
 
 @contextlib.contextmanager
@@ -82,6 +108,23 @@ def _black_box(config: DeployConfig, controller: Controller) -> Iterator[None]:
         box.close()
         if box.files:
             print(f"something went wrong; the black box wrote {', '.join(map(str, box.files))}", flush=True)
+
+
+@contextlib.contextmanager
+def _live_page(
+    config: DeployConfig, controller: Controller, spec: RobotSpec, policy: ChunkPolicy
+) -> Iterator[Station | None]:
+    """Serve what a person sees and can do, where `config.ui` asks for it."""
+    if not config.ui:
+        yield None
+        return
+    station = Station(controller, spec, policy, f"{config.policy} on {config.env.partition(':')[2] or config.env}")
+    with serve_in_thread(page(station, config.host), config.host, config.port) as address:
+        print(f"live page: {address}", flush=True)
+        if os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
+            webbrowser.open(address)
+        controller.listeners.append(station.listen)
+        yield station
 
 
 @contextlib.contextmanager
@@ -119,14 +162,18 @@ def _held_by_signals(controller: Controller) -> Iterator[Callable[[], None]]:
 
 def _line(record: dict[str, Any]) -> str:
     what = "success" if record["success"] else "no success"
+    if record.get("person"):
+        what += f" (a person: {', '.join(record['person'])})"
     decode = record["decode_ms"]
     thinking = f"decoding {statistics.median(decode):.0f} ms" if decode else "no chunk"
     notes = "".join(f", {count} x {reason}" for reason, count in record["interventions"].items())
     return f"{record['instruction']!r}: {what} after {record['commands']} commands, {thinking}{notes}"
 
 
-def _summarise(records: list[dict[str, Any]]) -> dict[str, Any]:
-    successes, total = sum(record["success"] for record in records), len(records)
+def _summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    # A success or failure that a person had a hand in says nothing about the policy.
+    alone = [record for record in records if not record.get("person")]
+    successes, total = sum(record["success"] for record in alone), len(alone)
     ticks = sum(record["commands"] + record["skipped"] for record in records)
     interventions: Counter[str] = Counter()
     for record in records:
@@ -135,11 +182,12 @@ def _summarise(records: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "successes": successes,
         "n_episodes": total,
-        "interval": wilson(successes, total) if total else None,
+        "n_guided": len(records) - total,
+        "interval": wilson(successes, total),
         "ticks": ticks,
         "missed": sum(record["missed"] for record in records) / max(ticks, 1),
         **{name: percentiles(values) if values else None for name, values in timings.items()},
-        "jerk": sum(record["jerk"] for record in records) / max(total, 1),
+        "jerk": sum(record["jerk"] for record in records) / max(len(records), 1),
         "interventions": dict(interventions),
         "errors": sum(len(record["errors"]) for record in records),
     }
@@ -148,8 +196,9 @@ def _summarise(records: list[dict[str, Any]]) -> dict[str, Any]:
 def _print(info: dict[str, Any]) -> None:
     table = Table(show_header=False)
     low, high = (100 * limit for limit in info["interval"])
+    guided = f"; {info['n_guided']} in which a person had a hand are not counted" if info["n_guided"] else ""
     rows = {
-        "success": f"{info['successes']}/{info['n_episodes']} (95 % interval {low:.0f} to {high:.0f})",
+        "success": f"{info['successes']}/{info['n_episodes']} (95 % interval {low:.0f} to {high:.0f}){guided}",
         "ticks": f"{info['ticks']}, {100 * info['missed']:.2f} % of the deadlines missed",
         "lateness of a command": _spread(info["lateness_ms"]),
         "decoding": _spread(info["decode_ms"]),

@@ -18,12 +18,13 @@ class Memory:
     Attributes:
         draft: guess of the next chunk, float32 [H, D] in the robot's units; None at the start of an episode.
         committed: so many first actions of `draft` will be executed whatever comes (they are, while the next chunk is
-            decoded): the next chunk begins with them and continues them.
+            decoded): the next chunk begins with them and continues them,
+        trust: as long as the network gives their tokens at least this share of its best token's probability.
     """
 
     def __init__(self) -> None:
         self.draft: np.ndarray | None = None
-        self.committed = 0
+        self.committed, self.trust = 0, 0.0
         self._past: list[
             np.ndarray
         ] = []  # per earlier chunk, oldest first: probabilities [actions ahead, entries, rows]
@@ -34,11 +35,11 @@ class Memory:
             self.draft = remainder(self.draft, min(executed, len(self.draft)))
         self._past = [chunk[executed:] for chunk in self._past if len(chunk) > executed]
 
-    def commit(self, actions: np.ndarray) -> None:
+    def commit(self, actions: np.ndarray, trust: float = 0.0) -> None:
         """`actions` [n, D] are executed whatever comes; the draft must be that of a chunk already."""
         assert self.draft is not None and len(actions) < len(self.draft)
         self.draft = np.concatenate([actions, self.draft[len(actions) :]])
-        self.committed = len(actions)
+        self.committed, self.trust = len(actions), trust
 
     def remember(self, chunk: np.ndarray) -> None:
         """Take `chunk` [H, D] as the last one; nothing of it is committed yet."""

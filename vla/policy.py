@@ -21,6 +21,7 @@ from transformers import StoppingCriteriaList
 from vla import checkpoint
 from vla.config import GREEDY, DecodingConfig
 from vla.decoding import strategies
+from vla.decoding.commitment import Commitment
 from vla.decoding.engine import Engine
 from vla.decoding.result import Decoded
 from vla.decoding.streaming import ActionStreamer
@@ -284,15 +285,17 @@ class Policy(ChunkPolicy):
         if any(memory.committed for memory in memories) and size is None:
             raise ConfigError("this policy's tokens speak about several actions at once; none can be committed.")
         counts = torch.tensor([memory.committed * (size or 0) for memory in memories])
+        trust = torch.tensor([memory.trust for memory in memories])
+        committed = Commitment(counts, trust) if bool(counts.any()) else None
         if self.decoding.greedy and self._engine is not None:
-            if stopping is None and (self.device.type == "cpu" or bool(counts.any())):
-                return self._engine.parallel(batch, draft[:, :n_tokens], streamer, counts)
-            if not bool(counts.any()):
+            if stopping is None and (self.device.type == "cpu" or committed is not None):
+                return self._engine.parallel(batch, draft[:, :n_tokens], streamer, committed)
+            if committed is None:
                 return self._engine.stepwise(batch, n_tokens, streamer, stopping)
         self._draws += 1
         seed = self.decoding.sampling_seed + self._draws
-        committed = (draft, counts) if bool(counts.any()) else None
-        return strategies.generate(self.network, batch, self.decoding, seed, streamer, stopping, committed)
+        given = None if committed is None else (draft, committed)
+        return strategies.generate(self.network, batch, self.decoding, seed, streamer, stopping, given)
 
     def draft(self, memories: Sequence[Memory]) -> torch.Tensor:
         """Ids int64 [B, T] of the drafts in `memories`; the middle action row where there is none."""

@@ -84,9 +84,29 @@ class RobotSpec:
         """Plain JSON values."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
-    def hold_action(self, last: np.ndarray | None) -> np.ndarray:
-        """The hold command, float32 [D], given the last command (None before the first one: repeated entries are 0)."""
-        repeat = np.zeros(self.action_dim, np.float32) if last is None else np.asarray(last, np.float32)
+    @property
+    def moves(self) -> bool:
+        """Whether actions say how far or how fast to move (deltas, velocities), not where to be."""
+        return self.action_space.endswith(("delta", "velocity"))
+
+    def hold_action(self, last: np.ndarray | None, state: np.ndarray | None = None) -> np.ndarray:
+        """The hold command, float32 [D].
+
+        Args:
+            last: the last command. Before the first one, what is to be repeated is the state's entry of the same name
+                where actions are positions; the gripper is open, and the rest 0.
+            state: `agent_pos` [S].
+        """
+        if last is None:
+            repeat = np.zeros(self.action_dim, np.float32)
+            if self.gripper_index is not None:
+                repeat[self.gripper_index] = self.gripper_open
+            if state is not None and not self.moves:
+                for index, name in enumerate(self.action_names):
+                    if name in self.state_names:
+                        repeat[index] = state[self.state_names.index(name)]
+        else:
+            repeat = np.asarray(last, np.float32)
         hold: Sequence[float | None] = self.hold or (None,) * self.action_dim
         return np.array([repeat[i] if value is None else value for i, value in enumerate(hold)], np.float32)
 

@@ -55,7 +55,7 @@ def bench(policy, observations):
 def safe_and_on_time(bench: Bench, policy: Policy, record: dict, seconds: float) -> None:
     actions = np.stack([action for _, action in bench.commands])
     low, high = policy.action_limits
-    hold = bench.spec.hold_action(np.zeros(bench.spec.action_dim))
+    hold = bench.spec.hold_action(None)
     assert np.isfinite(actions).all()
     assert ((actions >= np.minimum(low, hold)) & (actions <= np.maximum(high, hold))).all()
     # A busy machine may be late now and then; what breaks must not make it so.

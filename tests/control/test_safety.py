@@ -77,7 +77,7 @@ def test_an_emergency_stop_stays_until_it_is_released():
     for _ in range(3):
         told(safety.check(fine), 0, 0, 1.0)
     assert safety.interventions["emergency stop"] == 3
-    safety.reset()
+    safety.release()
     told(safety.check(fine), *fine)
 
 
@@ -128,6 +128,26 @@ def test_the_hand_does_not_leave_the_workspace():
 def test_limits_must_be_the_robots(limits, message):
     with pytest.raises(ConfigError, match=message):
         make(**limits)
+
+
+def test_a_run_begins_where_the_robot_is():
+    """Positions are held and limited from the measured ones; a gripper keeps what it was told last."""
+    spec = RobotSpec(("front",), ("x", "y", "grip"), ("x", "y", "grip"), "joint_position", gripper_index=2)
+    safety = SafetyFilter(spec, SafetyConfig(max_velocity={"x": 1.0}), LOW, HIGH)
+    safety.begin(np.array([0.7, -0.3, 0.4]))
+    told(safety.check(None), 0.7, -0.3, 0.4)
+    told(safety.check(np.array([0.0, 0.0, 0.9])), 0.6, 0.0, 0.9)  # one per second at ten hertz
+    safety.begin(np.array([0.2, 0.1, 0.5]))  # a person has moved it
+    told(safety.check(None), 0.2, 0.1, 0.9)
+    safety.forget()
+    safety.begin(np.array([0.2, 0.1, 0.5]))
+    told(safety.hold(), 0.2, 0.1, 0.5)
+    deltas = make()
+    deltas.begin(np.zeros(2))
+    told(deltas.check(None), 0, 0, 1.0)  # as long as nothing was said, open
+    deltas.check(np.array([0.5, 0.5, 0.0]))
+    deltas.begin(np.zeros(2))
+    told(deltas.check(None), 0, 0, 0)
 
 
 def test_ranges_must_fit_the_robot():

@@ -12,6 +12,7 @@ import torch
 from transformers import MaxLengthCriteria, StoppingCriteriaList
 
 from vla.config import DecodingConfig, ModelConfig
+from vla.decoding.commitment import Commitment
 from vla.decoding.strategies import generate, teacher_forced
 from vla.errors import ConfigError
 from vla.memory import Memory
@@ -353,7 +354,8 @@ def test_a_chunk_continues_the_committed_actions(nano, observations, decoding):
     drafts = processor.decode_actions(np.random.default_rng(0).integers(0, 31, (3, 16)) + begin)
     memories = [Memory() for _ in range(3)]
     for memory, draft, count in zip(memories, drafts, (2, 1, 0), strict=True):
-        memory.draft, memory.committed = draft, count
+        memory.remember(draft)
+        memory.commit(draft[:count])
     batch = processor.observe(observations(3), ["reach"] * 3)
     ids = policy.predict(observations(3), ["reach"] * 3, memories).ids
     given = processor.encode_actions(drafts)
@@ -363,5 +365,32 @@ def test_a_chunk_continues_the_committed_actions(nano, observations, decoding):
         best = teacher_forced(network, batch, torch.from_numpy(ids)).logits.argmax(-1).numpy() + begin
         for row, count in enumerate((8, 4, 0)):
             np.testing.assert_array_equal(ids[row, count:], best[row, count:])
-        told = generate(network, batch, committed=(torch.from_numpy(given), torch.tensor([8, 4, 0])))
+        told = generate(
+            network, batch, committed=(torch.from_numpy(given), Commitment(torch.tensor([8, 4, 0]), torch.zeros(3)))
+        )
         np.testing.assert_array_equal(told.ids.numpy(), ids)
+
+
+@pytest.mark.parametrize("trust", [0.0, 0.3, 0.7, 1.0])
+def test_committed_actions_count_as_long_as_they_are_believed(nano, observations, trust):
+    """Worked out token by token: the first that is not plausible, and all behind it, are greedy's own."""
+    network, processor = nano
+    policy, begin = Policy(network, processor), network.config.action_token_begin
+    batch = processor.observe(observations(4), ["reach"] * 4)
+    # Drafts between greedy's own tokens and random ones, so that some are believed for a while.
+    greedy, rng = policy.decode(batch).ids.numpy(), np.random.default_rng(1)
+    drafts = np.where(rng.random(greedy.shape) < 0.7, greedy, rng.integers(0, 31, greedy.shape) + begin)
+    counts = torch.tensor([12, 8, 16, 0])
+    wanted, refused = drafts.copy(), np.array([False, False, False, False])
+    for place in range(16):
+        logits = teacher_forced(network, batch, torch.from_numpy(wanted)).logits[:, place].numpy()
+        own = logits[np.arange(4), wanted[:, place] - begin]
+        refused |= (place >= counts.numpy()) | (own < logits.max(-1) + np.log(max(trust, 1e-30)))
+        wanted[:, place] = np.where(refused, logits.argmax(-1) + begin, wanted[:, place])
+    committed = Commitment(counts, torch.full((4,), trust))
+    found = policy._engine.parallel(batch, torch.from_numpy(drafts), None, committed)
+    np.testing.assert_array_equal(found.ids.numpy(), wanted)
+    told = generate(network, batch, committed=(torch.from_numpy(drafts), committed))
+    np.testing.assert_array_equal(told.ids.numpy(), wanted)
+    if trust == 1.0:
+        np.testing.assert_array_equal(wanted, greedy)

@@ -6,6 +6,7 @@ ticks after it, and ticks that were slept through are skipped and counted, never
 
 from __future__ import annotations
 
+import array
 import math
 import time
 from collections.abc import Callable
@@ -31,7 +32,7 @@ class Rate:
         self._start = now() if start is None else start
         self._now, self._sleep = now, sleep
         self.tick, self.skipped = -1, 0
-        self.lateness: list[float] = []
+        self.lateness = array.array("d")
 
     def deadline(self, tick: int) -> float:
         return self._start + tick * self.period

@@ -12,6 +12,8 @@ policy continues them exactly, at no cost.
 
 from __future__ import annotations
 
+import array
+import collections
 import dataclasses
 import enum
 import gc
@@ -34,6 +36,8 @@ from vla.errors import ConfigError, SpecError
 from vla.memory import Memory
 from vla.policy import ChunkPolicy
 from vla.spec import RobotSpec
+
+_KEPT = 1000  # commands and errors that a run remembers
 
 
 class State(enum.Enum):
@@ -113,11 +117,12 @@ class Controller:
             mean absolute third difference of the commands ("jerk").
         """
         self.instruction = instruction
-        first = self._first_reading()
-        before = self.safety.interventions.copy()
         gc.collect()
         gc.freeze()
-        gc.disable()  # a collection takes longer than the jitter that a robot should see
+        gc.disable()  # a collection takes longer than the jitter that a robot should see; `_tick` does small ones
+        first = self._first_reading()
+        self.safety.begin(first.observation.get("agent_pos"))
+        before = self.safety.interventions.copy()
         # Half a period after the robot's own ticks: neither early nor late commands fall into another of its periods.
         elapsed = math.ceil((time.monotonic() - first.time) * self.hz)
         rate = Rate(self.hz, start=first.time + (elapsed + 0.5) / self.hz)
@@ -135,7 +140,7 @@ class Controller:
             gc.enable()
             gc.unfreeze()
             self.state, self._stopping = State.HOLDING, False
-            self._robot.command(self._robot.spec.hold_action(run.commands[-1] if run.commands else None))
+            self._robot.command(self.safety.hold().action)
             self._drain()
         return run.report() | {"interventions": dict(self.safety.interventions - before)}
 
@@ -154,7 +159,9 @@ class Controller:
         command = self.safety.check(run.buffer.at(run.rate.tick), fault, state, run.entropy, missing)
         self._robot.command(command.action)
         run.rate.sent()
-        run.commands.append(command.action)
+        run.note(command.action)
+        if run.rate.tick % round(self.hz) == 0:
+            gc.collect(1)  # what a second leaves behind is found in microseconds: the rest is frozen
         moment = Moment(run.rate.tick, run.rate.lateness[-1], reading, command.action, command.reasons, decoding)
         for listener in self.listeners:
             listener(moment)
@@ -166,7 +173,8 @@ class Controller:
             return None
         about = {"asked": answer.tick, "ms": round(1e3 * answer.seconds, 3)}
         if answer.prediction is None:
-            run.errors.append(answer.error or "")
+            if len(run.errors) < _KEPT:
+                run.errors.append(answer.error or "")
             return about | {"error": answer.error}
         run.accept(answer)
         return about | {"entropy": run.entropy, "ids": answer.prediction.ids[0].tolist()}
@@ -188,13 +196,13 @@ class Controller:
         run.asked = seen
         if self._config.seam == "committed" and run.memory.draft is not None:
             count = min(tick + needed - seen, self._policy.horizon - 1)
-            run.memory.commit(run.plan(seen, count, self._robot.spec))
+            run.memory.commit(run.plan(seen, count, self._robot.spec), self._config.trust)
         self._inference.request(seen, reading.observation, self.instruction, run.memory)
 
     def _first_reading(self) -> Reading:
         deadline = time.monotonic() + self._config.safety.max_age_s + 5.0
         while (reading := self._robot.observe()) is None:
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline or self._stopping:
                 raise SpecError("the robot gives no observation.")
             time.sleep(0.001)
         return reading
@@ -216,9 +224,18 @@ class _Run:
         self.asked: int | None = None  # tick of the last request's observation; the memory stands there
         self.entropy = 0.0
         self.begun = self.success = False  # begun: a first chunk has come
-        self.commands: list[np.ndarray] = []
-        self.decode_ms: list[float] = []
+        self.commands: collections.deque[np.ndarray] = collections.deque(maxlen=_KEPT)
+        self._jerk, self._jerks = 0.0, 0
+        self.decode_ms = array.array("d")  # eight bytes each: a run may last for days
         self.errors: list[str] = []
+
+    def note(self, command: np.ndarray) -> None:
+        """Another command has left."""
+        self.commands.append(command)
+        if len(self.commands) > 3:
+            a, b, c, d = (self.commands[i] for i in range(-4, 0))
+            self._jerk += float(np.abs(d - 3 * c + 3 * b - a).mean())
+            self._jerks += 1
 
     def accept(self, answer: Answer) -> None:
         """Put the chunk of an answer into the buffer; that of a plan that was given up since is forgotten."""
@@ -232,7 +249,7 @@ class _Run:
     def plan(self, first: int, count: int, spec: RobotSpec) -> np.ndarray:
         """What is executed in `count` ticks from `first` on if nothing new comes, [count, D]: past commands, what the
         buffer says, and the hold command where it says nothing."""
-        actions = self.commands[len(self.commands) - (self.rate.tick - first) :]
+        actions = list(self.commands)[len(self.commands) - (self.rate.tick - first) :]
         for tick in range(first + len(actions), first + count):
             action = self.buffer.at(tick)
             actions.append(spec.hold_action(actions[-1] if actions else None) if action is None else action)
@@ -244,15 +261,14 @@ class _Run:
         self.memory, self.asked, self.begun = Memory(), None, False
 
     def report(self) -> dict[str, Any]:
-        jerk = np.abs(np.diff(np.stack(self.commands), n=3, axis=0)).mean() if len(self.commands) > 3 else 0.0
         return {
             "success": self.success,
-            "commands": len(self.commands),
+            "commands": len(self.rate.lateness),
             "skipped": self.rate.skipped,
             "missed": self.rate.missed,
             "lateness_ms": [round(1e3 * late, 3) for late in self.rate.lateness],
             "decode_ms": [round(ms, 3) for ms in self.decode_ms],
             "late_actions": self.buffer.late,
             "errors": self.errors,
-            "jerk": float(jerk),
+            "jerk": self._jerk / max(self._jerks, 1),
         }

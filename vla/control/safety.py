@@ -28,15 +28,14 @@ class Command:
 class SafetyFilter:
     """Turns what the policy wants into what the robot is told.
 
-    Actions are deltas when the spec's action space ends in "delta", else they are positions (or whatever the robot is
-    to be at): velocity is then the change between two commands.
+    Where actions are positions, velocity is the change between two commands.
 
     Args:
         low, high: per entry, float [D], the range of commands in the robot's units.
         hz: commands per second.
     Attributes:
         interventions: reason -> count.
-        stopped: the emergency stop is pressed; it stays until `reset`.
+        stopped: the emergency stop is pressed; it stays until `release`.
     """
 
     def __init__(
@@ -46,7 +45,6 @@ class SafetyFilter:
             raise ConfigError(f"safety needs a low and a high limit for each of {', '.join(spec.action_names)}.")
         self._spec, self._config = spec, config
         self._low, self._high = np.asarray(low, np.float32), np.asarray(high, np.float32)
-        self._delta = spec.action_space.endswith("delta")
         period = 1 / (hz or spec.control_hz)
         self._max_motion = period * self._per_entry("max_velocity", config.max_velocity)
         self._max_motion_change = period**2 * self._per_entry("max_acceleration", config.max_acceleration)
@@ -60,10 +58,23 @@ class SafetyFilter:
         """From the next command on the robot holds."""
         self.stopped = True
 
-    def reset(self) -> None:
-        """Release the emergency stop and forget the last command (not the counts)."""
-        self.stopped, self._last = False, None
-        self._motion[:] = 0
+    def release(self) -> None:
+        """Release the emergency stop."""
+        self.stopped = False
+
+    def forget(self) -> None:
+        """Forget the last command: the world is another one (a simulation was reset)."""
+        self._last = None
+
+    def begin(self, state: np.ndarray | None = None) -> None:
+        """Start from where the robot is, by its state [S], not from where it was last sent; the gripper keeps what it
+        was told, for it may hold something."""
+        place, gripper = self._spec.hold_action(None, state), self._spec.gripper_index
+        if self._last is not None and gripper is not None:
+            place[gripper] = self._last[gripper]
+        if self._last is not None or not self._spec.moves:
+            self._last = place
+        self._motion = np.zeros(self._spec.action_dim, np.float32)
 
     def check(
         self,
@@ -92,6 +103,10 @@ class SafetyFilter:
         self._motion = self._moved(command.action)
         self._last = command.action
         return command
+
+    def hold(self) -> Command:
+        """The command that ends a run."""
+        return Command(self._spec.hold_action(self._last))
 
     def _why_hold(self, action: np.ndarray | None, entropy: float, missing: str) -> str | None:
         if action is None:
@@ -138,11 +153,11 @@ class SafetyFilter:
         """`command` with what it moves in one period clipped; exactly itself where nothing is clipped."""
         motion = self._moved(command)
         clipped = np.clip(motion, low, high)
-        origin = np.zeros_like(command) if self._delta or self._last is None else self._last
+        origin = np.zeros_like(command) if self._spec.moves or self._last is None else self._last
         return np.where(clipped == motion, command, origin + clipped).astype(np.float32)
 
     def _moved(self, command: np.ndarray) -> np.ndarray:
-        if self._delta:
+        if self._spec.moves:
             return command
         return np.zeros_like(command) if self._last is None else command - self._last
 
@@ -150,7 +165,7 @@ class SafetyFilter:
         """Nothing leads out of the workspace: deltas that point outward are zero at a wall, positions are clipped."""
         command = command.copy()
         for entry, place, low, high in self._walls:
-            if not self._delta:
+            if not self._spec.moves:
                 command[entry] = np.clip(command[entry], low, high)
             elif state is not None:
                 outward = (state[place] <= low and command[entry] < 0) or (state[place] >= high and command[entry] > 0)

@@ -133,7 +133,8 @@ class _Outbox:
 
 def _live(pipe: Connection, env_id: str, adapter: AdapterConfig, hz: float | None) -> None:
     """The process: an episode after every ("reset", seed), until the other end is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    for signum in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group; the parent decides
+        signal.signal(signum, signal.SIG_IGN)
     outbox = _Outbox(pipe)
     with contextlib.suppress(EOFError, OSError):
         try:

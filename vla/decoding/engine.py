@@ -23,6 +23,7 @@ from transformers import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from vla.decoding import weights
+from vla.decoding.commitment import Commitment
 from vla.decoding.graphs import Captured
 from vla.decoding.result import Decoded
 from vla.model.modeling import VLAForActionPrediction
@@ -116,7 +117,7 @@ class Engine:
         batch: dict[str, torch.Tensor],
         draft: torch.Tensor,
         streamer: BaseStreamer | None = None,
-        committed: torch.Tensor | None = None,
+        committed: Commitment | None = None,
     ) -> Decoded:
         """Greedy decoding that verifies a draft of the chunk.
 
@@ -125,28 +126,33 @@ class Engine:
             draft: int64 [B, T], ids of the model's vocabulary, for as many tokens as shall be decoded. Any will do, but
                 the better they are, the fewer forwards it takes.
             streamer: is given tokens as soon as they are known to be greedy's own.
-            committed: int64 [B], so many first tokens of each draft are not a guess but given: the rest continues them.
+            committed: first tokens of each draft that are not a guess but given: the rest continues them.
         """
         inputs, start = self._start(batch)
         hidden, offsets = self._embed(inputs, start), inputs.get("offsets")
         length, total, table = start + hidden.shape[1], draft.shape[1], self._weights.table
         candidate = draft.to(self.device) - self.begin  # a copy
         logits = hidden.new_empty(len(draft), total, len(table))
-        committed = torch.zeros(len(draft), dtype=torch.int64) if committed is None else committed
-        given = (torch.arange(total) < committed[:, None]).to(self.device)
+        counts = torch.zeros(len(draft), dtype=torch.int64) if committed is None else committed.counts
+        given = (torch.arange(total) < counts[:, None]).to(self.device)
         ahead = max(1, min(self.window, ROWS // len(draft)))
         # Known are tokens that are greedy's own in every row of the batch.
-        known, window, forwards = 0, min(total, ahead + int(committed.min())), 0
+        known, window, forwards = 0, min(total, ahead + int(counts.min())), 0
         hidden = torch.cat([hidden, F.embedding(candidate[:, : window - 1], table)], dim=1)
         while True:
             found = self._weights.head(self._forward(hidden, start, offsets)[:, -window:])
             self._cached, forwards = batch["input_ids"], forwards + 1
             end = known + window
-            chosen = torch.where(given[:, known:end], candidate[:, known:end], found.argmax(-1))
-            wrong = (chosen != candidate[:, known:end]).any(dim=0).tolist()
+            guess, kept = candidate[:, known:end], given[:, known:end]
+            if committed is not None:
+                kept = kept & committed.believed(found, guess)
+            chosen = torch.where(kept, guess, found.argmax(-1))
+            differs = chosen != guess
+            wrong = differs.any(dim=0).tolist()
             candidate[:, known:end], logits[:, known:end] = chosen, found
             # Everything before the first wrong token was right, and the correction of that one is right, too.
             gained = wrong.index(True) + 1 if True in wrong else window
+            given &= ~differs[:, :gained].any(dim=1, keepdim=True)  # one that is not believed ends what is given
             if streamer is not None:
                 for column in (candidate[:, known : known + gained] + self.begin).cpu().T:
                     streamer.put(column)

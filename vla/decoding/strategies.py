@@ -15,6 +15,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaL
 from transformers.generation.streamers import BaseStreamer
 
 from vla.config import GREEDY, DecodingConfig
+from vla.decoding.commitment import Commitment
 from vla.decoding.result import Decoded
 from vla.model.modeling import VLAForActionPrediction
 
@@ -45,16 +46,21 @@ class FrequencyAndPresencePenalty(LogitsProcessor):
 
 
 class Committed(LogitsProcessor):
-    """Allows only the given token where a chunk's first tokens are given: `tokens` int64 [B, T], `counts` [B]."""
+    """Allows only the given token of a draft, int64 [B, T], as long as a row has followed it and believes it."""
 
-    def __init__(self, prompt: int, tokens: torch.Tensor, counts: torch.Tensor) -> None:
-        self.prompt, self.tokens, self.counts = prompt, tokens, counts
+    def __init__(self, prompt: int, draft: torch.Tensor, committed: Commitment) -> None:
+        self.prompt, self.draft, self.committed = prompt, draft, committed
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        place, beams = input_ids.shape[1] - self.prompt, len(scores) // len(self.tokens)
-        token = self.tokens[:, place].repeat_interleave(beams)
-        given = (self.counts > place).repeat_interleave(beams)
-        only = torch.full_like(scores, float("-inf")).scatter_(1, token[:, None], 0.0)
+        place, beams = input_ids.shape[1] - self.prompt, len(scores) // len(self.draft)
+        draft, *committed = (
+            part.repeat_interleave(beams, dim=0).to(scores.device) for part in (self.draft, *self.committed)
+        )
+        now = Commitment(*committed)
+        followed = (input_ids[:, self.prompt :] == draft[:, :place]).all(dim=1)
+        token = draft[:, place, None]
+        given = (now.counts > place) & followed & now.believed(scores[:, None], token)[:, 0]
+        only = torch.full_like(scores, float("-inf")).scatter_(1, token, 0.0)
         return torch.where(given[:, None], only, scores)
 
 
@@ -66,7 +72,7 @@ def generate(
     seed: int = 0,
     streamer: BaseStreamer | None = None,
     stopping: StoppingCriteriaList | None = None,
-    committed: tuple[torch.Tensor, torch.Tensor] | None = None,
+    committed: tuple[torch.Tensor, Commitment] | None = None,
     **options: Any,
 ) -> Decoded:
     """Decode one chunk per prefix with stock `generate`.
@@ -76,7 +82,7 @@ def generate(
         seed: of the draws, where the strategy samples; the caller's random state is left alone.
         streamer: is given every token as soon as it is decoded (one observation, no beams).
         stopping: ends the chunk early when it says so for all observations.
-        committed: tokens [B, T] and how many of each row, [B], are not to be chosen but given: the rest continues them.
+        committed: a draft, int64 [B, T], and how much of it is not to be chosen but given: the rest continues it.
         options: passed to `generate`, such as cache_implementation.
     Returns:
         The chosen ids, and the network's own logits: before temperature, penalties and cuts.
@@ -87,8 +93,7 @@ def generate(
     if config.frequency_penalty or config.presence_penalty:
         processors.append(FrequencyAndPresencePenalty(begin, end, config.frequency_penalty, config.presence_penalty))
     if committed is not None:
-        tokens, counts = (part.to(network.device) for part in committed)
-        processors.append(Committed(batch["input_ids"].shape[1], tokens, counts))
+        processors.append(Committed(batch["input_ids"].shape[1], *committed))
     sampling = {}
     if config.temperature > 0:
         sampling = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}

@@ -140,14 +140,18 @@ def _prompt(flat: dict[str, Any], keys: KeysConfig) -> str:
 
 
 def _memory(values: Mapping[Any, Any], horizon: int, action_dim: int) -> Memory | None:
-    draft, committed = values.get("vla/draft"), values.get("vla/committed", 0)
-    if draft is None:
+    draft, committed, trust = (values.get(f"vla/{name}", 0) for name in ("draft", "committed", "trust"))
+    if "vla/draft" not in values:
         return None
     shape, expected = np.shape(draft), (horizon, action_dim)
     if not isinstance(draft, np.ndarray) or shape != expected or not np.isfinite(draft).all():
         raise SpecError(f"vla/draft must be finite actions {list(expected)}, got shape {list(shape)}.")
     if not isinstance(committed, int) or not 0 <= committed < horizon:
         raise SpecError(f"vla/committed must be between 0 and {horizon - 1}, got {committed!r}.")
+    if not isinstance(trust, int | float) or not 0 <= trust <= 1:
+        raise SpecError(f"vla/trust must be between 0 and 1, got {trust!r}.")
     memory = Memory()
-    memory.draft, memory.committed = draft.astype(np.float32), committed
+    draft = draft.astype(np.float32)
+    memory.remember(draft)
+    memory.commit(draft[:committed], trust)
     return memory

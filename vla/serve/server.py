@@ -22,8 +22,7 @@ from vla.errors import ConfigError
 from vla.policy import Policy
 from vla.serve.app import PolicyApp
 from vla.serve.batcher import Batcher
-
-_BACKLOG = 1024
+from vla.serve.sockets import BACKLOG, listen
 
 
 def serve(config: ServeConfig) -> None:
@@ -82,7 +81,7 @@ def settings(app: PolicyApp, config: ServeConfig) -> uvicorn.Config:
         ws="websockets-sansio",
         ws_max_size=int(config.max_request_mb * 2**20),
         ws_per_message_deflate=False,
-        backlog=_BACKLOG,
+        backlog=BACKLOG,
         timeout_keep_alive=int(max(1, config.patience_s)),
         timeout_graceful_shutdown=5,
         ssl_certfile=config.certificate,
@@ -90,15 +89,6 @@ def settings(app: PolicyApp, config: ServeConfig) -> uvicorn.Config:
         log_level="warning",
         access_log=False,
     )
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens there; ConfigError where that cannot be."""
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
-    except OSError as error:
-        raise ConfigError(f"cannot listen on {host}:{port}: {error}. Choose another --host or --port.") from None
 
 
 class _Server(uvicorn.Server):

@@ -1,0 +1,95 @@
+"""A demonstration in real time: frames when they are due, commands beside what was demonstrated."""
+
+import time
+
+import numpy as np
+import pytest
+
+from vla.config import ControlConfig
+from vla.control.controller import Controller
+from vla.control.replay import ReplayRobot
+from vla.data.reader import Demonstrations
+from vla.errors import ConfigError, DataError
+from vla.policy import Policy
+
+
+@pytest.fixture(scope="module")
+def data(dataset, robot):
+    return Demonstrations(dataset("replayed", robot, episodes=3, length=24))
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """`clock[0]` is what `time.monotonic` says."""
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_it_shows_the_frame_that_is_due_and_ends(data, clock):
+    robot = ReplayRobot(data, 1)
+    assert (robot.instruction, robot.seconds) == ("go to square 1", pytest.approx(24 / data.fps))
+    clock[0] = 2000.0  # it starts when somebody looks
+    pictures = list(data.frames(1, "wrist"))
+    rows = data.episodes[1].rows
+    for k in (0, 1, 2, 7, 23):  # frames that nobody asks for are gone
+        clock[0] = 2000.0 + (k + 0.7) / data.fps if k else 2000.0
+        reading = robot.observe()
+        assert reading is robot.observe() and not reading.over
+        assert reading.time == pytest.approx(2000.0 + k / data.fps)
+        np.testing.assert_array_equal(reading.observation["pixels"]["wrist"], pictures[k])
+        np.testing.assert_array_equal(reading.observation["agent_pos"], data.states[rows][k])
+    clock[0] = 2000.0 + 24.1 / data.fps
+    assert robot.observe().over and not robot.observe().success
+
+
+def test_it_decodes_nothing_while_it_plays(data, monkeypatch):
+    robot = ReplayRobot(data, 0, hz=1000.0)
+    monkeypatch.setattr(data._store, "frames", None)
+    while not robot.observe().over:
+        pass
+
+
+@pytest.mark.parametrize("hz", [None, 50.0])
+def test_the_demonstrations_own_actions_agree_with_it(data, clock, hz):
+    robot = ReplayRobot(data.root, 2, hz=hz)
+    hz = hz or data.fps
+    robot.start()
+    for k, action in enumerate(robot.demonstrated):
+        clock[0] = 1000.0 + (k + 0.5) / hz
+        robot.command(action)
+    assert [command.tick for command in robot.sent] == list(range(24))
+    assert set(robot.agreement()) == set(robot.spec.action_names) and not any(robot.agreement().values())
+    clock[0] = 1000.0 + 30 / hz
+    robot.command(robot.demonstrated[0] + 100)  # after the end: the last hold command
+    assert not any(robot.agreement().values())
+    clock[0] = 2000.0
+    robot.start()
+    assert robot.sent == [] and not robot.observe().over
+    robot.command(robot.demonstrated[0] + np.array([0.5, 0, 0, 0, 0, 0, 0]))
+    assert robot.agreement()["dx"] == pytest.approx(0.5) and robot.agreement()["dy"] == 0
+
+
+def test_a_controller_plays_a_demonstration_to_its_end(data, nano):
+    robot = ReplayRobot(data, 0)
+    with Controller(robot, Policy(*nano), ControlConfig()) as controller:
+        robot.start()
+        record = controller.run(robot.instruction, seconds=60.0)
+    assert controller.hz == data.fps and record["errors"] == [] and not record["success"]
+    ticks = [command.tick for command in robot.sent]
+    # The controller collects garbage after its first look; the frames of that time are gone.
+    assert 12 <= record["commands"] + record["skipped"] <= 24
+    assert ticks == sorted(ticks) and ticks[-1] >= 24  # the hold command comes when it is over
+    played = [command for command in robot.sent if command.tick < 24]
+    gaps = np.abs([command.action - robot.demonstrated[command.tick] for command in played]).mean(0)
+    assert list(robot.agreement().values()) == pytest.approx(gaps.tolist(), rel=1e-5)
+    assert gaps.max() > 0.01  # these weights know nothing
+
+
+def test_what_cannot_be_played_is_said(data):
+    with pytest.raises(DataError, match=r"unknown episode '9'.*Valid: '0', '1', '2'"):
+        ReplayRobot(data, 9)
+    with pytest.raises(ConfigError, match="hz must be positive, got 0"):
+        ReplayRobot(data, 0, hz=0)
+    with pytest.raises(DataError, match="nothing was commanded"):
+        ReplayRobot(data, 0).agreement()

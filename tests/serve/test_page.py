@@ -1,0 +1,411 @@
+"""The live page: what a person sees is what happened, what they say is done, and nobody else can say it."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import requests
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
+
+from vla.config import ControlConfig
+from vla.control.blackbox import Moment
+from vla.control.controller import Controller
+from vla.control.robot import Reading
+from vla.control.station import Refused, Station
+from vla.errors import ConfigError
+from vla.policy import Policy
+from vla.serve.page import page, serve_in_thread
+
+HZ = 20.0
+
+
+class Bench:
+    """A robot that shows noise and does nothing."""
+
+    def __init__(self, spec, observation) -> None:
+        self.spec, self.observation = spec, observation
+        self.commands: list[np.ndarray] = []
+
+    def observe(self) -> Reading:
+        return Reading(self.observation, time.monotonic(), info={"reached": 1})
+
+    def command(self, action: np.ndarray) -> None:
+        self.commands.append(action)
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def controller(nano, observations):
+    policy = Policy(*nano)
+    with Controller(Bench(policy.robot, observations(1)[0]), policy, ControlConfig(hz=HZ)) as controller:
+        yield controller
+
+
+@pytest.fixture
+def station(controller, nano):
+    policy = Policy(*nano)
+    station = Station(controller, policy.robot, policy, "nano on a bench")
+    controller.listeners.append(station.listen)
+    return station
+
+
+@pytest.fixture
+def scene(controller, station):
+    """A scene that runs in the background."""
+    station.begin(7, "reach")
+    thread = threading.Thread(target=controller.run, args=("reach", 60.0), daemon=True)
+    thread.start()
+    until(lambda: station.status()["ticks"])
+    yield controller
+    controller.stop()
+    thread.join(timeout=10)
+
+
+@pytest.fixture
+def served(station):
+    with serve_in_thread(page(station), "127.0.0.1", 0) as address:
+        yield address
+
+
+def until(condition, seconds: float = 20.0):
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+    return found
+
+
+def moment(tick: int, observation, reasons=(), decoding=None, late: float = 0.001) -> Moment:
+    reading = Reading(observation, time.monotonic(), info={"reached": 1, "torque": float("nan")})
+    return Moment(tick, late, reading, np.arange(7, dtype=np.float32), reasons, decoding)
+
+
+def test_what_is_told_is_what_happened(station, observations):
+    (observation,) = observations(1)
+    assert station.status()["state"] == "starting" and station.picture("front") is None
+    station.begin(7, "reach")
+    station.listen(moment(0, observation, ("no chunk yet",)))
+    station.listen(moment(1, observation, decoding={"asked": 0, "ms": 21.5, "ids": [1], "entropy": 0.1}))
+    for tick in (2, 3, 6):  # two ticks were slept through
+        station.listen(moment(tick, observation, ("underrun",)))
+    station.listen(moment(7, observation, ("jump", "range"), {"asked": 2, "ms": 3.0, "error": "out of memory"}, 0.06))
+    status = json.loads(json.dumps(station.status(), allow_nan=False))
+    assert [tick["n"] for tick in status["ticks"]] == [1, 2, 3, 4, 5, 6]
+    assert [tick["decoded"] for tick in status["ticks"]] == [False, True, False, False, False, False]
+    assert status["ticks"][-1]["command"] == list(range(7)) and status["ticks"][-1]["reasons"] == ["jump", "range"]
+    assert station.status(since=5)["ticks"][0]["n"] == 6
+    events = {event["reason"]: event for event in status["events"]}
+    assert {name: event["count"] for name, event in events.items()} == {
+        "underrun": 3,
+        "jump": 1,
+        "range": 1,
+        "policy error": 1,
+    }
+    assert events["policy error"]["detail"] == "out of memory" and status["events"][-1]["reason"] == "underrun"
+    assert abs(events["underrun"]["time"] - time.time()) < 5
+    assert status["timing"]["decode_ms"] == [21.5]
+    assert (status["timing"]["commands"], status["timing"]["missed"]) == (8, 3)  # two skipped, one sent too late
+    assert status["timing"]["lateness_ms"]["max"] == 60
+    assert status["robot"]["info"] == {"reached": 1, "torque": None} and len(status["robot"]["state"]) == 7
+
+
+def test_pictures_are_those_of_the_latest_reading(station, observations):
+    import cv2
+
+    first, second = observations(2)
+    station.listen(moment(0, first))
+    picture = station.picture("front")
+    assert station.picture("front") is picture
+    image = cv2.imdecode(np.frombuffer(picture, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+    assert image.shape == (96, 96, 3) and np.abs(image - first["pixels"]["front"].astype(int)).mean() < 20
+    station.listen(moment(1, second))
+    assert station.picture("front") is not picture
+    station.listen(moment(2, {"pixels": {"front": np.zeros((4, 0, 3))}, "agent_pos": np.array(["x"])}))
+    assert station.picture("front") is None and station.picture("wrist") is None
+    assert station.status()["robot"]["state"] == []
+    station.listen(moment(3, {"pixels": {"front": np.zeros((720, 1280, 3), np.uint8)}}))
+    assert cv2.imdecode(np.frombuffer(station.picture("front"), np.uint8), cv2.IMREAD_COLOR).shape == (360, 640, 3)
+
+
+def test_nothing_grows_for_ever(station, observations):
+    (observation,) = observations(1)
+    station.begin(7, "reach")
+    for tick in range(3000):
+        station.listen(moment(tick, observation, (f"reason {tick % 50}",), {"asked": tick, "ms": 1.0, "ids": []}))
+    status = station.status()
+    assert len(status["ticks"]) == 10 * HZ and len(status["timing"]["decode_ms"]) == 300
+    assert len(status["events"]) <= 50 and len(json.dumps(status | {"ticks": []})) < 20_000
+
+
+def test_scenes_that_a_person_had_a_hand_in_are_not_counted(station, observations):
+    (observation,) = observations(1)
+
+    def play(success: bool, *orders) -> list[str]:
+        station.begin(7, "reach")
+        station.listen(moment(0, observation))
+        for order in orders:
+            order()
+        return station.end(success)
+
+    with pytest.raises(Refused, match="no scene is running"):
+        station.instruct("push")
+    assert play(True) == []
+    assert station.waiting()  # the success is to be seen
+    station.new_scene()
+    assert not station.waiting()
+    assert play(False) == [] and not station.waiting()
+    assert play(True, lambda: station.instruct(" push  it ")) == ["instruction: push it"]
+    assert play(False, station.hold, station.start) == ["hold"]
+    assert play(False, station.new_scene) == ["new scene"]
+    station.hold()
+    assert play(False, station.start) == ["hold"]
+    with pytest.raises(Refused, match="no scene is running"):
+        station.instruct("push")
+    status = station.status()
+    assert status["tally"] == {"success": 1, "failure": 1, "guided": 4}
+    assert status["outcomes"] == ["success", "failure", "guided", "guided", "guided", "guided"]
+    assert status["last"]["person"] == ["hold"] and status["suggestions"] == ["reach", "push it"]
+
+
+def test_a_robot_that_is_held_waits_for_a_person(station, controller):
+    station.begin(7, "reach")
+    station.emergency_stop()
+    assert controller.safety.stopped and station.status()["state"] == "emergency stop"
+    station.end(False)
+    with pytest.raises(Refused, match="release it first"):
+        station.start()
+    station.release()
+    assert not controller.safety.stopped and station.status()["state"] == "holding" and station.waiting()
+    station.start()
+    assert not station.waiting()
+
+
+@pytest.mark.parametrize("text", ["", "   ", "x" * 201, "push\x00", "\x1b[31m"])
+def test_an_instruction_is_a_short_text(scene, station, text):
+    with pytest.raises(Refused, match="1 to 200"):
+        station.instruct(text)
+
+
+def test_the_page_needs_nothing_from_elsewhere(served):
+    answer = requests.get(served, timeout=10)
+    assert answer.status_code == 200 and "text/html" in answer.headers["content-type"]
+    assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
+    assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!data:)|@import|url\(|https?://(?!")""", answer.text)
+
+
+def test_orders_and_pictures_go_over_the_wire(scene, station, served):
+    with connect(served.replace("http", "ws") + "/live") as socket:
+        hello = json.loads(socket.recv(timeout=10))["robot"]
+        assert hello["cameras"] == ["front", "wrist"] and (hello["period_ms"], hello["chunk_ms"]) == (50, 200)
+        cameras, statuses = set(), []
+        while len(statuses) < 3 or len(cameras) < 2:
+            message = socket.recv(timeout=10)
+            if isinstance(message, bytes):
+                assert message[1:3] == b"\xff\xd8"
+                cameras.add(message[0])
+            else:
+                statuses.append(json.loads(message)["status"])
+        assert statuses[0]["ticks"][-1]["n"] < statuses[-1]["ticks"][0]["n"]  # only what is new
+        assert statuses[-1]["state"] == "running" and statuses[-1]["robot"]["info"] == {"reached": 1}
+        for order, state in (("hold", "holding"), ("start", "running"), ("stop", "emergency stop")):
+            socket.send(json.dumps({"do": order}))
+            until(lambda state=state: station.state == state)
+        socket.send(json.dumps({"do": "instruct", "text": "push the button"}))
+        until(lambda: scene.instruction == "push the button")
+        socket.send(json.dumps({"do": "start"}))
+        assert "release it first" in error(socket)
+
+
+def error(socket) -> str:
+    while True:
+        message = socket.recv(timeout=10)
+        if isinstance(message, str) and "error" in (found := json.loads(message)):
+            return found["error"]
+
+
+@pytest.mark.parametrize(
+    ("message", "answer"),
+    [
+        ("{", "JSON"),
+        ("[" * 9999, "JSON"),
+        ("[]", "looks like"),
+        ('{"do": ["hold"]}', "looks like"),
+        ('{"do": "hodl"}', "Did you mean 'hold'"),
+        ('{"do": "instruct"}', "1 to 200"),
+        ('{"do": "instruct", "text": {"a": NaN}}', "no scene"),
+        (b"\x00\x01", "JSON"),
+    ],
+    ids=str,
+)
+def test_nonsense_is_answered(served, message, answer):
+    with connect(served.replace("http", "ws") + "/live") as socket:
+        socket.send(message)
+        assert answer in error(socket)
+        socket.send("{")  # the connection is still there
+        assert "JSON" in error(socket)
+
+
+def test_the_emergency_stop_needs_no_page(scene, served):
+    assert requests.get(served + "/stop", timeout=10).status_code == 405
+    assert requests.post(served + "/stop", timeout=10).status_code == 200
+    assert scene.safety.stopped
+    until(lambda: scene.safety.interventions["emergency stop"] >= 3)
+
+
+def test_no_other_web_site_can_drive_the_robot(controller, served):
+    port = served.rpartition(":")[2]
+    foreign = [
+        {"Origin": "http://elsewhere.example"},
+        {"Origin": "null"},
+        {"Origin": f"http://127.0.0.1:{int(port) - 1}"},
+        {"Host": f"elsewhere.example:{port}", "Origin": f"http://elsewhere.example:{port}"},  # DNS rebinding
+        {"Host": "["},
+    ]
+    for headers in foreign:
+        assert requests.post(served + "/stop", headers=headers, timeout=10).status_code in (400, 403)
+        assert requests.get(served, headers=headers, timeout=10).status_code in (400, 403)
+    for headers in foreign[:3]:
+        with pytest.raises(InvalidStatus), connect(served.replace("http", "ws") + "/live", additional_headers=headers):
+            pass
+    assert not controller.safety.stopped
+    ours = [{"Origin": served}, {"Host": f"localhost:{port}", "Origin": f"http://localhost:{port}"}, {"Host": "[::1]"}]
+    for headers in ours:
+        assert requests.get(served, headers=headers, timeout=10).status_code == 200
+    with connect(served.replace("http", "ws") + "/live", origin=served) as socket:
+        assert json.loads(socket.recv(timeout=10))["robot"]
+
+
+def test_a_place_where_nothing_can_listen_says_so(station, served):
+    taken = int(served.rpartition(":")[2])
+    for host, port in (("127.0.0.1", taken), ("no.such.host.invalid", 0), ("127.0.0.1", 70000)):
+        with pytest.raises(ConfigError, match="port"), serve_in_thread(page(station), host, port):
+            pass
+
+
+def test_signals_stay_the_main_threads(station):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with serve_in_thread(page(station), "127.0.0.1", 0) as address:
+        assert requests.get(address, timeout=10).ok
+        assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+@pytest.fixture
+def deployed(tmp_path):
+    """`vla deploy` of the embedded policy, and the address of its page."""
+    flags = ["--seed", "100000", "--seconds", "300", "--black-box-s", "0", "--port", "0", "--out", str(tmp_path)]
+    environment = {name: value for name, value in os.environ.items() if "DISPLAY" not in name}
+    command = [sys.executable, "-m", "vla.cli", "deploy", *flags]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as job:
+        lines: list[str] = []
+        reader = threading.Thread(target=lambda: lines.extend(job.stdout), daemon=True)
+        reader.start()
+        try:
+            yield job, until(lambda: [line for line in lines if "live page" in line], 120)[0].split()[-1]
+        finally:
+            job.kill()
+            print("".join(lines))
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium")
+def test_a_person_tells_the_robot_something_else_and_stops_it(deployed, tmp_path):
+    from playwright.sync_api import sync_playwright
+
+    job, address = deployed
+    with sync_playwright() as play:
+        browser = play.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox", "--disable-dev-shm-usage"]
+        )
+        screen = browser.new_page(viewport={"width": 390, "height": 844}, has_touch=True)
+        complaints, asked = [], []
+        screen.on("console", lambda message: complaints.append(message.text))
+        screen.on("pageerror", lambda problem: complaints.append(str(problem)))
+        screen.on("request", lambda request: asked.append(request.url))
+        screen.set_default_timeout(60_000)
+        screen.goto(address)
+
+        def happens(condition: str, seconds: float = 60.0) -> None:
+            until(lambda: screen.evaluate(f"Boolean(live && ({condition}))"), seconds)
+
+        def state() -> np.ndarray:
+            return np.array(screen.evaluate("live.robot.state"))
+
+        def stands_still() -> bool:
+            time.sleep(0.7)  # what it was doing comes to rest
+            before = state()
+            time.sleep(1.0)
+            return bool(np.abs(state() - before)[:3].max() < 1.5e-3)
+
+        happens("live.ticks.length")
+        screen.tap("#hold")
+        happens("live.held")
+        # The scene that was held may be over; the next one waits, held, for a person.
+        for _ in range(4):
+            number = screen.evaluate("live.scene.number")
+            screen.tap("#new_scene")
+            happens(f"live.scene.number > {number} && !live.scene.over && live.ticks.length && live.robot.age_s < 0.5")
+            target, other, name = another(screen.evaluate("live.scene.seed"))
+            assert screen.evaluate("live.robot.info.target") == target and stands_still()
+            screen.fill("#text", f"pick up {name}")
+            screen.press("#text", "Enter")
+            happens(f"document.getElementById('instruction').textContent === 'pick up {name}'")
+            screen.tap("#start")
+            happens("live.state === 'running'")
+            happens(f"live.state !== 'running' || live.robot.info.reached === {other}", 30)
+            if screen.evaluate("live.robot.info.reached") == other:
+                break
+            screen.tap("#hold")  # the policy is not always right: another scene
+        assert screen.evaluate("[live.state, live.robot.info.reached]") == ["running", other]
+
+        screen.tap("#stop")
+        happens("live.state === 'emergency stop'")
+        assert stands_still() and "STOPPED" in screen.inner_text("#stop")
+        assert screen.is_disabled("#start")
+        assert "emergency stop" in screen.inner_text("#events")
+        screen.tap("#release")
+        happens("live.state === 'holding'")
+        assert stands_still()
+        before = state().tolist()
+        screen.tap("#chips button")  # the scene's own instruction
+        happens("live.scene.instruction === live.scene.own_instruction")
+        screen.tap("#start")
+        happens(f"Math.max(...{before}.slice(0, 3).map((at, i) => Math.abs(at - live.robot.state[i]))) > 0.005", 30)
+        assert requests.post(address + "/stop", timeout=10).ok
+        happens("live.state === 'emergency stop'")
+        assert stands_still()
+        for control in screen.query_selector_all("button, input"):
+            if control.is_visible():
+                assert control.bounding_box()["height"] >= 44
+        assert screen.evaluate("document.documentElement.scrollWidth") == 390
+        screen.tap("#new_scene")
+        happens("!live.scene.over && live.scene.instruction === live.scene.own_instruction")
+        browser.close()
+    assert complaints == [] and {url.rsplit("/", 1)[0] for url in asked} == {address}
+    os.kill(job.pid, signal.SIGTERM)
+    assert job.wait(timeout=60) == 143
+    info = json.loads((tmp_path / "deploy.json").read_text())
+    guided = [episode for episode in info["episodes"] if episode["person"]]
+    assert f"instruction: pick up {name}" in guided[-1]["person"] and "emergency stop" in guided[-1]["person"]
+    assert info["n_guided"] == len(guided) and info["n_episodes"] == len(info["episodes"]) - len(guided)
+
+
+def another(seed: int) -> tuple[int, int, str]:
+    """Of a scene: the thing that its own instruction names, another one, and what that is called."""
+    env = gym.make("envs:vla/PickUp-v0", cameras=())
+    _, info = env.reset(seed=seed)
+    things = env.unwrapped.scene["objects"]
+    env.close()
+    # Rather no ball: balls roll away from whoever grips badly.
+    _, other = min((thing["shape"] == "ball", i) for i, thing in enumerate(things) if i != info["target"])
+    return info["target"], other, f"the {things[other]['color']} {things[other]['shape']}"
