@@ -394,6 +394,8 @@ class DeployConfig:
     Attributes:
         policy: "nano", a run folder, a checkpoint folder, or the address of a `vla serve` ("ws://host:8000").
         env: environment id of the simulated robot.
+        replay: a dataset folder: its episodes are played in real time instead, and what the policy commands is
+            compared with what was demonstrated.
         episodes: episodes, one after the other; episode i uses seed + i. None: until it is stopped.
         seconds: longest time of an episode.
         out: folder of `deploy.json` and of the black boxes.
@@ -404,6 +406,7 @@ class DeployConfig:
     __pydantic_config__ = STRICT
     policy: str = "nano"
     env: str = "envs:vla/PickUp-v0"
+    replay: Path | None = None
     episodes: int | None = None
     seed: int = 100_000
     seconds: float = 30.0

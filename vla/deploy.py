@@ -1,4 +1,4 @@
-"""`vla deploy`: a policy on a simulated robot in real time.
+"""`vla deploy`: a policy on a simulated robot, or on recorded demonstrations, in real time.
 
 Owns: the episodes of a deployment and their record. The loop is `vla.control`'s, the live page `vla.serve.page`'s.
 """
@@ -29,6 +29,7 @@ from vla import config as configuration
 from vla.config import AdapterConfig, DeployConfig
 from vla.control.blackbox import BlackBox
 from vla.control.controller import Controller
+from vla.control.replay import ReplayRobot
 from vla.control.sim import SimRobot
 from vla.control.station import Station
 from vla.errors import ConfigError
@@ -52,12 +53,11 @@ def deploy(config: DeployConfig) -> dict[str, Any]:
     if config.seconds <= 0 or (config.episodes is not None and config.episodes < 1):
         raise ConfigError(f"episodes and seconds must be positive, got {config.episodes} and {config.seconds}.")
     policy = client.load(config.policy, config.device, config.unnorm_key, config.n_action_steps)
-    seeds = itertools.count(config.seed)
     records: deque[dict[str, Any]] = deque(maxlen=_REMEMBERED)
     # A thread that wants to run may have to wait this long for Python's lock: less than the jitter that matters.
     sys.setswitchinterval(0.0005)
     with (
-        SimRobot(config.env, _adapter(config), config.control.hz) as robot,
+        _robot(config) as robot,
         Controller(robot, policy, config.control) as controller,
         _black_box(config, controller),
         _held_by_signals(controller) as check,
@@ -66,6 +66,7 @@ def deploy(config: DeployConfig) -> dict[str, Any]:
         config.out.mkdir(parents=True, exist_ok=True)
         configuration.dump(config, config.out / "config.yaml")
         try:
+            seeds = robot.episodes if isinstance(robot, ReplayRobot) else itertools.count(config.seed)
             for seed in itertools.islice(seeds, config.episodes):
                 robot.reset(seed)
                 controller.safety.forget()
@@ -73,6 +74,8 @@ def deploy(config: DeployConfig) -> dict[str, Any]:
                     station.begin(seed, robot.instruction)
                 record = controller.run(robot.instruction, config.seconds)
                 check()
+                if isinstance(robot, ReplayRobot):
+                    record["agreement"] = robot.agreement()
                 if station is not None:
                     record["person"] = station.end(record["success"])
                 records.append({"seed": seed, "instruction": robot.instruction} | record)
@@ -85,6 +88,12 @@ def deploy(config: DeployConfig) -> dict[str, Any]:
             (config.out / FILE).write_text(json.dumps(info, indent=1))
     _print(info)
     return info
+
+
+def _robot(config: DeployConfig) -> SimRobot | ReplayRobot:
+    if config.replay is not None:
+        return ReplayRobot(config.replay, config.control.hz)
+    return SimRobot(config.env, _adapter(config), config.control.hz)
 
 
 def _adapter(config: DeployConfig) -> AdapterConfig:
@@ -118,7 +127,9 @@ def _live_page(
     if not config.ui:
         yield None
         return
-    station = Station(controller, spec, policy, f"{config.policy} on {config.env.partition(':')[2] or config.env}")
+    station = Station(
+        controller, spec, policy, f"{config.policy} on {config.replay or config.env.partition(':')[2] or config.env}"
+    )
     with serve_in_thread(page(station, config.host), config.host, config.port) as address:
         print(f"live page: {address}", flush=True)
         if os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
@@ -164,6 +175,8 @@ def _line(record: dict[str, Any]) -> str:
     what = "success" if record["success"] else "no success"
     if record.get("person"):
         what += f" (a person: {', '.join(record['person'])})"
+    if "agreement" in record:
+        what = "differs from the demonstration by " + ", ".join(f"{k} {v:.2g}" for k, v in record["agreement"].items())
     decode = record["decode_ms"]
     thinking = f"decoding {statistics.median(decode):.0f} ms" if decode else "no chunk"
     notes = "".join(f", {count} x {reason}" for reason, count in record["interventions"].items())

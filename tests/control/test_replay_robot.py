@@ -1,10 +1,12 @@
 """A demonstration in real time: frames when they are due, commands beside what was demonstrated."""
 
+import json
 import time
 
 import numpy as np
 import pytest
 
+from vla import checkpoint, cli
 from vla.config import ControlConfig
 from vla.control.controller import Controller
 from vla.control.replay import ReplayRobot
@@ -27,9 +29,10 @@ def clock(monkeypatch):
 
 
 def test_it_shows_the_frame_that_is_due_and_ends(data, clock):
-    robot = ReplayRobot(data, 1)
-    assert (robot.instruction, robot.seconds) == ("go to square 1", pytest.approx(24 / data.fps))
-    clock[0] = 2000.0  # it starts when somebody looks
+    robot = ReplayRobot(data)
+    clock[0] = 2000.0
+    robot.reset(1)
+    assert robot.instruction == "go to square 1" and robot.episodes == [0, 1, 2]
     pictures = list(data.frames(1, "wrist"))
     rows = data.episodes[1].rows
     for k in (0, 1, 2, 7, 23):  # frames that nobody asks for are gone
@@ -44,7 +47,8 @@ def test_it_shows_the_frame_that_is_due_and_ends(data, clock):
 
 
 def test_it_decodes_nothing_while_it_plays(data, monkeypatch):
-    robot = ReplayRobot(data, 0, hz=1000.0)
+    robot = ReplayRobot(data, hz=1000.0)
+    robot.reset(0)
     monkeypatch.setattr(data._store, "frames", None)
     while not robot.observe().over:
         pass
@@ -52,9 +56,9 @@ def test_it_decodes_nothing_while_it_plays(data, monkeypatch):
 
 @pytest.mark.parametrize("hz", [None, 50.0])
 def test_the_demonstrations_own_actions_agree_with_it(data, clock, hz):
-    robot = ReplayRobot(data.root, 2, hz=hz)
+    robot = ReplayRobot(data.root, hz=hz)
     hz = hz or data.fps
-    robot.start()
+    robot.reset(2)
     for k, action in enumerate(robot.demonstrated):
         clock[0] = 1000.0 + (k + 0.5) / hz
         robot.command(action)
@@ -64,20 +68,20 @@ def test_the_demonstrations_own_actions_agree_with_it(data, clock, hz):
     robot.command(robot.demonstrated[0] + 100)  # after the end: the last hold command
     assert not any(robot.agreement().values())
     clock[0] = 2000.0
-    robot.start()
+    robot.reset(2)
     assert robot.sent == [] and not robot.observe().over
     robot.command(robot.demonstrated[0] + np.array([0.5, 0, 0, 0, 0, 0, 0]))
     assert robot.agreement()["dx"] == pytest.approx(0.5) and robot.agreement()["dy"] == 0
 
 
 def test_a_controller_plays_a_demonstration_to_its_end(data, nano):
-    robot = ReplayRobot(data, 0)
+    robot = ReplayRobot(data)
     with Controller(robot, Policy(*nano), ControlConfig()) as controller:
-        robot.start()
+        robot.reset(0)
         record = controller.run(robot.instruction, seconds=60.0)
     assert controller.hz == data.fps and record["errors"] == [] and not record["success"]
     ticks = [command.tick for command in robot.sent]
-    # The controller collects garbage after its first look; the frames of that time are gone.
+    # The controller collects garbage before it begins; the frames of that time are gone.
     assert 12 <= record["commands"] + record["skipped"] <= 24
     assert ticks == sorted(ticks) and ticks[-1] >= 24  # the hold command comes when it is over
     played = [command for command in robot.sent if command.tick < 24]
@@ -88,8 +92,19 @@ def test_a_controller_plays_a_demonstration_to_its_end(data, nano):
 
 def test_what_cannot_be_played_is_said(data):
     with pytest.raises(DataError, match=r"unknown episode '9'.*Valid: '0', '1', '2'"):
-        ReplayRobot(data, 9)
+        ReplayRobot(data).reset(9)
     with pytest.raises(ConfigError, match="hz must be positive, got 0"):
-        ReplayRobot(data, 0, hz=0)
+        ReplayRobot(data, hz=0)
     with pytest.raises(DataError, match="nothing was commanded"):
-        ReplayRobot(data, 0).agreement()
+        ReplayRobot(data).agreement()
+
+
+def test_deploy_replays_a_dataset(data, nano, tmp_path, capsys):
+    checkpoint.save(*nano, tmp_path / "policy")
+    flags = ["--policy", tmp_path / "policy", "--replay", data.root, "--out", tmp_path / "out", "--no-ui"]
+    assert cli.main(["deploy", *map(str, flags)]) == 0
+    info = json.loads((tmp_path / "out" / "deploy.json").read_text())
+    assert [episode["seed"] for episode in info["episodes"]] == [0, 1, 2] and info["errors"] == 0
+    assert set(info["episodes"][0]["agreement"]) == set(data.robot.action_names)
+    out = capsys.readouterr().out
+    assert "differs from the demonstration by dx " in out and "'go to square 1'" in out

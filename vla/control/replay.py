@@ -11,6 +11,7 @@ import dataclasses
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,34 +30,50 @@ class Sent:
 
 
 class ReplayRobot:
-    """A `Robot`: the episode with index `episode`. Frame k is due at start + k / hz, and for one period.
+    """A `Robot`: one episode after the other, each begun by `reset`. Frame k is due at start + k / hz, and for one
+    period. Use it as a context manager, as a `SimRobot`.
 
-    All its pictures are decoded beforehand and kept in memory (640 x 480 is 0.9 MB per frame and camera).
+    All pictures of an episode are decoded beforehand and kept in memory (640 x 480 is 0.9 MB per frame and camera).
 
     Args:
         data: a dataset folder, or a dataset that is open.
         hz: frames per second; None: as it was recorded.
     Attributes:
         spec: whom it was recorded with.
+        episodes: the indices there are.
         instruction: what the episode was to do.
-        seconds: how long it takes.
         demonstrated: float32 [T, D], its own actions.
-        sent: the commands since `start`, in order.
+        sent: the commands since it began, in order.
     Raises:
-        DataError: no such dataset or episode.
+        DataError: no such dataset.
     """
 
-    def __init__(self, data: Demonstrations | str | Path, episode: int, hz: float | None = None) -> None:
-        data = data if isinstance(data, Demonstrations) else Demonstrations(data)
-        known = {found.index: found for found in data.episodes}
-        if episode not in known:
-            raise DataError(f"{data.root}: {unknown('episode', episode, known)}")
+    def __init__(self, data: Demonstrations | str | Path, hz: float | None = None) -> None:
         if hz is not None and not hz > 0:
             raise ConfigError(f"hz must be positive, got {hz}.")
-        found, self._hz = known[episode], hz or data.fps
-        self.spec = dataclasses.replace(data.robot, control_hz=self._hz)
-        self.instruction, self.seconds = found.instruction, found.length / self._hz
-        self.demonstrated = data.actions[found.rows]
+        self._data = data if isinstance(data, Demonstrations) else Demonstrations(data)
+        self._hz = hz or self._data.fps
+        self.spec = dataclasses.replace(self._data.robot, control_hz=self._hz)
+        self.episodes = [found.index for found in self._data.episodes]
+        self.instruction, self.demonstrated = "", np.zeros((0, self.spec.action_dim), np.float32)
+        self.sent: list[Sent] = []
+        self._observations: list[dict[str, Any]] = []
+        self._start = 0.0
+        self._latest: Reading | None = None
+
+    def __enter__(self) -> ReplayRobot:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def reset(self, episode: int) -> Reading:
+        """Begin to play an episode; its first frame, which is due now. DataError where there is none of that index."""
+        data, known = self._data, {found.index: found for found in self._data.episodes}
+        if episode not in known:
+            raise DataError(f"{data.root}: {unknown('episode', episode, known)}")
+        found = known[episode]
+        self.instruction, self.demonstrated = found.instruction, data.actions[found.rows]
         pictures = {camera: list(data.frames(episode, camera)) for camera in data.cameras}
         states = None if data.states is None else data.states[found.rows]
         self._observations = [
@@ -64,19 +81,12 @@ class ReplayRobot:
             | ({} if states is None else {"agent_pos": states[k]})
             for k in range(found.length)
         ]
-        self.sent: list[Sent] = []
-        self._start: float | None = None
-        self._latest: Reading | None = None
-
-    def start(self) -> None:
-        """Play from the first frame on, which is due now; what was commanded before is forgotten."""
         self._start, self._latest, self.sent = time.monotonic(), None, []
+        return self.observe()
 
     def observe(self) -> Reading:
-        """The frame that is due; the first call starts. After the last frame's period it is over (and no success: a
-        replay cannot succeed)."""
+        """The frame that is due. After the last frame's period it is over (and no success: a replay cannot succeed)."""
         tick = self._tick(time.monotonic())
-        assert self._start is not None
         due, over = self._start + tick / self._hz, tick >= len(self._observations)
         if self._latest is None or self._latest.time != due:
             # What is the same frame is the same reading: it is judged once.
@@ -105,7 +115,4 @@ class ReplayRobot:
         return {name: float(value) for name, value in zip(self.spec.action_names, difference, strict=True)}
 
     def _tick(self, now: float) -> int:
-        if self._start is None:
-            self.start()
-            return 0
         return math.floor((now - self._start) * self._hz)
