@@ -41,3 +41,8 @@ def test_named_files_exist():
     assert named
     missing = [name for name in named if not (ROOT / name).exists()]
     assert not missing
+
+
+def test_the_fault_tables_tests_exist():
+    for name in re.findall(r"`(tests/[\w/]+\.py)`", (ROOT / "docs" / "faults.md").read_text()):
+        assert (ROOT / name).exists(), name
