@@ -17,6 +17,7 @@ import hmac
 import logging
 import time
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,7 @@ from vla.serve.metrics import Metrics
 
 log = logging.getLogger("vla.serve")
 
+_LARGE = 2**20  # bytes that take longer to decode than a thread takes to start
 _REFUSED = 1008, 1013  # websocket close codes: policy violation (no key), try again later
 _OPENPI_REASON = "Internal server error. Traceback included in previous frame."
 
@@ -89,10 +91,10 @@ class PolicyApp:
         if body is None:
             return _json({"error": f"the request is larger than {self._config.max_request_mb:g} MB."}, 413)
         try:
-            values = wire.from_json(body)
+            values = await _decode(wire.from_json, body)
             encoded = isinstance(values, dict) and set(values) == {"encoded"}
             if encoded:
-                values = wire.from_json(values["encoded"])
+                values = await _decode(wire.from_json, values["encoded"])
             answer = await self._answer(values, Memory())
         except Exception as error:
             self.metrics.count("openvla", error)
@@ -142,7 +144,7 @@ class PolicyApp:
             try:
                 if message.get("bytes") is None:
                     raise wire.WireError("a request is a binary message (msgpack), got text.")
-                values = wire.from_msgpack(message["bytes"])
+                values = await _decode(wire.from_msgpack, message["bytes"])
                 answer = await self._answer(values, memory)
             except Exception as error:
                 self.metrics.count("openpi", error)
@@ -197,6 +199,13 @@ class PolicyApp:
             return True
         scheme, _, key = headers.get("authorization", "").partition(" ")
         return scheme.lower() in ("api-key", "bearer") and hmac.compare_digest(key.encode(), self._key.encode())
+
+
+async def _decode(decode: Callable[[Any], Any], data: Any) -> Any:
+    """Decode where nobody waits for it: a large message would hold up all the others."""
+    if isinstance(data, str | bytes) and len(data) > _LARGE:
+        return await asyncio.to_thread(decode, data)
+    return decode(data)
 
 
 def _openpi_reply(answer: Answer, details: bool) -> dict[str, Any]:

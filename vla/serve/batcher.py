@@ -15,7 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 
-from vla.errors import ServerError, VLAError
+from vla.errors import ServerError
 from vla.policy import Policy, Prediction
 from vla.serve.requests import Request
 
@@ -109,7 +109,7 @@ class Batcher:
                 [request.memory for request in requests],
             )
         except Exception as error:
-            if len(jobs) > 1 and isinstance(error, VLAError):  # one of them is to blame, not all
+            if len(jobs) > 1:  # one of them is to blame, not all
                 for job in jobs:
                     self._decode(policy, [job])
                 return
