@@ -11,6 +11,7 @@ carried out (a wrong flag, file, name or value); 130 and 143 stopped by Ctrl-C a
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import errno
 import importlib
 import os
@@ -19,7 +20,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 from vla import __version__
 from vla.errors import VLAError, unknown
@@ -44,6 +45,10 @@ VERBS = {
     "rollout": Verb("RolloutConfig", "vla.rollout:rollout", "evaluate a policy closed loop and write a report"),
     "deploy": Verb("DeployConfig", "vla.deploy:deploy", "run a policy on a simulated robot in real time"),
     "serve": Verb("ServeConfig", "vla.serve.server:serve", "serve a policy to OpenVLA's and openpi's robot clients"),
+    "dagger": Verb("DaggerConfig", "vla.dagger:dagger", "let a policy drive, have an expert correct it, train, repeat"),
+    "benchmark metaworld": Verb(
+        "BenchmarkConfig", "vla.benchmark:benchmark", "measure a policy on Meta-World as papers report it"
+    ),
     "analyze exposure": Verb(
         "ExposureConfig", "vla.exposure:exposure", "measure a policy's exposure bias on a dataset"
     ),
@@ -109,12 +114,17 @@ def _verb(name: str) -> Verb:
 
 
 def _parse(name: str, verb: Verb, arguments: Sequence[str]) -> Any:
-    """The verb's configuration: default < YAML < flag. Nested fields are flags without a prefix (`--backbone`)."""
+    """The verb's configuration: default < YAML < flag.
+
+    Nested fields are flags without a prefix (`--backbone`), unless two of a verb's fields would share a name, as where
+    a whole job is nested: then each has its full name (`--train.model.backbone`).
+    """
     import tyro
 
     from vla import config
 
     cls = getattr(config, verb.config)
+    names = _field_names(cls)
     first = argparse.ArgumentParser(prog=f"vla {name}", add_help=False, allow_abbrev=False)
     first.add_argument("--config", metavar="PATH")
     known, flags = first.parse_known_args(arguments)
@@ -124,8 +134,15 @@ def _parse(name: str, verb: Verb, arguments: Sequence[str]) -> Any:
         description=f"{verb.summary.capitalize()}.\n\n--config PATH: values from YAML; flags override them.",
         args=flags,
         default=config.load(cls, known.config) if known.config else cls(),
-        config=(tyro.conf.OmitArgPrefixes,),
+        config=(tyro.conf.OmitArgPrefixes,) if len(names) == len(set(names)) else (),
     )
+
+
+def _field_names(cls: Any) -> list[str]:
+    """Names of the fields of a configuration and of those nested in it."""
+    types = get_type_hints(cls)
+    nested = [name for kind in types.values() if dataclasses.is_dataclass(kind) for name in _field_names(kind)]
+    return [name for name, kind in types.items() if not dataclasses.is_dataclass(kind)] + nested
 
 
 def _explain(error: Exception) -> tuple[str | None, int]:

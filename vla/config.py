@@ -140,9 +140,9 @@ class AugmentConfig:
     Attributes:
         shift: random translation, as a share of the image side.
         brightness, contrast, saturation: half-width of the random factor around 1.
-        committed: share of the samples whose first actions (one to half a chunk) are given instead of learned, and come
-            from another moment of the demonstration: for policies that are to continue plans which are older than their
-            picture (the "committed" seam of `vla deploy`).
+        committed: share of the samples whose first actions (one to half a chunk) are given instead of learned: those
+            that were executed, which noisy demonstrations tell apart from those to learn. For policies that are to go
+            on from what is executed while they decode (the "committed" seam of `vla deploy`).
     """
 
     __pydantic_config__ = STRICT
@@ -339,6 +339,40 @@ class RolloutConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class BenchmarkConfig:
+    """`vla benchmark metaworld`: a policy on Meta-World's tasks as papers report it. Done again with the same `out`, it
+    plays what is missing; only `n_envs` and `videos` may have changed.
+
+    Attributes:
+        policy: "nano", a run folder, a checkpoint folder, or the address of a `vla serve` ("ws://host:8000").
+        tasks: sets of tasks (mt50, mt50/easy, mt50/medium, mt50/hard, mt50/very_hard, mt10, ml45-train, ml45-test), or
+            environment ids.
+        episodes: episodes per task; papers take 10.
+        seed: first environment seed; episode i of every task uses seed + i.
+        n_envs: environments of a task stepped side by side.
+        n_action_steps: overrides the checkpoint's value.
+        unnorm_key: whose statistics un-normalise the actions; needed only when the checkpoint holds several.
+        decoding: how chunks are decoded; greedily by default.
+        videos: videos per task of the first episodes; as many again of failures.
+        out: folder of the results; one folder per task in it.
+    """
+
+    __pydantic_config__ = STRICT
+    policy: str = "nano"
+    tasks: tuple[str, ...] = ("mt50",)
+    episodes: int = 10
+    seed: int = 100_000
+    n_envs: int = 5
+    n_action_steps: int | None = None
+    unnorm_key: str | None = None
+    decoding: DecodingConfig = GREEDY
+    videos: int = 1
+    out: Path = Path("runs/metaworld-benchmark")
+    device: str = "auto"
+    adapter: AdapterConfig = AdapterConfig()
+
+
+@dataclasses.dataclass(frozen=True)
 class SafetyConfig:
     """Limits of a command, beside its range (that of the policy's training data), and of what it may be based on.
 
@@ -518,6 +552,57 @@ class QuickstartConfig:
     episodes: int = 20
     out: Path = Path("runs/quickstart")
     fresh: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class DaggerConfig:
+    """`vla dagger`: the policy drives, the expert says what it should have done, the policy learns it; and again.
+
+    Attributes:
+        env: environment ids that have an expert; episodes are spread evenly over them.
+        out: folder of everything it makes; round k lies in `round-k`.
+        data: dataset folders to begin with; none: round 0 collects `demonstrations`.
+        demonstrations: successful episodes of the expert in round 0.
+        noise, noise_share: of round 0's expert, as in `vla collect`.
+        rounds: at most so many rounds after round 0.
+        episodes: roll-ins per round; they are kept, solved or not.
+        labels: no round begins once the expert has labelled so many frames; None: no such limit.
+        target: share of successes, 0 to 1, at which it ends.
+        beta: in round k the expert drives with probability beta ** k; 0: never after round 0; 1: always.
+        mixture: when it is decided who drives: at every "decision" of the policy (for the actions of a chunk that are
+            executed), at every "step", or once per "episode".
+        seed: first environment seed of round 0; the roll-ins of round k begin at seed + 10000 * k.
+        n_envs: environments stepped side by side.
+        eval_episodes, eval_seed: closed-loop evaluation after each round, per environment.
+        finetune_steps: optimizer steps of each round after round 0; None: `train.steps`.
+        compare_bc: at the end also train on demonstrations alone, with as many labels and optimizer steps, and compare.
+        train: how each round trains; its data, folders and names of statistics are this job's.
+        resume: continue what is in `out`; it may be given more rounds, labels, another target, or `compare_bc`.
+    """
+
+    __pydantic_config__ = STRICT
+    env: tuple[str, ...] = ("envs:vla/OpenDrawer-v0",)
+    out: Path = Path("runs/dagger")
+    data: tuple[Path, ...] = ()
+    demonstrations: int = 50
+    noise: float = 0.0
+    noise_share: float = 0.5
+    rounds: int = 4
+    episodes: int = 50
+    labels: int | None = None
+    target: float = 0.95
+    beta: float = 0.5
+    mixture: Literal["decision", "step", "episode"] = "decision"
+    seed: int = 0
+    n_envs: int = 10
+    eval_episodes: int = 50
+    eval_seed: int = 100_000
+    finetune_steps: int | None = None
+    compare_bc: bool = False
+    train: TrainConfig = TrainConfig()
+    device: str = "auto"
+    resume: bool = False
+    adapter: AdapterConfig = AdapterConfig()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -183,8 +183,7 @@ def _make_episode(env: simulator.SimulatedRobot, tried: Attempt, job: Job) -> Ou
     instruction, success, over = info["instruction"], False, False
     with EpisodeRecorder(job.staging, tried.episode, env.robot, executed_actions=job.executed_actions) as episode:
         while not over:
-            executed = _clip(expert.act(), env.action_space)
-            label = _clip(getattr(expert, "label", executed), env.action_space)
+            executed, label = consult(expert, env.action_space)
             episode.record(observation, label, executed_action=executed if job.executed_actions else None)
             observation, _, terminated, truncated, info = env.step(executed)
             success = info["is_success"]
@@ -202,7 +201,13 @@ def _make_episode(env: simulator.SimulatedRobot, tried: Attempt, job: Job) -> Ou
     return Outcome("kept", frames=frames, success=success, robot=env.robot.to_dict())
 
 
-def _clip(action: Any, space: spaces.Space) -> np.ndarray:
+def consult(expert: simulator.Expert, space: spaces.Space) -> tuple[np.ndarray, np.ndarray]:
+    """What the expert does now, and its clean action for the same state. Once per step: an expert may count them."""
+    executed = executable(expert.act(), space)
+    return executed, executable(getattr(expert, "label", executed), space)
+
+
+def executable(action: Any, space: spaces.Space) -> np.ndarray:
     """The action as it can be executed and stored: within the environment's limits, float32."""
     assert isinstance(space, spaces.Box)
     return np.clip(np.asarray(action, np.float32), space.low, space.high).astype(np.float32)

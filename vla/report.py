@@ -47,6 +47,7 @@ def render(info: Mapping[str, Any], folder: Path) -> str:
         latency=latency,
         latency_chart=_histogram(bars["edges_ms"], bars["counts"]) if bars else "",
         comparison=info.get("comparison"),
+        benchmark=info.get("benchmark"),
     )
 
 

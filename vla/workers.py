@@ -87,17 +87,23 @@ class Fault:
 
 
 class Pool:
-    """`size` workers; a context manager that leaves no process behind."""
+    """`size` workers; a context manager that leaves no process behind.
 
-    def __init__(self, size: int, adapter: AdapterConfig, patience_s: float = PATIENCE_S) -> None:
-        self._adapter, self._patience_s = adapter, patience_s
+    Args:
+        host: what answers requests in a worker; a subclass of `Host` may know more of them.
+    """
+
+    def __init__(
+        self, size: int, adapter: AdapterConfig, patience_s: float = PATIENCE_S, host: type[Host] | None = None
+    ) -> None:
+        self._adapter, self._patience_s, self._host = adapter, patience_s, host or Host
         # Never a plain fork: it copies GL contexts and locks of this process and hangs. A fork server is a clean,
         # single-threaded process that has done the imports once.
         method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
         self._context = multiprocessing.get_context(method)
         if method == "forkserver":
             self._context.set_forkserver_preload(["vla.workers"])
-        self._workers = [_Worker(self._context, adapter) for _ in range(size)]
+        self._workers = [_Worker(self._context, adapter, self._host) for _ in range(size)]
 
     def __len__(self) -> int:
         return len(self._workers)
@@ -124,16 +130,17 @@ class Pool:
         for slot in requests:
             if not self._workers[slot].alive:
                 self._workers[slot].stop()
-                self._workers[slot] = _Worker(self._context, self._adapter)
+                self._workers[slot] = _Worker(self._context, self._adapter, self._host)
         return replies
 
 
 class _Worker:
     """This process's end of a worker."""
 
-    def __init__(self, context: Any, adapter: AdapterConfig) -> None:
+    def __init__(self, context: Any, adapter: AdapterConfig, host: type[Host]) -> None:
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, adapter), daemon=True, name="vla-environment")
+        arguments = (theirs, adapter, host)
+        self._process = context.Process(target=_serve, args=arguments, daemon=True, name="vla-environment")
         self._process.start()
         theirs.close()
         self.alive = True
@@ -168,10 +175,10 @@ class _Worker:
             self._process.join()
 
 
-def _serve(pipe: Connection, adapter: AdapterConfig) -> None:
+def _serve(pipe: Connection, adapter: AdapterConfig, kind: type[Host]) -> None:
     """A worker's whole life: answer requests until the other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    host = _Host(adapter)
+    host = kind(adapter)
     with contextlib.suppress(EOFError, OSError):
         while True:
             verb, *arguments = pipe.recv()
@@ -186,14 +193,19 @@ def _serve(pipe: Connection, adapter: AdapterConfig) -> None:
     host.abandon()
 
 
-class _Host:
-    """One environment at a time, and the recording of its episode."""
+class Host:
+    """One environment at a time, and the recording of its episode. Its methods are the requests that a worker answers.
+
+    Attributes:
+        env: the environment that is made; None before the first and after a failure.
+        steps: begun in this episode.
+    """
 
     def __init__(self, adapter: AdapterConfig) -> None:
         self._adapter = adapter
-        self._env: simulator.SimulatedRobot | None = None
         self._recorder: Recorder | None = None
-        self.steps = 0  # begun in this episode
+        self.env: simulator.SimulatedRobot | None = None
+        self.steps = 0
 
     def make(self, env_id: str) -> Description:
         env = self._ready(env_id)  # making it has drawn a picture: the GL can be asked for its name
@@ -209,7 +221,7 @@ class _Host:
         return Start(observation, info["instruction"], images.hexdigest()[:16])
 
     def run(self, actions: np.ndarray) -> Stretch:
-        env = self._env
+        env = self.env
         if env is None:
             raise SimulatorError("there is no episode to go on with: reset comes first.")
         rewards: list[float] = []
@@ -245,16 +257,16 @@ class _Host:
 
     def abandon(self) -> None:
         """Forget an environment that failed; closing it may fail as well, which changes nothing."""
-        env, self._env = self._env, None
+        env, self.env = self.env, None
         with contextlib.suppress(Exception):
             if env is not None:
                 env.close()
 
     def _ready(self, env_id: str) -> simulator.SimulatedRobot:
-        if self._env is None or self._env.env_id != env_id:
+        if self.env is None or self.env.env_id != env_id:
             self.abandon()
-            self._env = simulator.make(env_id, self._adapter)
-        return self._env
+            self.env = simulator.make(env_id, self._adapter)
+        return self.env
 
 
 def _plain(value: Any) -> Any:

@@ -69,7 +69,7 @@ def test_aloha_by_names_and_by_configuration(robot):
     twin = dataclasses.replace(robot, cameras=("cam_high", "cam_low", "cam_left_wrist", "cam_right_wrist"))
     found = read(aloha, twin, 4, NONE).observation["pixels"]
     assert [int(found[name].max()) for name in twin.cameras] == [0, 1, 2, 3]
-    with pytest.raises(SpecError, match=r"no picture can be told to be camera 'wrist'.*--keys.images wrist KEY"):
+    with pytest.raises(SpecError, match=r"no picture can be told to be camera 'wrist'.*--images wrist KEY"):
         read(aloha, robot, 4, KeysConfig(images={"front": "images/cam_low"}))
     keys = KeysConfig(images={"front": "images/cam_low", "wrist": "images/cam_right_wrist"}, state=("state",))
     found = read(aloha, robot, 4, keys).observation["pixels"]

@@ -116,10 +116,9 @@ class ChunkSamples:
     def __init__(self, demos: Demonstrations, cameras: Sequence[str], size: int, horizon: int, source: int) -> None:
         self.demos, self.horizon, self.source = demos, horizon, source
         self.frames = cached_frames(demos, cameras, size)
-        self._starts, self._ends = np.zeros((2, demos.num_frames), np.int64)
+        self._ends = np.zeros(demos.num_frames, np.int64)
         for episode in demos.episodes:
-            frames = slice(episode.start, episode.start + episode.length)
-            self._starts[frames], self._ends[frames] = episode.start, episode.start + episode.length
+            self._ends[episode.start : episode.start + episode.length] = episode.start + episode.length
         self._states = demos.states if demos.states is not None else np.zeros((demos.num_frames, 0), np.float32)
 
     def __getitem__(self, frame: int) -> Sample:
@@ -135,19 +134,14 @@ class ChunkSamples:
         )
 
     def continued(self, frame: int, rng: np.random.Generator) -> Sample:
-        """The sample at `frame` as the continuation of another plan, which is not to be learned.
-
-        Its first actions, one to half a chunk, are the demonstrator's of a moment up to half a chunk earlier (a plan
-        that is a little old), or of any moment of the episode (one that is wrong). Without the latter a policy learns
-        that going on as before is right nearly always, and does so whatever it sees."""
-        sample, half = self[frame], self.horizon // 2
-        start, end = int(self._starts[frame]), int(self._ends[frame])
-        count = int(rng.integers(1, half + 1))
-        begin = (
-            max(start, frame - int(rng.integers(0, half + 1))) if rng.random() < 0.5 else int(rng.integers(start, end))
-        )
+        """The sample at `frame` as it is where actions are executed while the chunk is decoded: its first ones, one to
+        half a chunk, are those that were executed, and are not to be learned. What follows is the demonstrator's answer
+        to them: in noisy demonstrations they are not what it would have done."""
+        sample, end = self[frame], int(self._ends[frame])
+        count = int(rng.integers(1, max(1, self.horizon // 2) + 1))
+        executed = self.demos.actions if self.demos.executed_actions is None else self.demos.executed_actions
         chunk, valid = sample.chunk.copy(), sample.valid.copy()
-        chunk[:count] = self.demos.actions[np.minimum(begin + np.arange(count), end - 1)]
+        chunk[:count] = executed[np.minimum(frame + np.arange(count), end - 1)]
         valid[:count] = False
         return dataclasses.replace(sample, chunk=chunk, valid=valid)
 

@@ -90,7 +90,7 @@ def _pictures(flat: dict[str, Any], robot: RobotSpec, keys: KeysConfig) -> dict[
             raise SpecError(
                 f"no picture can be told to be camera {cameras[0]!r}; the request has "
                 f"{', '.join(map(repr, found)) or 'no pictures (arrays of three axes)'}. Say which key is which camera "
-                f"when the server starts: --keys.images {cameras[0]} KEY."
+                f"when the server starts: --images {cameras[0]} KEY."
             )
     missing = [key for key in chosen.values() if key not in found]
     if missing:

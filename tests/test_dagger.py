@@ -1,0 +1,258 @@
+"""`vla dagger`: the student drives, the expert labels what it visits, and an interruption changes nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.pointworld import ENV_ID
+from tests.test_collect import same_files
+from vla import config as configuration
+from vla import rollin, simulator
+from vla.collect import collect
+from vla.config import AdapterConfig, CollectConfig, DaggerConfig, TrainConfig
+from vla.dagger import dagger
+from vla.data.reader import Demonstrations
+from vla.data.staging import finished
+from vla.errors import ConfigError, DataError, SimulatorError
+from vla.rollin import ROUNDS_APART, roll_in
+
+ROOT = Path(__file__).parents[1]
+
+
+class Wanderer:
+    """A student that slides down a slope, too far at times for the robot, and decodes as networks do: what it says
+    depends, in the last digits, on how many it says it to."""
+
+    horizon, n_action_steps = 4, 3
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        self.robot = simulator.make(ENV_ID, adapter()).robot
+        self.batches: list[int] = []
+        self._stop_at = stop_at
+
+    def predict_chunks(self, observations, instructions, memories=None):
+        if len(self.batches) == self._stop_at:
+            raise KeyboardInterrupt
+        self.batches.append(len(observations))
+        assert len(memories) == len(instructions) == len(observations)
+        return np.stack([self.plan(o["agent_pos"]) for o in observations]) + 1e-4 * len(observations)
+
+    def plan(self, state: np.ndarray) -> np.ndarray:
+        ahead = np.arange(1, self.horizon + 1, dtype=np.float32)[:, None]
+        return 0.1 * ahead * np.array([1 - state[0], 5 * (state[1] - 0.5), 9.0], np.float32)
+
+
+def adapter(**kwargs) -> AdapterConfig:
+    return AdapterConfig(module="tests.pointworld", kwargs=kwargs)
+
+
+def settings(beta: float = 0.5, episodes: int = 5, kwargs: dict | None = None, **values) -> DaggerConfig:
+    return DaggerConfig(
+        env=(ENV_ID,), beta=beta, episodes=episodes, n_envs=2, adapter=adapter(**kwargs or {}), **values
+    )
+
+
+def blocks(demos: Demonstrations):
+    """(executed, labels, states, length) of every decision of every episode."""
+    for episode in demos.episodes:
+        for first in range(episode.start, episode.start + episode.length, Wanderer.n_action_steps):
+            rows = slice(first, min(first + Wanderer.n_action_steps, episode.start + episode.length))
+            yield demos.executed_actions[rows], demos.actions[rows], demos.states[rows]
+
+
+def by_student(executed: np.ndarray, states: np.ndarray, student: Wanderer) -> bool:
+    return np.allclose(executed, np.clip(student.plan(states[0])[: len(executed)], -1, 1), atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory) -> Path:
+    """A reference that was never interrupted; two of its episodes cannot be solved, one is replaced."""
+    out = tmp_path_factory.mktemp("dagger") / "mixed"
+    return roll_in(settings(0.2, kwargs=SOME_FAIL), 1, Wanderer(), out)
+
+
+SOME_FAIL = {"unsolvable": [ROUNDS_APART + 1, ROUNDS_APART + 2], "raise_on": [ROUNDS_APART + 3]}
+
+
+def test_labels_are_the_experts_for_the_states_that_were_visited(mixed):
+    demos = Demonstrations(mixed)
+    env = simulator.make(ENV_ID, adapter(**SOME_FAIL))
+    for episode in demos.episodes:
+        observation, _ = env.reset(seed=episode.seed)
+        expert = env.make_expert()
+        assert (episode.env_id, episode.noise) == (ENV_ID, 0)
+        for row in range(episode.start, episode.start + episode.length):
+            assert np.array_equal(demos.states[row], observation["agent_pos"])
+            expert.act()
+            assert np.array_equal(demos.actions[row], np.float32(expert.label))
+            observation, _, over, late, info = env.step(demos.executed_actions[row])
+        assert (over or late) and info["is_success"] == episode.success
+    assert not np.allclose(demos.actions, demos.executed_actions)
+
+
+def test_failures_stay_and_faults_are_replaced(mixed):
+    found = {episode.seed - ROUNDS_APART: episode for episode in Demonstrations(mixed).episodes}
+    assert list(found) == [0, 1, 2, 1_000_003, 4]
+    assert [episode.success for episode in found.values()] == [True, False, False, True, False]
+    assert found[1].length == found[2].length == 60
+
+
+ALL_FAIL = {"unsolvable": list(range(ROUNDS_APART, ROUNDS_APART + 5))}  # long enough to tell who drives
+
+
+def test_the_expert_takes_over_for_whole_decisions(tmp_path):
+    drivers, student = [], Wanderer()
+    demos = Demonstrations(roll_in(settings(kwargs=ALL_FAIL), 1, student, tmp_path / "set"))
+    for executed, labels, states in blocks(demos):
+        drivers.append(by_student(executed, states, student))
+        assert drivers[-1] or np.array_equal(executed, labels)
+    assert len(drivers) == 100 and 0.35 < np.mean(drivers) < 0.65
+
+
+def test_the_coin_can_be_flipped_at_every_step_or_once(tmp_path):
+    student = Wanderer()
+    steps = Demonstrations(roll_in(settings(mixture="step", kwargs=ALL_FAIL), 1, student, tmp_path / "s"))
+    own = np.all(steps.executed_actions == steps.actions, axis=1)
+    assert 0.3 < own.mean() < 0.7
+    shared = [not by_student(e, s, student) and not np.array_equal(e, a) for e, a, s in blocks(steps)]
+    assert np.mean(shared) > 0.5, "within a decision both drive"
+    episodes = Demonstrations(roll_in(settings(mixture="episode", kwargs=ALL_FAIL), 1, student, tmp_path / "e"))
+    own = np.all(episodes.executed_actions == episodes.actions, axis=1)
+    assert {own[episode.rows].mean() for episode in episodes.episodes} == {0.0, 1.0}
+
+
+def test_beta_1_gives_the_experts_own_trajectories(tmp_path):
+    student = Wanderer()
+    theirs = Demonstrations(roll_in(settings(beta=1.0), 1, student, tmp_path / "rolled"))
+    plain = CollectConfig((ENV_ID,), tmp_path / "plain", 5, ROUNDS_APART, keep="all", workers=1, adapter=adapter())
+    ours = Demonstrations(collect(plain))
+    assert student.batches == [], "a student that never drives is not asked"
+    assert [e.seed for e in theirs.episodes] == [e.seed for e in ours.episodes]
+    assert np.array_equal(theirs.states, ours.states) and np.array_equal(theirs.actions, ours.actions)
+    assert np.array_equal(theirs.executed_actions, theirs.actions)
+
+
+def test_beta_0_executes_the_students_actions(tmp_path):
+    student = Wanderer()
+    student.predict_chunks = lambda seen, *_: np.stack([student.plan(o["agent_pos"]) for o in seen])
+    demos = Demonstrations(roll_in(settings(beta=0.0), 1, student, tmp_path / "rolled"))
+    for executed, _, states in blocks(demos):
+        assert np.array_equal(executed, np.clip(student.plan(states[0])[: len(executed)], -1, 1))
+
+
+@pytest.mark.parametrize("stop_at", [0, 8, 20])
+def test_an_interruption_does_not_change_the_dataset(mixed, tmp_path, stop_at):
+    out = tmp_path / "set"
+    with pytest.raises(KeyboardInterrupt):
+        roll_in(settings(0.2, kwargs=SOME_FAIL), 1, Wanderer(stop_at), out)
+    with pytest.raises(DataError, match="not finished"):
+        Demonstrations(out)
+    assert not list((out / ".partial").glob(".episode-*"))
+    assert bool(finished(out / ".partial")) == bool(stop_at)
+    roll_in(settings(0.2, kwargs=SOME_FAIL), 1, Wanderer(), out)
+    assert same_files(mixed, out)
+
+
+def test_one_forward_serves_all_that_the_student_drives(tmp_path):
+    student = Wanderer()
+    roll_in(settings(beta=0.0, episodes=4), 1, student, tmp_path / "set")
+    assert max(student.batches) == 2
+
+
+def test_an_environment_that_always_fails_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(rollin, "TRIES", 2)
+    lost = {"raise_on": [ROUNDS_APART], "die_on": [ROUNDS_APART + 1_000_000]}
+    with pytest.raises(SimulatorError, match=r"episode 0 of round 1 failed with 2 seeds.*1010000.*died \(exit code 9"):
+        roll_in(settings(episodes=1, kwargs=lost), 1, Wanderer(), tmp_path / "set")
+
+
+def tiny(out: Path, **values) -> DaggerConfig:
+    """A whole run of seconds: an untrained network that takes two steps per round, episodes of ten steps."""
+    model = {"backbone": "nano-init", "horizon": 4, "n_action_steps": 2, "bins": 31}
+    train = {"method": "full", "steps": 2, "batch_size": 2, "save_every": 1, "precision": "float32", "model": model}
+    world = {"module": "tests.pointworld", "max_steps": 10}
+    sizes = {"demonstrations": 3, "episodes": 4, "n_envs": 2, "eval_episodes": 2, "rounds": 2}
+    plain = {"env": [ENV_ID], "out": str(out), "train": train, "adapter": world} | sizes
+    return configuration.from_dict(DaggerConfig, plain | values)
+
+
+def start(config: DaggerConfig, folder: Path, *flags: str) -> subprocess.Popen:
+    configuration.dump(config, folder / "dagger.yaml")
+    command = [sys.executable, "-m", "vla.cli", "dagger", "--config", str(folder / "dagger.yaml"), *flags]
+    # One thread: what is compared below are two trainings, and their sums must be added up in the same order.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=-1, stderr=-1, text=True, start_new_session=True)
+
+
+def test_the_whole_job_stopped_resumed_and_extended(tmp_path):
+    out = tmp_path / "broken"
+    process = start(tiny(out), tmp_path)
+    deadline = time.monotonic() + 120
+    while not finished(out / "round-1" / "data" / ".partial"):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1][-2000:]
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "--resume` continues it" in error and "Traceback" not in error
+    with pytest.raises(ConfigError, match="--resume continues it"):
+        dagger(tiny(out))
+
+    process = start(tiny(out), tmp_path, "--resume", "--compare-bc")
+    text, error = process.communicate(timeout=200)
+    assert process.returncode == 0, error[-2000:]
+    assert "ended by rounds" in text and "BC alone" in text and (out / "dagger.png").is_file()
+    info = json.loads((out / "dagger.json").read_text())
+    assert [row["beta"] for row in info["rounds"]] == [1.0, 0.5, 0.25]
+    assert [row["optimizer_steps"] for row in info["rounds"]] == [2, 4, 6]
+    for row in info["rounds"]:
+        assert row["labels"] == sum(Demonstrations(root).num_frames for root in row["data"])
+        assert len(row["data"]) == row["round"] + 1 and row["n_episodes"] == 2
+    last, bc = info["rounds"][-1], info["bc"]
+    assert last["labels"] <= bc["labels"] < last["labels"] + 20 and bc["optimizer_steps"] == 6
+    assert all(episode.success for root in bc["data"] for episode in Demonstrations(root).episodes)
+    assert info["comparison"]["paired"] and info["comparison"]["n_a"] == 2
+
+    trained = configuration.load(TrainConfig, out / "round-2" / "train" / "config.yaml")
+    assert trained.model.backbone == str(out / "round-1" / "train") and len(trained.data) == 3
+
+    whole = start(tiny(tmp_path / "whole", labels=last["labels"] - 1), tmp_path)
+    text, error = whole.communicate(timeout=200)
+    assert whole.returncode == 0 and "ended by labels" in text, error[-2000:]
+    for number in range(3):
+        assert same_files(*(tmp_path / name / f"round-{number}" / "data" for name in ("broken", "whole")))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"beta": 1.5}, "beta must be between 0 and 1"),
+        ({"rounds": 0}, "rounds must be at least 1"),
+        ({"target": 90.0}, "target must be a share"),
+        ({"eval_seed": 10_001}, "eval_seed must be outside the seeds to learn from, 0 to 29999"),
+        ({"train": {"data": ["datasets/mine"]}}, r"train\.data is set by `vla dagger` itself"),
+    ],
+)
+def test_values_that_make_no_sense(tmp_path, values, message):
+    with pytest.raises(ConfigError, match=message):
+        dagger(tiny(tmp_path / "out", **values))
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_and_worlds_that_do_not_fit(tmp_path):
+    with pytest.raises(DataError, match="no folder"):
+        dagger(tiny(tmp_path / "out", data=[str(tmp_path / "nowhere")]))
+    with pytest.raises(SimulatorError, match="no expert"):
+        dagger(tiny(tmp_path / "out", env=["toy/Slide-v0"], adapter={"module": "tests.rollout_env"}))
+    (tmp_path / "thesis.txt").touch()
+    with pytest.raises(ConfigError, match="something else"):
+        dagger(tiny(tmp_path))
+    configuration.dump(tiny(tmp_path), tmp_path / "dagger.yaml")
+    with pytest.raises(ConfigError, match="other values of beta, seed"):
+        dagger(tiny(tmp_path, seed=1, beta=0.1, resume=True))

@@ -1,0 +1,193 @@
+"""Roll-ins: episodes that a student and an expert drive together, with the expert's opinion of every state.
+
+Owns: the data collection of DAgger (Ross, Gordon and Bagnell 2011, algorithm 3.1): who moves the robot when, and a
+dataset in which `action` is what the expert would have done and `executed_action` what was done. Every episode stays,
+solved or not: states from which the student does not find back are what the expert's own demonstrations lack. It does
+not know rounds' results, training or evaluation.
+
+Episodes are played in waves of as many as run side by side, and a wave that was interrupted is played again as a whole:
+the student then decodes the same batches, whose size touches the last digits of a network's output. So the dataset
+depends on the configuration and the student alone.
+
+The label of a chunk is what the expert says along the states that were visited. Where the student drives, only its
+first action is what the expert would do from there; where the expert drives, all that are executed are.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vla.config import DaggerConfig
+from vla.data.packing import finalise
+from vla.data.staging import finished, open_staging
+from vla.data.writer import EpisodeRecorder
+from vla.demonstrators import EXPERT_SEED, LONGEST, consult, executable
+from vla.errors import SimulatorError
+from vla.memory import Memory
+from vla.progress import Progress
+from vla.simulator import Expert
+from vla.workers import Fault, Host, Pool, Start, Stretch
+
+if TYPE_CHECKING:
+    from vla.policy import ChunkPolicy
+
+ROUNDS_APART = 10_000  # between the first seeds of two rounds
+TURNS_APART = 1_000_000  # between the seed of an episode and that of its next try, when the environment failed
+TRIES = 5  # of one episode
+
+
+def roll_in(config: DaggerConfig, number: int, student: ChunkPolicy, out: Path) -> Path:
+    """Play the episodes of round `number` with a student that knows their environments, and return the dataset `out`.
+
+    What an earlier call has left in `out` is continued.
+
+    Raises:
+        DataError: `out` holds something else, or the disk is full.
+        SimulatorError: an episode fails with seed after seed.
+    """
+    staging = open_staging(out, resume=out.exists())
+    done, size = set(finished(staging)), min(config.n_envs, config.episodes)
+    waves = [range(first, min(first + size, config.episodes)) for first in range(0, config.episodes, size)]
+    todo = [wave for wave in waves if not done.issuperset(wave)]
+    with (
+        Pool(size, config.adapter, host=Labeller) as pool,
+        Progress(config.episodes, "roll-ins", done=config.episodes - sum(map(len, todo))) as progress,
+    ):
+        for wave in todo:
+            _Wave(config, number, student, pool, staging, progress).play(wave)
+    finalise(out)
+    return out
+
+
+class Labeller(Host):
+    """A worker that asks its environment's expert before every step, and records what it says."""
+
+    _expert: Expert
+    _observation: Any
+    _episode: EpisodeRecorder | None = None
+    _about: dict[str, Any]
+
+    def begin(self, env_id: str, seed: int, staging: Path, number: int) -> Start:
+        """Start the episode that is to become number `number` of the recording."""
+        start = self.reset(env_id, seed, False)
+        assert self.env is not None
+        self._expert = self.env.make_expert(seed=EXPERT_SEED + seed)
+        self._observation = start.observation
+        self._episode = EpisodeRecorder(staging, number, self.env.robot, executed_actions=True)
+        self._about = {"instruction": start.instruction, "env_id": env_id, "seed": seed}
+        return start
+
+    def drive(self, actions: np.ndarray, overruled: np.ndarray) -> Stretch:
+        """Execute `actions` [n, D], or the expert's own where `overruled` [n] says so; finish what ends meanwhile."""
+        if self.env is None or self._episode is None:
+            raise SimulatorError("there is no episode to go on with: begin comes first.")
+        for action, expert_drives in zip(actions, overruled, strict=True):
+            own, label = consult(self._expert, self.env.action_space)
+            executed = own if expert_drives else executable(action, self.env.action_space)
+            self._episode.record(self._observation, label, executed_action=executed)
+            stretch = self.run(executed[None])
+            self._observation = stretch.observation
+            self._episode.outcome(stretch.success)
+            if stretch.terminated or stretch.truncated:
+                self._episode.finish(success=stretch.success, **self._about)
+                break
+            if len(self._episode) >= LONGEST:
+                raise SimulatorError(f"no end after {LONGEST} steps. Set adapter.max_steps.")
+        return stretch
+
+    def abandon(self) -> None:
+        if self._episode is not None:
+            self._episode.discard()
+        super().abandon()
+
+
+class _Trial:
+    """One try at an episode of a round, and what it carries from chunk to chunk."""
+
+    def __init__(self, config: DaggerConfig, number: int, episode: int, turn: int = 0) -> None:
+        self._made_of = (config, number, episode, turn)
+        self.episode = episode
+        self.env_id = config.env[episode % len(config.env)]
+        self.seed = config.seed + ROUNDS_APART * number + episode + TURNS_APART * turn
+        self.memory = Memory()
+        # Not the numbers that lay out the scene, which the seed alone would give.
+        self._coins = np.random.default_rng([self.seed, 1])
+        self._beta = config.beta**number
+        self._mixture = config.mixture
+        self._whole = self._flip(1)[0]
+
+    def overruled(self, steps: int) -> np.ndarray:
+        """At which of the next `steps` steps the expert drives, bool [steps].
+
+        The paper flips a coin at every step of a policy that decides at every step. A policy of chunks decides once in
+        `steps`, and so does the coin by default: the rest of a chunk is a plan from where its first action led, and an
+        expert that takes over in its midst would leave behind actions that nobody chose for the state they act on. The
+        expert's turns are as long, and are the places where what it says about a chunk is a plan that was carried out.
+        """
+        if self._mixture == "step":
+            return self._flip(steps)
+        drives = self._whole if self._mixture == "episode" else self._flip(1)[0]
+        return np.full(steps, drives)
+
+    def after(self, fault: Fault) -> _Trial:
+        """The next try, with another seed."""
+        config, number, episode, turn = self._made_of
+        if turn + 1 == TRIES:
+            raise SimulatorError(
+                f"environment {self.env_id!r}: episode {episode} of round {number} failed with {TRIES} seeds; the last "
+                f"one ({self.seed}): {fault.message}"
+            )
+        return _Trial(config, number, episode, turn + 1)
+
+    def _flip(self, count: int) -> np.ndarray:
+        return self._coins.random(count) < self._beta  # never for 0, always for 1
+
+
+class _Wave:
+    """Episodes that run side by side: one forward decodes for all that the student drives."""
+
+    def __init__(
+        self, config: DaggerConfig, number: int, student: ChunkPolicy, pool: Pool, staging: Path, progress: Progress
+    ) -> None:
+        self._config, self._number, self._student = config, number, student
+        self._pool, self._staging, self._progress = pool, staging, progress
+        self._trials: dict[int, _Trial] = {}  # by slot: of all episodes that have not ended
+        self._views: dict[int, Start | Stretch] = {}  # by slot: the last that was seen of those under way
+
+    def play(self, episodes: range) -> None:
+        """Play these episodes to their ends."""
+        self._trials = {slot: _Trial(self._config, self._number, episode) for slot, episode in enumerate(episodes)}
+        while self._trials:
+            fresh = {slot: trial for slot, trial in self._trials.items() if slot not in self._views}
+            self._exchange({s: ("begin", t.env_id, t.seed, self._staging, t.episode) for s, t in fresh.items()})
+            self._exchange(self._drive())
+
+    def _drive(self) -> dict[int, tuple[Any, ...]]:
+        """What to ask of every episode that is under way."""
+        steps = self._student.n_action_steps
+        overruled = {slot: self._trials[slot].overruled(steps) for slot in self._views}
+        chunks = dict.fromkeys(self._views, np.zeros((steps, self._student.robot.action_dim), np.float32))
+        asked = [slot for slot in self._views if not overruled[slot].all()]
+        if asked:
+            decoded = self._student.predict_chunks(
+                [self._views[slot].observation for slot in asked],
+                [self._views[slot].instruction for slot in asked],
+                [self._trials[slot].memory for slot in asked],
+            )
+            chunks |= dict(zip(asked, np.asarray(decoded)[:, :steps], strict=True))
+        for slot in self._views:
+            self._trials[slot].memory.advance(steps)
+        return {slot: ("drive", chunks[slot], overruled[slot]) for slot in self._views}
+
+    def _exchange(self, requests: dict[int, tuple[Any, ...]]) -> None:
+        for slot, reply in self._pool.exchange(requests).items():
+            self._views[slot] = reply
+            if isinstance(reply, Fault):
+                del self._views[slot]
+                self._trials[slot] = self._trials[slot].after(reply)
+            elif isinstance(reply, Stretch) and (reply.terminated or reply.truncated):
+                del self._views[slot], self._trials[slot]
+                self._progress.advance(f"round {self._number}")
