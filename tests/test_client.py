@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from websockets.sync.server import serve as serve_websocket
 
-from tests.control.test_faults import HZ, Bench, at, safe_and_on_time
+from tests.control.test_fault_table import HZ, Bench, at, safe_and_on_time
 from tests.road import Road
 from vla import client, wire
 from vla.client import RemotePolicy

@@ -29,8 +29,7 @@ from vla import config as configuration
 from vla.config import BenchmarkConfig, RolloutConfig
 from vla.errors import ConfigError, SimulatorError, unknown
 from vla.results import Episode
-from vla.rollout import _hash as hash_of
-from vla.rollout import rollout
+from vla.rollout import hash_of, rollout
 from vla.statistics import Interval, wilson
 
 if TYPE_CHECKING:

@@ -59,7 +59,9 @@ def rollout(config: RolloutConfig, policy: ChunkPolicy | None = None) -> dict[st
     ]
     with Pool(min(config.n_envs, len(episodes)), config.adapter) as pool:
         descriptions = _describe(pool, config.env)
-        identity = {"path": None, "sha256": None} if policy else {"path": config.policy, "sha256": _hash(config.policy)}
+        identity = (
+            {"path": None, "sha256": None} if policy else {"path": config.policy, "sha256": hash_of(config.policy)}
+        )
         policy = policy or _load(config)
         for env_id, description in descriptions.items():
             _check_fit(policy.robot, RobotSpec.from_dict(description.robot), env_id)
@@ -309,7 +311,7 @@ def _save_clip(out: Path, episode: Episode, video: bytes) -> str:
     return path.as_posix()
 
 
-def _hash(policy: str) -> str | None:
+def hash_of(policy: str) -> str | None:
     """sha256 of every file of a checkpoint folder, names included; None for one that is not on this disk."""
     from vla.model.backbones import find_checkpoint
 
