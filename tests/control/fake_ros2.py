@@ -383,7 +383,7 @@ class MultiThreadedExecutor:
         return True
 
     def spin_once(self, timeout_sec: float | None = None) -> None:
-        raise NotImplementedError
+        raise AssertionError("a test that spins says what is to happen: replace spin_once.")
 
     def shutdown(self, timeout_sec: float | None = None) -> bool:
         return True

@@ -7,7 +7,7 @@ that moment and always sends a command.
 Actions carry the tick they are for. A chunk for the observation of tick k speaks about ticks k, k + 1, ..., and is
 ready some ticks later; what it says about the ticks in between is dropped. With the "committed" seam those ticks'
 actions, which are executed while it is decoded, are given to the decoder as the chunk's first tokens: an autoregressive
-policy continues them exactly, at no cost.
+policy continues them, at no cost, as long as it finds them plausible (`vla.decoding.commitment`).
 """
 
 from __future__ import annotations
