@@ -19,11 +19,11 @@ from tests.test_rollout import Slider
 from vla import benchmark as job
 from vla import config as configuration
 from vla import results
-from vla.benchmark import PUBLISHED, benchmark, chosen, mean_interval, score
+from vla.benchmark import PUBLISHED, benchmark, chosen, score
 from vla.comparison import compare
 from vla.config import AdapterConfig, BenchmarkConfig
 from vla.errors import ConfigError, SimulatorError
-from vla.statistics import difference, wilson
+from vla.statistics import difference, mean_interval, wilson
 
 TOYS = {"mt50": ("toy/Slide-v0", "toy/Glide-v0"), "mt50/easy": ("toy/Slide-v0",), "mt50/hard": ("toy/Glide-v0",)}
 TIERS = ("easy", "medium", "hard", "very_hard")

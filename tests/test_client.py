@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from websockets.sync.server import serve as serve_websocket
 
-from tests.control.test_fault_table import HZ, Bench, at, safe_and_on_time
+from tests.bench import HZ, Bench, at
 from tests.road import Road
 from vla import client, wire
 from vla.client import RemotePolicy
@@ -133,7 +133,7 @@ def test_a_robot_does_not_go_on_with_another_policy(serving, observations, polic
 
 
 @pytest.mark.parametrize(("delay_s", "loss"), [(0.05, 0.0), (0.2, 0.0), (0.05, 0.05)])
-def test_delay_and_loss_cost_actions_but_no_command(serving, observations, delay_s, loss):
+def test_delay_and_loss_cost_actions_but_no_command(serving, observations, delay_s, loss, safe_and_on_time):
     """One way; a chunk of four actions at 20 Hz lasts as long as 200 ms."""
     with serving() as served, Road(served.port, delay_s, loss) as road:
         remote = RemotePolicy(f"ws://127.0.0.1:{road.port}", deadline_s=2.0)
@@ -148,7 +148,7 @@ def test_delay_and_loss_cost_actions_but_no_command(serving, observations, delay
         assert record["interventions"].get("underrun", 0) + record["interventions"].get("no chunk yet", 0) >= 50
 
 
-def test_a_server_that_dies_in_mid_episode(serving, observations, policy):
+def test_a_server_that_dies_in_mid_episode(serving, observations, policy, safe_and_on_time):
     """The robot holds until it is back, and goes on."""
     first, second = serving(), contextlib.ExitStack()
     served = first.__enter__()
@@ -171,7 +171,7 @@ def test_a_server_that_dies_in_mid_episode(serving, observations, policy):
     assert np.abs(np.stack([action[:6] for _, action in bench.commands[-12:-1]])).max() > 0
 
 
-def test_a_connection_that_is_cut_is_made_again(serving, observations):
+def test_a_connection_that_is_cut_is_made_again(serving, observations, safe_and_on_time):
     with serving() as served, Road(served.port) as road:
         remote = RemotePolicy(f"ws://127.0.0.1:{road.port}", deadline_s=1.0)
         bench = Bench(remote.robot, observations)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-import math
 import re
 import shutil
 import sys
@@ -30,7 +29,7 @@ from vla.config import BenchmarkConfig, RolloutConfig
 from vla.errors import ConfigError, SimulatorError, unknown
 from vla.results import Episode
 from vla.rollout import hash_of, rollout
-from vla.statistics import Interval, wilson
+from vla.statistics import mean_interval, wilson
 
 if TYPE_CHECKING:
     from vla.policy import ChunkPolicy
@@ -152,25 +151,6 @@ def score(counts: Mapping[str, Counts], sets: Mapping[str, Sequence[str]]) -> di
         "tier_average": average,
         "episode_average": {"n_tasks": len(counts), "n_tasks_of": len(sets[WHOLE])} | _rate(_pool(counts, counts)),
     }
-
-
-def mean_interval(counts: Sequence[Counts]) -> Interval:
-    """95 % interval of the unweighted mean of independent success rates, shares in [0, 1].
-
-    Each rate's Wilson interval, combined by recovering variances from its limits (MOVER: Zou, Huang and Zhang, 2009,
-    "A note on confidence interval estimation for a linear function of binomial proportions"; for two rates it is
-    Newcombe's, as in `vla.statistics.difference`). Pooling the tasks of a tier into one rate makes it too wide rather
-    than too narrow: tasks are chosen, not drawn, and that they differ is no chance.
-
-    >>> [round(limit, 3) for limit in mean_interval([(16, 20), (4, 20)])]
-    [0.377, 0.623]
-    """
-    rates = [successes / episodes for successes, episodes in counts]
-    limits = [wilson(*count) for count in counts]
-    mean = sum(rates) / len(rates)
-    below = math.hypot(*(rate - low for rate, (low, _) in zip(rates, limits, strict=True))) / len(rates)
-    above = math.hypot(*(high - rate for rate, (_, high) in zip(rates, limits, strict=True))) / len(rates)
-    return mean - below, mean + above
 
 
 def _task_sets() -> Mapping[str, Sequence[str]]:

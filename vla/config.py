@@ -159,11 +159,12 @@ class ModelConfig:
 
     Attributes:
         backbone: "nano" (the embedded policy; the default of `vla train`), "nano-init" (its architecture, untrained;
-            the default of `vla pretrain`), a checkpoint of this package, or a folder or hub id of a LLaMA-architecture
-            causal language model.
-        vision: folders or hub ids of SigLIP/DINOv2/CLIP towers, fused on the feature axis; none for a checkpoint.
+            the default of `vla pretrain`), "small-init" (a larger one for GPUs, untrained), a checkpoint of this
+            package, or a folder or hub id of a LLaMA-architecture causal language model.
+        vision: folders or hub ids of SigLIP/DINOv2/CLIP towers, fused on the feature axis; for a language
+            model only.
         cameras: which of the dataset's cameras, in this order; empty: all.
-        image_size: side of the square image in pixels; None: what the vision tower was built for.
+        image_size: side of the square image in pixels; None: what the vision tower was built for, as a checkpoint's is.
         use_state: give the policy `agent_pos`.
         horizon: actions per chunk, H; 8 by default.
         n_action_steps: actions executed before the next chunk is predicted; half the horizon by default.

@@ -38,6 +38,25 @@ def difference(successes_a: int, trials_a: int, successes_b: int, trials_b: int)
     return _combine(successes_a, trials_a, successes_b, trials_b, 0.0)
 
 
+def mean_interval(counts: Sequence[tuple[int, int]]) -> Interval:
+    """95 % interval of the unweighted mean of independent success rates, shares in [0, 1].
+
+    Each rate's Wilson interval, combined by recovering variances from its limits (MOVER: Zou, Huang and Zhang, 2009,
+    "A note on confidence interval estimation for a linear function of binomial proportions"; for two rates it is
+    Newcombe's, as in `difference`). Pooling the tasks of a tier into one rate makes it too wide rather
+    than too narrow: tasks are chosen, not drawn, and that they differ is no chance.
+
+    >>> [round(limit, 3) for limit in mean_interval([(16, 20), (4, 20)])]
+    [0.377, 0.623]
+    """
+    rates = [successes / trials for successes, trials in counts]
+    limits = [wilson(*count) for count in counts]
+    mean = sum(rates) / len(rates)
+    below = math.hypot(*(rate - low for rate, (low, _) in zip(rates, limits, strict=True))) / len(rates)
+    above = math.hypot(*(high - rate for rate, (_, high) in zip(rates, limits, strict=True))) / len(rates)
+    return mean - below, mean + above
+
+
 def paired_difference(both: int, only_a: int, only_b: int, neither: int) -> Interval:
     """95 % interval of rate A - rate B when each pair of trials shares its start (Newcombe's paired score interval)."""
     trials = both + only_a + only_b + neither

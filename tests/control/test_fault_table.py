@@ -10,36 +10,11 @@ import time
 import numpy as np
 import pytest
 
+from tests.bench import HZ, Bench, at
 from vla.config import ControlConfig, SafetyConfig
 from vla.control.blackbox import BlackBox
 from vla.control.controller import Controller
-from vla.control.robot import Reading
 from vla.policy import Policy
-
-HZ = 20.0
-
-
-class Bench:
-    """A robot whose pictures are noise, new at every period; `broken(observation, tick)` may change or drop them."""
-
-    def __init__(self, spec, make) -> None:
-        self.spec, self._observations = spec, make(8)
-        self.commands: list[tuple[float, np.ndarray]] = []
-        self.broken = lambda observation, tick: observation
-        self._start, self._last = time.monotonic(), None
-
-    def observe(self) -> Reading:
-        tick = int((time.monotonic() - self._start) * HZ)
-        observation = self.broken(self._observations[tick % 8], tick)
-        if observation is not None or self._last is None:
-            self._last = Reading(observation or self._observations[0], self._start + tick / HZ)
-        return self._last
-
-    def command(self, action: np.ndarray) -> None:
-        self.commands.append((time.monotonic(), action))
-
-    def close(self) -> None:
-        pass
 
 
 @pytest.fixture
@@ -52,33 +27,16 @@ def bench(policy, observations):
     return Bench(policy.robot, observations)
 
 
-def safe_and_on_time(bench: Bench, policy: Policy, record: dict, seconds: float) -> None:
-    actions = np.stack([action for _, action in bench.commands])
-    low, high = policy.action_limits
-    hold = bench.spec.hold_action(None)
-    assert np.isfinite(actions).all()
-    assert ((actions >= np.minimum(low, hold)) & (actions <= np.maximum(high, hold))).all()
-    # A busy machine may be late now and then; what breaks must not make it so.
-    assert record["commands"] >= 0.9 * seconds * HZ and record["missed"] <= 0.1 * seconds * HZ
-
-
-def at(controller: Controller, tick: int, do) -> None:
-    """Call `do` once, at that tick or the first after it that is not slept through."""
-    waiting = [do]
-
-    def listen(moment) -> None:
-        if moment.tick >= tick and waiting:
-            waiting.pop()()
-
-    controller.listeners.append(listen)
-
-
 def during(start: int, stop: int, change):
     return lambda observation, tick: change(observation) if start <= tick < stop else observation
 
 
 def dark(observation):
     return observation | {"pixels": {name: np.zeros((96, 96, 3), np.uint8) for name in observation["pixels"]}}
+
+
+def frozen(observation):
+    return observation | {"pixels": {name: np.full((96, 96, 3), 99, np.uint8) for name in observation["pixels"]}}
 
 
 def small(observation):
@@ -97,6 +55,7 @@ def nan(observation):
     ("broken", "reason", "least"),
     [
         (during(10, 40, lambda _: None), "stale observation", 15),
+        (during(10, 40, frozen), "frozen camera", 15),
         (during(10, 30, dark), "dark camera", 15),
         (during(10, 30, small), "picture of another size", 15),
         (during(10, 30, blind), "missing camera", 15),
@@ -104,7 +63,8 @@ def nan(observation):
         (lambda observation, tick: observation if tick % 2 else None, None, 0),
     ],
     ids=[
-        "camera freezes",
+        "camera silent",
+        "camera shows one picture for ever",
         "all black",
         "wrong size",
         "camera gone",
@@ -112,8 +72,10 @@ def nan(observation):
         "half the frames lost",
     ],
 )
-def test_a_robot_that_sees_nonsense_holds_and_goes_on_afterwards(bench, policy, tmp_path, broken, reason, least):
-    with Controller(bench, policy, ControlConfig(hz=HZ)) as controller:
+def test_a_robot_that_sees_nonsense_holds_and_goes_on_afterwards(
+    bench, policy, tmp_path, broken, reason, least, safe_and_on_time
+):
+    with Controller(bench, policy, ControlConfig(hz=HZ, safety=SafetyConfig(max_frozen_s=0.5))) as controller:
         box = BlackBox(tmp_path, 30, HZ)
         controller.listeners.append(box.add)
         bench._start, bench.broken = time.monotonic(), broken
@@ -152,7 +114,9 @@ def raise_memory_error():
     [(lambda: time.sleep(0.3), 0), (raise_memory_error, 6), (lambda: time.sleep(2.0), 0)],
     ids=["ten times slower", "throws", "hangs"],
 )
-def test_a_policy_that_fails_leaves_a_robot_that_holds_and_comes_back(bench, policy, monkeypatch, behave, errors):
+def test_a_policy_that_fails_leaves_a_robot_that_holds_and_comes_back(
+    bench, policy, monkeypatch, behave, errors, safe_and_on_time
+):
     with Controller(bench, policy, ControlConfig(hz=HZ)) as controller:
         monkeypatch.setattr(policy, "predict", Slow(policy, behave))
         record = controller.run("reach", seconds=3.0)
@@ -161,7 +125,7 @@ def test_a_policy_that_fails_leaves_a_robot_that_holds_and_comes_back(bench, pol
     assert record["interventions"]["underrun"] >= 1
 
 
-def test_a_policy_that_says_nan_is_not_obeyed(bench, policy, monkeypatch):
+def test_a_policy_that_says_nan_is_not_obeyed(bench, policy, monkeypatch, safe_and_on_time):
     real = policy.predict
 
     def sick(*arguments):
@@ -182,7 +146,7 @@ def test_a_policy_that_is_not_sure_is_not_obeyed_where_that_is_asked_for(bench, 
     assert record["interventions"]["not confident"] >= 8
 
 
-def test_the_wall_clock_means_nothing(bench, policy, monkeypatch):
+def test_the_wall_clock_means_nothing(bench, policy, monkeypatch, safe_and_on_time):
     """It steps by an hour, twice; the loop runs on the monotonic clock."""
     real, offset = time.time, [0.0]
     monkeypatch.setattr(time, "time", lambda: real() + offset[0])
@@ -191,7 +155,9 @@ def test_the_wall_clock_means_nothing(bench, policy, monkeypatch):
         at(controller, 16, lambda: offset.__setitem__(0, -3600.0))
         record = controller.run("reach", seconds=1.2)
     safe_and_on_time(bench, policy, record, 1.2)
-    assert set(record["interventions"]) <= {"no chunk yet", "range"}
+    # Nothing is stale, and nothing is waited for; a busy machine may decode late now and then.
+    assert set(record["interventions"]) <= {"no chunk yet", "range", "underrun"}
+    assert record["interventions"].get("underrun", 0) <= 4
 
 
 def test_hold_and_resume_while_it_runs(bench, policy):

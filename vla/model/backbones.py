@@ -31,6 +31,9 @@ N_ACTION_ROWS = 256
 # Odd, so that one bin's centre is exactly 0.
 DEFAULT_BINS = 255
 
+# Untrained architectures: width, layers, channels and residual blocks of the encoder, image side in pixels.
+_SIZES = {"nano-init": (256, 4, [48, 128], 2, 96), "small-init": (512, 8, [64, 256], 4, 144)}
+
 _MEAN_STD = {
     "siglip": ([0.5] * 3, [0.5] * 3),
     "clip": ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
@@ -57,15 +60,15 @@ def build_policy(model: ModelConfig, facts: DataFacts) -> tuple[VLAForActionPred
     """The network to train and its processor. Errors: ConfigError, CheckpointError."""
     robot = _choose_cameras(facts.robot, model.cameras)
     backbone = model.backbone or "nano"
-    if backbone == "nano-init":
-        config, tokenizer = nano_config(), AutoTokenizer.from_pretrained(NANO)
+    if model.vision and (backbone in _SIZES or find_checkpoint(backbone) is not None):
+        raise ConfigError(f"{backbone} already has its vision tower; leave `vision` empty.")
+    if backbone in _SIZES:
+        config, tokenizer = untrained_config(backbone, model.image_size), AutoTokenizer.from_pretrained(NANO)
         _set_policy(config, model, facts, robot)
         network = VLAForActionPrediction(config)
         _sharpen_attention(network)
     elif (own := find_checkpoint(backbone)) is not None:
         config = VLAConfig.from_pretrained(own)
-        if model.vision:
-            raise ConfigError(f"{backbone} already has its vision tower; leave `vision` empty.")
         if model.image_size not in (None, config.image_size):
             raise ConfigError(f"{backbone} was built for images of {config.image_size}, not {model.image_size}.")
         _set_policy(config, model, facts, robot)
@@ -89,27 +92,44 @@ def find_checkpoint(name: str) -> Path | None:
     return None
 
 
-def nano_config() -> VLAConfig:
-    """Architecture of the embedded backbone: 16 tokens per camera, four decoder layers, 5 M parameters."""
+def untrained_config(name: str, image_size: int | None = None) -> VLAConfig:
+    """An architecture of this package: a convolutional encoder that the instruction steers, and a LLaMA decoder.
+
+    "nano-init" is that of the embedded backbone, for CPUs: 96 pixels, 16 tokens per camera, 4 layers of 256, 5 M
+    parameters. "small-init" is for GPUs: 144 pixels, 36 tokens per camera, 8 layers of 512, 37 M parameters.
+    """
+    width, layers, channels, blocks, usual_size = _SIZES[name]
+    image_size = image_size or usual_size
+    if image_size < 24:
+        raise ConfigError(f"image_size must be at least 24 for {name!r}, got {image_size}.")
     return VLAConfig(
         text_config={
             "model_type": "llama",
             "vocab_size": 1024,
-            "hidden_size": 256,
-            "intermediate_size": 768,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
+            "hidden_size": width,
+            "intermediate_size": 3 * width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": width // 64,
+            "num_key_value_heads": width // 64,
             "max_position_embeddings": 512,
             "tie_word_embeddings": False,
             "bos_token_id": 1,
             "eos_token_id": 2,
             "pad_token_id": 0,
         },
-        vision_configs=[{"model_type": "vla_nano_vision", "condition_size": 256}],
+        vision_configs=[
+            {
+                "model_type": "vla_nano_vision",
+                "image_size": image_size,
+                "channels": channels,
+                "blocks": blocks,
+                "hidden_size": width,
+                "condition_size": width,
+            }
+        ],
         image_mean=[[0.5] * 3],
         image_std=[[0.25] * 3],
-        image_size=96,
+        image_size=image_size,
         projector_layers=1,
         action_token_begin=1024 - N_ACTION_ROWS,
         n_action_rows=N_ACTION_ROWS,

@@ -1,0 +1,64 @@
+"""A robot of pictures for a real controller, and the judgement of its commands, in a test's process."""
+
+import time
+
+import numpy as np
+import pytest
+
+from vla.control.controller import Controller
+from vla.control.robot import Reading
+from vla.policy import Policy
+
+HZ = 20.0
+
+
+class Bench:
+    """A robot whose pictures are noise, new at every period; `broken(observation, tick)` may change or drop them."""
+
+    def __init__(self, spec, make) -> None:
+        self.spec, self._observations = spec, make(8)
+        self.commands: list[tuple[float, np.ndarray]] = []
+        self.broken = lambda observation, tick: observation
+        self._start, self._last = time.monotonic(), None
+
+    def observe(self) -> Reading:
+        tick = int((time.monotonic() - self._start) * HZ)
+        observation = self.broken(self._observations[tick % 8], tick)
+        if observation is not None or self._last is None:
+            self._last = Reading(observation or self._observations[0], self._start + tick / HZ)
+        return self._last
+
+    def command(self, action: np.ndarray) -> None:
+        self.commands.append((time.monotonic(), action))
+
+    def close(self) -> None:
+        pass
+
+
+def at(controller: Controller, tick: int, do) -> None:
+    """Call `do` once, at that tick or the first after it that is not slept through."""
+    waiting = [do]
+
+    def listen(moment) -> None:
+        if moment.tick >= tick and waiting:
+            waiting.pop()()
+
+    controller.listeners.append(listen)
+
+
+@pytest.fixture
+def safe_and_on_time(record_property):
+    """`safe_and_on_time(bench, policy, record, seconds)`: every command is finite and in range, and none is missing."""
+
+    def judge(bench: Bench, policy: Policy, record: dict, seconds: float) -> None:
+        for name in ("commands", "missed", "lateness_ms"):  # for scripts/bench_faults
+            record_property(name, record[name])
+        actions = np.stack([action for _, action in bench.commands])
+        low, high = policy.action_limits
+        hold = bench.spec.hold_action(None)
+        assert np.isfinite(actions).all()
+        assert ((actions >= np.minimum(low, hold)) & (actions <= np.maximum(high, hold))).all()
+        # A busy machine may be late now and then; what breaks must not make it so.
+        assert record["commands"] >= 0.9 * seconds * HZ and record["missed"] <= 0.1 * seconds * HZ
+
+    return judge
