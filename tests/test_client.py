@@ -132,7 +132,11 @@ def test_a_robot_does_not_go_on_with_another_policy(serving, observations, polic
 # The control loop over a bad network ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("delay_s", "loss"), [(0.05, 0.0), (0.2, 0.0), (0.05, 0.05)])
+@pytest.mark.parametrize(
+    ("delay_s", "loss"),
+    [(0.05, 0.0), (0.2, 0.0), (0.05, 0.05)],
+    ids=["50 ms", "200 ms", "50 ms and 5 % lost"],
+)
 def test_delay_and_loss_cost_actions_but_no_command(serving, observations, delay_s, loss, safe_and_on_time):
     """One way; a chunk of four actions at 20 Hz lasts as long as 200 ms."""
     with serving() as served, Road(served.port, delay_s, loss) as road:
