@@ -1,6 +1,7 @@
 """`python -m envs.check --seeds 50`: how often the experts succeed, how long they take, how fast the worlds run.
 
-All tabletop worlds, or those named with `--env`, which may be Meta-World's (`--env vla-metaworld/drawer-open-v3`).
+All tabletop worlds, or those named with `--env`, which may be Meta-World's (`--env vla-metaworld/drawer-open-v3`, or a
+set of them: `--env mt50`).
 
 Owns the measurement and its table. Does not know how experts or worlds work: it uses what any caller can use.
 """
@@ -16,6 +17,7 @@ import gymnasium as gym
 import numpy as np
 
 from envs import ENV_IDS, METAWORLD_IDS
+from envs.metaworld_sets import SETS
 
 WIDTH = max(map(len, ENV_IDS + METAWORLD_IDS)) + 1
 
@@ -83,18 +85,23 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=50, help="episodes per task (default 50)")
     parser.add_argument("--first-seed", type=int, default=0, help="the first seed (default 0)")
     parser.add_argument("--noise", type=float, default=0.0, help="strength of the expert's disturbances, 0 to 1")
-    parser.add_argument("--env", action="append", choices=ENV_IDS + METAWORLD_IDS, metavar="ID", help="may be repeated")
+    parser.add_argument(
+        "--env", action="append", choices=[*ENV_IDS, *METAWORLD_IDS, *SETS], metavar="ID", help="may be repeated"
+    )
     parser.add_argument("--pairs", default="train", help="train, heldout or all (default train)")
     parser.add_argument("--objects", type=int, default=3, help="things to choose from, 2 to 4 (default 3)")
     parser.add_argument("--no-rendering", action="store_true", help="skip the measurement with cameras")
     flags = parser.parse_args()
     seeds = range(flags.first_seed, flags.first_seed + flags.seeds)
     print(f"{'task':<{WIDTH}}{'success':>8} {'mean':>7}{'p50':>6}{'p90':>6}{'max':>6}{'steps/s':>9}{'':2}with pictures")
-    for env_id in flags.env or ENV_IDS:
+    reports = []
+    for env_id in [env_id for name in flags.env or ENV_IDS for env_id in SETS.get(name, [name])]:
         options = {"pairs": flags.pairs, "objects": flags.objects} if env_id in ENV_IDS else {}
         report = run_expert(env_id, seeds, flags.noise, **options)
         pictures = "" if flags.no_rendering else f"  {rendering_rate(env_id, **options):.0f}"
         print(report.row() + pictures, flush=True)
+        reports.append(report)
+    print(f"{sum(report.successes for report in reports)} of {len(reports) * len(seeds)} episodes")
 
 
 if __name__ == "__main__":

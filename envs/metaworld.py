@@ -54,6 +54,9 @@ class MetaWorldEnv(gym.Env):
         image_size: height and width of the observed pictures, in pixels.
         phrasing: which instructions are given: "train", "heldout" or "canonical".
         action_repeat: steps for which each action is held: with 4, decisions come at 20 Hz and at most 125 of them.
+        convention: "suite", or "lerobot": observations as LeRobot's environment gives them with its `obs_type`
+            "pixels_agent_pos": "pixels" is the picture itself, drawn by Meta-World with its shadows, and the state is
+            float64. Its policies are trained on 480 pixels and actions of one step; neither is changed by this.
         render_mode: None or "rgb_array" (a larger picture, for videos).
     """
 
@@ -66,6 +69,7 @@ class MetaWorldEnv(gym.Env):
         image_size: int = 96,
         phrasing: str = "train",
         action_repeat: int = 1,
+        convention: str = "suite",
         render_mode: str | None = None,
     ) -> None:
         check_choice("task", task, TASKS)
@@ -75,12 +79,13 @@ class MetaWorldEnv(gym.Env):
         check_range("image_size", image_size, 16, 1024)
         check_choice("phrasing", phrasing, PHRASINGS)
         check_range("action_repeat", action_repeat, 1, MAX_STEPS)
+        check_choice("convention", convention, ("suite", "lerobot"))
         check_choice("render_mode", render_mode, (None, "rgb_array"))
         self.task, self.cameras, self.image_size, self.phrasing = task, cameras, int(image_size), phrasing
-        self.action_repeat, self.render_mode = int(action_repeat), render_mode
+        self.action_repeat, self.convention, self.render_mode = int(action_repeat), convention, render_mode
         self.metadata = {**self.metadata, "render_fps": round(STEP_HZ / self.action_repeat)}
         self.task_description = ""
-        self._inner, self._make_policy = _load(task)
+        self._inner, self._make_policy = _load(task, self.image_size)
         self._raw = np.zeros(0)  # Meta-World's whole observation [39]; empty before the first reset
         self._camera: Camera | None = None
         self._video: Camera | None = None
@@ -89,6 +94,9 @@ class MetaWorldEnv(gym.Env):
         if cameras:
             picture = gym.spaces.Box(0, 255, (self.image_size, self.image_size, 3), np.uint8)
             spaces["pixels"] = gym.spaces.Dict(dict.fromkeys(cameras, picture))
+        if convention == "lerobot":
+            spaces["agent_pos"] = gym.spaces.Box(-1000.0, 1000.0, (len(STATE_NAMES),), np.float64)
+            spaces |= {"pixels": picture} if cameras else {}
         self.observation_space = gym.spaces.Dict(spaces)
         self.action_space = gym.spaces.Box(-1.0, 1.0, (len(ACTION_NAMES),), np.float32)
 
@@ -136,6 +144,8 @@ class MetaWorldEnv(gym.Env):
             if camera is not None:
                 camera.close()
         self._camera = self._video = None
+        if self.convention == "lerobot":
+            self._inner.close()
 
     @property
     def robot(self) -> dict[str, Any]:
@@ -158,6 +168,9 @@ class MetaWorldEnv(gym.Env):
         return MetaWorldExpert(lambda: np.clip(policy.get_action(self._raw), -1.0, 1.0), noise, seed)
 
     def _observe(self) -> dict[str, Any]:
+        if self.convention == "lerobot":
+            theirs = {"agent_pos": self._raw[: len(STATE_NAMES)].copy()}
+            return theirs | {"pixels": _upright(self._inner.render())} if self.cameras else theirs
         state = np.clip(self._raw[: len(STATE_NAMES)].astype(np.float32), *self._limits)
         if not self.cameras:
             return {"agent_pos": state}
@@ -194,7 +207,7 @@ class MetaWorldExpert:
         return self._expert.act()[_OURS]
 
 
-def _load(task: str) -> tuple[Any, Callable[[], Any]]:
+def _load(task: str, image_size: int) -> tuple[Any, Callable[[], Any]]:
     """Meta-World's environment for `task`, set up for the protocol, and what makes its scripted policy."""
     try:
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS
@@ -205,7 +218,7 @@ def _load(task: str) -> tuple[Any, Callable[[], Any]]:
         ) from error
     # Every step of most scripted policies warns that it will be clipped, which is what is done with it.
     warnings.filterwarnings("ignore", message="Constant.* may be too high", module="metaworld")
-    inner = ALL_V3_ENVIRONMENTS[task]()
+    inner = ALL_V3_ENVIRONMENTS[task](render_mode="rgb_array", camera_name=CAMERA, width=image_size, height=image_size)
     # Show the expert the goal; the cached space, to whose limits every observation is clipped, still hides it.
     inner._partially_observable = False
     inner.__dict__.pop("sawyer_observation_space", None)

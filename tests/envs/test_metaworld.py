@@ -91,6 +91,32 @@ def test_the_picture_is_the_raw_one_turned_by_half_a_turn():
     env.close()
 
 
+def test_lerobots_convention():
+    """`pixels` and `agent_pos` as LeRobot's environment makes them: Meta-World's own rendering, `cam_pos[2]` moved,
+    both axes flipped, and the first four numbers of the raw observation."""
+    worlds = pytest.importorskip("metaworld.env_dict").ALL_V3_ENVIRONMENTS
+    env = make("drawer-open", cameras=("corner2",), image_size=480, convention="lerobot")
+    spaces = env.observation_space
+    assert set(spaces) == {"pixels", "agent_pos"}
+    assert spaces["pixels"].shape == (480, 480, 3) and spaces["pixels"].dtype == np.uint8
+    assert spaces["agent_pos"].shape == (4,) and spaces["agent_pos"].dtype == np.float64
+    assert env.action_space.dtype == np.float32 and env.action_space.shape == (4,)
+    theirs = worlds["drawer-open-v3"](render_mode="rgb_array", camera_name="corner2")
+    theirs._freeze_rand_vec, theirs.seeded_rand_vec, theirs._set_task_called = False, True, True
+    theirs.model.cam_pos[2] = [0.75, 0.075, 0.7]
+    theirs.seed(3)
+    theirs.reset()
+    observation, _ = env.reset(seed=3)
+    for action in (np.array([0.5, -1, 0.2, 1], np.float32), np.array([-1, 0.3, 1, -1], np.float32)):
+        observation, _, _, _, _ = env.step(action)
+        raw, _, _, _, _ = theirs.step(action)
+        assert spaces.contains(observation)
+        np.testing.assert_array_equal(observation["agent_pos"], raw[:4])
+        np.testing.assert_array_equal(observation["pixels"], np.flip(theirs.render(), (0, 1)))
+    env.close()
+    theirs.close()
+
+
 def test_the_first_picture_shows_this_episode():
     env, fresh = make("drawer-open", cameras=("corner2",)), make("drawer-open", cameras=("corner2",))
     env.reset(seed=1)
