@@ -47,7 +47,8 @@ import cv2
 import numpy as np
 
 from vla import client
-from vla.config import STRICT, ControlConfig, from_dict, load
+from vla.config import ControlConfig, from_dict, load
+from vla.config.files import STRICT
 from vla.control.blackbox import BlackBox, Moment
 from vla.control.controller import Controller
 from vla.control.robot import Reading

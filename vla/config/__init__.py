@@ -1,0 +1,40 @@
+"""Configuration: one frozen dataclass per job, read strictly from YAML, overridden by flags.
+
+Owns: the fields, types and defaults of every job, and how a YAML file becomes one of them (default < YAML < flag). It
+does not know what the jobs do with the values; each job checks what only it can check (that a path exists, that an
+environment id is registered).
+"""
+
+from vla.config.data import AdapterConfig, CollectConfig, InspectConfig, ReplayConfig
+from vla.config.deployment import ControlConfig, DeployConfig, DoctorConfig, KeysConfig, SafetyConfig, ServeConfig
+from vla.config.evaluation import GREEDY, BenchmarkConfig, DecodingConfig, ExposureConfig, RolloutConfig
+from vla.config.files import dump, from_dict, load, to_dict
+from vla.config.training import AugmentConfig, DaggerConfig, LoraConfig, ModelConfig, QuickstartConfig, TrainConfig
+
+__all__ = [
+    "GREEDY",
+    "AdapterConfig",
+    "AugmentConfig",
+    "BenchmarkConfig",
+    "CollectConfig",
+    "ControlConfig",
+    "DaggerConfig",
+    "DecodingConfig",
+    "DeployConfig",
+    "DoctorConfig",
+    "ExposureConfig",
+    "InspectConfig",
+    "KeysConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "QuickstartConfig",
+    "ReplayConfig",
+    "RolloutConfig",
+    "SafetyConfig",
+    "ServeConfig",
+    "TrainConfig",
+    "dump",
+    "from_dict",
+    "load",
+    "to_dict",
+]

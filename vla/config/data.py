@@ -1,0 +1,106 @@
+"""Jobs on demonstrations: collecting, inspecting and replaying them, and where an environment keeps what it says."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+from vla.config.files import STRICT
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """Where a Gymnasium environment keeps its images, state, instruction and success. The defaults fit this package's
+    environments; another environment is described by these values alone.
+
+    Attributes:
+        module: imported before `gymnasium.make`, so that it can register its ids (the "module" of "module:id").
+        kwargs: passed to `gymnasium.make`.
+        images: camera name -> dotted path into the observation, e.g. {"top": "pixels"}; empty: every entry of
+            observation["pixels"]. The path "render()" takes `env.render()`.
+        flip: cameras whose image is upside down (rotated by 180 degrees).
+        state: dotted paths into the observation, concatenated; empty: a policy without proprioception.
+        instruction: a fixed instruction; None takes info["instruction"], else the attribute `task_description`.
+        success: dotted path into `info`; the episode is a success while it is true (>= 0.5).
+        expert: where demonstrations come from: "env" (the environment's own `make_expert`), "random", or
+            "module:callable", called with (env, seed), which returns an object with `act() -> action`.
+        robot: properties of the RobotSpec that the environment does not state itself (action_names, control_hz, ...).
+        max_steps: overrides the environment's registered episode limit.
+    """
+
+    __pydantic_config__ = STRICT
+    module: str | None = None
+    kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    images: dict[str, str] = dataclasses.field(default_factory=dict)
+    flip: tuple[str, ...] = ()
+    state: tuple[str, ...] = ("agent_pos",)
+    instruction: str | None = None
+    success: str = "is_success"
+    expert: str = "env"
+    robot: dict[str, Any] = dataclasses.field(default_factory=dict)
+    max_steps: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class CollectConfig:
+    """`vla collect`: run an expert, keep the successes, write a LeRobotDataset v3.
+
+    Attributes:
+        env: environment ids; episodes are spread evenly over them.
+        out: dataset folder.
+        episodes: successful episodes in all.
+        seed: first environment seed; episode i uses seed + i.
+        noise: strength of the expert's noise (0: the clean expert); the recorded action is the clean one.
+        noise_share: share of the episodes that are noisy.
+        keep: "success" or "all".
+        workers: processes; 0 takes one per core.
+        resume: continue an interrupted collection in `out`.
+    """
+
+    __pydantic_config__ = STRICT
+    env: tuple[str, ...] = ("envs:vla/PickUp-v0",)
+    out: Path = Path("datasets/demos")
+    episodes: int = 50
+    seed: int = 0
+    noise: float = 0.0
+    noise_share: float = 0.5
+    keep: Literal["success", "all"] = "success"
+    workers: int = 0
+    resume: bool = False
+    adapter: AdapterConfig = AdapterConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class InspectConfig:
+    """`vla inspect`: print and plot what is in a dataset, and what is wrong with it.
+
+    Attributes:
+        data: dataset folder.
+        out: where the plots and the page go; None: `<data>/inspect`.
+        bins: bins of the action tokenizer whose edges are drawn.
+    """
+
+    __pydantic_config__ = STRICT
+    data: Path = Path("datasets/demos")
+    out: Path | None = None
+    bins: int = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class ReplayConfig:
+    """`vla replay`: send recorded actions to the environment they came from and report success.
+
+    Attributes:
+        data: dataset folder.
+        env: environment id; None takes the one recorded with each episode.
+        episodes: how many episodes, from the first on.
+        out: folder for the report; None prints only.
+    """
+
+    __pydantic_config__ = STRICT
+    data: Path = Path("datasets/demos")
+    env: str | None = None
+    episodes: int = 10
+    out: Path | None = None
+    adapter: AdapterConfig = AdapterConfig()

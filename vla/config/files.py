@@ -1,0 +1,64 @@
+"""Configuration files: YAML to configuration and back, strictly.
+
+Owns: what is an error in a file and how it is explained. It does not know the jobs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import pydantic
+import yaml
+
+from vla.errors import ConfigError, unknown
+
+Config = TypeVar("Config")
+
+# Unknown keys are errors; "1e-4", which PyYAML reads as text, still becomes a number.
+STRICT = pydantic.ConfigDict(extra="forbid")
+
+
+def from_dict(cls: type[Config], values: dict[str, Any], where: str = "configuration") -> Config:
+    """Build `cls` from plain values, strictly: unknown keys and wrong types are ConfigErrors that name the key."""
+    try:
+        return pydantic.TypeAdapter(cls).validate_python(values)
+    except pydantic.ValidationError as error:
+        raise ConfigError("\n".join(_explain(cls, problem, where) for problem in error.errors())) from None
+
+
+def load(cls: type[Config], path: str | Path) -> Config:
+    """Read a YAML file into `cls`."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"no configuration file at {path}.")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected `key: value` lines, got {type(values).__name__}.")
+    return from_dict(cls, values, str(path))
+
+
+def dump(config: Any, path: str | Path) -> None:
+    """Write a configuration as YAML that `load` reads back to an equal object; a reader sees all of it or none."""
+    scratch = Path(path).with_suffix(".partial")
+    scratch.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+    scratch.replace(path)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain values (paths as text, tuples as lists)."""
+    return pydantic.TypeAdapter(type(config)).dump_python(config, mode="json")
+
+
+def _explain(cls: Any, problem: Any, where: str) -> str:
+    *parents, key = [str(part) for part in problem["loc"]] or [""]
+    name = ".".join([*parents, key])
+    if problem["type"] == "unexpected_keyword_argument":
+        for parent in parents:
+            cls = get_type_hints(cls)[parent]
+        return f"{where}: {unknown('key', name, [f.name for f in dataclasses.fields(cls)])}"
+    return f"{where}: {name}: {problem['msg']}, got {problem['input']!r}."

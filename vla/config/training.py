@@ -1,0 +1,211 @@
+"""Jobs that make a policy: training, DAgger and the quickstart."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from vla.config.data import AdapterConfig
+from vla.config.files import STRICT
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """What `vla train` adapts. `targets` are module names of the decoder, as in peft."""
+
+    __pydantic_config__ = STRICT
+    rank: int = 32
+    alpha: int = 64
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    train_action_rows: bool = True
+    train_projector: bool = True
+    train_vision: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentConfig:
+    """Image augmentation, the same for all cameras of a sample's draw except for the shift.
+
+    Attributes:
+        shift: random translation, as a share of the image side.
+        brightness, contrast, saturation: half-width of the random factor around 1.
+        committed: share of the samples whose first actions (one to half a chunk) are given instead of learned: those
+            that were executed, which noisy demonstrations tell apart from those to learn. For policies that are to go
+            on from what is executed while they decode (the "committed" seam of `vla deploy`).
+    """
+
+    __pydantic_config__ = STRICT
+    shift: float = 0.04
+    brightness: float = 0.1
+    contrast: float = 0.1
+    saturation: float = 0.1
+    committed: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The policy to train. None means: as in the checkpoint that is trained further, else a default.
+
+    Attributes:
+        backbone: "nano" (the embedded policy; the default of `vla train`), "nano-init" (its architecture, untrained;
+            the default of `vla pretrain`), "small-init" (a larger one for GPUs, untrained), a checkpoint of this
+            package, or a folder or hub id of a LLaMA-architecture causal language model.
+        vision: folders or hub ids of SigLIP/DINOv2/CLIP towers, fused on the feature axis; for a language
+            model only.
+        cameras: which of the dataset's cameras, in this order; empty: all.
+        image_size: side of the square image in pixels; None: what the vision tower was built for, as a checkpoint's is.
+        use_state: give the policy `agent_pos`.
+        horizon: actions per chunk, H; 8 by default.
+        n_action_steps: actions executed before the next chunk is predicted; half the horizon by default.
+        bins: bins per action entry; 255 by default.
+        tokenizer: action tokenizer, see `vla.actions.tokenizer`.
+        normalization: "q01_q99", "min_max" or "mean_std".
+        prompt: prompt template, see `vla.prompt`; "plain" by default.
+        freeze_vision: do not train the vision tower.
+    """
+
+    __pydantic_config__ = STRICT
+    backbone: str | None = None
+    vision: tuple[str, ...] = ()
+    cameras: tuple[str, ...] = ()
+    image_size: int | None = None
+    use_state: bool = True
+    horizon: int | None = None
+    n_action_steps: int | None = None
+    bins: int | None = None
+    tokenizer: str = "uniform"
+    normalization: Literal["q01_q99", "min_max", "mean_std"] = "q01_q99"
+    prompt: str | None = None
+    freeze_vision: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """`vla train` (LoRA or full fine-tuning) and `vla pretrain` (all weights).
+
+    Attributes:
+        data: dataset folders; several make a weighted mixture.
+        weights: sampling weight of each; empty: in proportion to their frames.
+        unnorm_keys: name under which each dataset's statistics are stored (pooled where names repeat); empty: the
+            folder names.
+        out: run folder.
+        method: "lora" trains adapters, action rows and projector; "full" trains everything that is not frozen.
+        steps: optimizer steps.
+        batch_size: samples per forward pass and device; times `grad_accum` per optimizer step.
+        precision: "auto" is bf16 where the hardware computes it natively, else float32.
+        val_fraction: share of episodes held out for validation.
+        rollout_every: optimizer steps between closed-loop evaluations in `rollout_env` (through `adapter`); 0: none.
+        report_to: "none", "tensorboard", "trackio" or "wandb".
+        resume: continue the run in `out` from its last checkpoint.
+        dry_run: check configuration, data, shapes and memory, take one step, write nothing.
+    """
+
+    __pydantic_config__ = STRICT
+    data: tuple[Path, ...] = (Path("datasets/demos"),)
+    weights: tuple[float, ...] = ()
+    unnorm_keys: tuple[str, ...] = ()
+    out: Path = Path("runs/train")
+    model: ModelConfig = ModelConfig()
+    method: Literal["lora", "full"] = "lora"
+    lora: LoraConfig = LoraConfig()
+    augment: AugmentConfig = AugmentConfig()
+    steps: int = 2000
+    batch_size: int = 64
+    grad_accum: int = 1
+    learning_rate: float = 1.0e-3
+    weight_decay: float = 0.01
+    warmup_steps: int = 50
+    max_grad_norm: float = 1.0
+    precision: Literal["auto", "float32", "bf16"] = "auto"
+    compile: bool = False
+    workers: int = 0
+    seed: int = 0
+    val_fraction: float = 0.05
+    eval_every: int = 500
+    save_every: int = 500
+    log_every: int = 20
+    keep_checkpoints: int = 2
+    rollout_every: int = 0
+    rollout_env: tuple[str, ...] = ()
+    rollout_episodes: int = 10
+    adapter: AdapterConfig = AdapterConfig()
+    report_to: str = "none"
+    resume: bool = False
+    dry_run: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class DaggerConfig:
+    """`vla dagger`: the policy drives, the expert says what it should have done, the policy learns it; and again.
+
+    Attributes:
+        env: environment ids that have an expert; episodes are spread evenly over them.
+        out: folder of everything it makes; round k lies in `round-k`.
+        data: dataset folders to begin with; none: round 0 collects `demonstrations`.
+        demonstrations: successful episodes of the expert in round 0.
+        noise, noise_share: of round 0's expert, as in `vla collect`.
+        rounds: at most so many rounds after round 0.
+        episodes: roll-ins per round; they are kept, solved or not.
+        labels: no round begins once the expert has labelled so many frames; None: no such limit.
+        target: share of successes, 0 to 1, at which it ends.
+        beta: in round k the expert drives with probability beta ** k; 0: never after round 0; 1: always.
+        mixture: when it is decided who drives: at every "decision" of the policy (for the actions of a chunk that are
+            executed), at every "step", or once per "episode".
+        seed: first environment seed of round 0; the roll-ins of round k begin at seed + 10000 * k.
+        n_envs: environments stepped side by side.
+        eval_episodes, eval_seed: closed-loop evaluation after each round, per environment.
+        finetune_steps: optimizer steps of each round after round 0; None: `train.steps`.
+        compare_bc: at the end also train on demonstrations alone, with as many labels and optimizer steps, and compare.
+        train: how each round trains; its data, folders and names of statistics are this job's.
+        resume: continue what is in `out`; it may be given more rounds, labels, another target, or `compare_bc`.
+    """
+
+    __pydantic_config__ = STRICT
+    env: tuple[str, ...] = ("envs:vla/OpenDrawer-v0",)
+    out: Path = Path("runs/dagger")
+    data: tuple[Path, ...] = ()
+    demonstrations: int = 50
+    noise: float = 0.0
+    noise_share: float = 0.5
+    rounds: int = 4
+    episodes: int = 50
+    labels: int | None = None
+    target: float = 0.95
+    beta: float = 0.5
+    mixture: Literal["decision", "step", "episode"] = "decision"
+    seed: int = 0
+    n_envs: int = 10
+    eval_episodes: int = 50
+    eval_seed: int = 100_000
+    finetune_steps: int | None = None
+    compare_bc: bool = False
+    train: TrainConfig = TrainConfig()
+    device: str = "auto"
+    resume: bool = False
+    adapter: AdapterConfig = AdapterConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class QuickstartConfig:
+    """`vla quickstart`: demonstrations of a task the embedded backbone has never seen, LoRA, rollouts before and after.
+
+    Attributes:
+        env: the task.
+        demonstrations: successful expert episodes to learn from.
+        minutes: training time; the number of steps follows from this machine's measured speed.
+        min_steps: train for at least so many steps, however slow the machine.
+        episodes: rollouts on unseen seeds, before and after.
+        out: folder of everything it makes. What is finished in it is not done again.
+        fresh: start over.
+    """
+
+    __pydantic_config__ = STRICT
+    env: str = "envs:vla/OpenDrawer-v0"
+    demonstrations: int = 150
+    minutes: float = 5.0
+    min_steps: int = 300
+    episodes: int = 20
+    out: Path = Path("runs/quickstart")
+    fresh: bool = False
