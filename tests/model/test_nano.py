@@ -5,9 +5,11 @@ import pytest
 import torch
 
 from tests.decoders import reference
+from vla.config import ModelConfig
 from vla.decoding.engine import Engine
+from vla.errors import ConfigError
 from vla.memory import Memory
-from vla.model.backbones import NANO
+from vla.model.backbones import NANO, build_policy
 from vla.policy import Policy
 
 TASKS = ("Reach", "Push", "PickUp", "PickPlace", "Stack", "PressButton", "OpenDrawer", "CloseDrawer")
@@ -75,3 +77,21 @@ def test_it_is_small_and_says_what_it_is():
     assert sum(file.stat().st_size for file in NANO.iterdir()) <= 16 * 2**20
     card = (NANO / "README.md").read_text()
     assert all(word in card for word in ("data", "steps", "hardware", "success"))
+
+
+def test_untrained_architectures_take_any_image_size_and_no_other_tower(facts):
+    sizes = {}
+    for name, image_size in (("nano-init", None), ("nano-init", 72), ("small-init", None)):
+        network, processor = build_policy(ModelConfig(backbone=name, image_size=image_size, bins=31), facts)
+        side, tower = network.config.image_size, network.vision_towers[0]
+        image = torch.zeros(1, 3, side, side)
+        tokens = tower(image, torch.zeros(1, tower.config.condition_size)).last_hidden_state
+        assert tokens.shape[1:] == ((side // 24) ** 2, network.config.text_config.hidden_size)
+        assert processor.config.image_size == side
+        sizes[name, image_size] = side, sum(parameter.numel() for parameter in network.parameters())
+    assert [side for side, _ in sizes.values()] == [96, 72, 144]
+    assert sizes["nano-init", None][1] < 6e6 < 30e6 < sizes["small-init", None][1] < 100e6
+    with pytest.raises(ConfigError, match="already has its vision tower"):
+        build_policy(ModelConfig(backbone="small-init", vision=("google/siglip-base-patch16-224",)), facts)
+    with pytest.raises(ConfigError, match="image_size must be at least 24"):
+        build_policy(ModelConfig(backbone="nano-init", image_size=20), facts)
