@@ -1,5 +1,6 @@
 """The loop: a command at every tick, whatever policy and robot do."""
 
+import dataclasses
 import threading
 import time
 
@@ -57,12 +58,40 @@ def test_it_executes_the_policys_chunks(policy, driver, observations, seam):
     sent = actions(driver)
     begun = record["interventions"].get("no chunk yet", 0)
     assert 1 <= begun <= 4 and record["errors"] == []
-    # The picture never changes: every chunk is the same, and its first actions were too late.
-    first = next(h for h in range(1, 4) if np.allclose(sent[begun], chunk[h]))
-    assert first == begun
+    # While nothing was known the robot stood where its picture shows it: the chunk begins with its first action.
+    np.testing.assert_allclose(sent[begun], chunk[0], atol=1e-6)
     assert len(sent) == pytest.approx(21, abs=2)
     assert driver.closed and controller.state is State.STOPPED
     np.testing.assert_array_equal(sent[-1], policy.robot.hold_action(sent[-2]))
+
+
+@pytest.mark.parametrize(("max_age_s", "waits"), [(0.5, True), (0.1, False)])
+def test_what_a_robot_waits_for_is_not_late(policy, driver, monkeypatch, max_age_s, waits):
+    """Chunks of four come 0.13 s after their picture; meanwhile the robot goes on, or holds for want of actions. Each
+    goes on behind the actions that were executed since its picture; one that is too old, with that of its tick."""
+    real, count, moments = policy.predict, [0], []
+
+    def late(*arguments):
+        prediction = real(*arguments)
+        count[0] += 1
+        chunk = np.zeros_like(prediction.chunks)
+        chunk[0, :, 0] = 0.01 * count[0] + 0.001 * np.arange(4)  # which chunk, which action
+        time.sleep(0.13)
+        return dataclasses.replace(prediction, chunks=chunk)
+
+    config = ControlConfig(hz=20.0, seam="switch", safety=SafetyConfig(max_age_s=max_age_s))
+    with Controller(driver, policy, config) as controller:
+        monkeypatch.setattr(policy, "predict", late)
+        controller.listeners.append(moments.append)
+        record = controller.run("reach", seconds=2.0)
+    said = {moment.tick: int(np.rint(1000 * moment.command[0])) for moment in moments}
+    arrivals = [moment for moment in moments if moment.decoding]
+    assert len(arrivals) >= 6 and record["interventions"]["no chunk yet"] >= 2
+    for number, moment in enumerate(arrivals, 1):
+        now, asked = moment.tick, moment.decoding["asked"]
+        ticks = range(asked, now)
+        place = sum(said[tick] > 0 for tick in ticks if tick in said) if waits else len(ticks)
+        assert said[now] == (10 * number + place if place < 4 else 0)
 
 
 def test_it_ends_with_the_task(policy, driver):

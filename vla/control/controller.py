@@ -35,7 +35,6 @@ from vla.control.watch import Watch
 from vla.errors import ConfigError, SpecError
 from vla.memory import Memory
 from vla.policy import ChunkPolicy
-from vla.spec import RobotSpec
 
 _KEPT = 1000  # commands and errors that a run remembers
 
@@ -156,10 +155,11 @@ class Controller:
             self._ask(run, reading)
         missing = "on hold" if on_hold else "underrun" if run.begun else "no chunk yet"
         state = reading.observation.get("agent_pos")
-        command = self.safety.check(run.buffer.at(run.rate.tick), fault, state, run.entropy, missing)
+        wanted = run.buffer.at(run.rate.tick)
+        command = self.safety.check(wanted, fault, state, run.entropy, missing)
         self._robot.command(command.action)
         run.rate.sent()
-        run.note(command.action)
+        run.note(command.action, empty=wanted is None)
         if run.rate.tick % round(self.hz) == 0:
             gc.collect(1)  # what a second leaves behind is found in microseconds: the rest is frozen
         moment = Moment(run.rate.tick, run.rate.lateness[-1], reading, command.action, command.reasons, decoding)
@@ -176,7 +176,7 @@ class Controller:
             if len(run.errors) < _KEPT:
                 run.errors.append(answer.error or "")
             return about | {"error": answer.error}
-        run.accept(answer)
+        run.accept(answer, max_age=math.ceil(self._config.safety.max_age_s * self.hz))
         return about | {"entropy": run.entropy, "ids": answer.prediction.ids[0].tolist()}
 
     def _ask(self, run: _Run, reading: Reading) -> None:
@@ -192,11 +192,12 @@ class Controller:
         # The tick that the picture is of: it may be older than this one.
         seen = max(tick - math.floor((time.monotonic() - reading.time) * self.hz), run.asked or 0)
         if run.asked is not None:
-            run.memory.advance(seen - run.asked)
+            run.memory.advance(seen - run.asked - run.waited(run.asked, seen))
         run.asked = seen
         if self._config.seam == "committed" and run.memory.draft is not None:
-            count = min(tick + needed - seen, self._policy.horizon - 1)
-            run.memory.commit(run.plan(seen, count, self._robot.spec), self._config.trust)
+            plan = run.plan(seen, min(tick + needed - seen, self._policy.horizon - 1))
+            if len(plan):
+                run.memory.commit(plan, self._config.trust)
         self._inference.request(seen, reading.observation, self.instruction, run.memory)
 
     def _first_reading(self) -> Reading:
@@ -225,35 +226,46 @@ class _Run:
         self.entropy = 0.0
         self.begun = self.success = False  # begun: a first chunk has come
         self.commands: collections.deque[np.ndarray] = collections.deque(maxlen=_KEPT)
+        self._empty: collections.deque[int] = collections.deque(maxlen=_KEPT)  # ticks for which there was no action
         self._jerk, self._jerks = 0.0, 0
         self.decode_ms = array.array("d")  # eight bytes each: a run may last for days
         self.errors: list[str] = []
 
-    def note(self, command: np.ndarray) -> None:
-        """Another command has left."""
+    def note(self, command: np.ndarray, empty: bool) -> None:
+        """Another command has left; `empty` if there was no action for this tick."""
         self.commands.append(command)
+        if empty:
+            self._empty.append(self.rate.tick)
         if len(self.commands) > 3:
             a, b, c, d = (self.commands[i] for i in range(-4, 0))
             self._jerk += float(np.abs(d - 3 * c + 3 * b - a).mean())
             self._jerks += 1
 
-    def accept(self, answer: Answer) -> None:
-        """Put the chunk of an answer into the buffer; that of a plan that was given up since is forgotten."""
+    def accept(self, answer: Answer, max_age: int) -> None:
+        """Put the chunk of an answer into the buffer; that of a plan that was given up since is forgotten.
+
+        A robot that waited for it stands where its picture shows it: the ticks that it held for want of an action move
+        the chunk back, unless the picture is older than `max_age` ticks, after which the world may be another."""
         assert answer.prediction is not None
         self.decode_ms.append(1e3 * answer.seconds)
         self.entropy = float(answer.prediction.entropy.mean())
         if self.asked == answer.tick:
             self.begun = True
-            self.buffer.put(answer.prediction.chunks[0], answer.tick, self.rate.tick)
+            now = self.rate.tick
+            waited = self.waited(answer.tick, now) if now - answer.tick <= max_age else 0
+            self.buffer.put(answer.prediction.chunks[0], answer.tick + waited, now)
 
-    def plan(self, first: int, count: int, spec: RobotSpec) -> np.ndarray:
-        """What is executed in `count` ticks from `first` on if nothing new comes, [count, D]: past commands, what the
-        buffer says, and the hold command where it says nothing."""
-        actions = list(self.commands)[len(self.commands) - (self.rate.tick - first) :]
-        for tick in range(first + len(actions), first + count):
-            action = self.buffer.at(tick)
-            actions.append(spec.hold_action(actions[-1] if actions else None) if action is None else action)
-        return np.stack(actions[:count])
+    def waited(self, first: int, end: int) -> int:
+        """For how many ticks from `first` to before `end` there was no action."""
+        return sum(first <= tick < end for tick in self._empty)
+
+    def plan(self, first: int, count: int) -> np.ndarray:
+        """The actions that are executed in `count` ticks from `first` on if nothing new comes, [at most count, D]: past
+        commands, then what the buffer says."""
+        now = self.rate.tick
+        past = [self.commands[tick - now] for tick in range(first, now) if tick not in self._empty]
+        ahead = [self.buffer.at(tick) for tick in range(now, first + count)]
+        return np.array(past + [action for action in ahead if action is not None], np.float32)[:count]
 
     def forget(self) -> None:
         """Give up the plan: what comes after a hold begins anew."""
