@@ -85,7 +85,7 @@ def test_a_robot_that_sees_nonsense_holds_and_goes_on_afterwards(
     safe_and_on_time(bench, policy, record, 3.0)
     named = {name: count for name, count in record["interventions"].items() if name not in ("no chunk yet", "range")}
     if reason is None:
-        assert set(named) <= {"underrun"} and named.get("underrun", 0) <= 20 and record["errors"] == []
+        assert set(named) <= {"underrun"} and named.get("underrun", 0) <= 30 and record["errors"] == []
         return
     assert named[reason] >= least and record["errors"] == []
     assert any(reason.replace(" ", "-") in path.name for path in box.files)

@@ -180,12 +180,17 @@ class Controller:
         return about | {"entropy": run.entropy, "ids": answer.prediction.ids[0].tolist()}
 
     def _ask(self, run: _Run, reading: Reading) -> None:
-        """Ask for the next chunk when it is time: at the policy's own pace, or when the buffer runs out before then."""
+        """Ask for the next chunk when it is time: at the policy's own pace, or when the buffer runs out before then.
+
+        A policy so far away that half a chunk passes until the next one comes is waited for instead: asked when the
+        last action is about to be executed, it answers to where the robot is, not to where a third plan of it was."""
         tick = run.rate.tick
         needed = math.floor(self._inference.latency() * self.hz) + 1  # ticks until an answer can be used
+        near = needed <= self._policy.horizon // 2
         new = run.instruction != self.instruction
-        due = new or run.asked is None or tick - run.asked >= self._policy.n_action_steps
-        if self._inference.busy_since is not None or not (due or run.buffer.ahead(tick) <= needed):
+        due = new or run.asked is None or (near and tick - run.asked >= self._policy.n_action_steps)
+        left = needed if near else 1
+        if self._inference.busy_since is not None or not (due or run.buffer.ahead(tick) <= left):
             return
         if new:
             run.memory, run.instruction = Memory(), self.instruction  # the old plan is for another task
