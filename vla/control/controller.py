@@ -176,20 +176,19 @@ class Controller:
             if len(run.errors) < _KEPT:
                 run.errors.append(answer.error or "")
             return about | {"error": answer.error}
-        run.accept(answer, max_age=math.ceil(self._config.safety.max_age_s * self.hz))
+        executed = self._policy.horizon if self._near else self._policy.n_action_steps
+        run.accept(answer, math.ceil(self._config.safety.max_age_s * self.hz), executed)
         return about | {"entropy": run.entropy, "ids": answer.prediction.ids[0].tolist()}
 
     def _ask(self, run: _Run, reading: Reading) -> None:
         """Ask for the next chunk when it is time: at the policy's own pace, or when the buffer runs out before then.
 
-        A policy so far away that half a chunk passes until the next one comes is waited for instead: asked when the
-        last action is about to be executed, it answers to where the robot is, not to where a third plan of it was."""
-        tick = run.rate.tick
-        needed = math.floor(self._inference.latency() * self.hz) + 1  # ticks until an answer can be used
-        near = needed <= self._policy.horizon // 2
+        A policy that is far away is waited for instead: asked when the last of `n_action_steps` actions is about to be
+        executed, it answers to where the robot is, not to where it was two plans ago."""
+        tick, needed = run.rate.tick, self._needed
         new = run.instruction != self.instruction
-        due = new or run.asked is None or (near and tick - run.asked >= self._policy.n_action_steps)
-        left = needed if near else 1
+        due = new or run.asked is None or (self._near and tick - run.asked >= self._policy.n_action_steps)
+        left = needed if self._near else 1
         if self._inference.busy_since is not None or not (due or run.buffer.ahead(tick) <= left):
             return
         if new:
@@ -204,6 +203,16 @@ class Controller:
             if len(plan):
                 run.memory.commit(plan, self._config.trust)
         self._inference.request(seen, reading.observation, self.instruction, run.memory)
+
+    @property
+    def _needed(self) -> int:
+        """Ticks until an answer can be used."""
+        return math.floor(self._inference.latency() * self.hz) + 1
+
+    @property
+    def _near(self) -> bool:
+        """Whether at most half a chunk passes until an answer comes: the robot need not wait for it."""
+        return self._needed <= self._policy.horizon // 2
 
     def _first_reading(self) -> Reading:
         deadline = time.monotonic() + self._config.safety.max_age_s + 5.0
@@ -246,8 +255,9 @@ class _Run:
             self._jerk += float(np.abs(d - 3 * c + 3 * b - a).mean())
             self._jerks += 1
 
-    def accept(self, answer: Answer, max_age: int) -> None:
-        """Put the chunk of an answer into the buffer; that of a plan that was given up since is forgotten.
+    def accept(self, answer: Answer, max_age: int, executed: int) -> None:
+        """Put as much of an answer's chunk into the buffer as may be `executed` from now on; a plan that was given up
+        since is forgotten.
 
         A robot that waited for it stands where its picture shows it: the ticks that it held for want of an action move
         the chunk back, unless the picture is older than `max_age` ticks, after which the world may be another."""
@@ -258,7 +268,8 @@ class _Run:
             self.begun = True
             now = self.rate.tick
             waited = self.waited(answer.tick, now) if now - answer.tick <= max_age else 0
-            self.buffer.put(answer.prediction.chunks[0], answer.tick + waited, now)
+            first = answer.tick + waited
+            self.buffer.put(answer.prediction.chunks[0, : now - first + executed], first, now)
 
     def waited(self, first: int, end: int) -> int:
         """For how many ticks from `first` to before `end` there was no action."""
