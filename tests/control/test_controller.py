@@ -94,6 +94,22 @@ def test_what_a_robot_waits_for_is_not_late(policy, driver, monkeypatch, max_age
         assert said[now] == (10 * number + place if place < 4 else 0)
 
 
+def test_a_robot_that_stalls_and_shows_old_pictures_is_commanded_on(policy, driver, monkeypatch):
+    """Ticks that were slept through have no command; what was executed since an old picture is told without them."""
+    command, observe = driver.command, driver.observe
+
+    def stall(action):
+        command(action)
+        time.sleep(0.27 if len(driver.commands) in (1, 8) else 0)
+
+    monkeypatch.setattr(driver, "command", stall)
+    monkeypatch.setattr(driver, "observe", lambda: dataclasses.replace(observe(), time=time.monotonic() - 0.3))
+    with Controller(driver, policy, ControlConfig(hz=20.0, seam="committed")) as controller:
+        record = controller.run("reach", seconds=2.0)
+    assert record["skipped"] >= 6 and record["errors"] == []
+    assert np.abs(actions(driver)[1:-1, :6]).max() > 0
+
+
 def test_it_ends_with_the_task(policy, driver):
     driver._last = 7
     with Controller(driver, policy, ControlConfig(hz=50.0)) as controller:

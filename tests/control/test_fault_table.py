@@ -85,7 +85,7 @@ def test_a_robot_that_sees_nonsense_holds_and_goes_on_afterwards(
     safe_and_on_time(bench, policy, record, 3.0)
     named = {name: count for name, count in record["interventions"].items() if name not in ("no chunk yet", "range")}
     if reason is None:
-        assert set(named) <= {"underrun"} and named.get("underrun", 0) <= 30 and record["errors"] == []
+        assert set(named) <= {"underrun"} and named.get("underrun", 0) <= 20 and record["errors"] == []
         return
     assert named[reason] >= least and record["errors"] == []
     assert any(reason.replace(" ", "-") in path.name for path in box.files)
@@ -151,14 +151,15 @@ def test_the_wall_clock_means_nothing(bench, policy, monkeypatch, safe_and_on_ti
     """It steps by an hour, twice; the loop runs on the monotonic clock."""
     real, offset = time.time, [0.0]
     monkeypatch.setattr(time, "time", lambda: real() + offset[0])
+    # Answered at once: a decoding that is late on a busy machine would be an underrun that no clock has caused.
+    prediction = policy.predict([bench.observe().observation], ["reach"])
     with Controller(bench, policy, ControlConfig(hz=HZ)) as controller:
+        monkeypatch.setattr(policy, "predict", lambda *_: prediction)
         at(controller, 8, lambda: offset.__setitem__(0, 3600.0))
         at(controller, 16, lambda: offset.__setitem__(0, -3600.0))
         record = controller.run("reach", seconds=1.2)
     safe_and_on_time(bench, policy, record, 1.2)
-    # Nothing is stale, and nothing is waited for; a busy machine may decode late now and then.
-    assert set(record["interventions"]) <= {"no chunk yet", "range", "underrun"}
-    assert record["interventions"].get("underrun", 0) <= 10
+    assert set(record["interventions"]) <= {"no chunk yet", "range"}
 
 
 def test_hold_and_resume_while_it_runs(bench, policy):

@@ -239,7 +239,7 @@ class _Run:
         self.asked: int | None = None  # tick of the last request's observation; the memory stands there
         self.entropy = 0.0
         self.begun = self.success = False  # begun: a first chunk has come
-        self.commands: collections.deque[np.ndarray] = collections.deque(maxlen=_KEPT)
+        self.commands: collections.deque[tuple[int, np.ndarray]] = collections.deque(maxlen=_KEPT)  # with their ticks
         self._empty: collections.deque[int] = collections.deque(maxlen=_KEPT)  # ticks for which there was no action
         self._jerk, self._jerks = 0.0, 0
         self.decode_ms = array.array("d")  # eight bytes each: a run may last for days
@@ -247,11 +247,11 @@ class _Run:
 
     def note(self, command: np.ndarray, empty: bool) -> None:
         """Another command has left; `empty` if there was no action for this tick."""
-        self.commands.append(command)
+        self.commands.append((self.rate.tick, command))
         if empty:
             self._empty.append(self.rate.tick)
         if len(self.commands) > 3:
-            a, b, c, d = (self.commands[i] for i in range(-4, 0))
+            a, b, c, d = (self.commands[i][1] for i in range(-4, 0))
             self._jerk += float(np.abs(d - 3 * c + 3 * b - a).mean())
             self._jerks += 1
 
@@ -279,7 +279,7 @@ class _Run:
         """The actions that are executed in `count` ticks from `first` on if nothing new comes, [at most count, D]: past
         commands, then what the buffer says."""
         now = self.rate.tick
-        past = [self.commands[tick - now] for tick in range(first, now) if tick not in self._empty]
+        past = [command for tick, command in self.commands if tick >= first and tick not in self._empty]
         ahead = [self.buffer.at(tick) for tick in range(now, first + count)]
         return np.array(past + [action for action in ahead if action is not None], np.float32)[:count]
 

@@ -96,7 +96,8 @@ def untrained_config(name: str, image_size: int | None = None) -> VLAConfig:
     """An architecture of this package: a convolutional encoder that the instruction steers, and a LLaMA decoder.
 
     "nano-init" is that of the embedded backbone, for CPUs: 96 pixels, 16 tokens per camera, 4 layers of 256, 5 M
-    parameters. "small-init" is for GPUs: 144 pixels, 36 tokens per camera, 8 layers of 512, 37 M parameters.
+    parameters. "small-init" is for GPUs: 144 pixels, 36 tokens per camera, 8 layers of 512, 36 M parameters.
+    `image_size` is another side in pixels than these.
     """
     width, layers, channels, blocks, usual_size = _SIZES[name]
     image_size = image_size or usual_size
