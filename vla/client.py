@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -87,9 +87,15 @@ class RemotePolicy(ChunkPolicy):
         return low, high
 
     def predict(
-        self, observations: Sequence[Observation], instructions: Sequence[str], memories: Sequence[Memory] | None = None
+        self,
+        observations: Sequence[Observation],
+        instructions: Sequence[str],
+        memories: Sequence[Memory] | None = None,
+        on_action: Callable[[int, np.ndarray], None] | None = None,
     ) -> Prediction:
         """One request after the other; a server decodes together what comes from different clients."""
+        if on_action is not None:
+            raise ConfigError("a served chunk comes as a whole: its actions cannot be streamed.")
         memories = [Memory() for _ in observations] if memories is None else memories
         answers = [self._ask(*request) for request in zip(observations, instructions, memories, strict=True)]
         chunks = np.stack([answer["actions"] for answer in answers])

@@ -191,7 +191,10 @@ def _summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     interventions: Counter[str] = Counter()
     for record in records:
         interventions.update(record["interventions"])
-    timings = {name: [ms for record in records for ms in record[name]] for name in ("lateness_ms", "decode_ms")}
+    timings = {
+        name: [ms for record in records for ms in record[name]]
+        for name in ("lateness_ms", "first_action_ms", "decode_ms")
+    }
     return {
         "successes": successes,
         "n_episodes": total,
@@ -214,7 +217,8 @@ def _print(info: dict[str, Any]) -> None:
         "success": f"{info['successes']}/{info['n_episodes']} (95 % interval {low:.0f} to {high:.0f}){guided}",
         "ticks": f"{info['ticks']}, {100 * info['missed']:.2f} % of the deadlines missed",
         "lateness of a command": _spread(info["lateness_ms"]),
-        "decoding": _spread(info["decode_ms"]),
+        "until the first action": _spread(info["first_action_ms"]),
+        "until the whole chunk": _spread(info["decode_ms"]),
         "interventions": ", ".join(f"{count} x {reason}" for reason, count in info["interventions"].items()) or "none",
         "mean jerk of the commands": f"{info['jerk']:.3f}",
     }

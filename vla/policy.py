@@ -107,15 +107,28 @@ class ChunkPolicy(abc.ABC):
     def action_limits(self) -> tuple[np.ndarray, np.ndarray]:
         """Lowest and highest value of each action entry that a token can say, float [D], in the robot's units."""
 
+    @property
+    def streams(self) -> bool:
+        """Whether `predict` can hand over a chunk's actions one by one, and gains time by it."""
+        return False
+
     @abc.abstractmethod
     def predict(
-        self, observations: Sequence[Observation], instructions: Sequence[str], memories: Sequence[Memory] | None = None
+        self,
+        observations: Sequence[Observation],
+        instructions: Sequence[str],
+        memories: Sequence[Memory] | None = None,
+        on_action: Callable[[int, np.ndarray], None] | None = None,
     ) -> Prediction:
         """Chunks for a batch of observations, and how sure the policy was of them.
 
         Args:
             memories: one per episode, which this call updates; the caller tells them what is executed
                 (`Memory.advance`).
+            on_action: is called with (index, action [D], un-normalised) as soon as an action is decoded, while the rest
+                of the chunk is still to come; for one observation.
+        Raises:
+            ConfigError: actions cannot be streamed.
         """
 
     def reset(self, instruction: str) -> None:
@@ -222,6 +235,19 @@ class Policy(ChunkPolicy):
         ends = np.stack([-np.ones(self.robot.action_dim), np.ones(self.robot.action_dim)])
         low, high = self.processor.unnormalize(ends, self.unnorm_key)
         return np.minimum(low, high), np.maximum(low, high)
+
+    @property
+    def streams(self) -> bool:
+        """Whether `predict` can hand over a chunk's actions one by one, and gains time by it: on a GPU, a chunk is one
+        graph and comes at once."""
+        by_action = self.processor.action_tokenizer.tokens_per_action is not None
+        return by_action and self._final_by_token and self.device.type != "cuda"
+
+    @property
+    def _final_by_token(self) -> bool:
+        """Whether a decoded token says what will be executed, whatever follows."""
+        config = self.decoding
+        return config.num_beams == 1 and config.readout != "mean" and config.ensemble is None
 
     def for_key(self, unnorm_key: str | None) -> Policy:
         """The same policy with other statistics, in an episode of its own; the network is shared, not copied."""
@@ -336,14 +362,7 @@ class Policy(ChunkPolicy):
         if on_action is None:
             return None
         tokens = self.processor.action_tokenizer.tokens_per_action
-        config = self.decoding
-        if (
-            tokens is None
-            or size > 1
-            or config.num_beams > 1
-            or config.readout == "mean"
-            or config.ensemble is not None
-        ):
+        if tokens is None or size > 1 or not self._final_by_token:
             raise ConfigError(
                 "actions can be streamed for one observation, decoded token by token: without beams, readout 'mean' or "
                 "temporal ensembling."

@@ -31,6 +31,27 @@ def test_actions_that_come_late_are_dropped_and_counted():
     assert buffer.late == 6 and buffer.at(9) is None
 
 
+def test_a_chunk_that_is_still_decoded_leaves_the_rest_to_the_one_before():
+    buffer = ChunkBuffer("switch")
+    buffer.put(chunk(10), first=0, now=0)
+    buffer.put(chunk(20)[:1], first=2, now=2, more=True)
+    assert [buffer.at(tick)[0] for tick in (2, 3)] == [20, 13] and buffer.at(4) is None and buffer.ahead(2) == 2
+    buffer.put(chunk(20)[:2], first=2, now=3, more=True)
+    assert buffer.at(3)[0] == 21 and buffer.late == 0
+    buffer.put(chunk(20), first=2, now=3)
+    assert [buffer.at(tick)[0] for tick in (3, 4, 5)] == [21, 22, 23] and buffer.late == 0
+    buffer.put(chunk(30)[:3], first=6, now=8, more=True)
+    assert buffer.late == 2
+
+
+def test_a_chunk_that_breaks_off_is_not_mistaken_for_the_next():
+    buffer = ChunkBuffer("ensemble")
+    buffer.put(chunk(10)[:2], first=0, now=0, more=True)
+    buffer.complete()
+    buffer.put(chunk(20), first=1, now=1)
+    assert 11 < buffer.at(1)[0] < 20 and buffer.at(2)[0] == 21
+
+
 def test_ensembling_averages_what_overlaps_but_not_the_gripper():
     buffer = ChunkBuffer("ensemble", gripper=1)
     buffer.put(chunk(10), first=0, now=0)

@@ -285,7 +285,8 @@ def test_a_policy_of_positions_begins_where_the_robot_is(monkeypatch, observatio
     network, processor = build_policy(ModelConfig(backbone="nano-init", horizon=4, n_action_steps=4, bins=31), facts)
     node, robot = robot_of(monkeypatch, ARM, cameras={"front": "/image"}, command_topic="/go")
     picture = image(observations(1)[0]["pixels"]["front"])
-    config = ControlConfig(safety=SafetyConfig(max_velocity={"shoulder": 0.5, "elbow": 0.5}))
+    # It waits for its first actions, which come 0.15 s later, where it is.
+    config = ControlConfig(injected_latency_s=0.15, safety=SafetyConfig(max_velocity={"shoulder": 0.5, "elbow": 0.5}))
     with Controller(robot, Policy(network.eval(), processor), config) as controller:
         for at in ([0.9, -0.8, 1.0], [-0.5, 0.7, -1.0]):
             node.hear("/image", picture)
@@ -372,7 +373,9 @@ def test_a_new_instruction_holds_and_stops(active):
     node, _ = active
     told, controller = [], node.pilot.controller
     real = controller._policy.predict
-    with mock.patch.object(controller._policy, "predict", lambda o, i, m: (told.append(i[0]), real(o, i, m))[1]):
+    with mock.patch.object(
+        controller._policy, "predict", lambda o, i, m, *on: (told.append(i[0]), real(o, i, m, *on))[1]
+    ):
         node.hear("/vla/instruction", ros.String(data="push"))
         until(lambda: "push" in told)
     node.hear("/vla/instruction", ros.String(data=" "))

@@ -27,19 +27,33 @@ class ChunkBuffer:
     def __init__(self, seam: Seam = "switch", gripper: int | None = None) -> None:
         self.seam, self._gripper = seam, gripper
         self._chunks: list[tuple[int, np.ndarray]] = []  # first tick, actions [H, D]; oldest first
+        self._begun = 0  # actions of the newest chunk, while more of them are to come
         self.late = 0  # actions that came after their tick
 
-    def put(self, chunk: np.ndarray, first: int, now: int) -> None:
-        """Take a chunk [H, D] whose action i is for tick first + i; `now` is the next tick to be executed."""
-        self.late += int(np.clip(now - first, 0, len(chunk)))
-        past = self._chunks if self.seam == "ensemble" else []
+    def put(self, chunk: np.ndarray, first: int, now: int, more: bool = False) -> None:
+        """Take a chunk [H, D] whose action i is for tick first + i; `now` is the next tick to be executed.
+
+        Where `more` of it is to come, the next call brings the same chunk with more actions, and the chunk before it
+        speaks about the ticks that it does not reach yet."""
+        known = self._begun
+        self.late += int(np.clip(now - first - known, 0, len(chunk) - known))
+        past = self._chunks[:-1] if known else self._chunks
+        if self.seam != "ensemble" and not more:
+            past = []
         self._chunks = [(start, old) for start, old in past if start + len(old) > now] + [(first, chunk)]
+        self._begun = len(chunk) if more else 0
+
+    def complete(self) -> None:
+        """Nothing more of the newest chunk comes."""
+        self._begun = 0
 
     def at(self, tick: int) -> np.ndarray | None:
         """The action for `tick`, float32 [D]; None when no chunk speaks about it (an underrun)."""
         votes = [chunk[tick - first] for first, chunk in self._chunks if 0 <= tick - first < len(chunk)]
         if not votes:
             return None
+        if self.seam != "ensemble":
+            return votes[-1]
         weights = np.exp(-_OLD * np.arange(len(votes)))
         action = np.average(votes, axis=0, weights=weights).astype(np.float32)
         if self._gripper is not None:
@@ -51,4 +65,4 @@ class ChunkBuffer:
         return max((first + len(chunk) - tick for first, chunk in self._chunks), default=0)
 
     def clear(self) -> None:
-        self._chunks = []
+        self._chunks, self._begun = [], 0

@@ -37,6 +37,10 @@ class Rate:
     def deadline(self, tick: int) -> float:
         return self._start + tick * self.period
 
+    def left(self) -> float:
+        """Seconds until the next tick is due."""
+        return self.deadline(self.tick + 1) - self._now()
+
     def wait(self) -> int:
         """Sleep until the next tick and return its index."""
         due = self.tick + 1

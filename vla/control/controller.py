@@ -4,10 +4,12 @@ Owns: the order of things in a tick (look, ask, choose, check, command), when a 
 of a run. Deadlines are `clock`'s, thinking is `inference`'s, limits are `safety`'s: each tick takes what is there at
 that moment and always sends a command.
 
-Actions carry the tick they are for. A chunk for the observation of tick k speaks about ticks k, k + 1, ..., and is
-ready some ticks later; what it says about the ticks in between is dropped. With the "committed" seam those ticks'
-actions, which are executed while it is decoded, are given to the decoder as the chunk's first tokens: an autoregressive
-policy continues them, at no cost, as long as it finds them plausible (`vla.decoding.commitment`).
+Actions carry the tick they are for. A chunk for the observation of tick k speaks about ticks k, k + 1, ... It is asked
+for as soon as that observation is there, which is before the tick, and an autoregressive policy decodes its actions in
+the order in which they are needed: the first may be in time for tick k, and the others follow faster than they are
+executed. If they come later, what the chunk says about the ticks in between is dropped. With the "committed" seam those
+ticks' actions, which are executed while it is decoded, are given to the decoder as the chunk's first tokens: the policy
+continues them, at no cost, as long as it finds them plausible (`vla.decoding.commitment`).
 """
 
 from __future__ import annotations
@@ -37,6 +39,10 @@ from vla.memory import Memory
 from vla.policy import ChunkPolicy
 
 _KEPT = 1000  # commands and errors that a run remembers
+#: Where in the robot's period commands leave. Its pictures are taken at 0: later is more time to think about them. At 1
+#: the next period begins, and a command that is late by more than what is left to it falls into another one.
+_PHASE = 0.75
+_GLANCE_S = 0.001  # how often it looks whether a picture has come that it waits for
 
 
 class State(enum.Enum):
@@ -76,7 +82,9 @@ class Controller:
         self._seen = dataclasses.replace(theirs, cameras=ours.cameras)
         self.state, self.instruction = State.UNCONFIGURED, ""
         self.listeners: list[Callable[[Moment], None]] = []
-        self._inference = Inference(policy, config.injected_latency_s)
+        # Who judges a chunk as a whole must wait for it.
+        whole = config.safety.max_entropy is not None
+        self._inference = Inference(policy, whole, config.injected_latency_s)
         self._on_hold = self._stopping = False
 
     def __enter__(self) -> Controller:
@@ -111,9 +119,10 @@ class Controller:
         """Control for so long, until the robot says that its task is over, or until `stop`. Ends with the hold command.
 
         Returns:
-            The record: success, commands and ticks skipped, deadlines missed, each command's lateness and each decoding
-            in milliseconds, interventions by reason, actions that came after their tick, errors of the policy, and the
-            mean absolute third difference of the commands ("jerk").
+            The record: success, commands and ticks skipped, deadlines missed, in milliseconds each command's lateness,
+            and for each decoding how long its first action and all of it took, interventions by reason, actions that
+            came after their tick, errors of the policy, and the mean absolute third difference of the commands
+            ("jerk").
         """
         self.instruction = instruction
         gc.collect()
@@ -122,14 +131,13 @@ class Controller:
         first = self._first_reading()
         self.safety.begin(first.observation.get("agent_pos"))
         before = self.safety.interventions.copy()
-        # Half a period after the robot's own ticks: neither early nor late commands fall into another of its periods.
         elapsed = math.ceil((time.monotonic() - first.time) * self.hz)
-        rate = Rate(self.hz, start=first.time + (elapsed + 0.5) / self.hz)
+        rate = Rate(self.hz, start=first.time + (elapsed + _PHASE) / self.hz)
         run = _Run(rate, ChunkBuffer(self._config.seam, self._robot.spec.gripper_index))
         watch = Watch(self._seen, self._config.safety)
         try:
             while run.rate.tick < seconds * self.hz and not self._stopping:
-                run.rate.wait()
+                self._wait(run, watch)
                 reading = self._robot.observe() or first
                 if reading.over:
                     run.success = reading.success
@@ -143,23 +151,37 @@ class Controller:
             self._drain()
         return run.report() | {"interventions": dict(self.safety.interventions - before)}
 
+    def _wait(self, run: _Run, watch: Watch) -> None:
+        """Sleep until the next tick. When it is time to ask for a chunk, ask as soon as a new picture comes: at the
+        tick it would be older, and the answer a tick later."""
+        tick = run.rate.tick + 1
+        while run.rate.left() > _GLANCE_S and not self._waits_for_somebody and self._due(run, tick):
+            reading = self._robot.observe()
+            if reading is None or reading.time <= run.looked or watch.fault(reading, time.monotonic()) is not None:
+                time.sleep(_GLANCE_S)
+            elif reading.over:
+                break
+            else:
+                self._ask(run, reading, tick)
+        run.rate.wait()
+
     def _tick(self, run: _Run, reading: Reading, watch: Watch) -> None:
         """Look, think, check, command: what is there at this moment is what counts."""
-        on_hold = self._on_hold or self.safety.stopped
+        on_hold = self._waits_for_somebody
         self.state = State.HOLDING if on_hold else State.RUNNING
         fault = watch.fault(reading, time.monotonic())
         decoding = self._take(run)
         if on_hold:
             run.forget()
-        elif fault is None:
-            self._ask(run, reading)
+        elif fault is None and self._due(run, run.rate.tick):
+            self._ask(run, reading, run.rate.tick)
         missing = "on hold" if on_hold else "underrun" if run.begun else "no chunk yet"
         state = reading.observation.get("agent_pos")
         wanted = run.buffer.at(run.rate.tick)
         command = self.safety.check(wanted, fault, state, run.entropy, missing)
         self._robot.command(command.action)
         run.rate.sent()
-        run.note(command.action, empty=wanted is None)
+        run.note(command.action, reading.time, empty=wanted is None)
         if run.rate.tick % round(self.hz) == 0:
             gc.collect(1)  # what a second leaves behind is found in microseconds: the rest is frozen
         moment = Moment(run.rate.tick, run.rate.lateness[-1], reading, command.action, command.reasons, decoding)
@@ -172,42 +194,56 @@ class Controller:
         if answer is None:
             return None
         about = {"asked": answer.tick, "ms": round(1e3 * answer.seconds, 3)}
-        if answer.prediction is None:
+        if answer.error is not None:
+            run.buffer.complete()
             if len(run.errors) < _KEPT:
-                run.errors.append(answer.error or "")
+                run.errors.append(answer.error)
             return about | {"error": answer.error}
         executed = self._policy.horizon if self._near else self._policy.n_action_steps
-        run.accept(answer, math.ceil(self._config.safety.max_age_s * self.hz), executed)
+        run.accept(answer, time.monotonic() - run.asked_at <= self._config.safety.max_age_s, executed)
+        if answer.prediction is None:
+            return None  # the rest is still to come
         return about | {"entropy": run.entropy, "ids": answer.prediction.ids[0].tolist()}
 
-    def _ask(self, run: _Run, reading: Reading) -> None:
-        """Ask for the next chunk when it is time: at the policy's own pace, or when the buffer runs out before then.
+    def _due(self, run: _Run, tick: int) -> bool:
+        """Whether it is time to ask for the next chunk, to be executed from `tick` on: at the policy's own pace, or
+        when the buffer runs out before then.
 
         A policy that is far away is waited for instead: asked when the last of `n_action_steps` actions is about to be
         executed, it answers to where the robot is, not to where it was two plans ago."""
-        tick, needed = run.rate.tick, self._needed
-        new = run.instruction != self.instruction
-        due = new or run.asked is None or (self._near and tick - run.asked >= self._policy.n_action_steps)
-        left = needed if self._near else 1
-        if self._inference.busy_since is not None or not (due or run.buffer.ahead(tick) <= left):
-            return
-        if new:
+        if self._inference.busy_since is not None:
+            return False
+        if run.asked is None or run.instruction != self.instruction:
+            return True
+        pace = self._near and tick - run.asked >= self._policy.n_action_steps
+        return pace or run.buffer.ahead(tick) <= (self._needed if self._near else 1)
+
+    def _ask(self, run: _Run, reading: Reading, tick: int) -> None:
+        """Ask for a chunk; `tick` is the next to be commanded."""
+        if run.instruction != self.instruction:
             run.memory, run.instruction = Memory(), self.instruction  # the old plan is for another task
-        # The tick that the picture is of: it may be older than this one.
-        seen = max(tick - math.floor((time.monotonic() - reading.time) * self.hz), run.asked or 0)
+        now = time.monotonic()
+        due = max(now, run.rate.deadline(tick))
+        # The tick that the picture is of: it may be an older one.
+        seen = max(tick - math.floor((due - reading.time) * self.hz), run.asked or 0)
         if run.asked is not None:
             run.memory.advance(seen - run.asked - run.waited(run.asked, seen))
-        run.asked = seen
+        run.asked, run.asked_at, run.end = seen, reading.time, None
         if self._config.seam == "committed" and run.memory.draft is not None:
-            plan = run.plan(seen, min(tick + needed - seen, self._policy.horizon - 1))
+            passing = max(0, math.ceil((now + self._inference.latency - run.rate.deadline(tick)) * self.hz))
+            plan = run.plan(seen, min(tick + passing - seen, self._policy.horizon - 1), tick)
             if len(plan):
                 run.memory.commit(plan, self._config.trust)
         self._inference.request(seen, reading.observation, self.instruction, run.memory)
 
     @property
+    def _waits_for_somebody(self) -> bool:
+        return self._on_hold or self.safety.stopped
+
+    @property
     def _needed(self) -> int:
-        """Ticks until an answer can be used."""
-        return math.floor(self._inference.latency() * self.hz) + 1
+        """Ticks until an answer can be used, at most."""
+        return math.floor(self._inference.latency * self.hz) + 1
 
     @property
     def _near(self) -> bool:
@@ -237,16 +273,20 @@ class _Run:
         self.rate, self.buffer, self.memory = rate, buffer, Memory()
         self.instruction: str | None = None  # of the last request
         self.asked: int | None = None  # tick of the last request's observation; the memory stands there
+        self.asked_at = -math.inf  # when that was taken
+        self.end: int | None = None  # so many actions of the last chunk are executed; None: nothing of it has come
+        self.looked = -math.inf  # when the picture of the last tick was taken
         self.entropy = 0.0
         self.begun = self.success = False  # begun: a first chunk has come
         self.commands: collections.deque[tuple[int, np.ndarray]] = collections.deque(maxlen=_KEPT)  # with their ticks
         self._empty: collections.deque[int] = collections.deque(maxlen=_KEPT)  # ticks for which there was no action
         self._jerk, self._jerks = 0.0, 0
-        self.decode_ms = array.array("d")  # eight bytes each: a run may last for days
+        self.decode_ms, self.first_action_ms = array.array("d"), array.array("d")  # a run may last for days
         self.errors: list[str] = []
 
-    def note(self, command: np.ndarray, empty: bool) -> None:
+    def note(self, command: np.ndarray, looked: float, empty: bool) -> None:
         """Another command has left; `empty` if there was no action for this tick."""
+        self.looked = looked
         self.commands.append((self.rate.tick, command))
         if empty:
             self._empty.append(self.rate.tick)
@@ -255,30 +295,32 @@ class _Run:
             self._jerk += float(np.abs(d - 3 * c + 3 * b - a).mean())
             self._jerks += 1
 
-    def accept(self, answer: Answer, max_age: int, executed: int) -> None:
-        """Put as much of an answer's chunk into the buffer as may be `executed` from now on; a plan that was given up
-        since is forgotten.
+    def accept(self, answer: Answer, fresh: bool, executed: int) -> None:
+        """Put what there is of an answer's chunk into the buffer, and no more than may be `executed` from when its
+        first action came; a plan that was given up since is forgotten.
 
         A robot that waited for it stands where its picture shows it: the ticks that it held for want of an action move
-        the chunk back, unless the picture is older than `max_age` ticks, after which the world may be another."""
-        assert answer.prediction is not None
-        self.decode_ms.append(1e3 * answer.seconds)
-        self.entropy = float(answer.prediction.entropy.mean())
+        the chunk back, as long as the picture is `fresh`; later the world may be another."""
+        assert answer.actions is not None
+        if answer.prediction is not None:
+            self.decode_ms.append(1e3 * answer.seconds)
+            self.first_action_ms.append(1e3 * answer.first_s)
+            self.entropy = float(answer.prediction.entropy.mean())
         if self.asked == answer.tick:
             self.begun = True
             now = self.rate.tick
-            waited = self.waited(answer.tick, now) if now - answer.tick <= max_age else 0
+            waited = self.waited(answer.tick, now) if fresh else 0
             first = answer.tick + waited
-            self.buffer.put(answer.prediction.chunks[0, : now - first + executed], first, now)
+            self.end = now - first + executed if self.end is None else self.end
+            self.buffer.put(answer.actions[: self.end], first, now, answer.more)
 
     def waited(self, first: int, end: int) -> int:
         """For how many ticks from `first` to before `end` there was no action."""
         return sum(first <= tick < end for tick in self._empty)
 
-    def plan(self, first: int, count: int) -> np.ndarray:
+    def plan(self, first: int, count: int, now: int) -> np.ndarray:
         """The actions that are executed in `count` ticks from `first` on if nothing new comes, [at most count, D]: past
-        commands, then what the buffer says."""
-        now = self.rate.tick
+        commands, then what the buffer says; `now` is the next tick to be commanded."""
         past = [command for tick, command in self.commands if tick >= first and tick not in self._empty]
         ahead = [self.buffer.at(tick) for tick in range(now, first + count)]
         return np.array(past + [action for action in ahead if action is not None], np.float32)[:count]
@@ -295,6 +337,7 @@ class _Run:
             "skipped": self.rate.skipped,
             "missed": self.rate.missed,
             "lateness_ms": [round(1e3 * late, 3) for late in self.rate.lateness],
+            "first_action_ms": [round(ms, 3) for ms in self.first_action_ms],
             "decode_ms": [round(ms, 3) for ms in self.decode_ms],
             "late_actions": self.buffer.late,
             "errors": self.errors,

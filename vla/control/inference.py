@@ -1,7 +1,7 @@
 """The policy in a thread of its own.
 
-Owns: at most one decoding at a time beside the control loop, its result or its error, and how long decodings take. The
-loop asks and looks, and never waits.
+Owns: at most one decoding at a time beside the control loop, its actions as they become known, its result or its error,
+and how long that takes. The loop asks and looks, and never waits.
 """
 
 from __future__ import annotations
@@ -21,25 +21,47 @@ from vla.spec import Observation
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What came of a request: a prediction for the observation of `tick`, or the error instead."""
+    """What came of the request for the observation of `tick`: a chunk's first actions [n, D] while the others are
+    decoded, then all of them and the prediction that they are of, or an error instead.
+
+    Attributes:
+        first_s, seconds: until the first action, and until what there is now.
+    """
 
     tick: int
+    first_s: float
     seconds: float
-    prediction: Prediction | None
+    actions: np.ndarray | None = None
+    prediction: Prediction | None = None
     error: str | None = None
+
+    @property
+    def more(self) -> bool:
+        """Whether the rest is still to come."""
+        return self.prediction is None and self.error is None
 
 
 class Inference:
-    """Decodes in the background. `busy_since` is when the running request was made; None when there is none."""
+    """Decodes in the background.
 
-    def __init__(self, policy: ChunkPolicy, injected_latency_s: float = 0.0) -> None:
+    Args:
+        whole: chunks are handed over only when they are complete; otherwise a policy that `streams` hands over action
+            after action.
+        injected_latency_s: what is added to every decoding, of a chunk as a whole: so does a network.
+    Attributes:
+        busy_since: when the running request was made; None when there is none.
+    """
+
+    def __init__(self, policy: ChunkPolicy, whole: bool = False, injected_latency_s: float = 0.0) -> None:
         self._policy, self._injected = policy, injected_latency_s
+        self._streams = policy.streams and not whole and not injected_latency_s
         self._wake = threading.Condition()
         self._request: tuple[int, Observation, str, Memory] | None = None
         self._answer: Answer | None = None
         self._closed = False
         self.busy_since: float | None = None
-        self.seconds: collections.deque[float] = collections.deque(maxlen=1000)
+        self.latency = 0.0  # 99 of 100 of the last decodings had their first action in so many seconds
+        self._first_s: collections.deque[float] = collections.deque(maxlen=1000)
         self._thread = threading.Thread(target=self._serve, daemon=True, name="vla-inference")
         self._thread.start()
 
@@ -51,16 +73,12 @@ class Inference:
             self._wake.notify()
 
     def take(self) -> Answer | None:
-        """The answer, once; None while there is none."""
+        """What there is of the answer; None when that has been taken already."""
         with self._wake:
             answer, self._answer = self._answer, None
-            if answer is not None:
+            if answer is not None and not answer.more:
                 self.busy_since = None
             return answer
-
-    def latency(self, share: float = 0.99) -> float:
-        """Seconds in which this share of the last decodings was done; 0 before the first."""
-        return float(np.quantile(self.seconds, share)) if self.seconds else 0.0
 
     def close(self) -> None:
         with self._wake:
@@ -77,14 +95,33 @@ class Inference:
                     return
                 assert self._request is not None
                 (tick, observation, instruction, memory), self._request = self._request, None
-            start = time.monotonic()
-            try:
-                prediction, error = self._policy.predict([observation], [instruction], [memory]), None
-            except Exception as problem:  # whatever it is, the robot must go on being commanded
-                prediction, error = None, "".join(traceback.format_exception_only(problem)).strip()
-            if self._injected:
-                time.sleep(self._injected)
+            self._decode(tick, observation, instruction, memory)
+
+    def _decode(self, tick: int, observation: Observation, instruction: str, memory: Memory) -> None:
+        request, start = ([observation], [instruction], [memory]), time.monotonic()
+        known: list[np.ndarray] = []
+        first_s = 0.0
+
+        def hand_over(index: int, action: np.ndarray) -> None:
+            nonlocal first_s
+            known.append(action)
             seconds = time.monotonic() - start
-            with self._wake:
-                self.seconds.append(seconds)
-                self._answer = Answer(tick, seconds, prediction, error)
+            first_s = first_s or seconds
+            self._put(Answer(tick, first_s, seconds, np.stack(known)))
+
+        actions, prediction, error = None, None, None
+        try:
+            prediction = self._policy.predict(*request, hand_over) if self._streams else self._policy.predict(*request)
+            actions = prediction.chunks[0]
+        except Exception as problem:  # whatever it is, the robot must go on being commanded
+            error = "".join(traceback.format_exception_only(problem)).strip()
+        if self._injected:
+            time.sleep(self._injected)
+        seconds = time.monotonic() - start
+        self._first_s.append(first_s or seconds)
+        self.latency = float(np.quantile(self._first_s, 0.99))
+        self._put(Answer(tick, first_s or seconds, seconds, actions, prediction, error))
+
+    def _put(self, answer: Answer) -> None:
+        with self._wake:
+            self._answer = answer
