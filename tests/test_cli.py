@@ -171,6 +171,32 @@ sys.exit(cli.main(["train", "--out", {str(tmp_path)!r}]))
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize(("sent", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_stop_that_python_drops_stops_all_the_same(sent, status):
+    """An exception that is raised in a `__del__` goes nowhere, and Ctrl-C may come in one."""
+    code = f"""
+import os, signal, sys, time, types
+
+class Slow:
+    def __del__(self):
+        os.kill(os.getpid(), signal.{sent})
+        time.sleep(0.5)
+
+def job(config):
+    Slow()
+    time.sleep(30)
+
+module = types.ModuleType("vla.doctor")
+module.doctor = job
+sys.modules["vla.doctor"] = module
+from vla import cli
+sys.exit(cli.main(["doctor"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=25)
+    assert (done.returncode, "Traceback" in done.stderr) == (status, False), done.stderr
+    assert "vla: stopped." in done.stderr
+
+
 def test_a_reader_that_leaves_is_not_an_error():
     read, write = os.pipe()
     os.close(read)

@@ -17,6 +17,7 @@ import importlib
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 from types import FrameType
@@ -69,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"vla {__version__}")
         return 0
     config = None
-    before = signal.signal(signal.SIGTERM, _terminate)
+    before, unraisable = signal.signal(signal.SIGTERM, _terminate), sys.unraisablehook
+    sys.unraisablehook = _again
     try:
         if " ".join(arguments[:2]) in VERBS:
             arguments[:2] = [" ".join(arguments[:2])]
@@ -94,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     finally:
         signal.signal(signal.SIGTERM, before)
+        sys.unraisablehook = unraisable
 
 
 def _usage() -> str:
@@ -166,6 +169,16 @@ def _after_a_stop(name: str, config: Any) -> str:
 
 def _terminate(signum: int, frame: FrameType | None) -> None:
     raise Terminated
+
+
+def _again(lost: sys.UnraisableHookArgs) -> None:
+    """A stop that comes in the middle of a `__del__` is lost: Python prints it and goes on. It is sent again."""
+    if not issubclass(lost.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(lost)
+        return
+    signum = signal.SIGTERM if issubclass(lost.exc_type, Terminated) else signal.SIGINT
+    # Here it would be lost, too: later, from elsewhere.
+    threading.Timer(0.05, os.kill, (os.getpid(), signum)).start()
 
 
 if __name__ == "__main__":
