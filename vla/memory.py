@@ -30,7 +30,8 @@ class Memory:
         ] = []  # per earlier chunk, oldest first: probabilities [actions ahead, entries, rows]
 
     def advance(self, executed: int) -> None:
-        """So many actions of the last chunk were executed."""
+        """So many actions of the last chunk were executed. What was committed of the next one is a matter of then."""
+        self.committed = 0
         if self.draft is not None and executed:
             self.draft = remainder(self.draft, min(executed, len(self.draft)))
         self._past = [chunk[executed:] for chunk in self._past if len(chunk) > executed]

@@ -142,7 +142,7 @@ def test_a_chunk_that_breaks_off_leaves_the_plan_before_it(policy, driver, monke
     """The second chunk ends after its first action."""
     policy.n_action_steps, moments = 2, []
     with Controller(driver, policy, ControlConfig(hz=10.0)) as controller:
-        handing_over(policy, driver, monkeypatch, [0.06] * 4, fails_after=2)
+        handing_over(policy, driver, monkeypatch, [0.02, 0.09, 0.02, 0.02], fails_after=2)
         controller.listeners.append(moments.append)
         record = controller.run("reach", seconds=1.5)
     sent = list(said(moments).values())
@@ -152,16 +152,51 @@ def test_a_chunk_that_breaks_off_leaves_the_plan_before_it(policy, driver, monke
     assert max(sent) >= 50  # and it goes on
 
 
-def test_actions_that_come_slower_than_they_are_executed_are_all_executed(policy, driver, monkeypatch):
+@pytest.mark.parametrize("max_age_s", [0.4, 3.0])  # the picture grows old while the chunk comes, or does not
+def test_actions_that_come_slower_than_they_are_executed_are_all_executed(policy, driver, monkeypatch, max_age_s):
     """0.25 s per action at 10 ticks per second: the robot holds in between, and skips nothing that moves it. The second
     chunk is asked for when the last action of the first is about to be executed, which is its own first one."""
     moments = []
-    config = ControlConfig(hz=10.0, safety=SafetyConfig(max_age_s=3.0))
+    config = ControlConfig(hz=10.0, safety=SafetyConfig(max_age_s=max_age_s))
     with Controller(driver, policy, config) as controller:
         handing_over(policy, driver, monkeypatch, [0.25] * 4)
         controller.listeners.append(moments.append)
         controller.run("reach", seconds=2.5)
     assert [action for action in said(moments).values() if action][:6] == [10, 11, 12, 13, 21, 22]
+
+
+@pytest.mark.parametrize(("taken", "asked"), [(0.003, 0.1), (0.03, 0.03)])
+def test_a_picture_is_asked_about_as_soon_as_it_is_of_the_next_tick(policy, driver, monkeypatch, taken, asked):
+    """One that was taken just after a command shows the world as that command found it: it waits for the tick."""
+    calls, start = [], time.monotonic()
+
+    def observe():
+        last, now = driver.commands[-1][0] if driver.commands else start, time.monotonic()
+        return Reading(driver._observation, last + taken - (0.1 if now < last + taken else 0.0))
+
+    with Controller(driver, policy, ControlConfig(hz=10.0)) as controller:
+        real = controller._inference.request
+
+        def request(*arguments):
+            if driver.commands:
+                calls.append(time.monotonic() - driver.commands[-1][0])
+            real(*arguments)
+
+        monkeypatch.setattr(driver, "observe", observe)
+        monkeypatch.setattr(controller._inference, "request", request)
+        controller.run("reach", seconds=2.0)
+    assert len(calls) >= 4 and np.median(calls) == pytest.approx(asked, abs=0.02)
+
+
+def test_nobody_is_asked_twice_about_one_picture(policy, driver, monkeypatch):
+    real, seen = policy.predict, []
+    with Controller(driver, policy, ControlConfig(hz=20.0)) as controller:
+        monkeypatch.setattr(policy, "predict", lambda *asked: (seen.append(driver.frozen_at), real(*asked))[1])
+        timer = threading.Timer(0.5, lambda: setattr(driver, "frozen_at", time.monotonic()))
+        timer.start()
+        record = controller.run("reach", seconds=1.5)
+    assert seen.count(None) >= 2 and len(seen) - seen.count(None) <= 1
+    assert record["interventions"]["underrun"] >= 1 and record["interventions"]["stale observation"] >= 5
 
 
 def test_a_robot_that_stalls_and_shows_old_pictures_is_commanded_on(policy, driver, monkeypatch):

@@ -338,8 +338,19 @@ def test_wrong_values_are_refused_by_name(nano, values, message):
 
 def test_what_cannot_be_streamed_is_refused(nano, observations):
     for config in (DecodingConfig(num_beams=2), DecodingConfig(readout="mean"), DecodingConfig(ensemble=0.1)):
+        policy = Policy(*nano, decoding=config)
+        assert not policy.streams
         with pytest.raises(ConfigError, match="can be streamed for one observation"):
-            Policy(*nano, decoding=config).predict(observations(1), ["reach"], on_action=print)
+            policy.predict(observations(1), ["reach"], on_action=print)
+    assert Policy(*nano, device="cpu").streams
+
+
+def test_what_was_committed_to_a_prediction_that_failed_is_no_matter_of_the_next():
+    memory = Memory()
+    memory.remember(np.zeros((4, 2), np.float32))
+    memory.commit(np.ones((2, 2), np.float32))
+    memory.advance(0)
+    assert memory.committed == 0
 
 
 @pytest.mark.parametrize(

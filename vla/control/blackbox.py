@@ -40,7 +40,8 @@ class Moment:
         lateness_s: from its deadline to its command.
         reading: what the robot last said.
         command: what it was told, float32 [D]; `reasons` says why that is not what the policy wanted.
-        decoding: the chunk that came in at this tick: {asked, ms, ids, entropy} or {asked, ms, error}; else None.
+        decoding: the chunk that was complete at this tick: {asked, ms, ids, entropy} or {asked, ms, error}; else None.
+            Its first actions may have been executed since the tick that is `asked`.
     """
 
     tick: int

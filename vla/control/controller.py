@@ -6,9 +6,9 @@ that moment and always sends a command.
 
 Actions carry the tick they are for. A chunk for the observation of tick k speaks about ticks k, k + 1, ... It is asked
 for as soon as that observation is there, which is before the tick, and an autoregressive policy decodes its actions in
-the order in which they are needed: the first may be in time for tick k, and the others follow faster than they are
-executed. If they come later, what the chunk says about the ticks in between is dropped. With the "committed" seam those
-ticks' actions, which are executed while it is decoded, are given to the decoder as the chunk's first tokens: the policy
+the order in which they are needed: the first may be in time for tick k, and the others follow while it is executed. If
+the first comes later, what the chunk says about the ticks in between is dropped. With the "committed" seam those ticks'
+actions, which are executed while it is decoded, are given to the decoder as the chunk's first tokens: the policy
 continues them, at no cost, as long as it finds them plausible (`vla.decoding.commitment`).
 """
 
@@ -41,7 +41,8 @@ from vla.policy import ChunkPolicy
 _KEPT = 1000  # commands and errors that a run remembers
 #: Where in the robot's period commands leave. Its pictures are taken at 0: later is more time to think about them. At 1
 #: the next period begins, and a command that is late by more than what is left to it falls into another one.
-_PHASE = 0.75
+_PHASE = 0.8
+_EARLY = 0.1  # of a period: by so much a camera may be ahead of its time
 _GLANCE_S = 0.001  # how often it looks whether a picture has come that it waits for
 
 
@@ -152,12 +153,14 @@ class Controller:
         return run.report() | {"interventions": dict(self.safety.interventions - before)}
 
     def _wait(self, run: _Run, watch: Watch) -> None:
-        """Sleep until the next tick. When it is time to ask for a chunk, ask as soon as a new picture comes: at the
-        tick it would be older, and the answer a tick later."""
+        """Sleep until the next tick. When it is time to ask for a chunk, ask as soon as this tick's picture comes: at
+        the tick it would be older, and the answer a tick later. Pictures from before that show the world as the last
+        command found it: what the policy says about them is for the last tick."""
         tick = run.rate.tick + 1
+        begins = run.rate.deadline(tick) - (_PHASE + _EARLY) / self.hz
         while run.rate.left() > _GLANCE_S and not self._waits_for_somebody and self._due(run, tick):
             reading = self._robot.observe()
-            if reading is None or reading.time <= run.looked or watch.fault(reading, time.monotonic()) is not None:
+            if reading is None or reading.time < begins or watch.fault(reading, time.monotonic()) is not None:
                 time.sleep(_GLANCE_S)
             elif reading.over:
                 break
@@ -173,7 +176,7 @@ class Controller:
         decoding = self._take(run)
         if on_hold:
             run.forget()
-        elif fault is None and self._due(run, run.rate.tick):
+        elif fault is None and self._is_new(run, reading) and self._due(run, run.rate.tick):
             self._ask(run, reading, run.rate.tick)
         missing = "on hold" if on_hold else "underrun" if run.begun else "no chunk yet"
         state = reading.observation.get("agent_pos")
@@ -181,7 +184,7 @@ class Controller:
         command = self.safety.check(wanted, fault, state, run.entropy, missing)
         self._robot.command(command.action)
         run.rate.sent()
-        run.note(command.action, reading.time, empty=wanted is None)
+        run.note(command.action, empty=wanted is None)
         if run.rate.tick % round(self.hz) == 0:
             gc.collect(1)  # what a second leaves behind is found in microseconds: the rest is frozen
         moment = Moment(run.rate.tick, run.rate.lateness[-1], reading, command.action, command.reasons, decoding)
@@ -195,7 +198,7 @@ class Controller:
             return None
         about = {"asked": answer.tick, "ms": round(1e3 * answer.seconds, 3)}
         if answer.error is not None:
-            run.buffer.complete()
+            run.fail()
             if len(run.errors) < _KEPT:
                 run.errors.append(answer.error)
             return about | {"error": answer.error}
@@ -217,6 +220,10 @@ class Controller:
             return True
         pace = self._near and tick - run.asked >= self._policy.n_action_steps
         return pace or run.buffer.ahead(tick) <= (self._needed if self._near else 1)
+
+    def _is_new(self, run: _Run, reading: Reading) -> bool:
+        """Whether a chunk for this picture can be another one than the last."""
+        return reading.time > run.asked_at or run.instruction != self.instruction
 
     def _ask(self, run: _Run, reading: Reading, tick: int) -> None:
         """Ask for a chunk; `tick` is the next to be commanded."""
@@ -274,8 +281,8 @@ class _Run:
         self.instruction: str | None = None  # of the last request
         self.asked: int | None = None  # tick of the last request's observation; the memory stands there
         self.asked_at = -math.inf  # when that was taken
+        self.fresh = True  # whether it still was when the first action came
         self.end: int | None = None  # so many actions of the last chunk are executed; None: nothing of it has come
-        self.looked = -math.inf  # when the picture of the last tick was taken
         self.entropy = 0.0
         self.begun = self.success = False  # begun: a first chunk has come
         self.commands: collections.deque[tuple[int, np.ndarray]] = collections.deque(maxlen=_KEPT)  # with their ticks
@@ -284,9 +291,8 @@ class _Run:
         self.decode_ms, self.first_action_ms = array.array("d"), array.array("d")  # a run may last for days
         self.errors: list[str] = []
 
-    def note(self, command: np.ndarray, looked: float, empty: bool) -> None:
+    def note(self, command: np.ndarray, empty: bool) -> None:
         """Another command has left; `empty` if there was no action for this tick."""
-        self.looked = looked
         self.commands.append((self.rate.tick, command))
         if empty:
             self._empty.append(self.rate.tick)
@@ -300,23 +306,27 @@ class _Run:
         first action came; a plan that was given up since is forgotten.
 
         A robot that waited for it stands where its picture shows it: the ticks that it held for want of an action move
-        the chunk back, as long as the picture is `fresh`; later the world may be another."""
+        the chunk back, if the picture is still `fresh` when the first action comes; else the world may be another."""
         assert answer.actions is not None
         if answer.prediction is not None:
             self.decode_ms.append(1e3 * answer.seconds)
             self.first_action_ms.append(1e3 * answer.first_s)
             self.entropy = float(answer.prediction.entropy.mean())
         if self.asked == answer.tick:
-            self.begun = True
-            now = self.rate.tick
-            waited = self.waited(answer.tick, now) if fresh else 0
-            first = answer.tick + waited
-            self.end = now - first + executed if self.end is None else self.end
+            now, begins = self.rate.tick, self.end is None
+            self.begun, self.fresh = True, fresh if begins else self.fresh
+            first = answer.tick + (self.waited(answer.tick, now) if self.fresh else 0)
+            self.end = now - first + executed if begins else self.end
             self.buffer.put(answer.actions[: self.end], first, now, answer.more)
 
     def waited(self, first: int, end: int) -> int:
         """For how many ticks from `first` to before `end` there was no action."""
         return sum(first <= tick < end for tick in self._empty)
+
+    def fail(self) -> None:
+        """The last request brought nothing, or nothing more: its picture may be asked about again."""
+        self.buffer.complete()
+        self.asked_at = -math.inf
 
     def plan(self, first: int, count: int, now: int) -> np.ndarray:
         """The actions that are executed in `count` ticks from `first` on if nothing new comes, [at most count, D]: past
@@ -328,7 +338,7 @@ class _Run:
     def forget(self) -> None:
         """Give up the plan: what comes after a hold begins anew."""
         self.buffer.clear()
-        self.memory, self.asked, self.begun = Memory(), None, False
+        self.memory, self.asked, self.asked_at, self.begun = Memory(), None, -math.inf, False
 
     def report(self) -> dict[str, Any]:
         return {

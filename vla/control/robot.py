@@ -37,7 +37,8 @@ class Robot(Protocol):
     spec: RobotSpec
 
     def observe(self) -> Reading | None:
-        """The latest reading; None before the first."""
+        """The latest reading; None before the first. Asked for up to a thousand times a second: the same object as
+        long as nothing new has come."""
 
     def command(self, action: np.ndarray) -> None:
         """Execute `action`, float32 [D] in the robot's units, in the period that begins now."""

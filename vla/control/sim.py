@@ -174,7 +174,9 @@ def _episode(
         last = waiting.popleft() if waiting else env.robot.hold_action(last)
         observation, _, terminated, truncated, info = env.step(last)
         over = terminated or truncated
-        outbox.put("reading", Reading(observation, time.monotonic(), over, bool(info["is_success"]), _plain(info)))
+        # The world is what it is at the tick, however long it takes to compute and to draw.
+        taken = rate.deadline(rate.tick)
+        outbox.put("reading", Reading(observation, taken, over, bool(info["is_success"]), _plain(info)))
         if over:
             return None
 
