@@ -328,8 +328,9 @@ class Policy(ChunkPolicy):
         config, tokenizer = self.network.config, self.processor.action_tokenizer
         ids = np.full((len(memories), tokenizer.n_tokens), config.action_token_begin + tokenizer.vocab_size // 2)
         for row, memory in enumerate(memories):
-            if memory.draft is not None:
-                known = self.processor.encode_actions(memory.draft, self.unnorm_key)
+            if memory.draft is not None and len(memory.draft):
+                held = np.repeat(memory.draft[-1:], self.horizon - len(memory.draft), axis=0)  # it was decoded in part
+                known = self.processor.encode_actions(np.concatenate([memory.draft, held]), self.unnorm_key)
                 ids[row, : len(known)] = known
         return torch.from_numpy(ids)
 

@@ -316,6 +316,12 @@ def test_max_actions_decodes_the_first_actions_only(nano, observations):
     for config in (DecodingConfig(max_actions=2), DecodingConfig(max_actions=2, num_beams=1, readout="mode")):
         part = Policy(network, processor, n_action_steps=2, decoding=config).predict(observations(3), ["reach"] * 3)
         np.testing.assert_array_equal(part.chunks, whole.chunks[:, :2])
+    policy = Policy(network, processor, n_action_steps=2, decoding=DecodingConfig(max_actions=2))
+    memory, whole = Memory(), Policy(network, processor)
+    for observation in observations(3):  # each from what the chunk before left over
+        (found,) = policy.predict([observation], ["reach"], [memory]).ids
+        np.testing.assert_array_equal(found, whole.predict([observation], ["reach"]).ids[0, : len(found)])
+        memory.advance(1)
     with pytest.raises(ConfigError, match="4 actions are executed, but max_actions is 2"):
         Policy(network, processor, n_action_steps=4, decoding=DecodingConfig(max_actions=2))
 

@@ -159,8 +159,7 @@ class Engine:
             known += gained
             if known >= total:
                 break
-            # Where guesses are poor, look less far ahead: a forward of few tokens is a shorter one.
-            window = min(max(8, 2 * gained) if gained > 1 else 2, ahead, total - known)
+            window = min(ahead, total - known)
             start = length + known - 1
             hidden = F.embedding(candidate[:, known - 1 : known - 1 + window], table)
         if streamer is not None:
