@@ -58,6 +58,7 @@ def test_it_executes_the_policys_chunks(policy, driver, observations, seam):
     sent = actions(driver)
     begun = record["interventions"].get("no chunk yet", 0)
     assert begun <= 4 and record["errors"] == []
+    np.testing.assert_array_equal(sent[:begun, :6], 0)
     # While nothing was known the robot stood where its picture shows it: the chunk begins with its first action.
     np.testing.assert_allclose(sent[begun], chunk[0], atol=1e-6)
     assert len(sent) == pytest.approx(21, abs=2)
