@@ -178,7 +178,9 @@ def _again(lost: sys.UnraisableHookArgs) -> None:
         return
     signum = signal.SIGTERM if issubclass(lost.exc_type, Terminated) else signal.SIGINT
     # Here it would be lost, too: later, from elsewhere.
-    threading.Timer(0.05, os.kill, (os.getpid(), signum)).start()
+    later = threading.Timer(0.05, os.kill, (os.getpid(), signum))
+    later.daemon = True  # a job that ends before needs no stop
+    later.start()
 
 
 if __name__ == "__main__":

@@ -164,7 +164,7 @@ def test_the_wall_clock_means_nothing(bench, policy, monkeypatch, safe_and_on_ti
 
 def test_hold_and_resume_while_it_runs(bench, policy, monkeypatch):
     real, drafts = policy.predict, []
-    with Controller(bench, policy, ControlConfig(hz=HZ)) as controller:
+    with Controller(bench, policy, ControlConfig(hz=HZ, injected_latency_s=0.1)) as controller:
         monkeypatch.setattr(policy, "predict", lambda o, i, m, *on: (drafts.append(m[0].draft), real(o, i, m, *on))[1])
         states = []
         controller.listeners.append(lambda moment: states.append(controller.state.value))
@@ -173,7 +173,8 @@ def test_hold_and_resume_while_it_runs(bench, policy, monkeypatch):
         record = controller.run("reach", seconds=2.0)
     assert 5 <= record["interventions"]["on hold"] <= 10
     assert states[0] == states[-1] == "running" and "holding" in states
-    assert [draft is None for draft in drafts].count(True) == 2  # the old plan is not gone on with
+    assert record["interventions"]["no chunk yet"] >= 2  # the old plan is not gone on with
+    assert [draft is None for draft in drafts].count(True) == 2
 
 
 def test_a_new_instruction_counts_from_the_next_chunk_on(bench, policy, monkeypatch):
