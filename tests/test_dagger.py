@@ -1,5 +1,6 @@
 """`vla dagger`: the student drives, the expert labels what it visits, and an interruption changes nothing."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -21,7 +22,7 @@ from vla.dagger import dagger
 from vla.data.reader import Demonstrations
 from vla.data.staging import finished
 from vla.errors import ConfigError, DataError, SimulatorError
-from vla.rollin import ROUNDS_APART, roll_in
+from vla.rollin import ROUNDS_APART, scenes_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -57,6 +58,10 @@ def settings(beta: float = 0.5, episodes: int = 5, kwargs: dict | None = None, *
     return DaggerConfig(
         env=(ENV_ID,), beta=beta, episodes=episodes, n_envs=2, adapter=adapter(**kwargs or {}), **values
     )
+
+
+def roll_in(config: DaggerConfig, number: int, student: "Wanderer", out: Path) -> Path:
+    return rollin.roll_in(config, number, student, out, scenes_of(config, number))
 
 
 def blocks(demos: Demonstrations):
@@ -227,6 +232,24 @@ def test_the_whole_job_stopped_resumed_and_extended(tmp_path):
     assert whole.returncode == 0 and "ended by labels" in text, error[-2000:]
     for number in range(3):
         assert same_files(*(tmp_path / name / f"round-{number}" / "data" for name in ("broken", "whole")))
+
+
+def test_no_label_is_spent_on_what_the_policy_can_do_alone(tmp_path):
+    """Where nothing moves, who starts near the goal succeeds: of the scenes 10016 to 10019 that is the second."""
+    seen = collect(CollectConfig((ENV_ID,), tmp_path / "seen", 3, adapter=adapter()))
+    still = {"module": "tests.pointworld", "max_steps": 4, "kwargs": {"gain": 0.0}}
+    config = tiny(
+        tmp_path / "out", data=[str(seen)], seed=16, rounds=1, scenes="failed", warm_start=False, adapter=still
+    )
+    info = dagger(config)
+    asked = Demonstrations(tmp_path / "out" / "round-1" / "data")
+    assert [episode.seed for episode in asked.episodes] == [10016, 10018, 10019]
+    assert [row["optimizer_steps"] for row in info["rounds"]] == [2, 2] and info["stopped"] == "rounds"
+    trained = configuration.load(TrainConfig, tmp_path / "out" / "round-1" / "train" / "config.yaml")
+    assert trained.model.backbone == "nano-init" and len(trained.data) == 2
+
+    info = dagger(dataclasses.replace(config, out=tmp_path / "easy", seed=17, episodes=1))
+    assert len(info["rounds"]) == 1 and info["stopped"] == "success in every scene"
 
 
 @pytest.mark.parametrize(

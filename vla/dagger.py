@@ -1,11 +1,12 @@
 """`vla dagger`: demonstrations of the states that the policy itself gets into (DAgger; Ross et al. 2011).
 
 Owns: the rounds, when they end, and what they cost and brought. Round 0 is behaviour cloning. Every later round rolls
-in the last policy with the expert at its side (`vla.rollin`), trains that policy further on the demonstrations of all
-rounds, and evaluates it. Every stage is a job of its own; what is finished in the output folder is not done again. It
-does not know how roll-ins are played, policies trained or results computed.
+in the last policy with the expert at its side (`vla.rollin`), trains that policy further (or a new one) on the
+demonstrations of all rounds, and evaluates it. Every stage is a job of its own; what is finished in the output folder
+is not done again. It does not know how roll-ins are played, policies trained or results computed.
 
     round-0/data, train, rollout     as `vla collect`, `vla train` and `vla rollout` leave them; likewise round-1, ...
+    round-1/alone                    the last policy in this round's scenes, if only its failures are labelled
     bc-4/...                         behaviour cloning on the budget of rounds 0 to 4
     dagger.json, dagger.png          success against the number of labels
 """
@@ -35,7 +36,7 @@ from vla.data.pictures import ACCENT, INK, LINE, SOFT, WARN
 from vla.data.reader import Demonstrations
 from vla.errors import ConfigError
 from vla.policy import Policy
-from vla.rollin import ROUNDS_APART, roll_in
+from vla.rollin import ROUNDS_APART, Scene, first_seed, roll_in, scenes_of
 from vla.rollout import rollout
 from vla.train import train
 
@@ -58,8 +59,10 @@ def dagger(config: DaggerConfig) -> dict[str, Any]:
     rounds: list[dict[str, Any]] = []
     info: dict[str, Any] = {"rounds": rounds, "stopped": None}
     while info["stopped"] is None:
-        rounds.append(_round(config, rounds))
-        info["stopped"] = _enough(config, rounds)
+        row = _round(config, rounds)
+        if row is not None:
+            rounds.append(row)
+        info["stopped"] = _enough(config, rounds) if row is not None else "success in every scene"
         _write(config, info)
     if config.compare_bc and len(rounds) > 1:
         info["bc"] = _behaviour_cloning(config, rounds)
@@ -69,8 +72,8 @@ def dagger(config: DaggerConfig) -> dict[str, Any]:
     return info
 
 
-def _round(config: DaggerConfig, before: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One round: demonstrations, training, evaluation."""
+def _round(config: DaggerConfig, before: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """One round: demonstrations, training, evaluation. None: there is no scene to ask the expert about."""
     number = len(before)
     folder = config.out / f"round-{number}"
     title = f"expert drives {config.beta**number:.0%} of the roll-ins" if number else "behaviour cloning"
@@ -80,8 +83,12 @@ def _round(config: DaggerConfig, before: Sequence[dict[str, Any]]) -> dict[str, 
         last = before[-1]
         new = [folder / "data"]
         if not (new[0] / INFO).is_file():
-            roll_in(config, number, Policy.from_pretrained(last["policy"], config.device), new[0])
-        data, backbone, done = [*map(Path, last["data"]), *new], last["policy"], last["optimizer_steps"]
+            scenes = scenes_of(config, number) if config.scenes == "all" else _failed(config, number, last["policy"])
+            if not scenes:
+                return None
+            roll_in(config, number, Policy.from_pretrained(last["policy"], config.device), new[0], scenes)
+        data = [*map(Path, last["data"]), *new]
+        backbone, done = (last["policy"], last["optimizer_steps"]) if config.warm_start else (None, 0)
     else:
         new = data = list(config.data) or [_demonstrate(config, folder / "data", config.demonstrations, config.seed)]
         backbone, done = None, 0
@@ -95,6 +102,13 @@ def _round(config: DaggerConfig, before: Sequence[dict[str, Any]]) -> dict[str, 
         "optimizer_steps": done + steps,
     }
     return row | _learn(config, folder, data, backbone, steps)
+
+
+def _failed(config: DaggerConfig, number: int, policy: str) -> list[Scene]:
+    """The scenes of this round in which the policy alone has no success."""
+    each = math.ceil(config.episodes / len(config.env))
+    alone = _evaluate(config, policy, config.out / f"round-{number}" / "alone", each, first_seed(config, number))
+    return [(episode["env_id"], episode["seed"]) for episode in alone["per_episode"] if not episode["success"]]
 
 
 def _behaviour_cloning(config: DaggerConfig, rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -141,25 +155,32 @@ def _learn(
     run, report = folder / "train", folder / "rollout"
     if not (run / "policy").is_dir():
         train(_training(config, run, data, backbone, steps))
-    if results.is_finished(report):
-        info = results.read(report)
-    else:
-        info = rollout(
-            RolloutConfig(
-                str(run),
-                config.env,
-                config.eval_episodes,
-                config.eval_seed,
-                config.n_envs,
-                videos=1,
-                out=report,
-                device=config.device,
-                adapter=config.adapter,
-            )
-        )
+    info = _evaluate(config, str(run), report, config.eval_episodes, config.eval_seed, videos=1)
     shown = ("n_episodes", "n_successes", "pc_success", "pc_success_ci95")
     places = {"data": list(map(str, data)), "policy": str(run), "report": str(report)}
     return {key: info["overall"][key] for key in shown} | places
+
+
+def _evaluate(
+    config: DaggerConfig, policy: str, report: Path, episodes: int, seed: int, videos: int = 0
+) -> dict[str, Any]:
+    """Results of a policy alone, so many episodes per environment."""
+    if results.is_finished(report):
+        return results.read(report)
+    shutil.rmtree(report, ignore_errors=True)  # of an evaluation that was killed
+    return rollout(
+        RolloutConfig(
+            policy,
+            config.env,
+            episodes,
+            seed,
+            config.n_envs,
+            videos=videos,
+            out=report,
+            device=config.device,
+            adapter=config.adapter,
+        )
+    )
 
 
 def _training(config: DaggerConfig, run: Path, data: Sequence[Path], backbone: str | None, steps: int) -> TrainConfig:

@@ -15,6 +15,7 @@ first action is what the expert would do from there; where the expert drives, al
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,9 +39,21 @@ ROUNDS_APART = 10_000  # between the first seeds of two rounds
 TURNS_APART = 1_000_000  # between the seed of an episode and that of its next try, when the environment failed
 TRIES = 5  # of one episode
 
+Scene = tuple[str, int]  # environment id, seed
 
-def roll_in(config: DaggerConfig, number: int, student: ChunkPolicy, out: Path) -> Path:
-    """Play the episodes of round `number` with a student that knows their environments, and return the dataset `out`.
+
+def scenes_of(config: DaggerConfig, number: int) -> list[Scene]:
+    """Where round `number` is played, spread evenly over the environments."""
+    first = first_seed(config, number)
+    return [(config.env[k % len(config.env)], first + k) for k in range(config.episodes)]
+
+
+def first_seed(config: DaggerConfig, number: int) -> int:
+    return config.seed + ROUNDS_APART * number
+
+
+def roll_in(config: DaggerConfig, number: int, student: ChunkPolicy, out: Path, scenes: Sequence[Scene]) -> Path:
+    """Play `scenes` in round `number` with a student that knows their environments, and return the dataset `out`.
 
     What an earlier call has left in `out` is continued.
 
@@ -49,15 +62,16 @@ def roll_in(config: DaggerConfig, number: int, student: ChunkPolicy, out: Path) 
         SimulatorError: an episode fails with seed after seed.
     """
     staging = open_staging(out, resume=out.exists())
-    done, size = set(finished(staging)), min(config.n_envs, config.episodes)
-    waves = [range(first, min(first + size, config.episodes)) for first in range(0, config.episodes, size)]
+    done, size = set(finished(staging)), min(config.n_envs, len(scenes))
+    waves = [range(first, min(first + size, len(scenes))) for first in range(0, len(scenes), size)]
     todo = [wave for wave in waves if not done.issuperset(wave)]
     with (
         Pool(size, config.adapter, host=Labeller) as pool,
-        Progress(config.episodes, "roll-ins", done=config.episodes - sum(map(len, todo))) as progress,
+        Progress(len(scenes), "roll-ins", done=len(scenes) - sum(map(len, todo))) as progress,
     ):
         for wave in todo:
-            _Wave(config, number, student, pool, staging, progress).play(wave)
+            trials = [_Trial(config, number, episode, scenes[episode]) for episode in wave]
+            _Wave(trials, number, student, pool, staging, progress).play()
     finalise(out)
     return out
 
@@ -107,11 +121,11 @@ class Labeller(Host):
 class _Trial:
     """One try at an episode of a round, and what it carries from chunk to chunk."""
 
-    def __init__(self, config: DaggerConfig, number: int, episode: int, turn: int = 0) -> None:
-        self._made_of = (config, number, episode, turn)
+    def __init__(self, config: DaggerConfig, number: int, episode: int, scene: Scene, turn: int = 0) -> None:
+        self._made_of = (config, number, episode, scene, turn)
         self.episode = episode
-        self.env_id = config.env[episode % len(config.env)]
-        self.seed = config.seed + ROUNDS_APART * number + episode + TURNS_APART * turn
+        self.env_id = scene[0]
+        self.seed = scene[1] + TURNS_APART * turn
         self.memory = Memory()
         # Not the numbers that lay out the scene, which the seed alone would give.
         self._coins = np.random.default_rng([self.seed, 1])
@@ -134,13 +148,13 @@ class _Trial:
 
     def after(self, fault: Fault) -> _Trial:
         """The next try, with another seed."""
-        config, number, episode, turn = self._made_of
+        config, number, episode, scene, turn = self._made_of
         if turn + 1 == TRIES:
             raise SimulatorError(
                 f"environment {self.env_id!r}: episode {episode} of round {number} failed with {TRIES} seeds; the last "
                 f"one ({self.seed}): {fault.message}"
             )
-        return _Trial(config, number, episode, turn + 1)
+        return _Trial(config, number, episode, scene, turn + 1)
 
     def _flip(self, count: int) -> np.ndarray:
         return self._coins.random(count) < self._beta  # never for 0, always for 1
@@ -150,16 +164,21 @@ class _Wave:
     """Episodes that run side by side: one forward decodes for all that the student drives."""
 
     def __init__(
-        self, config: DaggerConfig, number: int, student: ChunkPolicy, pool: Pool, staging: Path, progress: Progress
+        self,
+        trials: Sequence[_Trial],
+        number: int,
+        student: ChunkPolicy,
+        pool: Pool,
+        staging: Path,
+        progress: Progress,
     ) -> None:
-        self._config, self._number, self._student = config, number, student
+        self._number, self._student = number, student
         self._pool, self._staging, self._progress = pool, staging, progress
-        self._trials: dict[int, _Trial] = {}  # by slot: of all episodes that have not ended
+        self._trials = dict(enumerate(trials))  # by slot: of all episodes that have not ended
         self._views: dict[int, Start | Stretch] = {}  # by slot: the last that was seen of those under way
 
-    def play(self, episodes: range) -> None:
-        """Play these episodes to their ends."""
-        self._trials = {slot: _Trial(self._config, self._number, episode) for slot, episode in enumerate(episodes)}
+    def play(self) -> None:
+        """Play the episodes to their ends."""
         while self._trials:
             fresh = {slot: trial for slot, trial in self._trials.items() if slot not in self._views}
             self._exchange({s: ("begin", t.env_id, t.seed, self._staging, t.episode) for s, t in fresh.items()})

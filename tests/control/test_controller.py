@@ -191,12 +191,19 @@ def test_a_picture_is_asked_about_as_soon_as_it_is_of_the_next_tick(policy, driv
 
 
 def test_nobody_is_asked_twice_about_one_picture(policy, driver, monkeypatch):
+    """The camera freezes when the policy is asked for the third time; a second later it is over."""
     real, seen = policy.predict, []
     with Controller(driver, policy, ControlConfig(hz=20.0)) as controller:
-        monkeypatch.setattr(policy, "predict", lambda *asked: (seen.append(driver.frozen_at), real(*asked))[1])
-        timer = threading.Timer(0.5, lambda: setattr(driver, "frozen_at", time.monotonic()))
-        timer.start()
-        record = controller.run("reach", seconds=1.5)
+
+        def predict(*asked):
+            seen.append(driver.frozen_at)
+            if len(seen) == 3:
+                driver.frozen_at = time.monotonic()
+                threading.Timer(1.0, controller.stop).start()
+            return real(*asked)
+
+        monkeypatch.setattr(policy, "predict", predict)
+        record = controller.run("reach", seconds=30.0)
     assert seen.count(None) >= 2 and len(seen) - seen.count(None) <= 1
     assert record["interventions"]["underrun"] >= 1 and record["interventions"]["stale observation"] >= 5
 

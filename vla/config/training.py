@@ -148,6 +148,8 @@ class DaggerConfig:
         noise, noise_share: of round 0's expert, as in `vla collect`.
         rounds: at most so many rounds after round 0.
         episodes: roll-ins per round; they are kept, solved or not.
+        scenes: where the expert is asked: in "all" of these episodes, or where the policy alone has "failed": it is
+            rolled out in them first, and of what it can do already no label is spent.
         labels: no round begins once the expert has labelled so many frames; None: no such limit.
         target: share of successes, 0 to 1, at which it ends.
         beta: in round k the expert drives with probability beta ** k; 0: never after round 0; 1: always.
@@ -156,6 +158,7 @@ class DaggerConfig:
         seed: first environment seed of round 0; the roll-ins of round k begin at seed + 10000 * k.
         n_envs: environments stepped side by side.
         eval_episodes, eval_seed: closed-loop evaluation after each round, per environment.
+        warm_start: train the last policy further; if not, every round trains on all demonstrations from the start.
         finetune_steps: optimizer steps of each round after round 0; None: `train.steps`.
         compare_bc: at the end also train on demonstrations alone, with as many labels and optimizer steps, and compare.
         train: how each round trains; its data, folders and names of statistics are this job's.
@@ -171,6 +174,7 @@ class DaggerConfig:
     noise_share: float = 0.5
     rounds: int = 4
     episodes: int = 50
+    scenes: Literal["all", "failed"] = "all"
     labels: int | None = None
     target: float = 0.95
     beta: float = 0.5
@@ -179,6 +183,7 @@ class DaggerConfig:
     n_envs: int = 10
     eval_episodes: int = 50
     eval_seed: int = 100_000
+    warm_start: bool = True
     finetune_steps: int | None = None
     compare_bc: bool = False
     train: TrainConfig = TrainConfig()
