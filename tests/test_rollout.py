@@ -14,7 +14,7 @@ import pytest
 
 from tests.rollout_env import ROBOT, place
 from vla import config as configuration
-from vla.config import AdapterConfig, RolloutConfig
+from vla.config import AdapterConfig, RolloutConfig, TrainConfig
 from vla.errors import CheckpointError, ConfigError, DataError, SimulatorError, SpecError
 from vla.rollout import rollout
 from vla.spec import RobotSpec
@@ -197,6 +197,15 @@ def test_a_finished_report_is_not_overwritten_by_accident(tmp_path):
     info = rollout(dataclasses.replace(asked, overwrite=True, videos=1), Slider())
     assert info["overall"]["n_episodes"] == 2
     assert len(list((tmp_path / "r/videos").glob("*.mp4"))) == 1
+
+
+def test_what_a_killed_evaluation_has_left_is_no_obstacle(tmp_path):
+    for name, job in (("killed", settings(tmp_path / "killed")), ("other", TrainConfig())):
+        (tmp_path / name).mkdir()
+        configuration.dump(job, tmp_path / name / "config.yaml")
+    assert rollout(settings(tmp_path / "killed", episodes=1), Slider())["n_episodes_asked"] == 1
+    with pytest.raises(ConfigError, match=r"something else \(config.yaml"):
+        rollout(settings(tmp_path / "other"), Slider())
 
 
 def test_a_second_run_can_be_compared_with_the_first(tmp_path):

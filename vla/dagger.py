@@ -167,7 +167,6 @@ def _evaluate(
     """Results of a policy alone, so many episodes per environment."""
     if results.is_finished(report):
         return results.read(report)
-    shutil.rmtree(report, ignore_errors=True)  # of an evaluation that was killed
     return rollout(
         RolloutConfig(
             policy,

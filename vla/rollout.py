@@ -240,8 +240,17 @@ def _check(config: RolloutConfig) -> None:
         raise ConfigError(f"{config.out} already holds a rollout report. Choose another --out, or give --overwrite.")
     ours = {results.FILE, report.FILE, VIDEOS, "config.yaml"}
     found = {path.name for path in config.out.iterdir()} if config.out.is_dir() else set()
-    if found - ours or found == {"config.yaml"}:
+    if found - ours or (found == {"config.yaml"} and not _killed(config.out)):
         raise ConfigError(f"{config.out} holds something else ({sorted(found)[0]}, ...). Choose another --out.")
+
+
+def _killed(folder: Path) -> bool:
+    """Whether the lone config.yaml there is what an evaluation has left that was killed before it wrote results."""
+    try:
+        configuration.load(RolloutConfig, folder / "config.yaml")
+    except ConfigError:
+        return False
+    return True
 
 
 def _prepare(config: RolloutConfig) -> None:
