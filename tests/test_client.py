@@ -51,6 +51,16 @@ def test_committed_actions_travel(serving, observations):
         np.testing.assert_allclose(chunks[0][:2, 0], [-0.5, -0.24], atol=0.1)
 
 
+def test_a_server_that_decodes_in_part_is_given_whole_drafts(serving, policy, observations):
+    policy.decoding, policy.n_action_steps = DecodingConfig(max_actions=2), 2
+    with serving() as served:
+        remote, memory = RemotePolicy(served.ws), Memory()
+        for observation in observations(3):
+            found = remote.predict([observation], ["go"], [memory]).chunks
+            np.testing.assert_array_equal(found, served.policy.predict([observation], ["go"]).chunks)
+            assert found.shape == (1, 2, 7)
+
+
 def test_it_survives_a_server_that_is_restarted(serving, observations):
     (observation,) = observations(1)
     with serving() as served:

@@ -123,7 +123,12 @@ class RemotePolicy(ChunkPolicy):
         if self.robot.state_dim:
             request["agent_pos"] = np.asarray(observation["agent_pos"])
         if memory.draft is not None:
-            draft = {"draft": np.asarray(memory.draft), "committed": memory.committed, "trust": float(memory.trust)}
+            held = np.repeat(memory.draft[-1:], self.horizon - len(memory.draft), axis=0)  # it was decoded in part
+            draft = {
+                "draft": np.concatenate([memory.draft, held]),
+                "committed": memory.committed,
+                "trust": float(memory.trust),
+            }
             request |= {f"vla/{name}": value for name, value in draft.items()}
         answer = self._exchange(wire.to_msgpack(request))
         if "error" in answer:

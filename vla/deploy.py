@@ -115,6 +115,8 @@ def _black_box(config: DeployConfig, controller: Controller) -> Iterator[None]:
         yield
     finally:
         box.close()
+        if box.problem is not None:
+            print(f"the black box is not complete: {box.problem}", flush=True)
         if box.files:
             print(f"something went wrong; the black box wrote {', '.join(map(str, box.files))}", flush=True)
 

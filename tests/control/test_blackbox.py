@@ -73,3 +73,42 @@ def test_what_a_faulty_driver_calls_a_picture_does_not_break_it(tmp_path):
     box.close()
     ticks, _ = read(box.files[0])
     assert len(ticks) == 4
+
+
+def test_pictures_stay_as_long_as_their_ticks_whatever_cameras_do(tmp_path):
+    box = BlackBox(tmp_path, seconds=3.0, hz=10.0)
+    for tick in range(60):
+        seen = moment(tick)
+        if tick == 59:
+            del seen.reading.observation["pixels"]["wrist"]
+        box.add(seen)
+    box.add(moment(60, ("missing camera",)))
+    box.close()
+    ticks, pictures = read(box.files[0])  # which reads every picture that a tick names
+    assert len(ticks) == 30 and len(pictures) == 59
+
+
+def test_what_cannot_be_kept_or_written_costs_nothing_that_comes_later(tmp_path):
+    (tmp_path / "file").touch()
+    box = BlackBox(tmp_path / "file" / "box", seconds=0.1, hz=10.0)  # a folder that cannot be
+    strange = {"pixels": {"front": np.zeros((0, 8, 3), np.uint8)}, "agent_pos": ["left", "right"]}
+    box.add(Moment(0, 0.0, Reading(strange, 0.0), np.zeros(1), ("underrun",), None))
+    box.end()
+    deadline = time.monotonic() + 10
+    while box.problem is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert "NotADirectoryError" in box.problem
+    box._folder = tmp_path / "box"  # somebody has mended it
+    box.add(Moment(1, 0.0, Reading(strange, 1.0), np.zeros(1), ("underrun",), None))
+    box.close()
+    ticks, _ = read(box.files[0])
+    assert ticks[0]["tick"] == 1 and "left" in ticks[0]["state"]
+
+
+def test_a_box_that_cannot_keep_up_says_so_and_stays_small(tmp_path, monkeypatch):
+    monkeypatch.setattr(BlackBox, "_keep", lambda *_: time.sleep(0.01))
+    box = BlackBox(tmp_path, seconds=1.0, hz=10.0)
+    for tick in range(300):
+        box.add(moment(tick))
+    assert box._queue.qsize() <= 100 and "faster than" in box.problem
+    box.close()

@@ -80,3 +80,16 @@ def test_an_action_always_comes_from_a_chunk_that_speaks_about_its_tick(chunks, 
             assert seam != "ensemble" or now not in spoken
         else:
             assert min(spoken[now]) - 1e-5 <= action[0] <= max(spoken[now]) + 1e-5
+
+
+def test_chunks_for_different_tasks_are_not_averaged():
+    buffer = ChunkBuffer("ensemble")
+    buffer.put(chunk(10), first=0, now=0)
+    buffer.put(chunk(12), first=1, now=1)
+    buffer.new_task()
+    assert 12 < buffer.at(2)[0] < 13  # nothing is known yet of the new one
+    buffer.put(chunk(-40)[:1], first=2, now=2, more=True)
+    assert buffer.at(2)[0] == -40 and 13 < buffer.at(3)[0] < 14
+    buffer.put(chunk(-40), first=2, now=3)
+    buffer.put(chunk(-60), first=4, now=4)
+    assert -60 < buffer.at(4)[0] < -38

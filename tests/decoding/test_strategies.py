@@ -10,6 +10,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from transformers import MaxLengthCriteria, StoppingCriteriaList
 
 from vla.config import DecodingConfig, ModelConfig
@@ -294,14 +296,19 @@ def test_actions_leave_before_the_chunk_is_decoded(nano, observations, decoding)
     def refuse(index, action):
         raise Stop
 
-    passes = []
+    passes, forward = [], policy._engine._forward
     hook = network.language_model.model.register_forward_hook(lambda *_: passes.append(1))
+    policy._engine._forward = lambda *arguments: (passes.append(1), forward(*arguments))[1]
     try:
+        whole = policy.predict(observations(1), ["reach"]).forwards
+        assert len(passes) == whole > 4
+        passes.clear()
         with pytest.raises(Stop):
             policy.predict(observations(1), ["reach"], on_action=refuse)
     finally:
         hook.remove()
-    assert len(passes) in (0, 4)  # the engine does not go through the module; `generate` had decoded one action of four
+        policy._engine._forward = forward
+    assert 1 <= len(passes) <= 4  # tokens of one action of four
     again = Policy(network, processor, decoding=decoding).predict_chunks(observations(1), ["reach"])[0]
     np.testing.assert_array_equal(again, chunk)
 
@@ -418,3 +425,23 @@ def test_committed_actions_count_as_long_as_they_are_believed(nano, observations
     np.testing.assert_array_equal(told.ids.numpy(), wanted)
     if trust == 1.0:
         np.testing.assert_array_equal(wanted, greedy)
+
+
+@given(seed=st.integers(0, 10_000), window=st.integers(1, 8))
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_what_is_committed_in_one_row_is_no_matter_of_the_others(nano, observations, seed, window):
+    """One client's robot must not act otherwise because another's is decoded beside it."""
+    network, processor = nano
+    policy, rng = Policy(network, processor), np.random.default_rng(seed)
+    policy._engine.window = window
+    batch = processor.observe(observations(3), ["reach"] * 3)
+    begin, greedy = network.config.action_token_begin, policy.decode(batch).ids
+    guessed = torch.from_numpy(rng.integers(0, 31, greedy.shape) + begin)
+    drafts = torch.where(torch.from_numpy(rng.random(greedy.shape) < 0.7), greedy, guessed)
+    counts, trust = torch.from_numpy(rng.integers(0, 16, 3)), torch.full((3,), 0.9)
+    together = policy._engine.parallel(batch, drafts, None, Commitment(counts, trust)).ids
+    for row in range(3):
+        alone = {name: tensor[row : row + 1] for name, tensor in batch.items()}
+        committed = Commitment(counts[row : row + 1], trust[row : row + 1])
+        found = policy._engine.parallel(alone, drafts[row : row + 1], None, committed).ids
+        np.testing.assert_array_equal(together[row], found[0])

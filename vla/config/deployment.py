@@ -48,7 +48,7 @@ class ControlConfig:
             its best token's probability; 0: always, even where the pictures say that the plan is wrong.
         injected_latency_s: every decoding is made to take so much longer, to try a policy that is far away.
         black_box_s: so many last seconds (observations, tokens, commands, timings, reasons) are kept, and written to
-            the result folder after every fault; 0: none.
+            the result folder after a fault, at most once in as many seconds and at the end; 0: none.
     """
 
     __pydantic_config__ = STRICT

@@ -26,7 +26,8 @@ class ChunkBuffer:
 
     def __init__(self, seam: Seam = "switch", gripper: int | None = None) -> None:
         self.seam, self._gripper = seam, gripper
-        self._chunks: list[tuple[int, np.ndarray]] = []  # first tick, actions [H, D]; oldest first
+        self._chunks: list[tuple[int, int, np.ndarray]] = []  # task, first tick, actions [H, D]; oldest first
+        self._task = 0  # counts them
         self._begun = 0  # actions of the newest chunk, while more of them are to come
         self.late = 0  # actions that came after their tick
 
@@ -40,8 +41,12 @@ class ChunkBuffer:
         past = self._chunks[:-1] if known else self._chunks
         if self.seam != "ensemble" and not more:
             past = []
-        self._chunks = [(start, old) for start, old in past if start + len(old) > now] + [(first, chunk)]
+        self._chunks = [old for old in past if old[1] + len(old[2]) > now] + [(self._task, first, chunk)]
         self._begun = len(chunk) if more else 0
+
+    def new_task(self) -> None:
+        """The chunks to come are for another task: those that are there speak only where none of them does."""
+        self._task += 1
 
     def complete(self) -> None:
         """Nothing more of the newest chunk comes."""
@@ -49,9 +54,10 @@ class ChunkBuffer:
 
     def at(self, tick: int) -> np.ndarray | None:
         """The action for `tick`, float32 [D]; None when no chunk speaks about it (an underrun)."""
-        votes = [chunk[tick - first] for first, chunk in self._chunks if 0 <= tick - first < len(chunk)]
-        if not votes:
+        spoken = [(task, chunk[tick - first]) for task, first, chunk in self._chunks if 0 <= tick - first < len(chunk)]
+        if not spoken:
             return None
+        votes = [action for task, action in spoken if task == spoken[-1][0]]
         if self.seam != "ensemble":
             return votes[-1]
         weights = np.exp(-_OLD * np.arange(len(votes)))
@@ -62,7 +68,7 @@ class ChunkBuffer:
 
     def ahead(self, tick: int) -> int:
         """Consecutive ticks from `tick` on that have an action."""
-        return max((first + len(chunk) - tick for first, chunk in self._chunks), default=0)
+        return max((first + len(chunk) - tick for _, first, chunk in self._chunks), default=0)
 
     def clear(self) -> None:
         self._chunks, self._begun = [], 0

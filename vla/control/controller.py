@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import array
 import collections
+import contextlib
 import dataclasses
 import enum
 import gc
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ from vla.control.clock import Rate
 from vla.control.inference import Answer, Inference
 from vla.control.robot import Reading, Robot
 from vla.control.safety import SafetyFilter
-from vla.control.watch import Watch
+from vla.control.watch import Watch, state_of
 from vla.errors import ConfigError, SpecError
 from vla.memory import Memory
 from vla.policy import ChunkPolicy
@@ -126,11 +127,15 @@ class Controller:
             ("jerk").
         """
         self.instruction = instruction
-        gc.collect()
-        gc.freeze()
-        gc.disable()  # a collection takes longer than the jitter that a robot should see; `_tick` does small ones
-        first = self._first_reading()
-        self.safety.begin(first.observation.get("agent_pos"))
+        with _undisturbed():
+            try:
+                first = self._first_reading()
+                return self._control(first, seconds)
+            finally:
+                self._stopping = False
+
+    def _control(self, first: Reading, seconds: float) -> dict[str, Any]:
+        self.safety.begin(state_of(first, self._robot.spec))
         before = self.safety.interventions.copy()
         elapsed = math.ceil((time.monotonic() - first.time) * self.hz)
         rate = Rate(self.hz, start=first.time + (elapsed + _PHASE) / self.hz)
@@ -145,22 +150,26 @@ class Controller:
                     break
                 self._tick(run, reading, watch)
         finally:
-            gc.enable()
-            gc.unfreeze()
-            self.state, self._stopping = State.HOLDING, False
+            self.state = State.HOLDING
             self._robot.command(self.safety.hold().action)
             self._drain()
         return run.report() | {"interventions": dict(self.safety.interventions - before)}
 
     def _wait(self, run: _Run, watch: Watch) -> None:
-        """Sleep until the next tick. When it is time to ask for a chunk, ask as soon as this tick's picture comes: at
-        the tick it would be older, and the answer a tick later. Pictures from before that show the world as the last
-        command found it: what the policy says about them is for the last tick."""
+        """Sleep until the next tick. When it is time to ask for a chunk, ask as soon as this tick's picture comes (and
+        the policy has answered what it was asked before): at the tick it would be older, and the answer a tick later.
+        Pictures from before that show the world as the last command found it: what the policy says about them is for
+        the last tick."""
         tick = run.rate.tick + 1
         begins = run.rate.deadline(tick) - (_PHASE + _EARLY) / self.hz
         while run.rate.left() > _GLANCE_S and not self._waits_for_somebody and self._due(run, tick):
+            run.decoding = run.decoding or self._take(run, tick)  # one a tick: the black box hears of each
+            if self._inference.busy_since is not None:
+                time.sleep(_GLANCE_S)
+                continue
             reading = self._robot.observe()
-            if reading is None or reading.time < begins or watch.fault(reading, time.monotonic()) is not None:
+            awaited = reading is None or reading.time < begins or not self._is_new(run, reading)
+            if reading is None or awaited or watch.fault(reading, time.monotonic()) is not None:
                 time.sleep(_GLANCE_S)
             elif reading.over:
                 break
@@ -173,10 +182,11 @@ class Controller:
         on_hold = self._waits_for_somebody
         self.state = State.HOLDING if on_hold else State.RUNNING
         fault = watch.fault(reading, time.monotonic())
-        decoding = self._take(run)
+        decoding, run.decoding = run.decoding or self._take(run, run.rate.tick), None
+        free = self._inference.busy_since is None
         if on_hold:
             run.forget()
-        elif fault is None and self._is_new(run, reading) and self._due(run, run.rate.tick):
+        elif fault is None and free and self._is_new(run, reading) and self._due(run, run.rate.tick):
             self._ask(run, reading, run.rate.tick)
         missing = "on hold" if on_hold else "underrun" if run.begun else "no chunk yet"
         state = reading.observation.get("agent_pos")
@@ -191,8 +201,9 @@ class Controller:
         for listener in self.listeners:
             listener(moment)
 
-    def _take(self, run: _Run) -> dict[str, Any] | None:
-        """Take the chunk that is ready; returns what a black box wants to know about it."""
+    def _take(self, run: _Run, tick: int) -> dict[str, Any] | None:
+        """Take what there is of a chunk, `tick` being the next to be commanded; returns what a black box wants to know
+        about a decoding that has ended."""
         answer = self._inference.take()
         if answer is None:
             return None
@@ -203,20 +214,18 @@ class Controller:
                 run.errors.append(answer.error)
             return about | {"error": answer.error}
         executed = self._policy.horizon if self._near else self._policy.n_action_steps
-        run.accept(answer, time.monotonic() - run.asked_at <= self._config.safety.max_age_s, executed)
+        run.accept(answer, tick, self._config.safety.max_age_s, executed)
         if answer.prediction is None:
             return None  # the rest is still to come
         return about | {"entropy": run.entropy, "ids": answer.prediction.ids[0].tolist()}
 
     def _due(self, run: _Run, tick: int) -> bool:
-        """Whether it is time to ask for the next chunk, to be executed from `tick` on: at the policy's own pace, or
-        when the buffer runs out before then.
+        """Whether it is time to ask for the next chunk, to be executed from `tick` on: at the policy's own pace, when
+        the buffer runs out before then, or because the last request has failed.
 
         A policy that is far away is waited for instead: asked when the last of `n_action_steps` actions is about to be
         executed, it answers to where the robot is, not to where it was two plans ago."""
-        if self._inference.busy_since is not None:
-            return False
-        if run.asked is None or run.instruction != self.instruction:
+        if run.asked is None or run.asked_at == -math.inf or run.instruction != self.instruction:
             return True
         pace = self._near and tick - run.asked >= self._policy.n_action_steps
         return pace or run.buffer.ahead(tick) <= (self._needed if self._near else 1)
@@ -227,21 +236,23 @@ class Controller:
 
     def _ask(self, run: _Run, reading: Reading, tick: int) -> None:
         """Ask for a chunk; `tick` is the next to be commanded."""
-        if run.instruction != self.instruction:
-            run.memory, run.instruction = Memory(), self.instruction  # the old plan is for another task
+        instruction = self.instruction
+        if run.instruction != instruction:
+            run.memory, run.instruction = Memory(), instruction  # the old plan is for another task
+            run.buffer.new_task()
         now = time.monotonic()
         due = max(now, run.rate.deadline(tick))
         # The tick that the picture is of: it may be an older one.
         seen = max(tick - math.floor((due - reading.time) * self.hz), run.asked or 0)
         if run.asked is not None:
-            run.memory.advance(seen - run.asked - run.waited(run.asked, seen))
-        run.asked, run.asked_at, run.end = seen, reading.time, None
+            run.memory.advance(seen - run.asked - (run.waited(run.asked, seen) if run.fresh else run.shift))
+        run.ask(seen, reading.time)
         if self._config.seam == "committed" and run.memory.draft is not None:
             passing = max(0, math.ceil((now + self._inference.latency - run.rate.deadline(tick)) * self.hz))
-            plan = run.plan(seen, min(tick + passing - seen, self._policy.horizon - 1), tick)
+            plan = run.plan(seen, min(tick + passing - seen, len(run.memory.draft) - 1), tick)
             if len(plan):
                 run.memory.commit(plan, self._config.trust)
-        self._inference.request(seen, reading.observation, self.instruction, run.memory)
+        self._inference.request(seen, reading.observation, instruction, run.memory)
 
     @property
     def _waits_for_somebody(self) -> bool:
@@ -258,12 +269,16 @@ class Controller:
         return self._needed <= self._policy.horizon // 2
 
     def _first_reading(self) -> Reading:
-        deadline = time.monotonic() + self._config.safety.max_age_s + 5.0
-        while (reading := self._robot.observe()) is None:
+        """The first that says where the robot is, if its commands are positions: it is to stay there."""
+        spec, deadline = self._robot.spec, time.monotonic() + self._config.safety.max_age_s + 5.0
+        while True:
+            reading = self._robot.observe()
+            if reading is not None and (spec.moves or not spec.state_dim or state_of(reading, spec) is not None):
+                return reading
             if time.monotonic() > deadline or self._stopping:
-                raise SpecError("the robot gives no observation.")
+                what = "observation" if reading is None else f"finite state of {spec.state_dim} entries"
+                raise SpecError(f"the robot gives no {what}.")
             time.sleep(0.001)
-        return reading
 
     def _drain(self) -> None:
         """Let a decoding that is still running end: its answer belongs to no run."""
@@ -271,6 +286,19 @@ class Controller:
         while self._inference.busy_since is not None and time.monotonic() < deadline:
             self._inference.take()
             time.sleep(0.001)
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """No garbage collections: they take longer than the jitter that a robot should see. `_tick` does small ones."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 class _Run:
@@ -281,7 +309,10 @@ class _Run:
         self.instruction: str | None = None  # of the last request
         self.asked: int | None = None  # tick of the last request's observation; the memory stands there
         self.asked_at = -math.inf  # when that was taken
-        self.fresh = True  # whether it still was when the first action came
+        self.heard_at = -math.inf  # when something of the answer to it came; before, when the observation was taken
+        self.fresh = True  # whether never more than `max_age_s` went by without anything
+        self.shift = 0  # so many ticks later than for its observation's the answer's actions are executed
+        self.decoding: dict[str, Any] | None = None  # what ended since the last tick
         self.end: int | None = None  # so many actions of the last chunk are executed; None: nothing of it has come
         self.entropy = 0.0
         self.begun = self.success = False  # begun: a first chunk has come
@@ -301,22 +332,29 @@ class _Run:
             self._jerk += float(np.abs(d - 3 * c + 3 * b - a).mean())
             self._jerks += 1
 
-    def accept(self, answer: Answer, fresh: bool, executed: int) -> None:
+    def ask(self, tick: int, taken: float) -> None:
+        """The observation of `tick`, taken then, is asked about."""
+        self.asked, self.asked_at, self.heard_at = tick, taken, taken
+        self.end, self.fresh, self.shift = None, True, 0
+
+    def accept(self, answer: Answer, now: int, max_age_s: float, executed: int) -> None:
         """Put what there is of an answer's chunk into the buffer, and no more than may be `executed` from when its
-        first action came; a plan that was given up since is forgotten.
+        first action came, `now` being the next tick to be commanded; a plan that was given up since is forgotten.
 
         A robot that waited for it stands where its picture shows it: the ticks that it held for want of an action move
-        the chunk back, if the picture is still `fresh` when the first action comes; else the world may be another."""
+        the chunk back. If it waited for more than `max_age_s`, for the first action or the next, the world may be
+        another: what comes late then is late."""
         assert answer.actions is not None
         if answer.prediction is not None:
             self.decode_ms.append(1e3 * answer.seconds)
             self.first_action_ms.append(1e3 * answer.first_s)
             self.entropy = float(answer.prediction.entropy.mean())
         if self.asked == answer.tick:
-            now, begins = self.rate.tick, self.end is None
-            self.begun, self.fresh = True, fresh if begins else self.fresh
-            first = answer.tick + (self.waited(answer.tick, now) if self.fresh else 0)
-            self.end = now - first + executed if begins else self.end
+            heard_at, self.heard_at = self.heard_at, time.monotonic()
+            self.begun, self.fresh = True, self.fresh and self.heard_at - heard_at <= max_age_s
+            self.shift = self.waited(answer.tick, now) if self.fresh else self.shift
+            first = answer.tick + self.shift
+            self.end = now - first + executed if self.end is None else self.end
             self.buffer.put(answer.actions[: self.end], first, now, answer.more)
 
     def waited(self, first: int, end: int) -> int:

@@ -18,6 +18,8 @@ from vla.memory import Memory
 from vla.policy import ChunkPolicy, Prediction
 from vla.spec import Observation
 
+_REMEMBERED = 100  # decodings: one that hung is forgotten after so many
+
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
@@ -61,12 +63,12 @@ class Inference:
         self._closed = False
         self.busy_since: float | None = None
         self.latency = 0.0  # 99 of 100 of the last decodings had their first action in so many seconds
-        self._first_s: collections.deque[float] = collections.deque(maxlen=1000)
+        self._first_s: collections.deque[float] = collections.deque(maxlen=_REMEMBERED)
         self._thread = threading.Thread(target=self._serve, daemon=True, name="vla-inference")
         self._thread.start()
 
     def request(self, tick: int, observation: Observation, instruction: str, memory: Memory) -> None:
-        """Start to decode; only when nothing is running. `memory` is the thread's until the answer is taken."""
+        """Start to decode; only when nothing is running. `memory` is the thread's until all of the answer is taken."""
         with self._wake:
             assert self.busy_since is None, "one request at a time"
             self._request, self.busy_since = (tick, observation, instruction, memory), time.monotonic()
@@ -118,8 +120,9 @@ class Inference:
         if self._injected:
             time.sleep(self._injected)
         seconds = time.monotonic() - start
-        self._first_s.append(first_s or seconds)
-        self.latency = float(np.quantile(self._first_s, 0.99))
+        if known or error is None:  # an error says nothing about how long an action takes
+            self._first_s.append(first_s or seconds)
+            self.latency = float(np.quantile(self._first_s, 0.99))
         self._put(Answer(tick, first_s or seconds, seconds, actions, prediction, error))
 
     def _put(self, answer: Answer) -> None:

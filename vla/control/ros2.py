@@ -361,6 +361,8 @@ class Pilot:
             self.robot.close()
         if self._box is not None:
             self._box.close()
+            if self._box.problem is not None:
+                self._node.get_logger().error(f"the black box is not complete: {self._box.problem}")
         if isinstance(self._policy, client.RemotePolicy):
             self._policy.close()
         self.robot = self.controller = self._policy = self._box = None

@@ -67,8 +67,8 @@ class SafetyFilter:
         self._last = None
 
     def begin(self, state: np.ndarray | None = None) -> None:
-        """Start from where the robot is, by its state [S], not from where it was last sent; the gripper keeps what it
-        was told, for it may hold something."""
+        """Start from where the robot is, by its finite state [S], not from where it was last sent; the gripper keeps
+        what it was told, for it may hold something."""
         place, gripper = self._spec.hold_action(None, state), self._spec.gripper_index
         if self._last is not None and gripper is not None:
             place[gripper] = self._last[gripper]

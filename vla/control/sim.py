@@ -26,7 +26,6 @@ from vla.errors import SimulatorError, VLAError
 from vla.spec import RobotSpec
 
 _PATIENCE_S = 120.0  # to build a scene and draw its first picture
-_WAITING = 2  # commands that may wait for their tick; older ones are dropped
 
 
 class SimRobot:
@@ -162,16 +161,16 @@ def _episode(
     rate = Rate(hz)
     outbox.put("began", (info["instruction"], Reading(observation, time.monotonic(), info=_plain(info))))
     rate.wait()  # tick 0 is the first picture
-    waiting: deque[np.ndarray] = deque(maxlen=_WAITING)
     last: np.ndarray | None = None
     while True:
         rate.wait()
+        command = None
         while pipe.poll():
             message = pipe.recv()
             if message[0] == "reset":
                 return message
-            waiting.append(message[1])
-        last = waiting.popleft() if waiting else env.robot.hold_action(last)
+            command = message[1]  # the newest: one that came too late for its tick is not made up for
+        last = env.robot.hold_action(last) if command is None else command
         observation, _, terminated, truncated, info = env.step(last)
         over = terminated or truncated
         # The world is what it is at the tick, however long it takes to compute and to draw.

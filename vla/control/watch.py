@@ -18,6 +18,15 @@ from vla.spec import RobotSpec, check_image
 _DARK = 8  # of 255: no pixel of a working camera's picture of a lit room stays below it
 
 
+def state_of(reading: Reading, spec: RobotSpec) -> np.ndarray | None:
+    """The state that a robot says it is in, float64 [S]; None when that is no finite state of its size."""
+    try:
+        state = np.asarray(reading.observation.get("agent_pos", ()), np.float64)
+    except (TypeError, ValueError):  # a driver that says something else
+        return None
+    return state if state.shape == (spec.state_dim,) and np.isfinite(state).all() else None
+
+
 class Watch:
     """Judges readings in the order in which they come; the first one says how large each camera's picture is."""
 
@@ -51,11 +60,7 @@ class Watch:
                 return "dark camera"
             if self._frozen(camera, image, reading.time):
                 return "frozen camera"
-        if self._spec.state_dim:
-            state = np.asarray(reading.observation.get("agent_pos", ()), np.float64)
-            if state.shape != (self._spec.state_dim,) or not np.isfinite(state).all():
-                return "state not finite"
-        return None
+        return "state not finite" if self._spec.state_dim and state_of(reading, self._spec) is None else None
 
     def _frozen(self, camera: str, image: np.ndarray, time: float) -> bool:
         if self._config.max_frozen_s is None:

@@ -152,7 +152,10 @@ class Engine:
             candidate[:, known:end], logits[:, known:end] = chosen, found
             # Everything before the first wrong token was right, and the correction of that one is right, too.
             gained = wrong.index(True) + 1 if True in wrong else window
-            given &= ~differs[:, :gained].any(dim=1, keepdim=True)  # one that is not believed ends what is given
+            if committed is not None:  # one that is not believed ends what is given in its row
+                ended = differs.cumsum(dim=1) > 0
+                given[:, known:end] &= ~ended
+                given[:, end:] &= ~ended[:, -1:]
             if streamer is not None:
                 for column in (candidate[:, known : known + gained] + self.begin).cpu().T:
                     streamer.put(column)
