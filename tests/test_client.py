@@ -1,11 +1,14 @@
 """A policy on another machine is the same policy, and a network that breaks stops no robot."""
 
 import contextlib
+import copy
+import socket
 import threading
 import time
 
 import numpy as np
 import pytest
+import torch
 from websockets.sync.server import serve as serve_websocket
 
 from tests.bench import HZ, Bench, at
@@ -16,6 +19,7 @@ from vla.config import ControlConfig, DecodingConfig
 from vla.control.controller import Controller
 from vla.errors import ConfigError, ServerError
 from vla.memory import Memory
+from vla.policy import Policy
 from vla.serve.server import describe
 
 
@@ -130,13 +134,47 @@ def test_another_server_is_recognised(hello, message):
         server.shutdown()
 
 
-def test_a_robot_does_not_go_on_with_another_policy(serving, observations, policy, monkeypatch):
+@pytest.mark.parametrize("name", ["tokenizer_sha256", "weights", "action_limits"])
+def test_a_robot_does_not_go_on_with_another_policy(serving, observations, policy, monkeypatch, name):
     with serving() as served:
         remote, port = RemotePolicy(served.ws), served.port
-    other = describe(policy) | {"tokenizer_sha256": "0"}
+    other = describe(policy) | {name: {"demo": [np.zeros(7), np.ones(7)]} if name == "action_limits" else "0"}
     monkeypatch.setattr("tests.served.describe", lambda policy: other)
-    with serving(port=port), pytest.raises(ServerError, match="another policy now: its tokenizer_sha256 has changed"):
-        remote.predict_chunk(observations(1)[0], "go")
+    with serving(port=port):
+        for _ in range(2):  # nor when it asks again
+            with pytest.raises(ServerError, match=f"another policy now: its {name} has changed"):
+                remote.predict_chunk(observations(1)[0], "go")
+
+
+def test_other_weights_have_another_fingerprint(policy):
+    before = describe(policy)["weights"]
+    network = copy.deepcopy(policy.network)
+    assert describe(Policy(network, policy.processor))["weights"] == before
+    with torch.no_grad():
+        list(network.parameters())[-1].add_(1e-3)
+    assert describe(Policy(network, policy.processor))["weights"] != before
+
+
+def test_a_server_that_stops_reading_does_not_outlast_the_deadline(serving, observations, robot):
+    """What does not fit into the buffers on the way would be waited for until somebody reads it."""
+    large = observations(1)[0] | {"pixels": {name: np.zeros((3000, 3000, 3), np.uint8) for name in robot.cameras}}
+    with serving() as served, socket.create_server(("127.0.0.1", 0)) as listener, contextlib.ExitStack() as stack:
+
+        def pass_on_the_handshake_only():
+            ours = stack.enter_context(listener.accept()[0])
+            theirs = stack.enter_context(socket.create_connection(("127.0.0.1", served.port)))
+            theirs.sendall(ours.recv(4000))
+            with contextlib.suppress(OSError):
+                while data := theirs.recv(4000):
+                    ours.sendall(data)
+
+        threading.Thread(target=pass_on_the_handshake_only, daemon=True).start()
+        remote = RemotePolicy(f"ws://127.0.0.1:{listener.getsockname()[1]}", deadline_s=0.5)
+        threading.Timer(5.0, stack.close).start()  # at last the connection breaks
+        begun = time.monotonic()
+        with pytest.raises(ServerError, match=r"did not answer within 0\.5 s|cannot be reached"):
+            remote.predict_chunk(large, "go")
+        assert time.monotonic() - begun < 3
 
 
 # The control loop over a bad network ----------------------------------------------------------------------------------

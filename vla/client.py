@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +27,8 @@ from vla.spec import Observation, RobotSpec
 
 _RETRY_S = 0.05
 #: What must not change when a server comes back: a robot must not go on with another policy.
-_IDENTITY = ("robot", "horizon", "tokenizer_sha256", "unnorm_keys")
+_IDENTITY = ("robot", "horizon", "image_size", "tokenizer_sha256", "unnorm_keys", "action_limits", "weights")
+_BUSY = 503  # the server goes down, and may be back
 
 
 def load(
@@ -143,21 +146,21 @@ class RemotePolicy(ChunkPolicy):
                 if self._socket is None:
                     self._connect(deadline)
                 assert self._socket is not None
-                self._socket.send(request)
+                with _cut_at(deadline, self._socket):
+                    self._socket.send(request)
                 return _map(self._socket.recv(timeout=max(0.0, deadline - time.monotonic())))
-            except TimeoutError:
-                self.close()  # a late answer must not be taken for that of the next question
-                raise ServerError(f"{self._address} did not answer within {self._deadline_s:g} s.") from None
             except (OSError, websockets.WebSocketException):
-                self.close()
+                self.close()  # a late answer must not be taken for that of the next question
+                if time.monotonic() >= deadline:
+                    raise ServerError(f"{self._address} did not answer within {self._deadline_s:g} s.") from None
                 time.sleep(_RETRY_S)
 
     def _connect(self, deadline: float) -> None:
         """Connect and read who the server is; again and again until the deadline."""
         address = self._address + ("&" if "?" in self._address else "?") + "errors=plain"
-        while True:
+        while self._socket is None:
             try:
-                self._socket = connect(
+                connection = connect(
                     address,
                     additional_headers=self._headers,
                     compression=None,
@@ -166,27 +169,48 @@ class RemotePolicy(ChunkPolicy):
                     open_timeout=max(0.01, deadline - time.monotonic()),
                     close_timeout=_RETRY_S,  # who does not answer any more does not say goodbye either
                 )
-                said = _map(self._socket.recv(timeout=max(0.01, deadline - time.monotonic())))
-                break
-            except websockets.InvalidStatus as error:
-                status = error.response.status_code
-                hint = " Is VLA_API_KEY right?" if status in (401, 403) else ""
-                raise ServerError(f"{self._address} refused the connection with status {status}.{hint}") from None
+                try:
+                    self._meet(_map(connection.recv(timeout=max(0.01, deadline - time.monotonic()))))
+                    self._socket = connection
+                finally:
+                    if self._socket is None:
+                        connection.close()
             except websockets.InvalidURI:
                 raise ConfigError(f"{self._address!r} is no address; ws://host:port is one.") from None
             except (OSError, websockets.WebSocketException) as error:
-                self.close()
+                status = error.response.status_code if isinstance(error, websockets.InvalidStatus) else None
+                if status is not None and status != _BUSY:
+                    hint = " Is VLA_API_KEY right?" if status in (401, 403) else ""
+                    raise ServerError(f"{self._address} refused the connection with status {status}.{hint}") from None
                 if time.monotonic() >= deadline:
                     raise ServerError(f"{self._address} cannot be reached: {error or type(error).__name__}.") from None
                 time.sleep(_RETRY_S)
+
+    def _meet(self, said: dict[str, Any]) -> None:
+        """Take what a server says of itself; ServerError when it is not the one that this policy began with."""
         for name in _IDENTITY:
             if name not in said:
-                self.close()
                 raise ServerError(f"{self._address} is no `vla serve`: it does not say its {name}.")
-            if self.metadata and said[name] != self.metadata[name]:
-                self.close()
+            if self.metadata and wire.to_msgpack(said[name]) != wire.to_msgpack(self.metadata[name]):
                 raise ServerError(f"{self._address} serves another policy now: its {name} has changed.")
         self.metadata = said
+
+
+@contextlib.contextmanager
+def _cut_at(deadline: float, connection: ClientConnection) -> Iterator[None]:
+    """End a connection that still sends at the deadline: by itself it would wait for as long as nobody reads."""
+
+    def cut() -> None:
+        with contextlib.suppress(OSError):
+            connection.socket.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(max(0.0, deadline - time.monotonic()), cut)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _map(message: str | bytes) -> dict[str, Any]:

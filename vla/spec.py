@@ -35,7 +35,7 @@ class RobotSpec:
         gripper_closed: value of that entry which closes it.
         control_hz: actions per second.
         hold: the command that keeps the robot where it is: a number per entry, or None to repeat that entry of the
-            last command. Empty: repeat the last command whole (right for absolute positions).
+            last command. Empty: positions are repeated; of deltas and velocities only the gripper's is, the rest is 0.
     """
 
     cameras: tuple[str, ...]
@@ -107,7 +107,11 @@ class RobotSpec:
                         repeat[index] = state[self.state_names.index(name)]
         else:
             repeat = np.asarray(last, np.float32)
-        hold: Sequence[float | None] = self.hold or (None,) * self.action_dim
+        rest = 0.0 if self.moves else None
+        hold: Sequence[float | None] = self.hold or [rest] * self.action_dim
+        if not self.hold and self.gripper_index is not None:
+            hold = [*hold]
+            hold[self.gripper_index] = None
         return np.array([repeat[i] if value is None else value for i, value in enumerate(hold)], np.float32)
 
     def check_observation(self, observation: Observation) -> None:

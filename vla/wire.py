@@ -53,6 +53,7 @@ def from_msgpack(data: bytes) -> Any:
 def _encode_json(value: Any) -> Any:
     if isinstance(value, np.ndarray | np.generic):
         array = np.asarray(value)
+        _dtype(array.dtype.str)
         data = base64.b64encode(array.tobytes()).decode()
         return {"__numpy__": data, "dtype": array.dtype.str, "shape": list(array.shape)}
     raise TypeError(f"{type(value).__name__} cannot be sent as JSON.")
@@ -71,6 +72,7 @@ def _decode_json(entry: dict[str, Any]) -> Any:
 
 def _encode_msgpack(value: Any) -> Any:
     if isinstance(value, np.ndarray):
+        _dtype(value.dtype.str)
         return {b"__ndarray__": True, b"data": value.tobytes(), b"dtype": value.dtype.str, b"shape": value.shape}
     if isinstance(value, np.generic):
         return {b"__npgeneric__": True, b"data": value.item(), b"dtype": value.dtype.str}

@@ -150,6 +150,25 @@ def test_a_run_begins_where_the_robot_is():
     told(deltas.check(None), 0, 0, 0)
 
 
+@pytest.mark.parametrize("space", ["ee_delta", "joint_velocity"])
+def test_a_hold_does_not_go_on_moving(space):
+    """Where nothing is said of it, deltas and velocities are 0, and a gripper keeps what it holds."""
+    spec = RobotSpec(("front",), (), ("x", "y", "grip"), space, gripper_index=2)
+    safety = SafetyFilter(spec, SafetyConfig(), LOW, HIGH)
+    safety.check(np.array([0.5, 0.5, 0.0]))
+    safety.emergency_stop()
+    told(safety.check(np.array([0.5, 0.5, 0.0])), 0, 0, 0)
+    with pytest.raises(ConfigError, match="repeats y, which would move it on"):
+        SafetyFilter(dataclasses.replace(spec, hold=(0, None, None)), SafetyConfig(), LOW, HIGH)
+
+
+def test_a_robot_that_nobody_knows_how_to_hold_is_not_driven():
+    spec = RobotSpec(("front",), (), ("x", "y", "grip"))
+    with pytest.raises(ConfigError, match="action_space"):
+        SafetyFilter(spec, SafetyConfig(), LOW, HIGH)
+    SafetyFilter(dataclasses.replace(spec, hold=(0, 0, None)), SafetyConfig(), LOW, HIGH)
+
+
 def test_ranges_must_fit_the_robot():
     with pytest.raises(ConfigError, match="x, y, grip"):
         SafetyFilter(SPEC, SafetyConfig(), LOW[:2], HIGH[:2])

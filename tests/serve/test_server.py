@@ -173,6 +173,78 @@ def test_what_is_too_large_or_too_slow_is_refused(serving, observations):
         assert act(served.http, openvla(observation)).status_code == 200
 
 
+def test_a_second_request_that_is_never_finished_ends_the_connection(serving):
+    """One whole request buys nobody the right to stay."""
+    with (
+        serving(patience_s=0.5) as served,
+        socket.create_connection(("127.0.0.1", served.port), timeout=20) as slow,
+    ):
+        slow.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert slow.recv(1000).startswith(b"HTTP/1.1 200")
+        slow.sendall(b"POST /act HTTP/1.1\r\nHost: x\r\n")
+        assert slow.recv(1000) in (b"", b"OK\n") and slow.recv(1000) == b""
+
+
+def test_who_has_left_is_not_decoded_for(serving, observations, monkeypatch):
+    """Both protocols; while one is answered, six ask and leave."""
+    (observation,) = observations(1)
+    with serving(max_batch=1) as served:
+        real, asked = served.policy.predict, []
+
+        def predict(*arguments):
+            asked.append(arguments[1][0])
+            time.sleep(1.0 if len(asked) == 1 else 0)
+            return real(*arguments)
+
+        monkeypatch.setattr(served.policy, "predict", predict)
+        with connect(served.ws) as first:
+            first.recv()
+            first.send(wire.to_msgpack(libero(observation, "first")))
+            time.sleep(0.2)
+            for _ in range(3):
+                with connect(served.ws) as client:
+                    client.recv()
+                    client.send(wire.to_msgpack(libero(observation, "left")))
+                    time.sleep(0.05)
+                with contextlib.suppress(requests.Timeout):
+                    body = json_numpy.dumps(openvla(observation) | {"instruction": "left"})
+                    requests.post(served.http + "/act", data=body, timeout=0.1)
+            assert "actions" in wire.from_msgpack(first.recv(timeout=20))
+            assert "actions" in ask(first, libero(observation, "last"))
+        assert asked == ["first", "last"]
+
+
+def test_requests_that_come_before_the_answer_are_answered_in_turn(serving, observations):
+    seen = observations(3)
+    with serving() as served, connect(served.ws) as client:
+        client.recv()
+        for observation in seen:
+            client.send(wire.to_msgpack(libero(observation)))
+        answers = [wire.from_msgpack(client.recv(timeout=20))["actions"] for _ in seen]
+        for observation, actions in zip(seen, answers, strict=True):
+            np.testing.assert_array_equal(actions, served.policy.predict_chunk(observation, "go"))
+
+
+def test_web_sites_have_no_business_here(serving, observations):
+    """A browser on this machine would let any page use a server that asks for no key."""
+    (observation,) = observations(1)
+    with serving() as served:
+        with pytest.raises(websockets.InvalidStatus):
+            connect(served.ws, origin="http://elsewhere.example")
+        body, evil = json_numpy.dumps(openvla(observation)), {"Origin": "http://elsewhere.example"}
+        assert requests.post(served.http + "/act", data=body, headers=evil, timeout=20).status_code == 403
+        with connect(served.ws, origin=served.http) as client:
+            assert "actions" in (client.recv(), ask(client, libero(observation)))[1]
+
+
+def test_a_strange_flag_is_no_reason_to_cut_a_connection(serving, observations):
+    (observation,) = observations(1)
+    with serving() as served, connect(served.ws) as client:
+        client.recv()
+        assert "vla" not in ask(client, libero(observation) | {"vla/details": np.ones(2)})
+        assert "vla" in ask(client, libero(observation) | {"vla/details": True})
+
+
 def test_keys(serving, observations):
     (observation,) = observations(1)
     with serving(key="sesame") as served:

@@ -53,7 +53,10 @@ class ReplayRobot:
             raise ConfigError(f"hz must be positive, got {hz}.")
         self._data = data if isinstance(data, Demonstrations) else Demonstrations(data)
         self._hz = hz or self._data.fps
-        self.spec = dataclasses.replace(self._data.robot, control_hz=self._hz)
+        robot = self._data.robot
+        # Where nothing moves any command holds; a recording need not say which does.
+        hold = robot.hold or (0.0,) * robot.action_dim if robot.action_space == "unspecified" else robot.hold
+        self.spec = dataclasses.replace(robot, control_hz=self._hz, hold=hold)
         self.episodes = [found.index for found in self._data.episodes]
         self.instruction, self.demonstrated = "", np.zeros((0, self.spec.action_dim), np.float32)
         self.sent: list[Sent] = []

@@ -283,6 +283,7 @@ class Pilot:
     def __init__(self, node: Any) -> None:
         ros = self._ros = _ros()
         self._node, self._instruction = node, ""
+        self._held = self._stopped = False  # what a person ordered; it outlives the controller
         self.robot: Ros2Robot | None = None
         self.controller: Controller | None = None
         self._policy: ChunkPolicy | None = None
@@ -299,9 +300,9 @@ class Pilot:
         operator, reports = ros.MutuallyExclusiveCallbackGroup(), ros.MutuallyExclusiveCallbackGroup()
         node.create_subscription(ros.String, "~/instruction", self._instruct, _reliable(ros), callback_group=operator)
         for name, kind, answer in (
-            ("hold", ros.SetBool, lambda control, request: control.hold() if request.data else control.resume()),
-            ("emergency_stop", ros.Trigger, lambda control, _: control.safety.emergency_stop()),
-            ("release", ros.Trigger, lambda control, _: control.safety.release()),
+            ("hold", ros.SetBool, lambda request: {"_held": bool(request.data)}),
+            ("emergency_stop", ros.Trigger, lambda _: {"_stopped": True}),
+            ("release", ros.Trigger, lambda _: {"_stopped": False}),
         ):
             serve = functools.partial(self._serve, answer)
             node.create_service(kind, f"~/{name}", serve, callback_group=operator)
@@ -322,6 +323,8 @@ class Pilot:
             if parameters.black_box_dir and control.black_box_s:
                 self._box = BlackBox(Path(parameters.black_box_dir), control.black_box_s, self.controller.hz)
                 self.controller.listeners.append(self._box.add)
+            with self._orders:
+                self._obey()
             self.controller.configure()
         except BaseException:
             self.close()
@@ -366,6 +369,7 @@ class Pilot:
         if isinstance(self._policy, client.RemotePolicy):
             self._policy.close()
         self.robot = self.controller = self._policy = self._box = None
+        self._instruction = ""  # was for that policy
 
     def _drive(self) -> None:
         assert self.robot is not None and self.controller is not None
@@ -375,12 +379,31 @@ class Pilot:
                 if self.robot.awaited() or not self._instruction:
                     self._leaving.wait(0.02)
                 else:
-                    self.controller.run(self._instruction, math.inf)
+                    self._run()
         except Exception as error:
             self._problem = f"the control loop ended: {error}"
             self._node.get_logger().error(traceback.format_exc())
 
+    def _run(self) -> None:
+        """Until it is stopped; a robot that does not say yet where it is is waited for."""
+        assert self.controller is not None
+        try:
+            self.controller.run(self._instruction, math.inf)
+        except SpecError as error:
+            if not self._leaving.is_set():
+                self._problem = f"waiting: {error}"
+                self._node.get_logger().warning(self._problem)
+                self._leaving.wait(0.5)
+
+    def _obey(self) -> None:
+        """Tell the controller, if there is one, what a person ordered last."""
+        if self.controller is not None:
+            (self.controller.hold if self._held else self.controller.resume)()
+            safety = self.controller.safety
+            (safety.emergency_stop if self._stopped else safety.release)()
+
     def _listen(self, moment: Moment) -> None:
+        self._problem = ""
         self._commands += 1
         self._ticks.append((moment.lateness_s, moment.fault, moment.reasons))
         if moment.decoding is not None and "error" not in moment.decoding:
@@ -394,13 +417,12 @@ class Pilot:
         if controller is not None:
             controller.instruction = message.data
 
-    def _serve(self, answer: Callable[[Controller, Any], None], request: Any, response: Any) -> Any:
-        controller = self.controller
-        if controller is not None:
-            with self._orders:
-                answer(controller, request)
-        response.success = controller is not None
-        response.message = "" if response.success else "configure the node first."
+    def _serve(self, order: Callable[[Any], dict[str, bool]], request: Any, response: Any) -> Any:
+        """Orders are taken at any time: an emergency stop is not refused, and nothing but `release` ends it."""
+        with self._orders:
+            vars(self).update(order(request))
+            self._obey()
+        response.success, response.message = True, ""
         return response
 
     def _report(self) -> None:

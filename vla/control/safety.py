@@ -43,6 +43,7 @@ class SafetyFilter:
     ) -> None:
         if np.shape(low) != (spec.action_dim,) or np.shape(high) != (spec.action_dim,) or not (low <= high).all():
             raise ConfigError(f"safety needs a low and a high limit for each of {', '.join(spec.action_names)}.")
+        _check_hold(spec)
         self._spec, self._config = spec, config
         self._low, self._high = np.asarray(low, np.float32), np.asarray(high, np.float32)
         period = 1 / (hz or spec.control_hz)
@@ -196,3 +197,18 @@ class SafetyFilter:
                 raise ConfigError(f"safety.workspace: {entry} needs low < high, got {low} and {high}.")
             walls.append((self._entry("workspace", entry), self._spec.state_names.index(name), low, high))
         return walls
+
+
+def _check_hold(spec: RobotSpec) -> None:
+    """Refuse to drive a robot that nobody knows how to stop."""
+    if spec.action_space == "unspecified" and not spec.hold:
+        raise ConfigError(
+            "the robot does not say what its actions mean, so nobody knows how to hold it. Describe its action_space "
+            '("joint_position", "ee_delta", ...) or its hold command; for an environment, in adapter.robot.'
+        )
+    gripper = None if spec.gripper_index is None else spec.action_names[spec.gripper_index]
+    going_on = [n for n, v in zip(spec.action_names, spec.hold, strict=False) if v is None and n != gripper]
+    if spec.moves and going_on:
+        raise ConfigError(
+            f"the robot's hold command repeats {', '.join(going_on)}, which would move it on. Hold with 0."
+        )

@@ -17,7 +17,7 @@ import hmac
 import logging
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route, WebSocketRoute
+from starlette.types import Message
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from vla import wire
@@ -41,7 +42,6 @@ from vla.serve.metrics import Metrics
 log = logging.getLogger("vla.serve")
 
 _LARGE = 2**20  # bytes that take longer to decode than a thread takes to start
-_REFUSED = 1008, 1013  # websocket close codes: policy violation (no key), try again later
 _OPENPI_REASON = "Internal server error. Traceback included in previous frame."
 
 
@@ -73,14 +73,14 @@ class PolicyApp:
         return PlainTextResponse("OK\n", 503 if self.draining else 200)
 
     async def _scrape(self, request: HTTPRequest) -> Response:
-        if not self._allowed(request.headers):
-            return _json({"error": "the API key is missing or wrong."}, 401)
+        if (refused := self._refused(request.headers)) is not None:
+            return refused
         return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     async def _act(self, request: HTTPRequest) -> Response:
         """OpenVLA's protocol: one action for {"image", ...}, a list of actions for {"full_image", ...} and the rest."""
-        if not self._allowed(request.headers):
-            return _json({"error": "the API key is missing or wrong."}, 401)
+        if (refused := self._refused(request.headers)) is not None:
+            return refused
         plain = request.query_params.get("errors") == "plain"
         begun = time.perf_counter()
         try:
@@ -95,7 +95,9 @@ class PolicyApp:
             encoded = isinstance(values, dict) and set(values) == {"encoded"}
             if encoded:
                 values = await _decode(wire.from_json, values["encoded"])
-            answer = await self._answer(values, Memory())
+            answer = await _unless_left(self._answer(values, Memory()), request.receive)
+        except ClientDisconnect:
+            return Response(status_code=499)  # nobody reads it
         except Exception as error:
             self.metrics.count("openvla", error)
             status, message = self._explain(error)
@@ -120,8 +122,11 @@ class PolicyApp:
 
     async def _converse(self, socket: WebSocket) -> None:
         """openpi's protocol: the server says who it is, then every binary message is answered by one."""
-        if not self._allowed(socket.headers) or self.draining:
-            await socket.close(_REFUSED[self.draining])
+        if self._refused(socket.headers) is not None:
+            await socket.close()  # before it is accepted: status 403
+            return
+        if self.draining:
+            await socket.send_denial_response(_json({"error": "the server is going down."}, 503))
             return
         await socket.accept()
         self.metrics.connections.inc()
@@ -136,8 +141,9 @@ class PolicyApp:
     async def _requests(self, socket: WebSocket) -> None:
         plain = socket.query_params.get("errors") == "plain"
         memory, total_ms = Memory(), None
+        mail = _Mail(socket)
         while True:
-            message = await socket.receive()
+            message = await mail.receive()
             if message["type"] == "websocket.disconnect":
                 return
             begun = time.perf_counter()
@@ -145,7 +151,9 @@ class PolicyApp:
                 if message.get("bytes") is None:
                     raise wire.WireError("a request is a binary message (msgpack), got text.")
                 values = await _decode(wire.from_msgpack, message["bytes"])
-                answer = await self._answer(values, memory)
+                answer = await _unless_left(self._answer(values, memory), mail.peek)
+            except ClientDisconnect:
+                return
             except Exception as error:
                 self.metrics.count("openpi", error)
                 _, text = self._explain(error)
@@ -158,7 +166,7 @@ class PolicyApp:
             memory.advance(
                 self._batcher.policy.n_action_steps
             )  # stock clients do not say how many; a right guess is a draft
-            reply = _openpi_reply(answer, bool(values.get("vla/details")))
+            reply = _openpi_reply(answer, values.get("vla/details") is True)
             reply["server_timing"] = {"infer_ms": 1e3 * (time.perf_counter() - begun)}
             if total_ms is not None:
                 reply["server_timing"]["prev_total_ms"] = total_ms
@@ -194,11 +202,47 @@ class PolicyApp:
             return 500, text
         return 503 if isinstance(error, ServerError) else 400, text
 
-    def _allowed(self, headers: Headers) -> bool:
+    def _refused(self, headers: Headers) -> Response | None:
+        """The answer to one who may not ask: without the key; or, where there is none, a web site that a browser on
+        this machine shows (only browsers say an origin)."""
         if self._key is None:
-            return True
+            origin = headers.get("origin")
+            foreign = origin is not None and origin.lower().partition("://")[2] != headers.get("host", "").lower()
+            return _json({"error": "other web sites may not use this server."}, 403) if foreign else None
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        return scheme.lower() in ("api-key", "bearer") and hmac.compare_digest(key.encode(), self._key.encode())
+        allowed = scheme.lower() in ("api-key", "bearer") and hmac.compare_digest(key.encode(), self._key.encode())
+        return None if allowed else _json({"error": "the API key is missing or wrong."}, 401)
+
+
+class _Mail:
+    """A websocket's messages, of which the next may be looked at before it is due."""
+
+    def __init__(self, socket: WebSocket) -> None:
+        self._socket = socket
+        self._next: Message | None = None
+
+    async def peek(self) -> Message:
+        if self._next is None:
+            self._next = await self._socket.receive()
+        return self._next
+
+    async def receive(self) -> Message:
+        message, self._next = await self.peek(), None
+        return message
+
+
+async def _unless_left(answer: Coroutine[Any, Any, Answer], receive: Callable[[], Awaitable[Message]]) -> Answer:
+    """`answer`, which is given up when the client leaves meanwhile (ClientDisconnect): nobody waits for it, and others
+    do."""
+    answering, hearing = asyncio.create_task(answer), asyncio.ensure_future(receive())
+    try:
+        await asyncio.wait({answering, hearing}, return_when=asyncio.FIRST_COMPLETED)
+        if not answering.done() and hearing.result()["type"].endswith("disconnect"):
+            raise ClientDisconnect
+        return await answering
+    finally:
+        hearing.cancel()
+        answering.cancel()
 
 
 async def _decode(decode: Callable[[Any], Any], data: Any) -> Any:

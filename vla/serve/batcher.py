@@ -73,7 +73,7 @@ class Batcher:
         return await job.future
 
     def close(self) -> None:
-        """End after what is being decoded; what still waits is refused."""
+        """End when everything that waits is decoded."""
         self._queue.put(None)
         self._thread.join(timeout=30)
 

@@ -162,7 +162,7 @@ class _OurPagesOnly:
 
     def __init__(self, app: ASGIApp, host: str) -> None:
         name = socket.gethostname().lower()
-        self._app, self._names = app, {"localhost", host.lower(), name, f"{name}.local"}
+        self._app, self._names = app, {"localhost", host.lower(), name, f"{name}.local", socket.getfqdn().lower()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         refusal = self._refusal(Headers(scope=scope)) if scope["type"] in ("http", "websocket") else None

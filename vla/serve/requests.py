@@ -29,6 +29,8 @@ _STATES = (
     ("state",),
 )
 _PROMPTS = ("prompt", "instruction", "task", "language_instruction")
+# No client needs more. Names are joined and listed in errors; all in a batch wait for the longest instruction.
+_DEEPEST, _KEYS, _LONGEST_KEY, _LONGEST_PROMPT = 4, 256, 200, 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,17 +65,22 @@ def read(values: Any, robot: RobotSpec, horizon: int, keys: KeysConfig, memory: 
     return Request(observation, _prompt(flat, keys), unnorm_key, memory)
 
 
-def _flatten(tree: Mapping[Any, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(tree: Mapping[Any, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
+    if len(tree) > _KEYS or len(path) >= _DEEPEST:
+        raise SpecError(f"a request has at most {_KEYS} keys in each map and {_DEEPEST} maps in each other.")
     for key, value in tree.items():
-        name = f"{path}/{key}" if path else str(key)
+        if len(str(key)) > _LONGEST_KEY:
+            raise SpecError(f"keys have at most {_LONGEST_KEY} characters.")
         if isinstance(value, Mapping):
-            yield from _flatten(value, name)
+            yield from _flatten(value, (*path, str(key)))
         else:
-            yield name, value
+            yield "/".join((*path, str(key))), value
 
 
 def _pictures(flat: dict[str, Any], robot: RobotSpec, keys: KeysConfig) -> dict[str, np.ndarray]:
-    found = {key: value for key, value in flat.items() if isinstance(value, np.ndarray) and value.ndim == 3}
+    found = {
+        key: value for key, value in flat.items() if isinstance(value, np.ndarray) and value.ndim == 3 and value.size
+    }
     chosen: dict[str, str] = {}
     for camera in robot.cameras:
         named = [key for key in found if key.rpartition("/")[2] == camera]
@@ -118,7 +125,7 @@ def _state(flat: dict[str, Any], robot: RobotSpec, keys: KeysConfig) -> np.ndarr
         if all(name in flat for name in names):
             try:
                 return np.concatenate([np.ravel(np.asarray(flat[name], np.float32)) for name in names])
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 raise SpecError(f"the state {', '.join(names)} must be numbers.") from None
     raise SpecError(
         f"the request has no state; {robot.state_dim} entries ({', '.join(robot.state_names)}) are expected under "
@@ -135,6 +142,8 @@ def _prompt(flat: dict[str, Any], keys: KeysConfig) -> str:
                 said = said.decode("utf-8", "replace")
             if not isinstance(said, str):
                 raise SpecError(f"{name!r} must be a text, got {type(said).__name__}.")
+            if len(said) > _LONGEST_PROMPT:
+                raise SpecError(f"{name!r} has {len(said)} characters; at most {_LONGEST_PROMPT} are read.")
             return said
     raise SpecError(f"the request has no instruction; it is expected under {keys.prompt or ' or '.join(_PROMPTS)}.")
 
@@ -143,9 +152,10 @@ def _memory(values: Mapping[Any, Any], horizon: int, action_dim: int) -> Memory 
     draft, committed, trust = (values.get(f"vla/{name}", 0) for name in ("draft", "committed", "trust"))
     if "vla/draft" not in values:
         return None
-    shape, expected = np.shape(draft), (horizon, action_dim)
-    if not isinstance(draft, np.ndarray) or shape != expected or not np.isfinite(draft).all():
-        raise SpecError(f"vla/draft must be finite actions {list(expected)}, got shape {list(shape)}.")
+    expected = (horizon, action_dim)
+    if not isinstance(draft, np.ndarray) or draft.shape != expected or not np.isfinite(draft).all():
+        got = f"shape {list(draft.shape)}" if isinstance(draft, np.ndarray) else type(draft).__name__
+        raise SpecError(f"vla/draft must be an array of finite actions {list(expected)}, got {got}.")
     if not isinstance(committed, int) or not 0 <= committed < horizon:
         raise SpecError(f"vla/committed must be between 0 and {horizon - 1}, got {committed!r}.")
     if not isinstance(trust, int | float) or not 0 <= trust <= 1:

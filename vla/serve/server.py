@@ -13,6 +13,7 @@ import socket
 import sys
 from typing import Any
 
+import torch
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -29,7 +30,7 @@ def serve(config: ServeConfig) -> None:
     """Serve until Ctrl-C or SIGTERM; requests that are being answered then still are.
 
     Raises:
-        ConfigError: the address cannot be listened on, or half of a TLS pair is missing.
+        ConfigError: the address cannot be listened on, half of a TLS pair is missing, or chunks are to be averaged.
         VLAError: the policy cannot be loaded.
     """
     if (config.certificate is None) != (config.private_key is None):
@@ -37,6 +38,8 @@ def serve(config: ServeConfig) -> None:
     for path in (config.certificate, config.private_key):
         if path is not None and not path.is_file():
             raise ConfigError(f"there is no file {path}.")
+    if config.decoding.ensemble is not None:
+        raise ConfigError("a server does not know where its clients' episodes begin: their chunks cannot be averaged.")
     policy = Policy.from_pretrained(
         config.policy, config.device, config.unnorm_key, config.n_action_steps, config.decoding
     )
@@ -70,7 +73,17 @@ def describe(policy: Policy) -> dict[str, Any]:
         "tokenizer": tokenizer["name"],
         "tokenizer_sha256": hashlib.sha256(json.dumps(tokenizer, sort_keys=True).encode()).hexdigest(),
         "image_size": policy.network.config.image_size,
+        "weights": _fingerprint(policy.network),
     }
+
+
+def _fingerprint(network: torch.nn.Module) -> str:
+    """Tells other weights from these by a few numbers of every tensor: all of a large network's would take minutes."""
+    digest = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        few = tensor.flatten()[:: max(1, tensor.numel() // 64)]
+        digest.update(name.encode() + few.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def settings(app: PolicyApp, config: ServeConfig) -> uvicorn.Config:
@@ -106,17 +119,21 @@ class _Server(uvicorn.Server):
 
 
 def _hurried(patience_s: float) -> type[H11Protocol]:
-    """uvicorn's HTTP for which a client that connects and does not finish its first headers in time is gone: uvicorn
-    itself would wait for ever (the attack called slowloris)."""
+    """uvicorn's HTTP for which a client that does not finish the headers of a request in time is gone: uvicorn itself
+    would wait for ever (the attack called slowloris)."""
 
     class Hurried(H11Protocol):
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            self.loop.call_later(patience_s, self._hurry)
+            self.loop.call_later(patience_s, self._hurry, None)
 
-        def _hurry(self) -> None:
-            # A websocket has another protocol by then.
-            if self.cycle is None and not self.transport.is_closing() and self.transport.get_protocol() is self:
+        def on_response_complete(self) -> None:
+            self.loop.call_later(patience_s, self._hurry, self.cycle)
+            super().on_response_complete()  # which may begin the next request
+
+        def _hurry(self, last: Any) -> None:
+            """Since the request `last` no other has begun. A websocket has another protocol by then."""
+            if self.cycle is last and not self.transport.is_closing() and self.transport.get_protocol() is self:
                 self.transport.close()
 
     return Hurried
