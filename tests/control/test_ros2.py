@@ -393,6 +393,7 @@ def test_a_new_instruction_holds_and_stops(active):
     until(lambda: node.diagnose().message == "holding: emergency stop")  # a person pressed it, a person releases it
     node.trigger_deactivate()
     node.trigger_cleanup()
+    node.diagnose()  # which forgets what has been told
     node.trigger_configure()
     node.hear("/vla/instruction", ros.String(data="reach"))
     node.trigger_activate()
