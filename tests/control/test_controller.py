@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import itertools
 import threading
 import time
 
@@ -222,6 +223,18 @@ def test_an_answer_between_two_ticks_does_not_delay_the_next_question(policy, dr
         monkeypatch.setattr(controller._inference, "request", request)
         record = controller.run("reach", seconds=3.0)
     assert len(calls) >= 10 and np.median(calls) < 0.15 and record["errors"] == []
+
+
+def test_a_policy_that_is_far_away_answers_to_where_the_robot_is(policy, driver):
+    """It is asked when the last action is about to be executed, not as soon as it has answered."""
+    policy.n_action_steps, moments = 3, []
+    with Controller(driver, policy, ControlConfig(hz=20.0, injected_latency_s=0.25)) as controller:
+        controller.listeners.append(moments.append)
+        controller.run("reach", seconds=3.0)
+    answers = [(moment.decoding["asked"], moment.tick) for moment in moments if moment.decoding]
+    assert len(answers) >= 4
+    # The first is still thought to be near when it is asked: all of its chunk is executed.
+    assert all(asked >= came + 2 for (_, came), (asked, _) in itertools.pairwise(answers))
 
 
 def test_a_request_that_failed_is_made_again_at_once(policy, driver, monkeypatch):

@@ -163,10 +163,10 @@ class Controller:
         tick = run.rate.tick + 1
         begins = run.rate.deadline(tick) - (_PHASE + _EARLY) / self.hz
         while run.rate.left() > _GLANCE_S and not self._waits_for_somebody and self._due(run, tick):
-            run.decoding = run.decoding or self._take(run, tick)  # one a tick: the black box hears of each
             if self._inference.busy_since is not None:
+                run.decoding = run.decoding or self._take(run, tick)  # one a tick: the black box hears of each
                 time.sleep(_GLANCE_S)
-                continue
+                continue  # with what has been taken it may no longer be due
             reading = self._robot.observe()
             awaited = reading is None or reading.time < begins or not self._is_new(run, reading)
             if reading is None or awaited or watch.fault(reading, time.monotonic()) is not None:
