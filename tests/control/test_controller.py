@@ -16,9 +16,6 @@ from vla.errors import SpecError
 from vla.policy import Policy
 from vla.spec import RobotSpec
 
-# In real time: where a stall of the machine may fail a test, what is wrong with the loop fails it every time.
-pytestmark = pytest.mark.flaky(reruns=2)
-
 
 class FakeRobot:
     """Keeps what it is told, with the time; its picture can freeze, and its task ends after `last` commands."""
@@ -240,7 +237,7 @@ def test_a_policy_that_is_far_away_answers_to_where_the_robot_is(policy, driver)
 def test_a_request_that_failed_is_made_again_at_once(policy, driver, monkeypatch):
     """Told another task when a chunk has just come, the policy throws once: the robot is not driven on until that chunk
     runs out."""
-    policy.n_action_steps, asked, real = 4, [], policy.predict
+    policy.n_action_steps, asked, moments, real = 4, [], [], policy.predict
 
     def predict(observations, instructions, *rest):
         asked.append(instructions[0])
@@ -258,6 +255,7 @@ def test_a_request_that_failed_is_made_again_at_once(policy, driver, monkeypatch
         )
 
         def listen(moment):
+            moments.append(moment)
             if moment.tick >= 5 and moment.decoding:
                 controller.instruction = "push"
 
@@ -265,14 +263,14 @@ def test_a_request_that_failed_is_made_again_at_once(policy, driver, monkeypatch
         record = controller.run("reach", seconds=2.0)
     assert len(record["errors"]) == 1
     first, second = ticks["push"][:2]
-    assert second - first <= 1
+    assert sum(first <= moment.tick < second for moment in moments) <= 1
 
 
 @pytest.mark.parametrize("nonsense", ["far left", {"x": 1.0}, [[1.0], [2.0, 3.0]], np.zeros(2), np.full(7, np.nan)])
 def test_a_state_that_is_none_is_a_fault_like_others(policy, driver, nonsense):
     with Controller(driver, policy, ControlConfig(hz=20.0)) as controller:
         driver._observation = driver._observation | {"agent_pos": nonsense}
-        record = controller.run("reach", seconds=0.5)
+        record = controller.run("reach", seconds=1.0)
     assert record["interventions"]["state not finite"] >= 5
     np.testing.assert_array_equal(actions(driver)[:, :6], 0)
 
@@ -304,7 +302,7 @@ def test_a_run_that_cannot_begin_leaves_everything_as_it_was(policy, driver, mon
             controller.run("reach", seconds=0.5)
         assert gc.isenabled() and driver.commands == []
         monkeypatch.undo()
-        assert controller.run("reach", seconds=0.3)["commands"] >= 3
+        assert controller.run("reach", seconds=1.0)["commands"] >= 3
 
 
 def test_nobody_is_asked_twice_about_one_picture(policy, driver, monkeypatch):

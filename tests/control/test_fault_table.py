@@ -16,9 +16,6 @@ from vla.control.blackbox import BlackBox
 from vla.control.controller import Controller
 from vla.policy import Policy
 
-# In real time: where a stall of the machine may fail a test, what is wrong with the loop fails it every time.
-pytestmark = pytest.mark.flaky(reruns=2)
-
 
 @pytest.fixture
 def policy(nano):

@@ -404,6 +404,7 @@ def test_a_new_instruction_holds_and_stops(active):
 
 def test_it_waits_for_what_it_needs(node_of):
     node = node_of(instruction=None)
+    assert node.call("/vla/hold", data=True).success  # for when it drives
     assert node.diagnose().message == "not active"
     node.trigger_configure()
     node.trigger_activate()
@@ -415,10 +416,15 @@ def test_it_waits_for_what_it_needs(node_of):
         assert node.sent("/commands") == []
         node.hear("/vla/instruction", ros.String(data="reach"))
         until(lambda: len(node.sent("/commands")) > 3)
+        until(lambda: node.diagnose().message == "on hold")
+        assert node.call("/vla/hold", data=False).success
+        until(lambda: node.diagnose().message == "running")
         assert node.trigger_deactivate() is ros.TransitionCallbackReturn.SUCCESS
     assert node.trigger_cleanup() is ros.TransitionCallbackReturn.SUCCESS and node.label == "unconfigured"
     assert [s.topic for s in node.subscriptions] == ["/vla/instruction"]
     assert node.trigger_configure() is ros.TransitionCallbackReturn.SUCCESS
+    node.trigger_activate()
+    assert "~/instruction" in node.diagnose().message  # what was asked of the policy before is not asked of this one
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,6 @@ from vla import checkpoint, cli
 from vla.control.sim import SimRobot
 from vla.errors import SimulatorError
 
-# In real time: where a stall of the machine may fail a test, what is wrong with the loop fails it every time.
-pytestmark = pytest.mark.flaky(reruns=2)
-
 
 def test_the_world_moves_on_by_itself():
     with SimRobot("envs:vla/Reach-v0") as robot:

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import json_numpy
@@ -46,6 +47,13 @@ def act(url: str, values, **options) -> requests.Response:
 def ask(socket, values) -> dict:
     socket.send(wire.to_msgpack(values))
     return wire.from_msgpack(socket.recv(timeout=20))
+
+
+def until(happens) -> None:
+    deadline = time.monotonic() + 20
+    while not happens():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.01)
 
 
 def test_openvlas_clients(serving, observations):
@@ -189,26 +197,28 @@ def test_who_has_left_is_not_decoded_for(serving, observations, monkeypatch):
     """Both protocols; while one is answered, six ask and leave."""
     (observation,) = observations(1)
     with serving(max_batch=1) as served:
-        real, asked = served.policy.predict, []
+        real, asked, gone = served.policy.predict, [], threading.Event()
 
         def predict(*arguments):
             asked.append(arguments[1][0])
-            time.sleep(1.0 if len(asked) == 1 else 0)
+            gone.wait(20)
             return real(*arguments)
 
         monkeypatch.setattr(served.policy, "predict", predict)
         with connect(served.ws) as first:
             first.recv()
             first.send(wire.to_msgpack(libero(observation, "first")))
-            time.sleep(0.2)
+            until(lambda: asked)
             for _ in range(3):
                 with connect(served.ws) as client:
                     client.recv()
                     client.send(wire.to_msgpack(libero(observation, "left")))
-                    time.sleep(0.05)
                 with contextlib.suppress(requests.Timeout):
                     body = json_numpy.dumps(openvla(observation) | {"instruction": "left"})
                     requests.post(served.http + "/act", data=body, timeout=0.1)
+            time.sleep(0.3)  # what they sent is on its way
+            until(lambda: served.app._active == 1)
+            gone.set()
             assert "actions" in wire.from_msgpack(first.recv(timeout=20))
             assert "actions" in ask(first, libero(observation, "last"))
         assert asked == ["first", "last"]
