@@ -19,6 +19,7 @@ import websockets
 from websockets.sync.client import ClientConnection, connect
 
 from vla import wire
+from vla.actions.chunks import completed
 from vla.config import GREEDY, DecodingConfig
 from vla.errors import ConfigError, ServerError, unknown
 from vla.memory import Memory
@@ -126,9 +127,8 @@ class RemotePolicy(ChunkPolicy):
         if self.robot.state_dim:
             request["agent_pos"] = np.asarray(observation["agent_pos"])
         if memory.draft is not None:
-            held = np.repeat(memory.draft[-1:], self.horizon - len(memory.draft), axis=0)  # it was decoded in part
             draft = {
-                "draft": np.concatenate([memory.draft, held]),
+                "draft": completed(memory.draft, self.horizon),
                 "committed": memory.committed,
                 "trust": float(memory.trust),
             }

@@ -19,6 +19,7 @@ import torch
 from transformers import StoppingCriteriaList
 
 from vla import checkpoint
+from vla.actions.chunks import completed
 from vla.config import GREEDY, DecodingConfig
 from vla.decoding import strategies
 from vla.decoding.commitment import Commitment
@@ -329,8 +330,7 @@ class Policy(ChunkPolicy):
         ids = np.full((len(memories), tokenizer.n_tokens), config.action_token_begin + tokenizer.vocab_size // 2)
         for row, memory in enumerate(memories):
             if memory.draft is not None and len(memory.draft):
-                held = np.repeat(memory.draft[-1:], self.horizon - len(memory.draft), axis=0)  # it was decoded in part
-                known = self.processor.encode_actions(np.concatenate([memory.draft, held]), self.unnorm_key)
+                known = self.processor.encode_actions(completed(memory.draft, self.horizon), self.unnorm_key)
                 ids[row, : len(known)] = known
         return torch.from_numpy(ids)
 
