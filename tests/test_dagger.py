@@ -1,6 +1,5 @@
 """`vla dagger`: the student drives, the expert labels what it visits, and an interruption changes nothing."""
 
-import dataclasses
 import json
 import os
 import signal
@@ -60,7 +59,7 @@ def settings(beta: float = 0.5, episodes: int = 5, kwargs: dict | None = None, *
     )
 
 
-def roll_in(config: DaggerConfig, number: int, student: "Wanderer", out: Path) -> Path:
+def roll_in(config: DaggerConfig, number: int, student: "Wanderer", out: Path) -> Path | None:
     return rollin.roll_in(config, number, student, out, scenes_of(config, number))
 
 
@@ -234,22 +233,69 @@ def test_the_whole_job_stopped_resumed_and_extended(tmp_path):
         assert same_files(*(tmp_path / name / f"round-{number}" / "data" for name in ("broken", "whole")))
 
 
-def test_no_label_is_spent_on_what_the_policy_can_do_alone(tmp_path):
+def test_roll_ins_go_where_the_policy_fails_alone(tmp_path):
     """Where nothing moves, who starts near the goal succeeds: of the scenes 10016 to 10019 that is the second."""
     seen = collect(CollectConfig((ENV_ID,), tmp_path / "seen", 3, adapter=adapter()))
     still = {"module": "tests.pointworld", "max_steps": 4, "kwargs": {"gain": 0.0}}
-    config = tiny(
-        tmp_path / "out", data=[str(seen)], seed=16, rounds=1, scenes="failed", warm_start=False, adapter=still
-    )
-    info = dagger(config)
-    asked = Demonstrations(tmp_path / "out" / "round-1" / "data")
-    assert [episode.seed for episode in asked.episodes] == [10016, 10018, 10019]
+    values = {"data": [str(seen)], "rounds": 1, "trials": 2, "warm_start": False, "adapter": still}
+    info = dagger(tiny(tmp_path / "out", seed=16, **values))
+    assert len(Demonstrations(tmp_path / "out" / "round-1" / "data").episodes) == 4
     assert [row["optimizer_steps"] for row in info["rounds"]] == [2, 2] and info["stopped"] == "rounds"
     trained = configuration.load(TrainConfig, tmp_path / "out" / "round-1" / "train" / "config.yaml")
     assert trained.model.backbone == "nano-init" and len(trained.data) == 2
 
-    info = dagger(dataclasses.replace(config, out=tmp_path / "easy", seed=17, episodes=1))
-    assert len(info["rounds"]) == 1 and info["stopped"] == "success in every scene"
+    info = dagger(tiny(tmp_path / "easy", seed=17, **values | {"trials": 1}))
+    assert len(info["rounds"]) == 1 and info["stopped"] == "nothing to label"
+
+
+def test_scenes_are_shared_out():
+    config = DaggerConfig(env=("a", "b", "c"), episodes=8)
+    assert scenes_of(config, 2) == [(name, 2 * ROUNDS_APART + k) for k, name in enumerate("aaabbccc")]
+    assert [name for name, _ in scenes_of(config, 1, [0, 1, 3])] == list("bbcccccc")
+
+
+INTERVENTIONS = {"beta": 0.0, "intervention": 4, "intervention_after": 2}
+
+
+def test_of_an_intervention_the_expert_drives_all_and_nothing_before_it_is_labelled(tmp_path):
+    student, begun = Wanderer(), []
+    config = settings(episodes=60, kwargs={"unsolvable": list(range(ROUNDS_APART, ROUNDS_APART + 60))}, **INTERVENTIONS)
+    demos = Demonstrations(roll_in(config, 1, student, tmp_path / "set"))
+    assert [episode.seed - ROUNDS_APART for episode in demos.episodes] == list(range(60))
+    assert {(episode.length, episode.success) for episode in demos.episodes} == {(4, None)}
+    assert np.array_equal(demos.actions, demos.executed_actions)
+    env = simulator.make(ENV_ID, config.adapter)
+    for episode in demos.episodes:
+        observation, _ = env.reset(seed=episode.seed)
+        decisions = 0
+        while not np.allclose(observation["agent_pos"], demos.states[episode.start], atol=5e-3):
+            for action in np.clip(student.plan(observation["agent_pos"])[: student.n_action_steps], -1, 1):
+                observation, *_ = env.step(np.float32(action))
+            decisions += 1
+            assert decisions < 20, "the student drove to where the expert was asked"
+        begun.append(decisions)
+    assert 0 in begun and 1.4 < np.mean(begun) < 2.6
+
+
+@pytest.mark.parametrize("stop_at", [4, 12])
+def test_an_interruption_of_roll_ins_with_interventions(tmp_path, stop_at):
+    """Some are over before the expert is asked; they are not played again."""
+    config = settings(0.3, episodes=12, intervention=2, intervention_after=6)
+    whole, out, student = Wanderer(), tmp_path / "set", Wanderer(stop_at)
+    reference = roll_in(config, 1, whole, tmp_path / "reference")
+    assert 0 < len(Demonstrations(reference).episodes) < 12
+    with pytest.raises(KeyboardInterrupt):
+        roll_in(config, 1, student, out)
+    played = len(list((out / ".partial").glob("*-0*")))
+    rest = Wanderer()
+    roll_in(config, 1, rest, out)
+    assert same_files(reference, out)
+    assert played >= 2 and len(rest.batches) <= len(whole.batches) - played // 2
+
+
+def test_roll_ins_that_are_all_over_before_anybody_was_asked(tmp_path):
+    config = settings(1.0, intervention=2, intervention_after=10**9)
+    assert roll_in(config, 1, Wanderer(), tmp_path / "set") is None
 
 
 @pytest.mark.parametrize(
@@ -257,6 +303,7 @@ def test_no_label_is_spent_on_what_the_policy_can_do_alone(tmp_path):
     [
         ({"beta": 1.5}, "beta must be between 0 and 1"),
         ({"rounds": 0}, "rounds must be at least 1"),
+        ({"intervention": 0}, "intervention must be at least 1"),
         ({"target": 90.0}, "target must be a share"),
         ({"eval_seed": 10_001}, "eval_seed must be outside the seeds to learn from, 0 to 29999"),
         ({"train": {"data": ["datasets/mine"]}}, r"train\.data is set by `vla dagger` itself"),

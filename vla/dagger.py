@@ -6,7 +6,7 @@ demonstrations of all rounds, and evaluates it. Every stage is a job of its own;
 is not done again. It does not know how roll-ins are played, policies trained or results computed.
 
     round-0/data, train, rollout     as `vla collect`, `vla train` and `vla rollout` leave them; likewise round-1, ...
-    round-1/alone                    the last policy in this round's scenes, if only its failures are labelled
+    round-1/trials                   what the last policy could do alone, if roll-ins are shared out by that
     bc-4/...                         behaviour cloning on the budget of rounds 0 to 4
     dagger.json, dagger.png          success against the number of labels
 """
@@ -36,7 +36,7 @@ from vla.data.pictures import ACCENT, INK, LINE, SOFT, WARN
 from vla.data.reader import Demonstrations
 from vla.errors import ConfigError
 from vla.policy import Policy
-from vla.rollin import ROUNDS_APART, Scene, first_seed, roll_in, scenes_of
+from vla.rollin import ROUNDS_APART, first_seed, roll_in, scenes_of
 from vla.rollout import rollout
 from vla.train import train
 
@@ -62,7 +62,7 @@ def dagger(config: DaggerConfig) -> dict[str, Any]:
         row = _round(config, rounds)
         if row is not None:
             rounds.append(row)
-        info["stopped"] = _enough(config, rounds) if row is not None else "success in every scene"
+        info["stopped"] = _enough(config, rounds) if row is not None else "nothing to label"
         _write(config, info)
     if config.compare_bc and len(rounds) > 1:
         info["bc"] = _behaviour_cloning(config, rounds)
@@ -73,7 +73,7 @@ def dagger(config: DaggerConfig) -> dict[str, Any]:
 
 
 def _round(config: DaggerConfig, before: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """One round: demonstrations, training, evaluation. None: there is no scene to ask the expert about."""
+    """One round: demonstrations, training, evaluation. None: there was nothing to label."""
     number = len(before)
     folder = config.out / f"round-{number}"
     title = f"expert drives {config.beta**number:.0%} of the roll-ins" if number else "behaviour cloning"
@@ -83,10 +83,12 @@ def _round(config: DaggerConfig, before: Sequence[dict[str, Any]]) -> dict[str, 
         last = before[-1]
         new = [folder / "data"]
         if not (new[0] / INFO).is_file():
-            scenes = scenes_of(config, number) if config.scenes == "all" else _failed(config, number, last["policy"])
-            if not scenes:
+            failures = _failures(config, number, last["policy"]) if config.trials else None
+            if failures and not any(failures):
                 return None
-            roll_in(config, number, Policy.from_pretrained(last["policy"], config.device), new[0], scenes)
+            student = Policy.from_pretrained(last["policy"], config.device)
+            if roll_in(config, number, student, new[0], scenes_of(config, number, failures)) is None:
+                return None
         data = [*map(Path, last["data"]), *new]
         backbone, done = (last["policy"], last["optimizer_steps"]) if config.warm_start else (None, 0)
     else:
@@ -104,11 +106,12 @@ def _round(config: DaggerConfig, before: Sequence[dict[str, Any]]) -> dict[str, 
     return row | _learn(config, folder, data, backbone, steps)
 
 
-def _failed(config: DaggerConfig, number: int, policy: str) -> list[Scene]:
-    """The scenes of this round in which the policy alone has no success."""
-    each = math.ceil(config.episodes / len(config.env))
-    alone = _evaluate(config, policy, config.out / f"round-{number}" / "alone", each, first_seed(config, number))
-    return [(episode["env_id"], episode["seed"]) for episode in alone["per_episode"] if not episode["success"]]
+def _failures(config: DaggerConfig, number: int, policy: str) -> list[int]:
+    """How often the policy alone has no success in each environment, in scenes of this round."""
+    place = config.out / f"round-{number}" / "trials"
+    tried = _evaluate(config, policy, place, config.trials, first_seed(config, number))["per_episode"]
+    failed = [episode["env_id"] for episode in tried if not episode["success"]]
+    return [failed.count(env_id) for env_id in config.env]
 
 
 def _behaviour_cloning(config: DaggerConfig, rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -218,6 +221,9 @@ def _check(config: DaggerConfig) -> None:
         ("env", bool(config.env), "one or more environment ids"),
         ("demonstrations", 1 <= config.demonstrations <= ROUNDS_APART, f"between 1 and {ROUNDS_APART}"),
         ("episodes", 1 <= config.episodes <= ROUNDS_APART, f"between 1 and {ROUNDS_APART}"),
+        ("trials", 0 <= config.trials <= ROUNDS_APART, f"between 0 and {ROUNDS_APART}"),
+        ("intervention", config.intervention is None or config.intervention >= 1, "at least 1"),
+        ("intervention_after", config.intervention_after >= 0, "0 or more"),
         ("rounds", config.rounds >= 1, "at least 1"),
         ("labels", config.labels is None or config.labels >= 1, "at least 1"),
         ("target", 0 < config.target <= 1, "a share above 0, at most 1"),

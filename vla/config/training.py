@@ -147,9 +147,13 @@ class DaggerConfig:
         demonstrations: successful episodes of the expert in round 0.
         noise, noise_share: of round 0's expert, as in `vla collect`.
         rounds: at most so many rounds after round 0.
+        trials: scenes per environment in which the policy is tried alone before every round: the round's roll-ins are
+            shared out in proportion to its failures there. 0: evenly, without trials.
         episodes: roll-ins per round; they are kept, solved or not.
-        scenes: where the expert is asked: in "all" of these episodes, or where the policy alone has "failed": it is
-            rolled out in them first, and of what it can do already no label is spent.
+        intervention: so many steps of a roll-in the expert drives and labels, from a random decision on, and then it
+            ends: what comes before leads there and is no label. Many short interventions show many more scenes than
+            as many labels of whole episodes. None: the expert labels every step.
+        intervention_after: decisions before an intervention, on average; a roll-in that is over before has no label.
         labels: no round begins once the expert has labelled so many frames; None: no such limit.
         target: share of successes, 0 to 1, at which it ends.
         beta: in round k the expert drives with probability beta ** k; 0: never after round 0; 1: always.
@@ -173,8 +177,10 @@ class DaggerConfig:
     noise: float = 0.0
     noise_share: float = 0.5
     rounds: int = 4
+    trials: int = 0
     episodes: int = 50
-    scenes: Literal["all", "failed"] = "all"
+    intervention: int | None = None
+    intervention_after: int = 10
     labels: int | None = None
     target: float = 0.95
     beta: float = 0.5
