@@ -17,7 +17,7 @@ from vla.spec import RobotSpec
 
 torch.set_num_threads(2)
 
-pytest_plugins = ["tests.bench", "tests.served"]
+pytest_plugins = ["tests.bench", "tests.served", "tests.virtual_time"]
 
 
 @pytest.fixture(scope="session")

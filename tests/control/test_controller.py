@@ -3,18 +3,20 @@
 import dataclasses
 import gc
 import itertools
-import threading
 import time
 
 import numpy as np
 import pytest
 
+from tests.bench import at
 from vla.config import ControlConfig, SafetyConfig
 from vla.control.controller import Controller, State
 from vla.control.robot import Reading
 from vla.errors import SpecError
 from vla.policy import Policy
 from vla.spec import RobotSpec
+
+pytestmark = pytest.mark.usefixtures("virtual_time")
 
 
 class FakeRobot:
@@ -314,9 +316,13 @@ def test_nobody_is_asked_twice_about_one_picture(policy, driver, monkeypatch):
             seen.append(driver.frozen_at)
             if len(seen) == 3:
                 driver.frozen_at = time.monotonic()
-                threading.Timer(1.0, controller.stop).start()
             return real(*asked)
 
+        def end(moment):
+            if driver.frozen_at is not None and time.monotonic() > driver.frozen_at + 1.0:
+                controller.stop()
+
+        controller.listeners.append(end)
         monkeypatch.setattr(policy, "predict", predict)
         record = controller.run("reach", seconds=30.0)
     assert seen.count(None) >= 2 and len(seen) - seen.count(None) <= 1
@@ -359,18 +365,16 @@ def test_a_policy_that_throws_leaves_a_robot_that_holds(policy, driver, monkeypa
 
 def test_a_policy_that_hangs_stops_no_command(policy, driver, monkeypatch):
     """After the first chunk is used up, the robot holds, at its rate."""
-    real, release, calls = policy.predict, threading.Event(), []
+    real, calls = policy.predict, []
 
     def slow(*arguments):
         calls.append(1)
         if len(calls) > 1:
-            release.wait(5)
+            time.sleep(1.0)
         return real(*arguments)
 
     with Controller(driver, policy, ControlConfig(hz=20.0)) as controller:
         monkeypatch.setattr(policy, "predict", slow)
-        timer = threading.Timer(1.0, release.set)
-        timer.start()
         record = controller.run("reach", seconds=0.9)
     assert record["interventions"]["underrun"] >= 8
     assert record["commands"] + record["skipped"] >= 18
@@ -389,8 +393,7 @@ def test_a_driver_that_falls_silent_is_noticed(policy, driver):
 
 def test_an_emergency_stop_in_the_middle_of_a_run(policy, driver):
     with Controller(driver, policy, ControlConfig(hz=20.0)) as controller:
-        timer = threading.Timer(0.5, controller.safety.emergency_stop)
-        timer.start()
+        at(controller, 10, controller.safety.emergency_stop)
         record = controller.run("reach", seconds=1.0)
     assert record["interventions"]["emergency stop"] >= 8
     np.testing.assert_array_equal(actions(driver)[-8:, :6], 0)
