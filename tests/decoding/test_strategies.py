@@ -54,9 +54,12 @@ def small(facts, observations):
     """Network, processor, one observation's batch, and its table."""
     torch.manual_seed(2)
     network, processor = build_policy(ModelConfig(backbone="nano-init", horizon=1, n_action_steps=1, bins=BINS), facts)
+    # One layer: no strategy knows how deep a network is, and thousands of chunks are sampled.
+    decoder = network.language_model.model
+    decoder.layers, decoder.config.num_hidden_layers = decoder.layers[:1], 1
     with torch.no_grad():
-        network.language_model.lm_head.weight.mul_(4)  # distributions that are neither flat nor certain
-        for layer in network.language_model.model.layers:
+        network.language_model.lm_head.weight.mul_(3)  # distributions that are neither flat nor certain
+        for layer in decoder.layers:
             layer.self_attn.o_proj.weight.mul_(4)
     network.eval()
     batch = processor.observe(observations(1, seed=5), ["reach the red cube"])
