@@ -234,18 +234,31 @@ def test_the_whole_job_stopped_resumed_and_extended(tmp_path):
 
 
 def test_roll_ins_go_where_the_policy_fails_alone(tmp_path):
-    """Where nothing moves, who starts near the goal succeeds: of the scenes 10016 to 10019 that is the second."""
+    """Where nothing moves, who starts near the goal succeeds: scene 10017, not 10016."""
     seen = collect(CollectConfig((ENV_ID,), tmp_path / "seen", 3, adapter=adapter()))
     still = {"module": "tests.pointworld", "max_steps": 4, "kwargs": {"gain": 0.0}}
     values = {"data": [str(seen)], "rounds": 1, "trials": 2, "warm_start": False, "adapter": still}
     info = dagger(tiny(tmp_path / "out", seed=16, **values))
-    assert len(Demonstrations(tmp_path / "out" / "round-1" / "data").episodes) == 4
+    tried = json.loads((tmp_path / "out" / "round-1" / "trials" / "eval_info.json").read_text())["per_episode"]
+    assert [(episode["seed"], episode["success"]) for episode in tried] == [(10016, False), (10017, True)]
+    asked = Demonstrations(tmp_path / "out" / "round-1" / "data")
+    assert [episode.seed for episode in asked.episodes] == [10016, 10017, 10018, 10019]
     assert [row["optimizer_steps"] for row in info["rounds"]] == [2, 2] and info["stopped"] == "rounds"
     trained = configuration.load(TrainConfig, tmp_path / "out" / "round-1" / "train" / "config.yaml")
     assert trained.model.backbone == "nano-init" and len(trained.data) == 2
 
     info = dagger(tiny(tmp_path / "easy", seed=17, **values | {"trials": 1}))
     assert len(info["rounds"]) == 1 and info["stopped"] == "nothing to label"
+
+
+def test_a_roll_in_without_end_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(rollin, "LONGEST", 5)
+    host = rollin.Labeller(adapter(unsolvable=[3]))
+    host.begin(ENV_ID, 3, tmp_path, 0, None)
+    with pytest.raises(SimulatorError, match=r"no end after 5 steps. Set adapter\.max_steps"):
+        host.drive(np.zeros((6, 3), np.float32), np.zeros(6, bool), True)
+    host.abandon()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_scenes_are_shared_out():

@@ -100,11 +100,11 @@ class Labeller(Host):
     _observation: Any
     _episode: EpisodeRecorder | None = None
     _about: dict[str, Any]
-    _length: int
+    _length: int | None
     _unasked: Path
 
-    def begin(self, env_id: str, seed: int, staging: Path, number: int, length: int) -> Start:
-        """Start the episode that is to become number `number` of the recording, of at most `length` frames."""
+    def begin(self, env_id: str, seed: int, staging: Path, number: int, length: int | None) -> Start:
+        """Start the episode that is to become number `number` of the recording; it ends after `length` frames."""
         start = self.reset(env_id, seed, False)
         assert self.env is not None
         self._expert = self.env.make_expert(seed=EXPERT_SEED + seed)
@@ -161,7 +161,7 @@ class _Trial:
         self._mixture = config.mixture
         self._whole = self._flip(1)[0]
         self._intervenes, self._after = config.intervention is not None, config.intervention_after
-        self.length = config.intervention or LONGEST  # of what is recorded
+        self.length = config.intervention  # of what is recorded
         self.asked = not self._intervenes
 
     def decide(self, steps: int) -> np.ndarray:

@@ -137,6 +137,7 @@ class Station:
         """A scene begins, with an instruction of its own."""
         number = self._scene.number + 1 if self._scene else 1
         self._tick, self._next = -1, False
+        self._reading = None  # of the scene before
         self._scene = _Scene(number, seed, instruction, time.monotonic(), person=["hold"] if self._held else [])
 
     def end(self, success: bool) -> list[str]:
@@ -241,13 +242,14 @@ class Station:
 
     def status(self, since: int = 0) -> dict[str, Any]:
         """All that is known, as JSON's types; of the ticks those whose number is higher than `since`."""
-        now, reading = time.monotonic(), self._reading
+        # The scene first: whoever sees a new one must not see the reading of the one before.
+        now, scene, reading = time.monotonic(), self._scene, self._reading
         return {
             "now": round(now - self._start, 3),
             "state": self.state,
             "emergency_stop": self._controller.safety.stopped,
             "held": self._held,
-            "scene": self._about_scene(now),
+            "scene": None if scene is None else self._about_scene(scene, now),
             "suggestions": self._suggestions(),
             "last": None if self._last is None else _outcome(self._last),
             "tally": {name: self._tally[name] for name in ("success", "failure", "guided")},
@@ -268,10 +270,7 @@ class Station:
             known = self._pictures[camera] = reading, _jpeg(reading, camera)
         return known[1]
 
-    def _about_scene(self, now: float) -> dict[str, Any] | None:
-        scene = self._scene
-        if scene is None:
-            return None
+    def _about_scene(self, scene: _Scene, now: float) -> dict[str, Any]:
         return {
             "number": scene.number,
             "seed": scene.seed,
