@@ -17,8 +17,8 @@ import torch
 from envs.metaworld_sets import SETS
 from tests.test_rollout import Slider
 from vla import benchmark as job
+from vla import cli, results
 from vla import config as configuration
-from vla import results
 from vla.benchmark import PUBLISHED, benchmark, chosen, score
 from vla.comparison import compare
 from vla.config import AdapterConfig, BenchmarkConfig
@@ -214,16 +214,16 @@ def checkpoint(tmp_path) -> Path:
     return tmp_path / "policy"
 
 
-def test_the_command_line_is_stopped_and_goes_on(checkpoint, tmp_path):
+def test_the_command_line_is_stopped_and_goes_on(checkpoint, tmp_path, capsys):
     out, values = tmp_path / "b", tmp_path / "values.yaml"
     tasks = [f"vla-metaworld/{task}-v3" for task in ("shelf-place", "stick-pull")]
     values.write_text("adapter: {kwargs: {action_repeat: 4, phrasing: canonical}, max_steps: 12}\n")
     command = [sys.executable, "-m", "vla.cli", "benchmark", "metaworld", f"--config={values}", "--policy", checkpoint]
     command += ["--tasks", *tasks, "--episodes", "2", "--n-envs", "2", "--out", out]
 
-    def start(*more: str) -> subprocess.Popen:
+    def start() -> subprocess.Popen:
         quiet = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen([*command, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=quiet)
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=quiet)
 
     running = start()
     first, deadline = out / "tasks/shelf-place-v3/eval_info.json", time.monotonic() + 120
@@ -253,6 +253,5 @@ def test_the_command_line_is_stopped_and_goes_on(checkpoint, tmp_path):
     ]
     assert configuration.load(BenchmarkConfig, out / "config.yaml").tasks == tuple(tasks)
 
-    running = start("--seed", "3")
-    said = running.communicate(timeout=60)[1]
-    assert running.returncode == 2 and "holds a benchmark with another seed" in said
+    assert cli.main([*map(str, command[3:]), "--seed", "3"]) == 2
+    assert "holds a benchmark with another seed" in capsys.readouterr().err
