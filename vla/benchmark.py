@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 FILE, TASKS = "benchmark.json", "tasks"
 SETS_MODULE = "envs.metaworld_sets"
 WHOLE = "mt50"  # the set whose tiers are averaged; "mt50/easy" is one of its tiers
-_FREE = {"out", "n_envs", "videos"}  # what may change between two parts of one benchmark: no result depends on it
+_FREE = {"out", "n_envs", "videos"}  # what may change between two parts of one benchmark
 _KEPT = [field.name for field in dataclasses.fields(Episode) if field.name != "decode_ms"]
 
 Counts = tuple[int, int]  # successes, episodes

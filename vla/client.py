@@ -42,7 +42,9 @@ def load(
     """The policy of that name, here; or, for an address ("ws://host:8000"), the one that is served there."""
     if name.startswith(("ws://", "wss://")):
         if decoding != GREEDY:
-            raise ConfigError("how a served policy decodes is said where it is served: vla serve --decoding...")
+            raise ConfigError(
+                "how a served policy decodes is said where it is served, as in `vla serve --temperature ...`."
+            )
         return RemotePolicy(name, unnorm_key=unnorm_key, n_action_steps=n_action_steps)
     return Policy.from_pretrained(name, device, unnorm_key, n_action_steps, decoding)
 

@@ -9,6 +9,7 @@ is not done again. It does not know how roll-ins are played, policies trained or
     round-1/trials                   what the last policy could do alone, if roll-ins are shared out by that
     bc-4/...                         behaviour cloning on the budget of rounds 0 to 4
     dagger.json, dagger.png          success against the number of labels
+    dagger.yaml                      the values that this folder was made with
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ def _unasked(staging: Path) -> list[int]:
 
 
 class Labeller(Host):
-    """A worker that asks its environment's expert before every step, and records what it says."""
+    """A worker that asks its environment's expert before every step, and records what it says if it is asked to."""
 
     _expert: Expert
     _observation: Any
@@ -116,7 +116,7 @@ class Labeller(Host):
 
     def drive(self, actions: np.ndarray, overruled: np.ndarray, asked: bool) -> Stretch:
         """Execute `actions` [n, D], or the expert's own where `overruled` [n] says so; record them and what the expert
-        says if it is `asked`; finish what ends meanwhile."""
+        says if it is `asked`; finish what ends meanwhile, or, before it was ever asked, mark it as such."""
         if self.env is None or self._episode is None:
             raise SimulatorError("there is no episode to go on with: begin comes first.")
         for action, expert_drives in zip(actions, overruled, strict=True):
