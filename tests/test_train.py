@@ -18,7 +18,7 @@ from tests.decoders import greedy, reference
 from vla import checkpoint, config, trainer
 from vla.config import LoraConfig, ModelConfig, TrainConfig
 from vla.data.reader import Demonstrations
-from vla.errors import ConfigError, DataError
+from vla.errors import ConfigError, DataError, TrainingError
 from vla.model import lora
 from vla.model.backbones import build_policy
 from vla.policy import Policy
@@ -125,6 +125,14 @@ def test_two_processes_learn_what_one_does_with_twice_the_batch(demos, tmp_path)
     assert result.returncode == 0, result.stderr[-2000:]
     assert losses(tmp_path / "double") == pytest.approx(losses(single), rel=1e-3)
     assert Policy.from_pretrained(str(tmp_path / "double")).horizon == 4
+
+
+def test_a_loss_that_is_no_number_ends_training(demos, tmp_path):
+    with pytest.raises(TrainingError, match=r"the loss is nan at step .*--learning-rate"):
+        pretrain(small(data=[demos], out=tmp_path / "run", learning_rate=1e30, save_every=100))
+    rows = trainer.read_metrics(tmp_path / "run" / trainer.METRICS)
+    assert np.isnan(rows[-1]["loss"]) and rows[-1]["step"] < 12
+    assert not (tmp_path / "run" / "policy").exists()
 
 
 def test_interrupt_saves_a_checkpoint_and_says_how_to_go_on(demos, tmp_path):

@@ -25,6 +25,10 @@ class DataError(VLAError):
     """A dataset is missing, incomplete or holds values that cannot be trained on."""
 
 
+class TrainingError(VLAError):
+    """Training cannot go on: what it computes is no longer a number."""
+
+
 class CheckpointError(VLAError):
     """A checkpoint lacks something that is needed to use it correctly."""
 

@@ -108,6 +108,10 @@ def _prepare(cfg: TrainConfig, quiet: bool = False) -> trainer.VLATrainer:
         # One process drives one device: torch's own DataParallel would change what a batch is.
         Console().print(f"using one of {arguments.n_gpu} GPUs; `accelerate launch -m vla.cli train ...` uses all.")
         arguments._n_gpu = 1
+    if arguments.device.type == "cuda":
+        # The kernel that torch prefers on Hopper gives NaN gradients for masked sequences of some lengths
+        # (https://github.com/pytorch/pytorch/issues/196678).
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if arguments.device.type == "cpu":
         # For sequences this short a plain softmax is faster than the fused kernel's backward pass (measured, 1.25x).
         network.set_attn_implementation("eager")

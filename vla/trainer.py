@@ -9,6 +9,7 @@ or what the run is for.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -25,6 +26,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
 
 from vla.data.samples import Sample
+from vla.errors import TrainingError
 from vla.model.processing import VLAProcessor
 from vla.progress import Progress
 
@@ -182,7 +184,11 @@ class VLATrainer(Trainer):
 
 
 class Metrics(TrainerCallback):
-    """Appends what the Trainer logs to `metrics.jsonl`; on resuming drops what lies after the checkpoint."""
+    """Appends what the Trainer logs to `metrics.jsonl`; on resuming drops what lies after the checkpoint.
+
+    Raises:
+        TrainingError: the loss is not a number. The weights are not either then, and would be saved as a policy.
+    """
 
     def __init__(self, run: Path) -> None:
         self.path = run / METRICS
@@ -198,6 +204,11 @@ class Metrics(TrainerCallback):
         if state.is_world_process_zero and logs and "train_runtime" not in logs:
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        if not math.isfinite((logs or {}).get("loss", 0.0)):
+            raise TrainingError(
+                f"the loss is {logs['loss']} at step {state.global_step}: training has diverged. Start again in "
+                "another --out with a lower --learning-rate or more --warmup-steps."
+            )
 
 
 class ShowProgress(TrainerCallback):

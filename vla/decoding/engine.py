@@ -53,8 +53,12 @@ class Engine:
         self._cached: torch.Tensor | None = None  # prompts whose keys and values stand in the cache
         self._graphs: dict[int, Captured] = {}  # by number of tokens
         # On a GPU a chunk is thousands of small kernels, and what each costs is its launch: fewer are faster.
-        fuse = torch.compile if self.device.type == "cuda" else (lambda function: function)
-        self._turn, self._gate = fuse(_turn), fuse(_gate)
+        if self.device.type == "cuda":
+            # Compiled once per shape, dtype and window; beyond 8 of them torch would go on uncompiled.
+            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+            self._turn, self._gate = torch.compile(_turn), torch.compile(_gate)
+        else:
+            self._turn, self._gate = _turn, _gate
         if self.device.type == "cpu":
             for tower in network.vision_towers:  # what oneDNN's convolutions want
                 tower.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
