@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 
+from tests import bench as bench_module
 from tests.bench import HZ, Bench, at
 from vla.config import ControlConfig, SafetyConfig
 from vla.control.blackbox import BlackBox
@@ -85,12 +86,30 @@ def test_a_robot_that_sees_nonsense_holds_and_goes_on_afterwards(
     safe_and_on_time(bench, policy, record, 3.0)
     named = {name: count for name, count in record["interventions"].items() if name not in ("no chunk yet", "range")}
     if reason is None:
-        assert set(named) <= {"underrun"} and named.get("underrun", 0) <= 20 and record["errors"] == []
+        assert set(named) <= {"underrun"} and record["errors"] == []
         return
     assert named[reason] >= least and record["errors"] == []
     assert any(reason.replace(" ", "-") in path.name for path in box.files)
     moving = np.abs(np.stack([action[:6] for _, action in bench.commands[-12:-1]])).max()
     assert moving > 0  # it has gone on
+
+
+def test_half_the_frames_are_enough(bench, policy, virtual_time, monkeypatch):
+    """In virtual time, with decoding that takes a tick: how many actions are missing must not depend on the machine."""
+    monkeypatch.setattr(bench_module, "time", virtual_time)
+    real = policy.predict
+
+    def predict(*arguments):
+        time.sleep(1 / HZ)
+        return real(*arguments)
+
+    monkeypatch.setattr(policy, "predict", predict)
+    with Controller(bench, policy, ControlConfig(hz=HZ)) as controller:
+        bench._start = time.monotonic()
+        bench.broken = lambda observation, tick: observation if tick % 2 else None
+        record = controller.run("reach", seconds=3.0)
+    assert record["interventions"].get("underrun", 0) <= 10 and record["errors"] == []
+    assert record["commands"] >= 3 * HZ and record["missed"] == 0
 
 
 class Slow:
