@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -127,11 +128,12 @@ def test_two_processes_learn_what_one_does_with_twice_the_batch(demos, tmp_path)
     assert Policy.from_pretrained(str(tmp_path / "double")).horizon == 4
 
 
-def test_a_loss_that_is_no_number_ends_training(demos, tmp_path):
-    with pytest.raises(TrainingError, match=r"the loss is nan at step .*--learning-rate"):
-        pretrain(small(data=[demos], out=tmp_path / "run", learning_rate=1e30, save_every=100))
-    rows = trainer.read_metrics(tmp_path / "run" / trainer.METRICS)
-    assert np.isnan(rows[-1]["loss"]) and rows[-1]["step"] < 12
+@pytest.mark.parametrize(("log_every", "last"), [(1, 11), (100, 12)], ids=["soon", "not before the end"])
+def test_a_loss_that_is_no_number_ends_training(demos, tmp_path, log_every, last):
+    values = {"learning_rate": 1e30, "log_every": log_every, "eval_every": 100, "save_every": 100}
+    with pytest.raises(TrainingError, match=r"the loss is nan at step (\d+): .*--learning-rate") as error:
+        pretrain(small(data=[demos], out=tmp_path / "run", **values))
+    assert int(re.search(r"step (\d+)", str(error.value))[1]) <= last
     assert not (tmp_path / "run" / "policy").exists()
 
 

@@ -204,11 +204,12 @@ class Metrics(TrainerCallback):
         if state.is_world_process_zero and logs and "train_runtime" not in logs:
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-        if not math.isfinite((logs or {}).get("loss", 0.0)):
-            raise TrainingError(
-                f"the loss is {logs['loss']} at step {state.global_step}: training has diverged. Start again in "
-                "another --out with a lower --learning-rate or more --warmup-steps."
-            )
+        for name in ("loss", "train_loss"):  # the second at the end, over all steps: also those after the last log
+            if not math.isfinite(loss := (logs or {}).get(name, 0.0)):
+                raise TrainingError(
+                    f"the loss is {loss} at step {state.global_step}: training has diverged. Start again in "
+                    "another --out with a lower --learning-rate or more --warmup-steps."
+                )
 
 
 class ShowProgress(TrainerCallback):
