@@ -5,6 +5,7 @@ import json
 import sys
 
 import pytest
+from packaging.requirements import Requirement
 
 from vla import doctor
 from vla.config import DoctorConfig
@@ -34,6 +35,16 @@ def test_neighbours_that_break_the_stack_are_found():
     assert "pip install opencv-python" in found["opencv"].fix
     matched = installed(torch="2.13.0+cpu", torchvision="0.28.0+cpu")
     assert [finding.name for finding in doctor.packages([], matched)] == ["packages"]
+
+
+def test_versions_that_were_not_tested_are_told():
+    locks = [Requirement("torch==2.13.0"), Requirement("transformers==5.24.0"), Requirement("pytest==9.2.0")]
+    same = doctor.tested(locks, installed(torch="2.13.0+cpu", transformers="5.24.0"))  # pytest need not be there
+    assert (same.status, same.fix) == ("ok", "")
+    other = doctor.tested(locks, installed(torch="2.13.0", transformers="5.25.1"))
+    assert other.status == "warn"
+    assert "transformers 5.25.1 (tested 5.24.0)" in other.says and "torch" not in other.says
+    assert other.fix.endswith("pip install transformers==5.24.0")
 
 
 def test_an_old_python_fails():

@@ -1,4 +1,4 @@
-"""`vla doctor`: what is wrong with this machine, and the command that mends it.
+"""`vla doctor`: what is wrong with this machine, and the command that fixes it.
 
 Owns: the judgement of what `vla.machine` and `vla.probes` find. Every finding is ok, warn (works, but slower or not
 everywhere) or fail (something needed does not work), and names the fix. It knows no policies, data or environments.
@@ -30,6 +30,7 @@ GL_PACKAGES = {
     "egl": "apt-get install -y libegl1 libegl-mesa0 libgl1-mesa-dri",
     "osmesa": "apt-get install -y libosmesa6",
 }
+LOCKS = Path(__file__).parent / "locks"
 PROBE_TIMEOUT_S = 60
 GIB = 2**30
 Status = Literal["ok", "warn", "fail"]
@@ -38,7 +39,7 @@ STYLES: dict[Status, str] = {"ok": "green", "warn": "yellow", "fail": "bold red"
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One line of the report; `fix` is empty when there is nothing to mend."""
+    """One line of the report; `fix` is empty when there is nothing to fix."""
 
     name: str
     status: Status
@@ -72,6 +73,7 @@ def examine(folder: Path) -> Iterator[Finding]:
         video = pool.submit(probe, "video")
         yield python_version(sys.version_info[:3])
         yield from packages(importlib.metadata.requires("vla") or [], machine.version)
+        yield tested(locked(), machine.version)
         yield processor(machine.cores(), machine.cpu_quota(), load, os.environ.get("OMP_NUM_THREADS"))
         yield from memory()
         yield disk(folder)
@@ -141,6 +143,29 @@ def packages(requirements: list[str], installed: Any) -> Iterator[Finding]:
             f"torchvision {torchvision} does not belong to torch {torch}: transformers fails when it imports it",
             "pip uninstall -y torchvision",
         )
+
+
+def locked() -> list[Requirement]:
+    """The exact versions that the tests ran with, for this Python and platform, from `vla/locks`."""
+    lines = [line for path in sorted(LOCKS.glob("*.txt")) for line in path.read_text().splitlines()]
+    found = [Requirement(line.removesuffix("\\")) for line in lines if line and not line.startswith(("#", " "))]
+    return [requirement for requirement in found if requirement.marker is None or requirement.marker.evaluate()]
+
+
+def tested(locks: list[Requirement], installed: Any) -> Finding:
+    """Installed versions against those that the tests ran with."""
+    versions = {lock.name: installed(lock.name) for lock in locks}
+    differing = [lock for lock in locks if versions[lock.name] and not lock.specifier.contains(versions[lock.name])]
+    if not differing:
+        return Finding("versions", "ok", "every package has the version that was tested")
+    names = ", ".join(f"{lock.name} {versions[lock.name]} (tested {str(lock.specifier)[2:]})" for lock in differing)
+    # A build of torch for another device is a reason to differ; a reader decides.
+    return Finding(
+        "versions",
+        "warn",
+        f"not the versions that were tested: {names}",
+        f"scripts/setup, or pip install {' '.join(map(str, differing))}",
+    )
 
 
 def processor(cores: int, quota: float | None, load: float, threads: str | None) -> Finding:
