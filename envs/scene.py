@@ -33,8 +33,8 @@ _GEOM_TYPES = {
     "ball": mujoco.mjtGeom.mjGEOM_SPHERE,
 }
 _MASS = 0.08
-# What changed its name between the supported versions of MuJoCo: lights have a type since 3.3.3, and several contacts per
-# pair of convex geoms are the default since 3.8.
+# What differs between the supported versions of MuJoCo: lights have a type since 3.3.3, and several contacts per pair
+# of convex geoms are the default since 3.8.
 _DIRECTIONAL: dict[str, object] = (
     {"type": mujoco.mjtLightType.mjLIGHT_DIRECTIONAL} if hasattr(mujoco, "mjtLightType") else {"directional": True}
 )
