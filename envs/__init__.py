@@ -8,6 +8,7 @@ Knows nothing of policies, tokens or datasets: `envs` meets `vla` only through t
 from __future__ import annotations
 
 import os
+import traceback
 
 if not os.environ.get("DISPLAY") and not os.environ.get("MUJOCO_GL"):
     os.environ["MUJOCO_GL"] = "egl"
@@ -16,12 +17,18 @@ if not os.environ.get("DISPLAY") and not os.environ.get("MUJOCO_GL"):
 os.environ.setdefault("LP_NUM_THREADS", "0")
 
 try:
-    import mujoco  # noqa: F401  (imported here so that a missing GL library is explained once, for every entry point)
-except (ImportError, AttributeError) as error:
+    import mujoco  # noqa: F401  (imported here so that what is missing is explained once, for every entry point)
+except Exception as error:  # GL backends and half-installed packages fail in their own ways
+    if any("gl_context" in frame.filename for frame in traceback.extract_tb(error.__traceback__)):
+        raise RuntimeError(
+            f"MuJoCo could not load the GL backend MUJOCO_GL={os.environ.get('MUJOCO_GL', '')!r}: {error}. "
+            "On Debian or Ubuntu: apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri (for MUJOCO_GL=egl) "
+            "or libosmesa6 (for MUJOCO_GL=osmesa)."
+        ) from error
+    # MuJoCo 3 and 4 are packaged differently and share a folder: going from one to the other, pip leaves a mixture.
     raise RuntimeError(
-        f"MuJoCo could not load the GL backend MUJOCO_GL={os.environ.get('MUJOCO_GL', '')!r}: {error}. "
-        "On Debian or Ubuntu: apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri (for MUJOCO_GL=egl) "
-        "or libosmesa6 (for MUJOCO_GL=osmesa)."
+        f"MuJoCo is not installed, or only in part ({type(error).__name__}: {error}). Install it again: "
+        "pip uninstall -y mujoco mujoco-core mujoco-studio, then install this package as before."
     ) from error
 
 from envs import metaworld, tasks

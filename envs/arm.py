@@ -94,7 +94,7 @@ def _looking_down(tilt: float) -> np.ndarray:
 
 def _add_actuators(spec: mujoco.MjSpec) -> None:
     def servo(name: str, target: str, kind: mujoco.mjtTrn, kp: float, kv: float, force: float, limits) -> None:
-        gain, bias = np.zeros(10), np.zeros(10)
+        gain, bias = np.zeros(mujoco.mjNGAIN), np.zeros(mujoco.mjNBIAS)
         gain[0], bias[1], bias[2] = kp, -kp, -kv
         spec.add_actuator(
             name=name, target=target, trntype=kind, gaintype=mujoco.mjtGain.mjGAIN_FIXED, gainprm=gain,
@@ -109,8 +109,10 @@ def _add_actuators(spec: mujoco.MjSpec) -> None:
     tendon = spec.add_tendon(name="grip")
     for finger in FINGERS:
         tendon.wrap_joint(finger, 0.5)
+    symmetric = np.zeros(mujoco.mjNEQDATA)
+    symmetric[1] = 1.0
     spec.add_equality(
         type=mujoco.mjtEq.mjEQ_JOINT, objtype=mujoco.mjtObj.mjOBJ_JOINT, name1=FINGERS[0], name2=FINGERS[1],
-        data=[0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0], solref=(0.04, 1),
+        data=symmetric, solref=(0.04, 1),
     )  # fmt: skip
     servo("grip", "grip", mujoco.mjtTrn.mjTRN_TENDON, 1500.0, 90.0, 35.0, (0, FINGER_TRAVEL))

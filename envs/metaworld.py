@@ -30,6 +30,11 @@ ACTION_NAMES = ("dx", "dy", "dz", "gripper")
 STEP_HZ = 80  # one step of Meta-World is 5 substeps of 2.5 ms
 MAX_STEPS = 500  # Meta-World's steps per episode
 VIDEO_SIZE = 384
+#: The version that the pinned release of Meta-World requires: with others it fails to start, or its physics differ.
+MUJOCO = "3.3.0"
+_INSTALL = (
+    "pip install '.[metaworld]' in the checkout of this package, in an environment of its own (Python 3.11 to 3.13)"
+)
 _OURS = [0, 1, 2, 6]  # where a Meta-World action lies in an action of the tabletop suite
 
 
@@ -209,13 +214,15 @@ class MetaWorldExpert:
 
 def _load(task: str, image_size: int) -> tuple[Any, Callable[[], Any]]:
     """Meta-World's environment for `task`, set up for the protocol, and what makes its scripted policy."""
+    if mujoco.__version__ != MUJOCO:
+        raise gym.error.DependencyNotInstalled(
+            f"Meta-World needs mujoco=={MUJOCO}, and {mujoco.__version__} is installed: run {_INSTALL}."
+        )
     try:
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS
         from metaworld.policies import ENV_POLICY_MAP
     except ImportError as error:
-        raise gym.error.DependencyNotInstalled(
-            f"Meta-World is not installed ({error}): run pip install '.[metaworld]' in the checkout of this package."
-        ) from error
+        raise gym.error.DependencyNotInstalled(f"Meta-World is not installed ({error}): run {_INSTALL}.") from error
     # Every step of most scripted policies warns that it will be clipped, which is what is done with it.
     warnings.filterwarnings("ignore", message="Constant.* may be too high", module="metaworld")
     inner = ALL_V3_ENVIRONMENTS[task](render_mode="rgb_array", camera_name=CAMERA, width=image_size, height=image_size)

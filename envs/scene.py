@@ -33,6 +33,12 @@ _GEOM_TYPES = {
     "ball": mujoco.mjtGeom.mjGEOM_SPHERE,
 }
 _MASS = 0.08
+# What differs between the supported versions of MuJoCo: lights have a type since 3.3.3, and several contacts per pair
+# of convex geoms are the default since 3.8.
+_DIRECTIONAL: dict[str, object] = (
+    {"type": mujoco.mjtLightType.mjLIGHT_DIRECTIONAL} if hasattr(mujoco, "mjtLightType") else {"directional": True}
+)
+_MULTICCD = int(getattr(mujoco.mjtEnableBit, "mjENBL_MULTICCD", 0))
 # Rolling friction is what keeps a ball, or a cylinder that fell over, where it was put.
 _ROLLING = {"cube": 0.0005, "cylinder": 0.004, "ball": 0.010}
 
@@ -47,7 +53,7 @@ def base_spec() -> mujoco.MjSpec:
     option.cone = mujoco.mjtCone.mjCONE_ELLIPTIC
     option.impratio = 5  # hard friction: what is gripped does not creep out of the fingers
     option.iterations = 30
-    option.enableflags |= mujoco.mjtEnableBit.mjENBL_MULTICCD  # a cylinder on a cube needs more than one contact
+    option.enableflags |= _MULTICCD  # a cylinder on a cube needs more than one contact
     spec.visual.quality.offsamples = 0  # multisampling costs more than the whole scene in software GL
     spec.visual.headlight.ambient = (0.42, 0.42, 0.42)
     spec.visual.headlight.diffuse = (0.28, 0.28, 0.28)
@@ -74,7 +80,7 @@ def add_table(spec: mujoco.MjSpec) -> None:
         size[axis] = 0.025
         spec.worldbody.add_geom(type=mujoco.mjtGeom.mjGEOM_BOX, pos=pos, size=size, **only_objects)
     spec.worldbody.add_light(
-        name="lamp", pos=(0.75, -0.5, 1.6), dir=(-0.2, 0.35, -1.0), directional=True, castshadow=True,
+        name="lamp", pos=(0.75, -0.5, 1.6), dir=(-0.2, 0.35, -1.0), castshadow=True, **_DIRECTIONAL,
         diffuse=(0.38, 0.38, 0.38), specular=(0.05, 0.05, 0.05), ambient=(0, 0, 0),
     )  # fmt: skip
     # From the front (facing the robot), 50 degrees down, as tight on the workspace as perspective allows.

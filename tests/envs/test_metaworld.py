@@ -1,5 +1,6 @@
 """Meta-World behind the suite's interface follows the protocol that policies are compared under."""
 
+import importlib.metadata
 import sys
 
 import gymnasium as gym
@@ -9,6 +10,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 import envs
+from envs.metaworld import MUJOCO
 from envs.metaworld_instructions import PHRASES, phrases
 
 
@@ -18,8 +20,20 @@ def test_registration_and_words_need_no_metaworld(monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "metaworld"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "metaworld", None)
+    monkeypatch.setattr(mujoco, "__version__", MUJOCO)
     with pytest.raises(gym.error.DependencyNotInstalled, match=r"pip install '\.\[metaworld\]'"):
         gym.make("vla-metaworld/drawer-open-v3")
+
+
+def test_another_version_of_mujoco_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(mujoco, "__version__", "3.99.0")
+    with pytest.raises(gym.error.DependencyNotInstalled, match=rf"mujoco=={MUJOCO}, and 3\.99\.0 .*'\.\[metaworld\]'"):
+        gym.make("vla-metaworld/drawer-open-v3")
+
+
+def test_the_version_asked_for_is_the_one_that_metaworld_pins():
+    pytest.importorskip("metaworld")
+    assert f"mujoco=={MUJOCO}" in importlib.metadata.requires("metaworld")
 
 
 def test_every_phrase_means_one_task():
@@ -37,6 +51,8 @@ def test_every_phrase_means_one_task():
 
 def make(task, **kwargs):
     pytest.importorskip("metaworld")
+    if mujoco.__version__ != MUJOCO:
+        pytest.skip(f"Meta-World needs mujoco=={MUJOCO}, this is {mujoco.__version__}")
     return gym.make(f"vla-metaworld/{task}-v3", **{"cameras": (), **kwargs})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from envs.ik import ArmIK, matrix_to_rpy, rpy_to_matrix
-from envs.scene import HAND_BOX, OBJECT_BOX
+from envs.scene import HALF, HAND_BOX, OBJECT_BOX
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +101,26 @@ def test_objects_stay_where_they_are_put(env) -> None:
             assert np.abs(env.world.object_pos(i)[:2] - thing["xy"]).max() < 0.001
 
 
+def test_a_cylinder_stands_firmly_on_a_cube() -> None:
+    """One contact is not enough, and the option for several of them has another name in every generation of MuJoCo."""
+    world = gym.make("vla/Stack-v0", cameras=()).unwrapped.world
+    world.clear(np.array([0.35, 0.1, 0.2]))
+    for i, shape in enumerate(("cube", "cylinder")):
+        world.put_object(i, "red", shape, np.array([0.5, 0.0]), yaw=0.3)
+    world.data.joint("object1").qpos[2] += 2 * HALF
+    world.settle(50)
+    pair = {world.model.geom("object0").id, world.model.geom("object1").id}
+    assert sum(set(geoms) == pair for geoms in world.data.contact.geom.tolist()) >= 3
+    assert world.object_speed(1) < 0.003
+
+
+def test_the_lamp_shines_in_one_direction() -> None:
+    """Under another name, or with none, it would be a point light, and every frame would be shaded differently."""
+    model = gym.make("vla/Reach-v0", cameras=()).unwrapped.world.model
+    kind = model.light_type if hasattr(model, "light_type") else model.light_directional
+    assert int(kind[0]) == 1  # mjLIGHT_DIRECTIONAL; True before 3.3.3
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -147,3 +168,22 @@ def test_missing_gl_is_explained() -> None:
         [sys.executable, "-c", code], env={**os.environ, "MUJOCO_GL": "off"}, capture_output=True, text=True
     )
     assert "apt-get install libegl1" in done.stdout and "MUJOCO_GL" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        "raise OSError('libmujoco.so.4.0.0: cannot open shared object file')",  # MuJoCo 3 over 4
+        "import mujoco._specs",  # 4 over 3
+    ],
+)
+def test_a_half_installed_mujoco_is_explained(failure: str, tmp_path: Path) -> None:
+    """And not as missing GL: MuJoCo 3 and 4 share a folder, and pip replaces one with a part of the other."""
+    (tmp_path / "mujoco").mkdir()
+    (tmp_path / "mujoco" / "__init__.py").write_text(failure)
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
+    done = subprocess.run(
+        [sys.executable, "-c", "import envs"], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    )
+    last = done.stderr.splitlines()[-1]
+    assert "pip uninstall -y mujoco mujoco-core mujoco-studio" in last and "GL" not in last
