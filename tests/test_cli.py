@@ -156,8 +156,8 @@ def job(config):
         print("saved", flush=True)
 slow.job = job
 from vla import cli
-cli.VERBS["train"] = cli.VERBS["train"]._replace(job="slow:job")
-sys.exit(cli.main(["train", "--out", {str(tmp_path)!r}]))
+cli.VERBS["collect"] = cli.VERBS["collect"]._replace(job="slow:job")
+sys.exit(cli.main(["collect", "--out", {str(tmp_path)!r}]))
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"

@@ -17,11 +17,12 @@ from vla import config as configuration
 from vla import rollin, simulator
 from vla.collect import collect
 from vla.config import AdapterConfig, CollectConfig, DaggerConfig, TrainConfig
+from vla.config.training import ROUNDS_APART
 from vla.dagger import dagger
 from vla.data.reader import Demonstrations
 from vla.data.staging import finished
 from vla.errors import ConfigError, DataError, SimulatorError
-from vla.rollin import ROUNDS_APART, scenes_of
+from vla.rollin import scenes_of
 
 ROOT = Path(__file__).parents[1]
 

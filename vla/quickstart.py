@@ -38,6 +38,7 @@ SETTINGS = "quickstart.yaml"
 
 def quickstart(cfg: QuickstartConfig) -> Path:
     """Run the whole job and return the path of the report."""
+    config.check(cfg)
     start = time.monotonic()
     _claim(cfg)
     demos, run = cfg.out / "demonstrations", cfg.out / "train"

@@ -129,15 +129,7 @@ def _prepare(cfg: TrainConfig, quiet: bool = False) -> trainer.VLATrainer:
 
 def _check(cfg: TrainConfig) -> None:
     """ConfigError for values that could only fail later."""
-    for name in ("steps", "batch_size", "grad_accum", "eval_every", "save_every", "log_every", "keep_checkpoints"):
-        if getattr(cfg, name) < 1:
-            raise ConfigError(f"{name} must be at least 1, got {getattr(cfg, name)}.")
-    if cfg.lora.rank < 1:
-        raise ConfigError(f"lora.rank must be at least 1, got {cfg.lora.rank}.")
-    if cfg.seed < 0 or not 0 <= cfg.val_fraction < 1:
-        raise ConfigError(f"seed must not be negative and val_fraction in [0, 1); got {cfg.seed}, {cfg.val_fraction}.")
-    if bool(cfg.rollout_every) != bool(cfg.rollout_env):
-        raise ConfigError("closed-loop evaluation needs both: rollout_every (steps) and rollout_env (ids).")
+    config.check(cfg)
     for env_id in cfg.rollout_env:
         make(env_id, cfg.adapter).close()
 
