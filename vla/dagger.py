@@ -158,7 +158,7 @@ def _learn(
     """Train on `data`, from the policy `backbone` or as the configuration says, and evaluate what comes out."""
     run, report = folder / "train", folder / "rollout"
     if not (run / "policy").is_dir():
-        train(_training(config, run, data, backbone, steps))
+        train(_training(config, run, data, backbone, steps), conclude=False)
     info = _evaluate(config, str(run), report, config.eval_episodes, config.eval_seed, videos=1)
     shown = ("n_episodes", "n_successes", "pc_success", "pc_success_ci95")
     places = {"data": list(map(str, data)), "policy": str(run), "report": str(report)}
