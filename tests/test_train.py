@@ -129,11 +129,20 @@ def test_two_processes_learn_what_one_does_with_twice_the_batch(demos, tmp_path)
     config.dump(small(**values), tmp_path / "my.yaml")
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     line = re.search(r"^accelerate launch (-m vla\.cli train --config my\.yaml)", readme, re.M)
-    on_two_cpus = (
-        "--cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"
+    # On CPUs accelerate starts several processes only where it is told that they are for GPUs.
+    two = "--multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0 --mixed_precision no"
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.accelerate_cli",
+        "launch",
+        *two.split(),
+        "--dynamo_backend",
+        "no",
+    ]
+    result = subprocess.run(
+        [*launch, "--dynamo_backend", "no", *line[1].split()], capture_output=True, text=True, cwd=tmp_path
     )
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *on_two_cpus.split()]
-    result = subprocess.run([*command, *line[1].split()], capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-2000:]
     assert losses(tmp_path / "double") == pytest.approx(losses(single), rel=1e-3)
     assert Policy.from_pretrained(str(tmp_path / "double")).horizon == 4
@@ -376,8 +385,12 @@ def test_a_dry_run_takes_the_step_that_training_takes_and_writes_nothing(demos, 
 
     def watched(*arguments):
         network, processor = build(*arguments)
-        network.language_model.register_forward_pre_hook(lambda *_: precisions.add(torch.get_autocast_dtype("cpu")))
-        network.language_model.register_forward_pre_hook(lambda *_: precisions.add(torch.is_autocast_enabled("cpu")))
+        network.language_model.model.register_forward_pre_hook(
+            lambda *_: precisions.add(torch.get_autocast_dtype("cpu"))
+        )
+        network.language_model.model.register_forward_pre_hook(
+            lambda *_: precisions.add(torch.is_autocast_enabled("cpu"))
+        )
         return network, processor
 
     def counted(self, *arguments, **keywords):
