@@ -59,11 +59,82 @@ def test_an_unknown_verb_is_told_with_the_nearest(capsys):
     assert "Did you mean 'rollout'?" in capsys.readouterr().err
 
 
-def test_a_wrong_flag_exits_with_2_and_names_the_nearest():
-    done = vla("rollout", "--polcy", "x")
-    assert done.returncode == 2
-    assert "--policy" in done.stdout + done.stderr
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("rollout --polcy x", "`vla rollout` has no flag '--polcy'. Did you mean '--policy'?"),
+        ("train --lr 0.1", "Did you mean '--learning-rate'?"),
+        ("train --device cuda", "no flag '--device'. It is a flag of rollout, deploy,"),
+        ("dagger --trian.steps=3", "Did you mean '--train.steps'?"),
+        ("train datasets/mine", "unexpected argument 'datasets/mine'"),
+        ("train --report-to wnadb", "unknown report_to 'wnadb'. Did you mean 'wandb'? Valid: 'none',"),
+        ("collect --keep al", "unknown keep 'al'. Did you mean 'all'?"),
+    ],
+)
+def test_a_wrong_flag_or_choice_is_told_with_the_nearest(arguments, message, capsys):
+    assert main(arguments.split()) == 2
+    assert message in capsys.readouterr().err
     assert vla("rollout", "--episodes", "many").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("train --data {0}/squres", "no folder .* Did you mean 'squares'"),
+        ("train --data {0}/squares --cameras fornt", "unknown camera 'fornt'. Did you mean 'front'?"),
+        ("train --data {0}/squares --rollout-every 5 --rollout-env vla/Rech-v0", "Did you mean 'vla/Reach-v0'"),
+        ("train --steps 0", "steps must be at least 1, got 0"),
+        ("train --val-fraction 1", "val_fraction must be at least 0 and below 1, got 1"),
+        ("rollout --policy nowhere", "no policy at 'nowhere'"),
+        ("deploy --policy ./nowhere", "no policy at './nowhere'"),
+        ("deploy --replay {0}/squres", "no folder"),
+        ("deploy --max-age-s nan", "max_age_s must be a finite number, got nan"),
+        ("serve --policy nowhere", "no policy at 'nowhere'"),
+        ("serve --port 70000", "port must be between 0 and 65535, got 70000"),
+        ("collect --env vla/Rech-v0", "Did you mean 'vla/Reach-v0'"),
+        ("collect --noise-share 50", "noise_share must be between 0 and 1, got 50"),
+        ("replay --data {0}/squres", "no folder"),
+        ("dagger --env vla/Rech-v0", "Did you mean 'vla/Reach-v0'"),
+        ("analyze exposure --policy nowhere", "no policy at 'nowhere'"),
+    ],
+)
+def test_what_is_wrong_with_a_name_or_a_number_is_told_before_the_job_is_imported(
+    arguments, message, robot, dataset, capsys, monkeypatch
+):
+    folder = dataset("squares", robot, episodes=1).parent
+    words = arguments.format(folder).split()
+    name = " ".join(words[:2]) if " ".join(words[:2]) in VERBS else words[0]
+    monkeypatch.setitem(VERBS, name, VERBS[name]._replace(job="torch_and_all:job"))
+    assert main(words) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_cheap_checks_import_nothing_heavy(tmp_path):
+    code = (
+        "import sys\nfrom vla.cli import main\n"
+        "for words in (['train', '--data', 'nope'], ['rollout', '--policy', 'nope'], ['serve', '--port', '-1'],\n"
+        "              ['collect', '--env', 'vla/Nope-v0'], ['train', '--config', 'nope.yaml']):\n"
+        "    assert main(words) == 2\n"
+        "assert not {'torch', 'transformers', 'uvicorn'} & set(sys.modules)"
+    )
+    done = vla(code=code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_of_processes_that_train_together_one_tells_what_is_wrong(capsys, monkeypatch):
+    for rank, messages in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert main(["train", "--data", "nowhere"]) == 2
+        assert capsys.readouterr().err.count("vla: ") == messages
+
+
+def test_help_keeps_names_as_they_are_and_has_no_empty_defaults(capsys):
+    for verb in ("serve", "train", "collect"):
+        with pytest.raises(SystemExit):
+            main([verb, "--help"])
+    said = capsys.readouterr().out
+    assert "Serve a policy to OpenVLA's and openpi's robot clients." in said
+    assert "(default: )" not in said and "(default: none)" in said
 
 
 @pytest.mark.parametrize("name", [name for name, verb in VERBS.items() if hasattr(config, verb.config)])
@@ -156,8 +227,8 @@ def job(config):
         print("saved", flush=True)
 slow.job = job
 from vla import cli
-cli.VERBS["train"] = cli.VERBS["train"]._replace(job="slow:job")
-sys.exit(cli.main(["train", "--out", {str(tmp_path)!r}]))
+cli.VERBS["collect"] = cli.VERBS["collect"]._replace(job="slow:job")
+sys.exit(cli.main(["collect", "--out", {str(tmp_path)!r}]))
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n"

@@ -17,11 +17,12 @@ from vla import config as configuration
 from vla import rollin, simulator
 from vla.collect import collect
 from vla.config import AdapterConfig, CollectConfig, DaggerConfig, TrainConfig
+from vla.config.training import ROUNDS_APART
 from vla.dagger import dagger
 from vla.data.reader import Demonstrations
 from vla.data.staging import finished
 from vla.errors import ConfigError, DataError, SimulatorError
-from vla.rollin import ROUNDS_APART, scenes_of
+from vla.rollin import scenes_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -317,7 +318,7 @@ def test_roll_ins_that_are_all_over_before_anybody_was_asked(tmp_path):
         ({"beta": 1.5}, "beta must be between 0 and 1"),
         ({"rounds": 0}, "rounds must be at least 1"),
         ({"intervention": 0}, "intervention must be at least 1"),
-        ({"target": 90.0}, "target must be a share"),
+        ({"target": 90.0}, "target must be above 0 and at most 1"),
         ({"eval_seed": 10_001}, "eval_seed must be outside the seeds to learn from, 0 to 29999"),
         ({"train": {"data": ["datasets/mine"]}}, r"train\.data is set by `vla dagger` itself"),
     ],

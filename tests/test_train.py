@@ -1,10 +1,12 @@
 """Training through the real command line: learns, resumes exactly after any kill, exports what it trained."""
 
+import dataclasses
 import json
 import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,7 +25,7 @@ from vla.errors import ConfigError, DataError, TrainingError
 from vla.model import lora
 from vla.model.backbones import build_policy
 from vla.policy import Policy
-from vla.train import _facts, pretrain, train
+from vla.train import _facts, _validation, pretrain, seconds_per_step, train
 
 SMALL = {
     "steps": 12,
@@ -112,20 +114,62 @@ def test_killed_at_random_moments_it_resumes_to_the_same_losses(demos, tmp_path,
                 break
     assert process.returncode == 0, (tmp_path / "log").read_text()[-2000:]
     assert killed == kills
+    assert re.search(r"^resuming at step \d+ of \d+$", (tmp_path / "log").read_text(), re.M)
     assert unbroken.returncode == 0, (tmp_path / "whole.log").read_text()[-2000:]
     assert losses(run) == losses(tmp_path / "unbroken")
 
 
 def test_two_processes_learn_what_one_does_with_twice_the_batch(demos, tmp_path):
-    """Data parallelism: together they make the same draws, so the losses are the same."""
-    single = pretrain(small(data=[demos], out=tmp_path / "single", batch_size=8, steps=6))
-    config.dump(small(data=[demos], out=tmp_path / "double", batch_size=4, steps=6), tmp_path / "job.yaml")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, "-m", "vla.cli", "pretrain", "--config", str(tmp_path / "job.yaml")]
-    result = subprocess.run(command, capture_output=True, text=True)
+    """Data parallelism: together they make the same draws, so the losses are the same. Started as the README starts it,
+    beside a folder that has the name of a library."""
+    single = pretrain(small(data=[demos], out=tmp_path / "single", method="full", batch_size=8, steps=6))
+    (tmp_path / "datasets").mkdir()
+    (tmp_path / "datasets" / "squares").symlink_to(demos, target_is_directory=True)
+    values = {"data": ["datasets/squares"], "out": "double", "method": "full", "batch_size": 4, "steps": 6}
+    config.dump(small(**values), tmp_path / "my.yaml")
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    line = re.search(r"^accelerate launch (-m vla\.cli train --config my\.yaml)", readme, re.M)
+    # On CPUs accelerate starts several processes only where it is told that they are for GPUs.
+    two = "--multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0 --mixed_precision no"
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.accelerate_cli",
+        "launch",
+        *two.split(),
+        "--dynamo_backend",
+        "no",
+    ]
+    result = subprocess.run(
+        [*launch, "--dynamo_backend", "no", *line[1].split()], capture_output=True, text=True, cwd=tmp_path
+    )
     assert result.returncode == 0, result.stderr[-2000:]
     assert losses(tmp_path / "double") == pytest.approx(losses(single), rel=1e-3)
     assert Policy.from_pretrained(str(tmp_path / "double")).horizon == 4
+    # One of them speaks for both.
+    for line in (r"^step 6 of 6: loss \d", r"^policy: +double/policy$", r"^next: +vla rollout --policy double"):
+        assert len(re.findall(line, result.stdout, re.M)) == 1, result.stdout
+
+
+def test_a_signal_to_one_process_stops_all_and_nothing_is_finished(demos, tmp_path):
+    config.dump(small(data=[demos], out=tmp_path / "run", steps=500, save_every=400), tmp_path / "job.yaml")
+    command = [sys.executable, "-m", "vla.cli", "pretrain", "--config", str(tmp_path / "job.yaml")]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    both = [
+        subprocess.Popen(
+            command, env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True
+        )
+        for rank in "01"
+    ]
+    while len(losses(tmp_path / "run")) < 3 and both[0].poll() is None:
+        time.sleep(0.1)
+    both[1].send_signal(signal.SIGTERM)
+    said = [process.communicate(timeout=120)[1] for process in both]
+    assert [process.returncode for process in both] == [130, 143], said
+    assert "--resume" in said[0]
+    assert trainer.last_checkpoint(tmp_path / "run") is not None and not (tmp_path / "run" / "policy").exists()
 
 
 @pytest.mark.parametrize(("log_every", "last"), [(1, 11), (100, 12)], ids=["soon", "not before the end"])
@@ -286,6 +330,27 @@ def test_closed_loop_evaluation_during_training(tmp_path):
     assert sorted(losses(run)) == [1, 2, 3]
 
 
+def test_a_closed_loop_evaluation_that_fails_does_not_end_training(tmp_path, capsys):
+    from vla.collect import collect
+    from vla.config import AdapterConfig, CollectConfig
+
+    world = AdapterConfig(module="tests.rollout_env", expert="random", kwargs={"raise_on": 100_000})
+    env = ("toy/Slide-v0",)
+    demos = collect(CollectConfig(env, tmp_path / "demos", episodes=2, keep="all", workers=1, adapter=world))
+    cfg = small(data=[demos], out=tmp_path / "run", steps=3, save_every=2, rollout_every=2, rollout_episodes=1)
+    run = pretrain(dataclasses.replace(cfg, rollout_env=env, adapter=world))
+    assert "step 2: no closed-loop evaluation: every episode failed" in capsys.readouterr().err
+    assert sorted(losses(run)) == [1, 2, 3] and (run / "checkpoint-2").is_dir() and (run / "policy").is_dir()
+
+
+def test_validation_is_spread_over_all_datasets():
+    first, second = range(500), range(1000, 1500)
+    chosen = np.array(_validation([first, second], [np.arange(500), np.arange(500)]))
+    assert len(set(chosen)) == 512 and (chosen < 500).sum() == 256
+    assert {0, 499, 1000, 1499} <= set(chosen)
+    assert _validation([first], [np.arange(3)]) == [0, 1, 2] and _validation([first], [np.arange(0)]) == []
+
+
 def test_two_cameras_fourteen_actions_no_state_trains(dataset, tmp_path):
     from vla.spec import RobotSpec
 
@@ -314,10 +379,44 @@ def test_training_prefix_equals_serving_prefix(demos, unbroken):
     assert torch.equal(trained["state"], served["state"])
 
 
-def test_dry_run_writes_nothing(demos, tmp_path, capsys):
-    pretrain(small(data=[demos], out=tmp_path / "run", dry_run=True))
+def test_a_dry_run_takes_the_step_that_training_takes_and_writes_nothing(demos, tmp_path, capsys, monkeypatch):
+    steps, precisions = [], set()
+    build, step = build_policy, torch.optim.AdamW.step
+
+    def watched(*arguments):
+        network, processor = build(*arguments)
+        network.language_model.model.register_forward_pre_hook(
+            lambda *_: precisions.add(torch.get_autocast_dtype("cpu"))
+        )
+        network.language_model.model.register_forward_pre_hook(
+            lambda *_: precisions.add(torch.is_autocast_enabled("cpu"))
+        )
+        return network, processor
+
+    def counted(self, *arguments, **keywords):
+        result = step(self, *arguments, **keywords)
+        steps.append(len(self.state))  # Adam's moments are there
+        return result
+
+    monkeypatch.setattr("vla.train.build_policy", watched)
+    monkeypatch.setattr(torch.optim.AdamW, "step", counted)
+    cfg = small(data=[demos], out=tmp_path / "run", dry_run=True, precision="bf16", grad_accum=2)
+    pretrain(cfg)
+    assert precisions == {torch.bfloat16, True} and len(steps) == 1 and steps[0] > 10
+    said = capsys.readouterr().out
+    assert "a guess among the 31 action tokens has 3.434" in said and "everything fits together" in said
+    assert seconds_per_step(cfg, steps=2) > 0 and len(steps) == 4 and precisions == {torch.bfloat16, True}
     assert not (tmp_path / "run").exists()
-    assert "everything fits together" in capsys.readouterr().out
+
+
+def test_a_start_that_fails_leaves_nothing(demos, tmp_path, monkeypatch):
+    def broken(self):
+        raise RuntimeError("no such device")
+
+    monkeypatch.setattr(trainer.VLATrainer, "get_train_dataloader", broken)
+    with pytest.raises(RuntimeError, match="no such device"):
+        pretrain(small(data=[demos], out=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_mistakes_are_explained_before_anything_is_written(demos, unbroken, tmp_path):

@@ -80,6 +80,7 @@ def benchmark(config: BenchmarkConfig, policy: ChunkPolicy | None = None) -> dic
         VLAError: as `rollout`.
         KeyboardInterrupt: stopped. This and every error come after what was finished is written.
     """
+    configuration.check(config)
     sets = _task_sets()
     env_ids = chosen(config.tasks, sets)
     asked = {

@@ -23,6 +23,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from vla.errors import CheckpointError
+from vla.locations import check_policy
 from vla.model.backbones import find_checkpoint
 from vla.model.configuration import VLAConfig
 from vla.model.modeling import VLAForActionPrediction
@@ -121,8 +122,7 @@ def _from_hub(name: str) -> Path:
             f"{name} is not a policy of this package: no config.json with model_type 'vla' in it or in {name}/policy. "
             "Give the run folder of `vla train`, or its policy folder."
         )
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise CheckpointError(f"no policy at {name!r}: there is no such folder (and it is not a hub id, 'owner/name').")
+    check_policy(name)
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
     except (OSError, ValueError) as error:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
 import errno
 import importlib
 import os
@@ -21,9 +22,9 @@ import threading
 import traceback
 from collections.abc import Sequence
 from types import FrameType
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, Literal, NamedTuple, get_type_hints
 
-from vla import __version__
+from vla import __version__, search_path
 from vla.errors import VLAError, unknown
 
 
@@ -37,7 +38,7 @@ class Verb(NamedTuple):
 
 VERBS = {
     "quickstart": Verb("QuickstartConfig", "vla.quickstart:quickstart", "from nothing to a rollout report"),
-    "doctor": Verb("DoctorConfig", "vla.doctor:doctor", "say what is wrong with this machine and how to mend it"),
+    "doctor": Verb("DoctorConfig", "vla.doctor:doctor", "say what is wrong with this machine and how to fix it"),
     "collect": Verb("CollectConfig", "vla.collect:collect", "run an expert and write its successes as a dataset"),
     "inspect": Verb("InspectConfig", "vla.inspect:inspect", "show what is in a dataset, and what is wrong with it"),
     "replay": Verb("ReplayConfig", "vla.replay:replay", "send recorded actions back to their environment"),
@@ -62,6 +63,8 @@ class Terminated(KeyboardInterrupt):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit status."""
+    if argv is None:  # as a program, not called from one
+        search_path.installed_packages_first()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
@@ -69,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[0] == "--version":
         print(f"vla {__version__}")
         return 0
-    config = None
+    config: Any = None
     before, unraisable = signal.signal(signal.SIGTERM, _terminate), sys.unraisablehook
     sys.unraisablehook = _again
     try:
@@ -77,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments[:2] = [" ".join(arguments[:2])]
         verb = _verb(arguments[0])
         config = _parse(arguments[0], verb, arguments[1:])
+        importlib.import_module("vla.preflight").preflight(config)
         module, _, name = verb.job.partition(":")
         result = getattr(importlib.import_module(module), name)(config)
         return 1 if result is False else 0
@@ -92,7 +96,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         elif message is None:
             raise
-        print(f"vla: {message}", file=sys.stderr)
+        if _reports():
+            print(f"vla: {message}", file=sys.stderr)
         return status
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -116,6 +121,11 @@ def _verb(name: str) -> Verb:
     return VERBS[name]
 
 
+def _reports() -> bool:
+    """Whether this process reports an error: of those that train together on a machine, the first one does for all."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def _parse(name: str, verb: Verb, arguments: Sequence[str]) -> Any:
     """The verb's configuration: default < YAML < flag.
 
@@ -127,25 +137,84 @@ def _parse(name: str, verb: Verb, arguments: Sequence[str]) -> Any:
     from vla import config
 
     cls = getattr(config, verb.config)
-    names = _field_names(cls)
     first = argparse.ArgumentParser(prog=f"vla {name}", add_help=False, allow_abbrev=False)
     first.add_argument("--config", metavar="PATH")
     known, flags = first.parse_known_args(arguments)
-    return tyro.cli(
+    summary = f"{verb.summary[0].upper()}{verb.summary[1:]}."
+    values, rest = tyro.cli(
         cls,
         prog=f"vla {name}",
-        description=f"{verb.summary.capitalize()}.\n\n--config PATH: values from YAML; flags override them.",
+        description=f"{summary}\n\n--config PATH: values from YAML; flags override them.",
         args=flags,
         default=config.load(cls, known.config) if known.config else cls(),
-        config=(tyro.conf.OmitArgPrefixes,) if len(names) == len(set(names)) else (),
+        config=(tyro.conf.OmitArgPrefixes,) if _short(cls) else (),
+        registry=_type_rules(),
+        return_unknown_args=True,
     )
+    if rest:
+        raise VLAError(_unknown_argument(name, cls, rest[0]))
+    config.check(values)
+    return values
 
 
-def _field_names(cls: Any) -> list[str]:
-    """Names of the fields of a configuration and of those nested in it."""
-    types = get_type_hints(cls)
-    nested = [name for kind in types.values() if dataclasses.is_dataclass(kind) for name in _field_names(kind)]
-    return [name for name, kind in types.items() if not dataclasses.is_dataclass(kind)] + nested
+def _unknown_argument(name: str, cls: Any, argument: str) -> str:
+    """What to say of an argument that no field of the verb's configuration takes."""
+    from vla import config
+
+    help_ = f"`vla {name} --help` lists the flags."
+    if not argument.startswith("-"):
+        return f"unexpected argument {argument!r}: values follow a flag. {help_}"
+    flag = argument.partition("=")[0].replace("_", "-")
+    ours = _flags(cls)
+    short = [known for known in ours if flag.lstrip("-") == "".join(word[0] for word in known[2:].split("-"))]
+    near = short or difflib.get_close_matches(flag, ours, n=1, cutoff=0.6)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    others = [verb for verb, other in VERBS.items() if flag in _flags(getattr(config, other.config))]
+    elsewhere = f" It is a flag of {', '.join(others)}." if others and not near else ""
+    return f"`vla {name}` has no flag {flag!r}.{hint}{elsewhere} {help_}"
+
+
+def _flags(cls: Any) -> list[str]:
+    """The flags of a configuration, as `vla <verb> --help` spells them."""
+    names = [path.rpartition(".")[2] if _short(cls) else path for path in _fields(cls)]
+    return [f"--{name.replace('_', '-')}" for name in names]
+
+
+def _short(cls: Any) -> bool:
+    """Whether no two fields of a configuration share a name, so that a flag needs no prefix."""
+    names = [path.rpartition(".")[2] for path in _fields(cls)]
+    return len(names) == len(set(names))
+
+
+def _fields(cls: Any, prefix: str = "") -> list[str]:
+    """Dotted names of the fields of a configuration and of those nested in it."""
+    found = []
+    for name, kind in get_type_hints(cls).items():
+        found += _fields(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else [prefix + name]
+    return found
+
+
+def _type_rules() -> Any:
+    """What to change in tyro: its help shows an empty list or mapping as nothing instead of "none", and it refuses an
+    unknown choice without naming the nearest one, as `config.check` does."""
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+    registry, asked = ConstructorRegistry(), set[Any]()
+
+    @registry.primitive_rule
+    def rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+        if info.type_origin not in (tuple, dict, Literal) or info.type in asked:
+            return None
+        asked.add(info.type)  # tyro's own rule is next
+        usual = registry.get_primitive_spec(info)
+        asked.remove(info.type)
+        if not isinstance(usual, PrimitiveConstructorSpec):
+            return None
+        if info.type_origin is Literal:
+            return dataclasses.replace(usual, choices=None, instance_from_str=lambda words: words[0])
+        return dataclasses.replace(usual, str_from_instance=lambda value: usual.str_from_instance(value) or ["none"])
+
+    return registry
 
 
 def _explain(error: Exception) -> tuple[str | None, int]:

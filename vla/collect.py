@@ -62,7 +62,7 @@ def collect(config: CollectConfig) -> Path:
         ConfigError, DataError: values or a folder that cannot be used.
         SimulatorError: the environment cannot be made, or the expert never succeeds.
     """
-    _check(config)
+    configuration.check(config)
     if config.resume and (config.out / INFO).is_file():
         shutil.rmtree(config.out / STAGING, ignore_errors=True)  # killed between the last rename and cleaning up
         _same_plan(config, config.out / PLAN)
@@ -213,20 +213,6 @@ class _Run:
                 f"{self.config.adapter.success!r} (adapter.success) where the environment reports success, and is "
                 "adapter.max_steps long enough? `--keep all` keeps failures, too."
             )
-
-
-def _check(config: CollectConfig) -> None:
-    if not config.env:
-        raise ConfigError("env: name at least one environment.")
-    for name, fits, valid in (
-        ("episodes", config.episodes >= 1, "at least 1"),
-        ("seed", config.seed >= 0, "0 or more"),
-        ("noise", config.noise >= 0, "0 or more"),
-        ("noise_share", 0 <= config.noise_share <= 1, "between 0 and 1"),
-        ("workers", config.workers >= 0, "0 (one per core) or more"),
-    ):
-        if not fits:
-            raise ConfigError(f"{name} must be {valid}, got {getattr(config, name)}.")
 
 
 def _same_plan(config: CollectConfig, path: Path) -> None:

@@ -32,18 +32,18 @@ from vla import results, simulator
 from vla.collect import collect
 from vla.comparison import compare
 from vla.config import CollectConfig, DaggerConfig, RolloutConfig, TrainConfig
+from vla.config.training import ROUNDS_APART
 from vla.data.format import INFO, Info, write_json
 from vla.data.pictures import ACCENT, INK, LINE, SOFT, WARN
 from vla.data.reader import Demonstrations
 from vla.errors import ConfigError
 from vla.policy import Policy
-from vla.rollin import ROUNDS_APART, first_seed, roll_in, scenes_of
+from vla.rollin import first_seed, roll_in, scenes_of
 from vla.rollout import rollout
 from vla.train import train
 
 FILE, PICTURE, SETTINGS = "dagger.json", "dagger.png", "dagger.yaml"
 FREE = ("rounds", "labels", "target", "compare_bc", "device", "resume", "out")  # may change when a run is resumed
-OURS = ("data", "weights", "unnorm_keys", "out", "resume", "dry_run")  # of `train`, set here
 KEY = "dagger"  # all rounds share their statistics: one robot, one meaning of every action token
 
 _console = Console()
@@ -158,7 +158,7 @@ def _learn(
     """Train on `data`, from the policy `backbone` or as the configuration says, and evaluate what comes out."""
     run, report = folder / "train", folder / "rollout"
     if not (run / "policy").is_dir():
-        train(_training(config, run, data, backbone, steps))
+        train(_training(config, run, data, backbone, steps), conclude=False)
     info = _evaluate(config, str(run), report, config.eval_episodes, config.eval_seed, videos=1)
     shown = ("n_episodes", "n_successes", "pc_success", "pc_success_ci95")
     places = {"data": list(map(str, data)), "policy": str(run), "report": str(report)}
@@ -216,30 +216,7 @@ def _enough(config: DaggerConfig, rounds: Sequence[dict[str, Any]]) -> str | Non
 
 def _check(config: DaggerConfig) -> None:
     """Refuse what could only fail hours later."""
-    seeds = range(config.seed, config.seed + ROUNDS_APART * (config.rounds + 1))
-    judged = range(config.eval_seed, config.eval_seed + config.eval_episodes)
-    for name, fits, valid in (
-        ("env", bool(config.env), "one or more environment ids"),
-        ("demonstrations", 1 <= config.demonstrations <= ROUNDS_APART, f"between 1 and {ROUNDS_APART}"),
-        ("episodes", 1 <= config.episodes <= ROUNDS_APART, f"between 1 and {ROUNDS_APART}"),
-        ("trials", 0 <= config.trials <= ROUNDS_APART, f"between 0 and {ROUNDS_APART}"),
-        ("intervention", config.intervention is None or config.intervention >= 1, "at least 1"),
-        ("intervention_after", config.intervention_after >= 0, "0 or more"),
-        ("rounds", config.rounds >= 1, "at least 1"),
-        ("labels", config.labels is None or config.labels >= 1, "at least 1"),
-        ("target", 0 < config.target <= 1, "a share above 0, at most 1"),
-        ("beta", 0 <= config.beta <= 1, "between 0 and 1"),
-        ("seed", config.seed >= 0, "0 or more"),
-        ("n_envs", config.n_envs >= 1, "at least 1"),
-        ("eval_episodes", config.eval_episodes >= 1, "at least 1"),
-        ("eval_seed", not set(judged) & set(seeds), f"outside the seeds to learn from, {seeds[0]} to {seeds[-1]}"),
-        ("finetune_steps", config.finetune_steps is None or config.finetune_steps >= 1, "at least 1"),
-    ):
-        if not fits:
-            raise ConfigError(f"{name} must be {valid}, got {getattr(config, name)}.")
-    for name in OURS:
-        if getattr(config.train, name) != getattr(TrainConfig(), name):
-            raise ConfigError(f"train.{name} is set by `vla dagger` itself; leave it out.")
+    configuration.check(config)
     for folder in config.data:
         Info.load(folder)
     for env_id in config.env:

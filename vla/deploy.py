@@ -32,7 +32,6 @@ from vla.control.controller import Controller
 from vla.control.replay import ReplayRobot
 from vla.control.sim import SimRobot
 from vla.control.station import Station
-from vla.errors import ConfigError
 from vla.policy import ChunkPolicy
 from vla.serve.page import page, serve_in_thread
 from vla.spec import RobotSpec
@@ -50,8 +49,7 @@ def deploy(config: DeployConfig) -> dict[str, Any]:
         VLAError: before the first episode, when policy, robot and configuration do not fit.
         KeyboardInterrupt: stopped; the robot holds, and finished episodes are written.
     """
-    if config.seconds <= 0 or (config.episodes is not None and config.episodes < 1):
-        raise ConfigError(f"episodes and seconds must be positive, got {config.episodes} and {config.seconds}.")
+    configuration.check(config)
     policy = client.load(config.policy, config.device, config.unnorm_key, config.n_action_steps)
     records: deque[dict[str, Any]] = deque(maxlen=_REMEMBERED)
     # A thread that wants to run may have to wait this long for Python's lock: less than the jitter that matters.

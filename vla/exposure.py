@@ -20,12 +20,12 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from vla.config import ExposureConfig
+from vla.config import ExposureConfig, check
 from vla.data.pictures import ACCENT, INK, LINE, SOFT, WARN
 from vla.data.reader import Demonstrations
 from vla.data.samples import ChunkSamples, Sample
 from vla.decoding import strategies
-from vla.errors import ConfigError, SpecError
+from vla.errors import SpecError
 from vla.policy import Policy
 from vla.progress import Progress
 
@@ -39,9 +39,7 @@ def exposure(config: ExposureConfig) -> dict[str, Any]:
     Raises:
         ConfigError, DataError, SpecError: before anything is written.
     """
-    for name in ("frames", "batch_size"):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{name} must be at least 1, got {getattr(config, name)}.")
+    check(config)
     demos = Demonstrations(config.data)
     policy = Policy.from_pretrained(config.policy, config.device, config.unnorm_key)
     ours, theirs = policy.robot, demos.robot

@@ -17,10 +17,10 @@ from rich.table import Table
 
 from vla.actions.normalize import Normalizer, compute_statistics
 from vla.config import InspectConfig
+from vla.config import check as check_config
 from vla.data import pictures
 from vla.data.checks import Finding, check, check_images, moves
 from vla.data.reader import Demonstrations, Episode
-from vla.errors import ConfigError
 from vla.pages import templates
 
 PAGE = "index.html"
@@ -35,8 +35,7 @@ def inspect(config: InspectConfig) -> Path:
     Raises:
         DataError: the dataset cannot be read; the message says why.
     """
-    if config.bins < 2:
-        raise ConfigError(f"bins must be at least 2, got {config.bins}.")
+    check_config(config)
     demos = Demonstrations(config.data)
     out = config.out or config.data / "inspect"
     out.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from transformers import StoppingCriteriaList
 
 from vla import checkpoint
 from vla.actions.chunks import completed
-from vla.config import GREEDY, DecodingConfig
+from vla.config import GREEDY, DecodingConfig, check
 from vla.decoding import strategies
 from vla.decoding.commitment import Commitment
 from vla.decoding.engine import Engine
@@ -194,7 +194,7 @@ class Policy(ChunkPolicy):
         decoding: DecodingConfig = GREEDY,
     ) -> None:
         super().__init__()
-        decoding.check()
+        check(decoding)
         self.device = choose_device(device)
         self.network = network.to(self.device).eval()
         self.processor, self.decoding = processor, decoding

@@ -55,8 +55,16 @@ class Progress:
         if self._bar:
             self._bar.update(self._task, advance=1, description=state)
         elif now - self._last > LOG_EVERY_S:
-            left = (self._total - self._done) / per_second
-            print(
-                f"{self._done} of {self._total} {self._unit}: {state}, {left:.0f} s left", file=sys.stderr, flush=True
-            )
+            left = duration((self._total - self._done) / per_second)
+            print(f"{self._done} of {self._total} {self._unit}: {state}, {left} left", file=sys.stderr, flush=True)
             self._last = now
+
+
+def duration(seconds: float) -> str:
+    """
+    >>> [duration(seconds) for seconds in (0.4, 59.4, 100, 5000)]
+    ['0 s', '59 s', '2 min', '1.4 h']
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"

@@ -38,6 +38,7 @@ SETTINGS = "quickstart.yaml"
 
 def quickstart(cfg: QuickstartConfig) -> Path:
     """Run the whole job and return the path of the report."""
+    config.check(cfg)
     start = time.monotonic()
     _claim(cfg)
     demos, run = cfg.out / "demonstrations", cfg.out / "train"
@@ -52,7 +53,7 @@ def quickstart(cfg: QuickstartConfig) -> Path:
 
     console.print(Rule("3/4  LoRA fine-tuning", align="left"))
     if not (run / "policy").is_dir():
-        train(_training(cfg, demos, run))
+        train(_training(cfg, demos, run), conclude=False)
 
     console.print(Rule("4/4  the fine-tuned policy on unseen seeds", align="left"))
     after = _rollout(cfg, str(run), cfg.out / "after", compare=cfg.out / "before")

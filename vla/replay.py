@@ -20,7 +20,7 @@ from vla import simulator
 from vla.config import AdapterConfig, CollectConfig, ReplayConfig
 from vla.data.format import PLAN
 from vla.data.reader import Demonstrations, Episode
-from vla.errors import ConfigError, DataError, SimulatorError
+from vla.errors import DataError, SimulatorError
 
 FILE = "replay.json"
 SAME = 1e-3  # share of a state entry's range up to which two states count as the same
@@ -62,8 +62,7 @@ def replay(config: ReplayConfig) -> bool:
         DataError: the dataset cannot be read, or does not say which environment and seed its episodes had.
         SimulatorError: the environment cannot be made, or does not fit the recorded actions.
     """
-    if config.episodes < 1:
-        raise ConfigError(f"episodes must be at least 1, got {config.episodes}.")
+    configuration.check(config)
     demos = Demonstrations(config.data)
     episodes = demos.episodes[: config.episodes]
     results: list[Replay] = []

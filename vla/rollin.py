@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vla.config import DaggerConfig
+from vla.config.training import ROUNDS_APART
 from vla.data.packing import finalise
 from vla.data.staging import finished, open_staging
 from vla.data.writer import EpisodeRecorder
@@ -40,7 +41,6 @@ from vla.workers import Fault, Host, Pool, Start, Stretch
 if TYPE_CHECKING:
     from vla.policy import ChunkPolicy
 
-ROUNDS_APART = 10_000  # between the first seeds of two rounds
 TURNS_APART = 1_000_000  # between the seed of an episode and that of its next try, when the environment failed
 TRIES = 5  # of one episode
 

@@ -229,13 +229,7 @@ def _account(episode: Episode, stretch: Stretch) -> None:
 
 def _check(config: RolloutConfig) -> None:
     """Refuse what cannot work before anything is loaded."""
-    for name in ("episodes", "n_envs"):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"{name} must be at least 1, got {getattr(config, name)}.")
-    if config.videos < 0:
-        raise ConfigError(f"videos must not be negative, got {config.videos}.")
-    if not config.env or len(set(config.env)) < len(config.env):
-        raise ConfigError(f"env needs one or more environment ids, each once; got {list(config.env)}.")
+    configuration.check(config)
     if results.is_finished(config.out) and not config.overwrite:
         raise ConfigError(f"{config.out} already holds a rollout report. Choose another --out, or give --overwrite.")
     ours = {results.FILE, report.FILE, VIDEOS, "config.yaml"}

@@ -47,7 +47,7 @@ def make(env_id: str, adapter: AdapterConfig | None = None, render: bool = False
     # The renderer reads this when `mujoco` is first imported; without a display only EGL and OSMesa work.
     if not os.environ.get("DISPLAY") and sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")
-    full_id = _resolve(env_id, adapter)
+    full_id = resolve(env_id, adapter)
     kwargs = dict(adapter.kwargs)
     if render or "render()" in adapter.images.values():
         kwargs.setdefault("render_mode", "rgb_array")
@@ -223,7 +223,7 @@ class _RandomExpert:
         return self._rng.uniform(self._low, self._high).astype(np.float32)
 
 
-def _resolve(env_id: str, adapter: AdapterConfig) -> str:
+def resolve(env_id: str, adapter: AdapterConfig) -> str:
     """The registered id, after importing the module that registers it; a readable error for one that no module does."""
     module, _, name = env_id.rpartition(":")
     module = module or adapter.module or ("envs" if name.startswith("vla") else "")

@@ -6,9 +6,13 @@ folder (config.yaml, metrics.jsonl, curves.png, checkpoint-N/, policy/, adapter/
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
 import json
 import os
+import shlex
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -27,7 +31,7 @@ from vla.actions.normalize import compute_statistics
 from vla.config import TrainConfig
 from vla.data.reader import Demonstrations
 from vla.data.samples import ChunkSamples, Mixture, split_episodes
-from vla.errors import ConfigError, DataError
+from vla.errors import ConfigError, DataError, VLAError
 from vla.machine import cpu_flags
 from vla.model import lora
 from vla.model.backbones import DataFacts, build_policy
@@ -36,6 +40,7 @@ from vla.model.processing import VLAProcessor
 from vla.simulator import make
 
 VALIDATION_FRAMES = 512
+SETTINGS = "config.yaml"
 DATA = "data.json"  # fingerprints of the datasets a run was started with
 
 
@@ -45,26 +50,35 @@ def pretrain(cfg: TrainConfig) -> Path:
     return train(dataclasses.replace(cfg, method="full", model=model))
 
 
-def train(cfg: TrainConfig) -> Path:
+def train(cfg: TrainConfig, conclude: bool = True) -> Path:
     """Run one training job and return the run folder, in whose `policy/` the (merged) policy lies.
 
+    Args:
+        conclude: print where everything is and what to run next.
     Raises:
         ConfigError, DataError, CheckpointError: what is wrong, before anything is written.
     """
     _check(cfg)
     resume_from = None if cfg.dry_run else _check_output(cfg)
-    job = _prepare(cfg)
     if cfg.dry_run:
-        return _dry_run(job, cfg)
+        return _dry_run(cfg)
+    job, demos = _prepare(cfg)
     if not cfg.resume and job.args.should_save:
         cfg.out.mkdir(parents=True, exist_ok=True)
         (cfg.out / DATA).write_text(json.dumps(_fingerprints(cfg)))
-        config.dump(cfg, cfg.out / "config.yaml")
-    with job.graceful():
-        job.train(resume_from_checkpoint=resume_from)
+        config.dump(cfg, cfg.out / SETTINGS)
+    try:
+        with job.graceful():
+            job.train(resume_from_checkpoint=resume_from)
+    except Exception:
+        if job.args.should_save and not cfg.resume and not job.state.global_step:
+            _forget_start(cfg.out)
+        raise
     if job.args.should_save:
         _export(job.model, job.collator.processor, cfg)
         trainer.plot_metrics(cfg.out)
+        if conclude:
+            print(_conclusion(cfg, demos), flush=True)
     job.accelerator.wait_for_everyone()  # a process that leaves while another still works aborts the other
     job.accelerator.end_training()
     return cfg.out
@@ -72,22 +86,16 @@ def train(cfg: TrainConfig) -> Path:
 
 def seconds_per_step(cfg: TrainConfig, steps: int = 4) -> float:
     """How long an optimizer step of this job takes on this machine, measured on `steps` steps; writes nothing."""
-    job = _prepare(dataclasses.replace(cfg, report_to="none", dry_run=True), quiet=True)
-    optimizer, start = job.create_optimizer(), time.perf_counter()
-    for k in range(steps + 1):
-        if k == 1:  # the first step allocates
-            start = time.perf_counter()
-        batch = job.collator([job.train_dataset[k * cfg.batch_size + i] for i in range(cfg.batch_size)])
-        with job.compute_loss_context_manager():
-            loss = job.model(**job._prepare_inputs(batch)).loss
-        loss.backward()
-        optimizer.step()
-        loss.item()  # waits for the device
-    return cfg.grad_accum * (time.perf_counter() - start) / steps
+    ends = _Ends()
+    job, _ = _prepare(dataclasses.replace(cfg, steps=steps + 1, report_to="none", dry_run=True), quiet=True)
+    job.add_callback(ends)
+    job.train()
+    return (ends.times[-1] - ends.times[0]) / steps  # from the first one's end on: it allocates and compiles
 
 
-def _prepare(cfg: TrainConfig, quiet: bool = False) -> trainer.VLATrainer:
-    """Everything of a job but its steps: data, network, trainer."""
+def _prepare(cfg: TrainConfig, quiet: bool = False) -> tuple[trainer.VLATrainer, list[Demonstrations]]:
+    """Everything of a job but its steps: trainer (with network and samples) and data. A dry run's trainer writes
+    nothing."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     demos = [Demonstrations(folder) for folder in cfg.data]
@@ -101,12 +109,12 @@ def _prepare(cfg: TrainConfig, quiet: bool = False) -> trainer.VLATrainer:
     mixture = Mixture(sources, [split[0] for split in splits], cfg.weights, cfg.seed, draws, cfg.augment)
     validation = _validation(sources, [split[1] for split in splits])
     model = _trainable(network, cfg)
-    if not quiet:
-        _summary(cfg, demos, model, processor)
     arguments = _arguments(cfg, validate=bool(validation))
+    if not quiet and arguments.process_index == 0:
+        _summary(cfg, demos, model, processor)
     if arguments.n_gpu > 1:
         # One process drives one device: torch's own DataParallel would change what a batch is.
-        Console().print(f"using one of {arguments.n_gpu} GPUs; `accelerate launch -m vla.cli train ...` uses all.")
+        print(f"using one of {arguments.n_gpu} GPUs; `accelerate launch -m vla.cli train ...` uses all.")
         arguments._n_gpu = 1
     if arguments.device.type == "cuda":
         # The kernel that torch prefers on Hopper gives NaN gradients for masked sequences of some lengths
@@ -115,29 +123,22 @@ def _prepare(cfg: TrainConfig, quiet: bool = False) -> trainer.VLATrainer:
     if arguments.device.type == "cpu":
         # For sequences this short a plain softmax is faster than the fused kernel's backward pass (measured, 1.25x).
         network.set_attn_implementation("eager")
-    callbacks: list[TrainerCallback] = [trainer.Metrics(cfg.out)]
-    if cfg.rollout_every and cfg.rollout_env:
-        callbacks.append(_Rollouts(cfg, processor))
+    callbacks: list[TrainerCallback] = []
+    if not cfg.dry_run:
+        callbacks += [trainer.Metrics(cfg.out), trainer.ShowProgress()]
+        callbacks += [_Rollouts(cfg, processor)] if cfg.rollout_every else []
     collator = trainer.Collator(processor, keys, pad_to=_static_length(cfg, demos, processor))
     try:
-        return trainer.VLATrainer(model, arguments, mixture, collator, validation, callbacks)
-    except (RuntimeError, ValueError) as error:
-        if "report_to" in str(error) or "to be installed" in str(error):
+        return trainer.VLATrainer(model, arguments, mixture, collator, validation, callbacks), demos
+    except (ImportError, RuntimeError, ValueError) as error:
+        if cfg.report_to != "none" and "install" in str(error):
             raise ConfigError(f"report_to {cfg.report_to!r}: {error}") from None
         raise
 
 
 def _check(cfg: TrainConfig) -> None:
     """ConfigError for values that could only fail later."""
-    for name in ("steps", "batch_size", "grad_accum", "eval_every", "save_every", "log_every", "keep_checkpoints"):
-        if getattr(cfg, name) < 1:
-            raise ConfigError(f"{name} must be at least 1, got {getattr(cfg, name)}.")
-    if cfg.lora.rank < 1:
-        raise ConfigError(f"lora.rank must be at least 1, got {cfg.lora.rank}.")
-    if cfg.seed < 0 or not 0 <= cfg.val_fraction < 1:
-        raise ConfigError(f"seed must not be negative and val_fraction in [0, 1); got {cfg.seed}, {cfg.val_fraction}.")
-    if bool(cfg.rollout_every) != bool(cfg.rollout_env):
-        raise ConfigError("closed-loop evaluation needs both: rollout_every (steps) and rollout_env (ids).")
+    config.check(cfg)
     for env_id in cfg.rollout_env:
         make(env_id, cfg.adapter).close()
 
@@ -150,13 +151,13 @@ def _check_output(cfg: TrainConfig) -> str | None:
     """The checkpoint to resume from; ConfigError when the folder's state and `resume` do not fit."""
     last = trainer.last_checkpoint(cfg.out)
     if cfg.resume:
-        if last is None and (cfg.out / "config.yaml").is_file():
+        if last is None and (cfg.out / SETTINGS).is_file():
             return None  # stopped before its first checkpoint: start again
         if last is None:
             raise ConfigError(f"nothing to resume in {cfg.out}: it holds no training run.")
         if (cfg.out / DATA).is_file() and json.loads((cfg.out / DATA).read_text()) != _fingerprints(cfg):
             raise ConfigError(f"cannot resume {cfg.out}: its data has changed since it was started. Start another run.")
-        before = config.load(TrainConfig, cfg.out / "config.yaml")
+        before = config.load(TrainConfig, cfg.out / SETTINGS)
         same = dataclasses.replace(before, resume=cfg.resume, out=cfg.out, dry_run=cfg.dry_run)
         changed = [f.name for f in dataclasses.fields(cfg) if getattr(same, f.name) != getattr(cfg, f.name)]
         if changed:
@@ -208,8 +209,8 @@ def _facts(cfg: TrainConfig, demos: list[Demonstrations]) -> tuple[DataFacts, li
 def _validation(sources: list[ChunkSamples], frames: list[np.ndarray]) -> list[Any]:
     """At most VALIDATION_FRAMES samples, spread evenly over the held-out episodes of all datasets."""
     pairs = [(source, int(frame)) for source, indices in zip(sources, frames, strict=True) for frame in indices]
-    stride = max(1, len(pairs) // VALIDATION_FRAMES)
-    return [source[frame] for source, frame in pairs[::stride][:VALIDATION_FRAMES]]
+    places = np.linspace(0, len(pairs) - 1, min(len(pairs), VALIDATION_FRAMES)).round().astype(int)
+    return [source[frame] for source, frame in (pairs[place] for place in places)]
 
 
 def _trainable(network: VLAForActionPrediction, cfg: TrainConfig) -> torch.nn.Module:
@@ -247,9 +248,9 @@ def _arguments(cfg: TrainConfig, validate: bool) -> TrainingArguments:
         dataloader_num_workers=cfg.workers,
         dataloader_drop_last=True,
         remove_unused_columns=False,
-        eval_strategy="steps" if validate else "no",
+        eval_strategy="steps" if validate and not cfg.dry_run else "no",
         eval_steps=cfg.eval_every,
-        save_strategy="steps",
+        save_strategy="no" if cfg.dry_run else "steps",
         save_steps=cfg.save_every,
         save_total_limit=cfg.keep_checkpoints,
         logging_steps=cfg.log_every,
@@ -293,20 +294,37 @@ def _summary(cfg: TrainConfig, demos: list[Demonstrations], model: torch.nn.Modu
     Console().print(table)
 
 
-def _dry_run(job: trainer.VLATrainer, cfg: TrainConfig) -> Path:
-    """One forward and backward pass on the first batch; writes nothing."""
-    batch = job._prepare_inputs(job.collator([job.train_dataset[i] for i in range(cfg.batch_size)]))
-    with job.compute_loss_context_manager():
-        loss = job.model(**batch).loss
-    loss.backward()
-    loss = loss.item()
-    shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in batch.items())
-    guess = np.log(job.collator.processor.config.vocab_size)
-    print(f"dry run: loss {loss:.3f} (uniform guess {guess:.3f}), {shapes}")
-    if torch.cuda.is_available():
-        print(f"dry run: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of GPU memory at the peak")
-    print("dry run: everything fits together; nothing was written")
+def _dry_run(cfg: TrainConfig) -> Path:
+    """One optimizer step, as training takes it; writes nothing."""
+    job, _ = _prepare(dataclasses.replace(cfg, steps=1, log_every=1, report_to="none"))
+    job.train()
+    loss, tokenizer = job.state.log_history[0]["loss"], job.collator.processor.action_tokenizer
+    if job.args.process_index == 0:
+        batch = job.collator([job.train_dataset[i] for i in range(cfg.batch_size)])
+        shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in batch.items())
+        guess = f"a guess among the {tokenizer.vocab_size} action tokens has {np.log(tokenizer.vocab_size):.3f}"
+        print(f"dry run: one step, loss {loss:.3f} ({guess}), {shapes}")
+        if torch.cuda.is_available():
+            print(f"dry run: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of GPU memory at the peak")
+        print("dry run: everything fits together; nothing was written")
     return cfg.out
+
+
+def _forget_start(run: Path) -> None:
+    """Remove what a run wrote that failed before its first step: the corrected command begins in the same folder."""
+    for name in (SETTINGS, DATA, trainer.METRICS):
+        (run / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # what else is in it is not ours
+        run.rmdir()
+
+
+def _conclusion(cfg: TrainConfig, demos: list[Demonstrations]) -> str:
+    """Where the results are, and the command that evaluates the policy."""
+    env_ids = dict.fromkeys(e.env_id for demo in demos for e in demo.episodes if e.env_id)
+    command = ["vla", "rollout", "--policy", str(cfg.out), "--env", *(env_ids or ["<environment id>"])]
+    places = {"policy": cfg.out / "policy", "metrics": cfg.out / trainer.METRICS, "curves": cfg.out / trainer.CURVES}
+    lines = [f"{name + ':':<9}{place}" for name, place in places.items() if place.exists()]
+    return "\n".join([*lines, f"{'next:':<9}{shlex.join(command)}"])
 
 
 def _export(model: Any, processor: VLAProcessor, cfg: TrainConfig) -> None:
@@ -325,8 +343,21 @@ def _export(model: Any, processor: VLAProcessor, cfg: TrainConfig) -> None:
     checkpoint.save(model, processor, cfg.out / "policy", card)
 
 
+class _Ends(TrainerCallback):
+    """When each optimizer step ended, in seconds."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+
+
 class _Rollouts(TrainerCallback):
-    """Closed-loop evaluation of the network as it is, every `rollout_every` steps."""
+    """Closed-loop evaluation of the network as it is, every `rollout_every` steps. One that fails is reported, and
+    training goes on."""
 
     def __init__(self, cfg: TrainConfig, processor: VLAProcessor) -> None:
         self.cfg, self.processor = cfg, processor
@@ -334,22 +365,30 @@ class _Rollouts(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if state.global_step % self.cfg.rollout_every or not state.is_world_process_zero:
             return
+        try:
+            overall = self._evaluate(model, args, state.global_step)["overall"]
+            print(f"step {state.global_step}: closed-loop success {overall['pc_success']:.0f} %", flush=True)
+        except Exception as error:  # of an environment, its renderer, a full disk: hours of training are worth more
+            what = str(error) if isinstance(error, VLAError) else f"{type(error).__name__}: {error}"
+            print(f"step {state.global_step}: no closed-loop evaluation: {what}", file=sys.stderr, flush=True)
+        finally:
+            model.train()
+            gc.collect()  # the policy's engine has its own copy of the weights, and refers to itself
+
+    def _evaluate(self, model: Any, args: TrainingArguments, step: int) -> dict[str, Any]:
         from vla.policy import Policy
         from vla.rollout import rollout
 
         network = model.get_base_model() if isinstance(model, peft.PeftModel) else model
         key = next(iter(network.config.statistics))
-        policy = Policy(network, self.processor, device=str(args.device), unnorm_key=key)
-        report = rollout(
+        return rollout(
             config.RolloutConfig(
                 env=self.cfg.rollout_env,
                 episodes=self.cfg.rollout_episodes,
-                out=self.cfg.out / f"rollout-{state.global_step}",
+                out=self.cfg.out / f"rollout-{step}",
                 videos=1,
                 overwrite=True,
                 adapter=self.cfg.adapter,
             ),
-            policy,
+            Policy(network, self.processor, device=str(args.device), unnorm_key=key),
         )
-        network.train()
-        print(f"step {state.global_step}: closed-loop success {report['overall']['pc_success']:.0f} %")

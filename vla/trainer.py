@@ -13,7 +13,9 @@ import math
 import os
 import shutil
 import signal
+import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,9 +30,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from vla.data.samples import Sample
 from vla.errors import TrainingError
 from vla.model.processing import VLAProcessor
-from vla.progress import Progress
+from vla.progress import Progress, duration
 
 METRICS = "metrics.jsonl"
+CURVES = "curves.png"
+LINE_EVERY_S = 30.0  # between two lines of a log
 
 
 class Collator:
@@ -84,7 +88,6 @@ class VLATrainer(Trainer):
         self._stop = StopOnRequest()
         self.add_callback(self._stop)
         self.remove_callback(PrinterCallback)
-        self.add_callback(ShowProgress())
 
     @contextmanager
     def graceful(self) -> Iterator[None]:
@@ -110,6 +113,7 @@ class VLATrainer(Trainer):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+        self._stop.agree(self.args)  # it may have come after the last step
         if self._stop.requested is not None:
             raise self._stop.requested
 
@@ -213,14 +217,21 @@ class Metrics(TrainerCallback):
 
 
 class ShowProgress(TrainerCallback):
-    """The progress bar of a run, with the latest loss and validation."""
+    """How far a run is, with the latest loss and validation: a bar in a terminal, lines in a log file."""
 
     def __init__(self) -> None:
         self._notes: dict[str, str] = {}
-        self._progress: Progress | None = None
+        self._progress: Progress | None = None  # the bar
+        self._told = -math.inf  # when the last line was written
+        self._begun = (0, 0.0)  # step and time
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
+        if not state.is_world_process_zero:
+            return
+        if state.global_step:
+            print(f"resuming at step {state.global_step} of {state.max_steps}", flush=True)
+        self._begun = state.global_step, time.monotonic()
+        if sys.stderr.isatty():
             self._progress = Progress(state.max_steps, "steps", done=state.global_step)
             self._progress.__enter__()
 
@@ -228,6 +239,16 @@ class ShowProgress(TrainerCallback):
         for name, label in (("loss", "loss"), ("eval_token_accuracy", "validation accuracy")):
             if name in (logs or {}):
                 self._notes[name] = f"{label} {logs[name]:.3f}"
+        if state.is_world_process_zero and not sys.stdout.isatty():
+            now, over = time.monotonic(), "train_runtime" in (logs or {})
+            if self._notes and (now - self._told >= LINE_EVERY_S or over):
+                self._told = now
+                print(self._line(state.global_step, state.max_steps, now), flush=True)
+
+    def _line(self, step: int, steps: int, now: float) -> str:
+        per_second = (step - self._begun[0]) / max(now - self._begun[1], 1e-9)
+        left = f", {duration((steps - step) / per_second)} left" if per_second and step < steps else ""
+        return f"step {step} of {steps}: {', '.join(self._notes.values())}{left}"
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if self._progress:
@@ -245,13 +266,18 @@ class StopOnRequest(TrainerCallback):
         self.requested: BaseException | None = None
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        stop = self.requested is not None
-        if args.world_size > 1:  # processes see a signal in different steps; they must stop in the same
-            flag = torch.tensor(int(stop), device=args.device)
-            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-            stop = bool(flag)
-        if stop:
+        self.agree(args)
+        if self.requested is not None:
             control.should_save = control.should_training_stop = True
+
+    def agree(self, args: TrainingArguments) -> None:
+        """What one process was asked for holds for all. They see a signal in different steps, or only one of them gets
+        it, and all must stop in the same step; none may take what is half trained for finished."""
+        if args.world_size > 1:
+            flag = torch.tensor(int(self.requested is not None), device=args.device)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+            if flag and self.requested is None:
+                self.requested = KeyboardInterrupt("another process was asked to stop")
 
 
 def _remove(checkpoint: Path) -> None:
@@ -303,6 +329,6 @@ def plot_metrics(run: Path) -> Path | None:
             axis.legend(frameon=False)
     left.set_title("cross-entropy of action tokens")
     right.set_title("token accuracy, teacher-forced")
-    figure.savefig(run / "curves.png", dpi=130)
+    figure.savefig(run / CURVES, dpi=130)
     plt.close(figure)
-    return run / "curves.png"
+    return run / CURVES

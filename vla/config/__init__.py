@@ -1,14 +1,14 @@
 """Configuration: one frozen dataclass per job, read strictly from YAML, overridden by flags.
 
-Owns: the fields, types and defaults of every job, and how a YAML file becomes one of them (default < YAML < flag). It
-does not know what the jobs do with the values; each job checks what only it can check (that a path exists, that an
-environment id is registered).
+Owns: the fields, types, limits and defaults of every job, and how a YAML file becomes one of them (default < YAML <
+flag). It does not know what the jobs do with the values, nor whether what they name exists (`vla.preflight`).
 """
 
 from vla.config.data import AdapterConfig, CollectConfig, InspectConfig, ReplayConfig
 from vla.config.deployment import ControlConfig, DeployConfig, DoctorConfig, KeysConfig, SafetyConfig, ServeConfig
 from vla.config.evaluation import GREEDY, BenchmarkConfig, DecodingConfig, ExposureConfig, RolloutConfig
 from vla.config.files import dump, from_dict, load, to_dict
+from vla.config.limits import check
 from vla.config.training import AugmentConfig, DaggerConfig, LoraConfig, ModelConfig, QuickstartConfig, TrainConfig
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "SafetyConfig",
     "ServeConfig",
     "TrainConfig",
+    "check",
     "dump",
     "from_dict",
     "load",

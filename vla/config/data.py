@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge
 
 from vla.config.files import STRICT
+from vla.config.limits import Count, Natural, NonNegative, Seed, Share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +42,7 @@ class AdapterConfig:
     success: str = "is_success"
     expert: str = "env"
     robot: dict[str, Any] = dataclasses.field(default_factory=dict)
-    max_steps: int | None = None
+    max_steps: Count | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,14 +64,17 @@ class CollectConfig:
     __pydantic_config__ = STRICT
     env: tuple[str, ...] = ("envs:vla/PickUp-v0",)
     out: Path = Path("datasets/demos")
-    episodes: int = 50
-    seed: int = 0
-    noise: float = 0.0
-    noise_share: float = 0.5
+    episodes: Count = 50
+    seed: Seed = 0
+    noise: NonNegative = 0.0
+    noise_share: Share = 0.5
     keep: Literal["success", "all"] = "success"
-    workers: int = 0
+    workers: Natural = 0
     resume: bool = False
     adapter: AdapterConfig = AdapterConfig()
+
+    def contradiction(self) -> str | None:
+        return None if self.env else "env: name at least one environment."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +90,7 @@ class InspectConfig:
     __pydantic_config__ = STRICT
     data: Path = Path("datasets/demos")
     out: Path | None = None
-    bins: int = 256
+    bins: Annotated[int, Ge(2)] = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +107,6 @@ class ReplayConfig:
     __pydantic_config__ = STRICT
     data: Path = Path("datasets/demos")
     env: str | None = None
-    episodes: int = 10
+    episodes: Count = 10
     out: Path | None = None
     adapter: AdapterConfig = AdapterConfig()

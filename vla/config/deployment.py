@@ -9,6 +9,7 @@ from typing import Literal
 from vla.config.data import AdapterConfig
 from vla.config.evaluation import GREEDY, DecodingConfig
 from vla.config.files import STRICT
+from vla.config.limits import Count, Finite, NonNegative, Port, Positive, Seed, Share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,13 +28,13 @@ class SafetyConfig:
     """
 
     __pydantic_config__ = STRICT
-    max_age_s: float = 0.5
-    max_frozen_s: float | None = None
-    max_change: float | None = None
-    max_velocity: dict[str, float] = dataclasses.field(default_factory=dict)
-    max_acceleration: dict[str, float] = dataclasses.field(default_factory=dict)
-    workspace: dict[str, tuple[str, float, float]] = dataclasses.field(default_factory=dict)
-    max_entropy: float | None = None
+    max_age_s: Positive = 0.5
+    max_frozen_s: Positive | None = None
+    max_change: Positive | None = None
+    max_velocity: dict[str, Positive] = dataclasses.field(default_factory=dict)
+    max_acceleration: dict[str, Positive] = dataclasses.field(default_factory=dict)
+    workspace: dict[str, tuple[str, Finite, Finite]] = dataclasses.field(default_factory=dict)
+    max_entropy: Positive | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +53,11 @@ class ControlConfig:
     """
 
     __pydantic_config__ = STRICT
-    hz: float | None = None
+    hz: Positive | None = None
     seam: Literal["switch", "ensemble", "committed"] = "switch"
-    trust: float = 0.5
-    injected_latency_s: float = 0.0
-    black_box_s: float = 30.0
+    trust: Share = 0.5
+    injected_latency_s: NonNegative = 0.0
+    black_box_s: NonNegative = 30.0
     safety: SafetyConfig = SafetyConfig()
 
 
@@ -80,14 +81,14 @@ class DeployConfig:
     policy: str = "nano"
     env: str = "envs:vla/PickUp-v0"
     replay: Path | None = None
-    episodes: int | None = None
-    seed: int = 100_000
-    seconds: float = 30.0
+    episodes: Count | None = None
+    seed: Seed = 100_000
+    seconds: Positive = 30.0
     out: Path = Path("runs/deploy")
     ui: bool = True
     host: str = "127.0.0.1"
-    port: int = 8080
-    n_action_steps: int | None = None
+    port: Port = 8080
+    n_action_steps: Count | None = None
     unnorm_key: str | None = None
     device: str = "auto"
     control: ControlConfig = ControlConfig()
@@ -131,19 +132,26 @@ class ServeConfig:
     __pydantic_config__ = STRICT
     policy: str = "nano"
     host: str = "127.0.0.1"
-    port: int = 8000
+    port: Port = 8000
     unnorm_key: str | None = None
-    n_action_steps: int | None = None
+    n_action_steps: Count | None = None
     device: str = "auto"
     decoding: DecodingConfig = GREEDY
     keys: KeysConfig = KeysConfig()
-    max_batch: int = 32
-    max_queue: int = 256
-    max_request_mb: float = 32.0
-    patience_s: float = 10.0
+    max_batch: Count = 32
+    max_queue: Count = 256
+    max_request_mb: Positive = 32.0
+    patience_s: Positive = 10.0
     certificate: Path | None = None
     private_key: Path | None = None
     tracebacks: bool = False
+
+    def contradiction(self) -> str | None:
+        if (self.certificate is None) != (self.private_key is None):
+            return "TLS needs both --certificate and --private-key."
+        if self.decoding.ensemble is not None:
+            return "a server does not know where its clients' episodes begin: their chunks cannot be averaged."
+        return None
 
 
 @dataclasses.dataclass(frozen=True)

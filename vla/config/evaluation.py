@@ -8,7 +8,7 @@ from typing import Literal
 
 from vla.config.data import AdapterConfig
 from vla.config.files import STRICT
-from vla.errors import ConfigError
+from vla.config.limits import Count, Finite, Natural, NonNegative, Positive, Quota, Seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,17 +32,17 @@ class DecodingConfig:
     """
 
     __pydantic_config__ = STRICT
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    num_beams: int = 1
-    repetition_penalty: float = 1.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
+    temperature: NonNegative = 0.0
+    top_k: Natural = 0
+    top_p: Quota = 1.0
+    num_beams: Count = 1
+    repetition_penalty: Positive = 1.0
+    frequency_penalty: Finite = 0.0
+    presence_penalty: Finite = 0.0
     readout: Literal["mode", "mean"] = "mode"
-    ensemble: float | None = None
-    max_actions: int | None = None
-    sampling_seed: int = 0
+    ensemble: Finite | None = None
+    max_actions: Count | None = None
+    sampling_seed: Seed = 0
 
     @property
     def greedy(self) -> bool:
@@ -50,21 +50,12 @@ class DecodingConfig:
         penalties = (self.repetition_penalty, self.frequency_penalty, self.presence_penalty)
         return self.temperature == 0 and self.num_beams == 1 and penalties == (1, 0, 0)
 
-    def check(self) -> None:
-        """ConfigError for values that no strategy has."""
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.num_beams < 1:
-            raise ConfigError(
-                "decoding needs temperature >= 0, top_k >= 0, 0 < top_p <= 1 and num_beams >= 1; got "
-                f"{self.temperature}, {self.top_k}, {self.top_p}, {self.num_beams}."
-            )
+    def contradiction(self) -> str | None:
         if self.temperature == 0 and (self.top_k or self.top_p < 1):
-            raise ConfigError("top_k and top_p choose among samples; give a temperature, 1.0 for the network's own.")
+            return "top_k and top_p choose among samples; give a temperature, 1.0 for the network's own."
         if self.temperature and self.num_beams > 1:
-            raise ConfigError("beam search does not sample: give a temperature or num_beams, not both.")
-        if self.repetition_penalty <= 0:
-            raise ConfigError(f"repetition_penalty must be positive (1 is none), got {self.repetition_penalty}.")
-        if self.max_actions is not None and self.max_actions < 1:
-            raise ConfigError(f"max_actions must be at least 1, got {self.max_actions}.")
+            return "beam search does not sample: give a temperature or num_beams, not both."
+        return None
 
 
 GREEDY = DecodingConfig()
@@ -91,18 +82,23 @@ class RolloutConfig:
     __pydantic_config__ = STRICT
     policy: str = "nano"
     env: tuple[str, ...] = ("envs:vla/PickUp-v0",)
-    episodes: int = 20
-    seed: int = 100_000
-    n_envs: int = 10
-    n_action_steps: int | None = None
+    episodes: Count = 20
+    seed: Seed = 100_000
+    n_envs: Count = 10
+    n_action_steps: Count | None = None
     unnorm_key: str | None = None
     decoding: DecodingConfig = GREEDY
-    videos: int = 3
+    videos: Natural = 3
     out: Path = Path("runs/rollout")
     compare: Path | None = None
     device: str = "auto"
     overwrite: bool = False
     adapter: AdapterConfig = AdapterConfig()
+
+    def contradiction(self) -> str | None:
+        if not self.env or len(set(self.env)) < len(self.env):
+            return f"env needs one or more environment ids, each once; got {list(self.env)}."
+        return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,13 +123,13 @@ class BenchmarkConfig:
     __pydantic_config__ = STRICT
     policy: str = "nano"
     tasks: tuple[str, ...] = ("mt50",)
-    episodes: int = 10
-    seed: int = 100_000
-    n_envs: int = 5
-    n_action_steps: int | None = None
+    episodes: Count = 10
+    seed: Seed = 100_000
+    n_envs: Count = 5
+    n_action_steps: Count | None = None
     unnorm_key: str | None = None
     decoding: DecodingConfig = GREEDY
-    videos: int = 1
+    videos: Natural = 1
     out: Path = Path("runs/metaworld-benchmark")
     device: str = "auto"
     adapter: AdapterConfig = AdapterConfig()
@@ -156,7 +152,7 @@ class ExposureConfig:
     policy: str = "nano"
     data: Path = Path("datasets/demos")
     out: Path = Path("runs/exposure")
-    frames: int = 2000
-    batch_size: int = 32
+    frames: Count = 2000
+    batch_size: Count = 32
     unnorm_key: str | None = None
     device: str = "auto"

@@ -5,14 +5,14 @@ Owns: what is an error in a file and how it is explained. It does not know the j
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar
 
 import pydantic
 import yaml
 
-from vla.errors import ConfigError, unknown
+from vla.config.limits import explain
+from vla.errors import ConfigError
 
 Config = TypeVar("Config")
 
@@ -21,11 +21,12 @@ STRICT = pydantic.ConfigDict(extra="forbid")
 
 
 def from_dict(cls: type[Config], values: dict[str, Any], where: str = "configuration") -> Config:
-    """Build `cls` from plain values, strictly: unknown keys and wrong types are ConfigErrors that name the key."""
+    """Build `cls` from plain values, strictly: unknown keys, wrong types and values outside a field's limits are
+    ConfigErrors that name the key."""
     try:
         return pydantic.TypeAdapter(cls).validate_python(values)
     except pydantic.ValidationError as error:
-        raise ConfigError("\n".join(_explain(cls, problem, where) for problem in error.errors())) from None
+        raise ConfigError("\n".join(f"{where}: {reason}" for reason in explain(cls, error))) from None
 
 
 def load(cls: type[Config], path: str | Path) -> Config:
@@ -52,13 +53,3 @@ def dump(config: Any, path: str | Path) -> None:
 def to_dict(config: Any) -> dict[str, Any]:
     """A configuration as plain values (paths as text, tuples as lists)."""
     return pydantic.TypeAdapter(type(config)).dump_python(config, mode="json")
-
-
-def _explain(cls: Any, problem: Any, where: str) -> str:
-    *parents, key = [str(part) for part in problem["loc"]] or [""]
-    name = ".".join([*parents, key])
-    if problem["type"] == "unexpected_keyword_argument":
-        for parent in parents:
-            cls = get_type_hints(cls)[parent]
-        return f"{where}: {unknown('key', name, [f.name for f in dataclasses.fields(cls)])}"
-    return f"{where}: {name}: {problem['msg']}, got {problem['input']!r}."

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Le, MinLen
 
 from vla.config.data import AdapterConfig
 from vla.config.files import STRICT
+from vla.config.limits import Count, Fraction, Natural, NonNegative, Positive, Quota, Seed, Share
+
+ROUNDS_APART = 10_000  # between the first seeds of two rounds of DAgger: no two of its scenes share one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,10 +20,18 @@ class LoraConfig:
     """What `vla train` adapts. `targets` are module names of the decoder, as in peft."""
 
     __pydantic_config__ = STRICT
-    rank: int = 32
-    alpha: int = 64
-    dropout: float = 0.0
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    rank: Count = 32
+    alpha: Count = 64
+    dropout: Fraction = 0.0
+    targets: Annotated[tuple[str, ...], MinLen(1)] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
     train_action_rows: bool = True
     train_projector: bool = True
     train_vision: bool = False
@@ -37,11 +50,11 @@ class AugmentConfig:
     """
 
     __pydantic_config__ = STRICT
-    shift: float = 0.04
-    brightness: float = 0.1
-    contrast: float = 0.1
-    saturation: float = 0.1
-    committed: float = 0.0
+    shift: Share = 0.04
+    brightness: Share = 0.1
+    contrast: Share = 0.1
+    saturation: Share = 0.1
+    committed: Share = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,11 +83,11 @@ class ModelConfig:
     backbone: str | None = None
     vision: tuple[str, ...] = ()
     cameras: tuple[str, ...] = ()
-    image_size: int | None = None
+    image_size: Count | None = None
     use_state: bool = True
-    horizon: int | None = None
-    n_action_steps: int | None = None
-    bins: int | None = None
+    horizon: Count | None = None
+    n_action_steps: Count | None = None
+    bins: Annotated[int, Ge(2)] | None = None
     tokenizer: str = "uniform"
     normalization: Literal["q01_q99", "min_max", "mean_std"] = "q01_q99"
     prompt: str | None = None
@@ -103,37 +116,46 @@ class TrainConfig:
     """
 
     __pydantic_config__ = STRICT
-    data: tuple[Path, ...] = (Path("datasets/demos"),)
-    weights: tuple[float, ...] = ()
+    data: Annotated[tuple[Path, ...], MinLen(1)] = (Path("datasets/demos"),)
+    weights: tuple[NonNegative, ...] = ()
     unnorm_keys: tuple[str, ...] = ()
     out: Path = Path("runs/train")
     model: ModelConfig = ModelConfig()
     method: Literal["lora", "full"] = "lora"
     lora: LoraConfig = LoraConfig()
     augment: AugmentConfig = AugmentConfig()
-    steps: int = 2000
-    batch_size: int = 64
-    grad_accum: int = 1
-    learning_rate: float = 1.0e-3
-    weight_decay: float = 0.01
-    warmup_steps: int = 50
-    max_grad_norm: float = 1.0
+    steps: Count = 2000
+    batch_size: Count = 64
+    grad_accum: Count = 1
+    learning_rate: Positive = 1.0e-3
+    weight_decay: NonNegative = 0.01
+    warmup_steps: Natural = 50
+    max_grad_norm: NonNegative = 1.0
     precision: Literal["auto", "float32", "bf16"] = "auto"
     compile: bool = False
-    workers: int = 0
-    seed: int = 0
-    val_fraction: float = 0.05
-    eval_every: int = 500
-    save_every: int = 500
-    log_every: int = 20
-    keep_checkpoints: int = 2
-    rollout_every: int = 0
+    workers: Natural = 0
+    seed: Seed = 0
+    val_fraction: Fraction = 0.05
+    eval_every: Count = 500
+    save_every: Count = 500
+    log_every: Count = 20
+    keep_checkpoints: Count = 2
+    rollout_every: Natural = 0
     rollout_env: tuple[str, ...] = ()
-    rollout_episodes: int = 10
+    rollout_episodes: Count = 10
     adapter: AdapterConfig = AdapterConfig()
-    report_to: str = "none"
+    report_to: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
     resume: bool = False
     dry_run: bool = False
+
+    def contradiction(self) -> str | None:
+        if self.weights and (len(self.weights) != len(self.data) or not sum(self.weights) > 0):
+            return f"weights needs one number per dataset, not all 0; got {list(self.weights)} for {len(self.data)}."
+        if self.unnorm_keys and len(self.unnorm_keys) != len(self.data):
+            return f"unnorm_keys: give one name per dataset, {len(self.data)} in all; got {list(self.unnorm_keys)}."
+        if bool(self.rollout_every) != bool(self.rollout_env):
+            return "closed-loop evaluation needs both: rollout_every (steps) and rollout_env (ids)."
+        return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,29 +195,43 @@ class DaggerConfig:
     env: tuple[str, ...] = ("envs:vla/OpenDrawer-v0",)
     out: Path = Path("runs/dagger")
     data: tuple[Path, ...] = ()
-    demonstrations: int = 50
-    noise: float = 0.0
-    noise_share: float = 0.5
-    rounds: int = 4
-    trials: int = 0
-    episodes: int = 50
-    intervention: int | None = None
-    intervention_after: int = 10
-    labels: int | None = None
-    target: float = 0.95
-    beta: float = 0.5
+    demonstrations: Annotated[int, Ge(1), Le(ROUNDS_APART)] = 50
+    noise: NonNegative = 0.0
+    noise_share: Share = 0.5
+    rounds: Count = 4
+    trials: Annotated[int, Ge(0), Le(ROUNDS_APART)] = 0
+    episodes: Annotated[int, Ge(1), Le(ROUNDS_APART)] = 50
+    intervention: Count | None = None
+    intervention_after: Natural = 10
+    labels: Count | None = None
+    target: Quota = 0.95
+    beta: Share = 0.5
     mixture: Literal["decision", "step", "episode"] = "decision"
-    seed: int = 0
-    n_envs: int = 10
-    eval_episodes: int = 50
-    eval_seed: int = 100_000
+    seed: Seed = 0
+    n_envs: Count = 10
+    eval_episodes: Count = 50
+    eval_seed: Seed = 100_000
     warm_start: bool = True
-    finetune_steps: int | None = None
+    finetune_steps: Count | None = None
     compare_bc: bool = False
     train: TrainConfig = TrainConfig()
     device: str = "auto"
     resume: bool = False
     adapter: AdapterConfig = AdapterConfig()
+
+    def contradiction(self) -> str | None:
+        seeds = range(self.seed, self.seed + ROUNDS_APART * (self.rounds + 1))
+        judged = range(self.eval_seed, self.eval_seed + self.eval_episodes)
+        if not self.env:
+            return "env must be one or more environment ids."
+        if judged.start < seeds.stop and seeds.start < judged.stop:
+            return (
+                f"eval_seed must be outside the seeds to learn from, {seeds[0]} to {seeds[-1]}, got {self.eval_seed}."
+            )
+        for name in ("data", "weights", "unnorm_keys", "out", "resume", "dry_run"):
+            if getattr(self.train, name) != getattr(TrainConfig(), name):
+                return f"train.{name} is set by `vla dagger` itself; leave it out."
+        return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,9 +250,9 @@ class QuickstartConfig:
 
     __pydantic_config__ = STRICT
     env: str = "envs:vla/OpenDrawer-v0"
-    demonstrations: int = 150
-    minutes: float = 5.0
-    min_steps: int = 300
-    episodes: int = 20
+    demonstrations: Count = 150
+    minutes: NonNegative = 5.0
+    min_steps: Count = 300
+    episodes: Count = 20
     out: Path = Path("runs/quickstart")
     fresh: bool = False

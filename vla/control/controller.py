@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from vla.config import ControlConfig
+from vla.config import ControlConfig, check
 from vla.control.blackbox import Moment
 from vla.control.buffer import SEAMS, ChunkBuffer
 from vla.control.clock import Rate
@@ -69,6 +69,7 @@ class Controller:
     """
 
     def __init__(self, robot: Robot, policy: ChunkPolicy, config: ControlConfig) -> None:
+        check(config)
         if config.seam not in SEAMS:
             raise ConfigError(f"seam must be one of {', '.join(SEAMS)}, got {config.seam!r}.")
         ours, theirs = policy.robot, robot.spec

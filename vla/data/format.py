@@ -14,12 +14,13 @@ implies. It does not know how frames are encoded, nor how a dataset is written o
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vla.errors import DataError, SpecError, unknown
+from vla.errors import DataError, SpecError
 from vla.spec import RobotSpec
 
 VERSION = "v3.0"
@@ -224,7 +225,9 @@ def _no_dataset(root: Path) -> str:
         )
     if not root.is_dir():
         near = sorted(path.parent.parent.name for path in root.parent.glob("*/" + INFO)) if root.parent.is_dir() else []
-        beside = f" {unknown('dataset folder', root.name, near)}" if near else ""
+        close = difflib.get_close_matches(root.name, near, n=1, cutoff=0.5)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        beside = f"{hint} Datasets beside it: {', '.join(near)}." if near else ""
         return f"there is no folder {root}.{beside}"
     inside = [path.relative_to(root).parent.parent for path in sorted(root.glob("*/" + INFO))[:3]]
     if inside:

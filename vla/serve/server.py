@@ -18,7 +18,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from vla import __version__
-from vla.config import ServeConfig
+from vla.config import ServeConfig, check
 from vla.errors import ConfigError
 from vla.policy import Policy
 from vla.serve.app import PolicyApp
@@ -33,13 +33,10 @@ def serve(config: ServeConfig) -> None:
         ConfigError: the address cannot be listened on, half of a TLS pair is missing, or chunks are to be averaged.
         VLAError: the policy cannot be loaded.
     """
-    if (config.certificate is None) != (config.private_key is None):
-        raise ConfigError("TLS needs both --certificate and --private-key.")
+    check(config)
     for path in (config.certificate, config.private_key):
         if path is not None and not path.is_file():
             raise ConfigError(f"there is no file {path}.")
-    if config.decoding.ensemble is not None:
-        raise ConfigError("a server does not know where its clients' episodes begin: their chunks cannot be averaged.")
     policy = Policy.from_pretrained(
         config.policy, config.device, config.unnorm_key, config.n_action_steps, config.decoding
     )

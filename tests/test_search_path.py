@@ -1,0 +1,38 @@
+"""The working directory never stands in for an installed package, and is still a place for modules of one's own."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.fixture
+def found(tmp_path):
+    """`found(*names)`: where a program that starts in a folder full of traps finds modules; None where it does not."""
+    (tmp_path / "datasets" / "drawer").mkdir(parents=True)
+    (tmp_path / "datasets" / "convert.py").touch()  # `datasets` is a library's name, whatever lies in the folder
+    (tmp_path / "wandb" / "run-1").mkdir(parents=True)
+    (tmp_path / "packaging").mkdir()
+    (tmp_path / "packaging" / "__init__.py").touch()
+    (tmp_path / "my_worlds").mkdir()
+    (tmp_path / "my_worlds" / "push.py").touch()
+
+    def find(*names: str) -> dict[str, bool]:
+        code = (
+            "import importlib.util, os, sys, vla.search_path\n"
+            "vla.search_path.installed_packages_first()\n"
+            "for name in sys.argv[1:]:\n"
+            "    spec = importlib.util.find_spec(name)\n"
+            "    places = [] if spec is None else [spec.origin or '', *(spec.submodule_search_locations or ())]\n"
+            "    print(name, spec is not None and any(place.startswith(os.getcwd()) for place in places))\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return {name: here == "True" for name, here in map(str.split, done.stdout.splitlines())}
+
+    return find
+
+
+def test_a_folder_of_data_is_no_package_and_installed_ones_come_first(found):
+    assert found("datasets", "wandb", "packaging") == {"datasets": False, "wandb": False, "packaging": False}
+    assert found("my_worlds", "my_worlds.push") == {"my_worlds": True, "my_worlds.push": True}

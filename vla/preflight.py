@@ -1,0 +1,52 @@
+"""Whether what a request names exists, said before anything heavy is imported.
+
+Owns: the cheap checks of a configuration's names: datasets, cameras, policies, this package's environments. The same
+name means the same in every verb, so a check belongs to a field's name. A job that is called from Python meets the same
+errors where it opens what is named.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from vla import config as configuration
+from vla.errors import ConfigError, unknown
+from vla.locations import check_policy
+
+
+def preflight(config: Any) -> None:
+    """Raise what the job would raise later, if it is within reach without loading a network or an environment."""
+    configuration.check(config)
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    if "policy" in values:
+        check_policy(values["policy"])
+    datasets = [folder for name in ("data", "replay") for folder in _several(values.get(name))]
+    if datasets:
+        _check_datasets(datasets, getattr(values.get("model"), "cameras", ()))
+    for env_id in (*_several(values.get("env")), *_several(values.get("rollout_env"))):
+        _check_environment(env_id, config.adapter)
+
+
+def _check_datasets(folders: Iterable[Path], cameras: Iterable[str]) -> None:
+    from vla.data.format import Info
+
+    for folder in folders:
+        valid = Info.load(Path(folder)).cameras
+        for camera in cameras:
+            if camera not in valid:
+                raise ConfigError(unknown("camera", camera, valid, "`cameras` names those of the dataset."))
+
+
+def _check_environment(env_id: str, adapter: configuration.AdapterConfig) -> None:
+    """Of another package's environments nothing is known before they are imported, which may take long."""
+    if env_id.removeprefix("envs:").startswith("vla") and adapter.module is None:
+        from vla.simulator import resolve
+
+        resolve(env_id, adapter)
+
+
+def _several(value: Any) -> tuple[Any, ...]:
+    return () if value is None else tuple(value) if isinstance(value, tuple | list) else (value,)
