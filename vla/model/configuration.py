@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from vla.actions.normalize import Normalizer
 from vla.actions.tokenizer import ActionTokenizer, build
-from vla.errors import CheckpointError, unknown
+from vla.errors import CheckpointError, SpecError, unknown
 from vla.prompt import check_template
 from vla.spec import RobotSpec
 
