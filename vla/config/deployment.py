@@ -125,7 +125,9 @@ class ServeConfig:
         max_request_mb: largest request.
         patience_s: time that a client has to send a request once it has begun.
         certificate, private_key: files in PEM format; both: TLS.
-        tracebacks: send them to clients, as openpi's own server does; they show paths and code.
+        tracebacks: send them to clients, as openpi's own server does; they show paths and code. Without it, a stock
+            client of OpenVLA hears "error" only; one that adds `?errors=plain` to the address (http://host:8000/act?errors=plain)
+            gets a status code and the reason. This server's log has a line for every refusal.
     """
 
     __pydantic_config__ = STRICT

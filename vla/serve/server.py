@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import logging
 import os
 import socket
 import sys
@@ -40,6 +41,7 @@ def serve(config: ServeConfig) -> None:
             raise ConfigError(f"there is no file {path}.")
     if config.decoding.ensemble is not None:
         raise ConfigError("a server does not know where its clients' episodes begin: their chunks cannot be averaged.")
+    logging.basicConfig(format="%(asctime)s %(message)s")
     policy = Policy.from_pretrained(
         config.policy, config.device, config.unnorm_key, config.n_action_steps, config.decoding
     )
