@@ -32,10 +32,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def robot() -> RobotSpec:
-    """Two cameras, seven state entries, seven action entries of which the rotations never move."""
+    """That of the environments: two cameras, seven state entries, seven actions of which the rotations never move."""
     return RobotSpec(
         cameras=("front", "wrist"),
-        state_names=tuple(f"s{i}" for i in range(7)),
+        state_names=("x", "y", "z", "roll", "pitch", "yaw", "gripper"),
         action_names=("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper"),
         action_space="ee_delta",
         gripper_index=6,

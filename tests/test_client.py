@@ -118,6 +118,16 @@ def test_addresses_that_nobody_serves():
         client.load("ws://127.0.0.1:1", decoding=DecodingConfig(temperature=1.0))
 
 
+def test_that_it_connects_and_why_it_waits_is_said_at_once(monkeypatch, capsys):
+    """Once, however often it tries; and nothing after the deadline that was given."""
+    said = []
+    monkeypatch.setattr(client.time, "sleep", lambda seconds: said.append(capsys.readouterr().err))
+    with pytest.raises(ServerError, match=r"cannot be reached.*Is `vla serve` running there"):
+        client.load("ws://127.0.0.1:1", connect_s=0.3)
+    assert said[0].startswith("connecting to ws://127.0.0.1:1\n") and "refused. Trying again for" in said[0]
+    assert len(said) > 2 and not any(said[1:])
+
+
 @pytest.mark.parametrize(
     ("hello", "message"),
     [("hello", "a msgpack map was expected"), ({"reset_pose": [0]}, "does not say its robot")],

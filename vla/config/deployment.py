@@ -74,6 +74,7 @@ class DeployConfig:
         out: folder of `deploy.json` and of the black boxes.
         ui: serve the live page: cameras, instruction, hold and emergency stop.
         host, port: where the live page is; port 0 takes a free one.
+        connect_s: how long to wait for a served policy in the beginning, in seconds.
     """
 
     __pydantic_config__ = STRICT
@@ -87,6 +88,7 @@ class DeployConfig:
     ui: bool = True
     host: str = "127.0.0.1"
     port: int = 8080
+    connect_s: float = 30.0
     n_action_steps: int | None = None
     unnorm_key: str | None = None
     device: str = "auto"
