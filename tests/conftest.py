@@ -1,7 +1,6 @@
 """Shared by all tests: no network, no GPU, deterministic, and small real networks rather than mocks."""
 
 import os
-from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MUJOCO_GL", "egl")
@@ -19,15 +18,6 @@ from vla.spec import RobotSpec
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 pytest_plugins = ["tests.bench", "tests.served", "tests.virtual_time"]
-
-HERE = Path(__file__).parent
-REAL_TIME = {"control", "serve", "test_client.py"}
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.path.relative_to(HERE).parts[0] in REAL_TIME:
-            item.add_marker(pytest.mark.realtime)
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,8 @@ from vla.memory import Memory
 from vla.policy import Policy
 from vla.serve.server import describe
 
+pytestmark = pytest.mark.realtime
+
 
 def test_it_is_the_policy_that_is_served(serving, observations):
     with serving() as served:

@@ -16,6 +16,8 @@ from vla.control.sim import SimRobot
 from vla.deploy import _held_by_signals
 from vla.errors import SimulatorError
 
+pytestmark = pytest.mark.realtime
+
 
 def test_the_world_moves_on_by_itself():
     with SimRobot("envs:vla/Reach-v0") as robot:

@@ -24,6 +24,8 @@ from websockets.sync.client import connect
 
 from vla import checkpoint, wire
 
+pytestmark = pytest.mark.realtime
+
 
 def libero(observation: dict, prompt: str = "go") -> dict:
     return {
