@@ -1,7 +1,6 @@
 """Shared by all tests: no network, no GPU, deterministic, and small real networks rather than mocks."""
 
 import os
-from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MUJOCO_GL", "egl")
@@ -20,22 +19,13 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 pytest_plugins = ["tests.bench", "tests.served", "tests.virtual_time"]
 
-HERE = Path(__file__).parent
-REAL_TIME = {"control", "serve", "test_client.py"}
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.path.relative_to(HERE).parts[0] in REAL_TIME:
-            item.add_marker(pytest.mark.realtime)
-
 
 @pytest.fixture(scope="session")
 def robot() -> RobotSpec:
-    """Two cameras, seven state entries, seven action entries of which the rotations never move."""
+    """That of the environments: two cameras, seven state entries, seven actions of which the rotations never move."""
     return RobotSpec(
         cameras=("front", "wrist"),
-        state_names=tuple(f"s{i}" for i in range(7)),
+        state_names=("x", "y", "z", "roll", "pitch", "yaw", "gripper"),
         action_names=("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper"),
         action_space="ee_delta",
         gripper_index=6,

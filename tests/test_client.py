@@ -22,6 +22,8 @@ from vla.memory import Memory
 from vla.policy import Policy
 from vla.serve.server import describe
 
+pytestmark = pytest.mark.realtime
+
 
 def test_it_is_the_policy_that_is_served(serving, observations):
     with serving() as served:
@@ -116,6 +118,16 @@ def test_addresses_that_nobody_serves():
         RemotePolicy("ws://", patience_s=0.3)
     with pytest.raises(ConfigError, match="where it is served"):
         client.load("ws://127.0.0.1:1", decoding=DecodingConfig(temperature=1.0))
+
+
+def test_that_it_connects_and_why_it_waits_is_said_at_once(monkeypatch, capsys):
+    """Once, however often it tries; and nothing after the deadline that was given."""
+    said = []
+    monkeypatch.setattr(client.time, "sleep", lambda seconds: said.append(capsys.readouterr().err))
+    with pytest.raises(ServerError, match=r"cannot be reached.*Is `vla serve` running there"):
+        client.load("ws://127.0.0.1:1", connect_s=0.3)
+    assert said[0].startswith("connecting to ws://127.0.0.1:1\n") and "refused. Trying again for" in said[0]
+    assert len(said) > 2 and not any(said[1:])
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from tests.pointworld import ENV_ID
 from vla.collect import collect
 from vla.config import AdapterConfig, CollectConfig, ReplayConfig
-from vla.errors import ConfigError, DataError, SimulatorError
+from vla.errors import ConfigError, DataError, SimulatorError, SpecError
 from vla.replay import replay
 
 
@@ -56,5 +56,5 @@ def test_errors(data):
     anonymous = Path(__file__).parent / "data/fixtures/lerobot_av1"
     with pytest.raises(DataError, match="--env"):
         replay(ReplayConfig(data=anonymous))
-    with pytest.raises(SimulatorError, match=r"has 3 action entries \(dx, dy, gripper\), the recording has 6"):
+    with pytest.raises(SpecError, match=r"the recording's action has 6 entries .*has 3 \(dx, dy, gripper\)"):
         replay(ReplayConfig(data=anonymous, env=ENV_ID, adapter=adapter()))

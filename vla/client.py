@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,15 +39,24 @@ def load(
     unnorm_key: str | None = None,
     n_action_steps: int | None = None,
     decoding: DecodingConfig = GREEDY,
+    connect_s: float = 30.0,
 ) -> ChunkPolicy:
-    """The policy of that name, here; or, for an address ("ws://host:8000"), the one that is served there."""
+    """The policy of that name, here; or, for an address ("ws://host:8000"), the one that is served there, for which
+    this waits up to `connect_s` seconds, and says so."""
     if name.startswith(("ws://", "wss://")):
         if decoding != GREEDY:
             raise ConfigError(
                 "how a served policy decodes is said where it is served, as in `vla serve --temperature ...`."
             )
-        return RemotePolicy(name, unnorm_key=unnorm_key, n_action_steps=n_action_steps)
+        print(f"connecting to {name}", file=sys.stderr, flush=True)
+        return RemotePolicy(
+            name, patience_s=connect_s, unnorm_key=unnorm_key, n_action_steps=n_action_steps, on_wait=_tell_why
+        )
     return Policy.from_pretrained(name, device, unnorm_key, n_action_steps, decoding)
+
+
+def _tell_why(reason: str, left: float) -> None:
+    print(f"{reason} Trying again for {left:.0f} s; Ctrl-C ends it.", file=sys.stderr, flush=True)
 
 
 class RemotePolicy(ChunkPolicy):
@@ -57,6 +67,7 @@ class RemotePolicy(ChunkPolicy):
         deadline_s: of every call, connecting again included.
         patience_s: how long to wait for the server in the beginning.
         api_key: None takes the environment variable VLA_API_KEY.
+        on_wait: is called once, with the reason and the seconds left, when the server cannot be reached at first.
     Raises:
         ServerError: from every call: not reached in time, too busy, or its answer is an error.
     """
@@ -69,6 +80,7 @@ class RemotePolicy(ChunkPolicy):
         unnorm_key: str | None = None,
         n_action_steps: int | None = None,
         api_key: str | None = None,
+        on_wait: Callable[[str, float], None] | None = None,
     ) -> None:
         super().__init__()
         key = api_key or os.environ.get("VLA_API_KEY")
@@ -76,7 +88,7 @@ class RemotePolicy(ChunkPolicy):
         self._address, self._deadline_s = address, deadline_s
         self._socket: ClientConnection | None = None
         self.metadata: dict[str, Any] = {}
-        self._connect(time.monotonic() + patience_s)
+        self._connect(time.monotonic() + patience_s, on_wait)
         said = self.metadata
         self.robot = RobotSpec.from_dict(said["robot"])
         self.horizon, self.image_size = said["horizon"], said["image_size"]
@@ -157,7 +169,7 @@ class RemotePolicy(ChunkPolicy):
                     raise ServerError(f"{self._address} did not answer within {self._deadline_s:g} s.") from None
                 time.sleep(_RETRY_S)
 
-    def _connect(self, deadline: float) -> None:
+    def _connect(self, deadline: float, on_wait: Callable[[str, float], None] | None = None) -> None:
         """Connect and read who the server is; again and again until the deadline."""
         address = self._address + ("&" if "?" in self._address else "?") + "errors=plain"
         while self._socket is None:
@@ -184,8 +196,13 @@ class RemotePolicy(ChunkPolicy):
                 if status is not None and status != _BUSY:
                     hint = " Is VLA_API_KEY right?" if status in (401, 403) else ""
                     raise ServerError(f"{self._address} refused the connection with status {status}.{hint}") from None
-                if time.monotonic() >= deadline:
-                    raise ServerError(f"{self._address} cannot be reached: {error or type(error).__name__}.") from None
+                reason = f"{self._address} cannot be reached: {error or type(error).__name__}."
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise ServerError(f"{reason} Is `vla serve` running there?") from None
+                if on_wait is not None:
+                    on_wait(reason, left)
+                    on_wait = None
                 time.sleep(_RETRY_S)
 
     def _meet(self, said: dict[str, Any]) -> None:

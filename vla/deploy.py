@@ -50,7 +50,9 @@ def deploy(config: DeployConfig) -> dict[str, Any]:
         KeyboardInterrupt: stopped; the robot holds, and finished episodes are written.
     """
     configuration.check(config)
-    policy = client.load(config.policy, config.device, config.unnorm_key, config.n_action_steps)
+    policy = client.load(
+        config.policy, config.device, config.unnorm_key, config.n_action_steps, connect_s=config.connect_s
+    )
     records: deque[dict[str, Any]] = deque(maxlen=_REMEMBERED)
     # A thread that wants to run may have to wait this long for Python's lock: less than the jitter that matters.
     sys.setswitchinterval(0.0005)
@@ -116,7 +118,9 @@ def _black_box(config: DeployConfig, controller: Controller) -> Iterator[None]:
         if box.problem is not None:
             print(f"the black box is not complete: {box.problem}", flush=True)
         if box.files:
-            print(f"something went wrong; the black box wrote {', '.join(map(str, box.files))}", flush=True)
+            print(
+                f"the seconds before a fault (its name says which) are in {', '.join(map(str, box.files))}", flush=True
+            )
 
 
 @contextlib.contextmanager
@@ -141,7 +145,10 @@ def _live_page(
 @contextlib.contextmanager
 def _held_by_signals(controller: Controller) -> Iterator[Callable[[], None]]:
     """Ctrl-C and SIGTERM end the run at its next tick, with the hold command; only then, when what is yielded is
-    called, they do what they did before. A second one does so at once."""
+    called, they do what they did before. A second one does so at once.
+
+    A signal that is ignored stays ignored: shells have the jobs that a script starts in the background (`vla deploy &`)
+    ignore SIGINT, because Ctrl-C is meant for the foreground."""
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
         return
@@ -164,7 +171,10 @@ def _held_by_signals(controller: Controller) -> Iterator[Callable[[], None]]:
             restore()
             signal.raise_signal(caught[0])
 
-    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    heard = [signum for signum in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(signum) is not signal.SIG_IGN]
+    if signal.SIGINT not in heard:
+        print(f"SIGINT is ignored, as in every background job of a script; `kill {os.getpid()}` stops this", flush=True)
+    before = {signum: signal.signal(signum, stop) for signum in heard}
     try:
         yield check
     finally:

@@ -25,7 +25,6 @@ from vla.data.pictures import ACCENT, INK, LINE, SOFT, WARN
 from vla.data.reader import Demonstrations
 from vla.data.samples import ChunkSamples, Sample
 from vla.decoding import strategies
-from vla.errors import SpecError
 from vla.policy import Policy
 from vla.progress import Progress
 
@@ -42,14 +41,9 @@ def exposure(config: ExposureConfig) -> dict[str, Any]:
     check(config)
     demos = Demonstrations(config.data)
     policy = Policy.from_pretrained(config.policy, config.device, config.unnorm_key)
-    ours, theirs = policy.robot, demos.robot
-    if ours.action_names != theirs.action_names or any(camera not in theirs.cameras for camera in ours.cameras):
-        raise SpecError(
-            f"the policy commands {', '.join(ours.action_names)} and sees {', '.join(ours.cameras)}; {config.data} "
-            f"holds {', '.join(theirs.action_names)} and {', '.join(theirs.cameras)}."
-        )
+    policy.robot.check_fits(demos.robot, str(config.data), tolerated=("rate",))
     config.out.mkdir(parents=True, exist_ok=True)
-    samples = ChunkSamples(demos, ours.cameras, policy.network.config.image_size, policy.horizon, source=0)
+    samples = ChunkSamples(demos, policy.robot.cameras, policy.network.config.image_size, policy.horizon, source=0)
     chosen = np.linspace(0, demos.num_frames - 1, min(config.frames, demos.num_frames)).round().astype(int)
     steps = np.concatenate([np.arange(episode.length) for episode in demos.episodes])[chosen]
     batches = np.array_split(chosen, -(-len(chosen) // config.batch_size))

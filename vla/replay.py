@@ -20,7 +20,7 @@ from vla import simulator
 from vla.config import AdapterConfig, CollectConfig, ReplayConfig
 from vla.data.format import PLAN
 from vla.data.reader import Demonstrations, Episode
-from vla.errors import DataError, SimulatorError
+from vla.errors import DataError
 
 FILE = "replay.json"
 SAME = 1e-3  # share of a state entry's range up to which two states count as the same
@@ -60,7 +60,8 @@ def replay(config: ReplayConfig) -> bool:
 
     Raises:
         DataError: the dataset cannot be read, or does not say which environment and seed its episodes had.
-        SimulatorError: the environment cannot be made, or does not fit the recorded actions.
+        SimulatorError: the environment cannot be made.
+        SpecError: the environment does not fit the recording.
     """
     configuration.check(config)
     demos = Demonstrations(config.data)
@@ -79,7 +80,8 @@ def replay(config: ReplayConfig) -> bool:
                 if env is not None:
                     env.close()
                 env = simulator.make(env_id, _adapter(config))
-                _check_fit(env, demos)
+                recorded = dataclasses.replace(demos.robot, cameras=())  # actions and states are all that is compared
+                recorded.check_fits(env.robot, f"environment {env_id!r}", "the recording", ("names", "rate"))
             results.append(_replay(env, demos, episode))
     finally:
         if env is not None:
@@ -174,16 +176,6 @@ def _adapter(config: ReplayConfig) -> AdapterConfig:
 
 def _as_recorded(result: Replay) -> bool:
     return result.success or result.recorded_success is False
-
-
-def _check_fit(env: simulator.SimulatedRobot, demos: Demonstrations) -> None:
-    for what in ("action", "state"):
-        here, there = getattr(env.robot, f"{what}_names"), getattr(demos.robot, f"{what}_names")
-        if len(here) != len(there):
-            raise SimulatorError(
-                f"{env.env_id!r} has {len(here)} {what} entries ({', '.join(here)}), the recording has {len(there)} "
-                f"({', '.join(there)}). Name the environment and adapter that the dataset was made with."
-            )
 
 
 def _print(console: Console, results: Sequence[Replay], hint: str) -> None:

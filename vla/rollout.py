@@ -24,7 +24,7 @@ from vla import config as configuration
 from vla import machine, report, results
 from vla.comparison import common_environments, compare
 from vla.config import RolloutConfig
-from vla.errors import ConfigError, SimulatorError, SpecError
+from vla.errors import ConfigError, SimulatorError
 from vla.memory import Memory
 from vla.progress import Progress
 from vla.results import Episode
@@ -64,7 +64,8 @@ def rollout(config: RolloutConfig, policy: ChunkPolicy | None = None) -> dict[st
         )
         policy = policy or _load(config)
         for env_id, description in descriptions.items():
-            _check_fit(policy.robot, RobotSpec.from_dict(description.robot), env_id)
+            robot = RobotSpec.from_dict(description.robot)
+            policy.robot.check_fits(robot, f"environment {env_id!r}", tolerated=("names", "rate"))
         steps = policy.n_action_steps if config.n_action_steps is None else config.n_action_steps
         if not 1 <= steps <= policy.horizon:
             raise ConfigError(f"n_action_steps must be between 1 and the horizon {policy.horizon}, got {steps}.")
@@ -273,36 +274,6 @@ def _load(config: RolloutConfig) -> ChunkPolicy:
     from vla import client
 
     return client.load(config.policy, config.device, config.unnorm_key, config.n_action_steps, config.decoding)
-
-
-def _check_fit(policy: RobotSpec, env: RobotSpec, env_id: str) -> None:
-    """SpecError unless the environment offers what the policy sees and takes what it commands."""
-    missing = [camera for camera in policy.cameras if camera not in env.cameras]
-    if missing:
-        raise SpecError(
-            f"the policy sees camera {', '.join(map(repr, missing))}, environment {env_id!r} has "
-            f"{', '.join(map(repr, env.cameras))}. Map it in the adapter: `images: {{{missing[0]}: <path>}}`."
-        )
-    for what in ("state", "action"):
-        ours, theirs = getattr(policy, f"{what}_names"), getattr(env, f"{what}_names")
-        if len(ours) != len(theirs) and (what == "action" or ours):
-            raise SpecError(
-                f"the policy's {what} has {len(ours)} entries ({', '.join(ours)}), environment {env_id!r} has "
-                f"{len(theirs)} ({', '.join(theirs)}). They are not the same robot."
-            )
-    if None not in (policy.gripper_index, env.gripper_index):
-        ours, theirs = ((robot.gripper_open, robot.gripper_closed) for robot in (policy, env))
-        if ours != theirs:
-            raise SpecError(
-                f"the policy opens its gripper with {ours[0]:g} and closes it with {ours[1]:g}, environment {env_id!r} "
-                f"with {theirs[0]:g} and {theirs[1]:g}. State the right values in the adapter's `robot`."
-            )
-    if policy.control_hz != env.control_hz:
-        warnings.warn(
-            f"the policy was trained at {policy.control_hz:g} actions per second, environment {env_id!r} runs at "
-            f"{env.control_hz:g}: the same action may mean another movement.",
-            stacklevel=2,
-        )
 
 
 def _save_clip(out: Path, episode: Episode, video: bytes) -> str:

@@ -1,8 +1,8 @@
 """RobotSpec: what a robot sees, feels and is told.
 
 Owns: the names and conventions of one robot (cameras, state and action entries, gripper polarity, control rate, hold
-command) and the checks of an observation or an action against them. It does not know how actions become tokens, where
-observations come from, or which policy uses them.
+command), the checks of an observation or an action against them, and the one check of whether a policy for one robot
+fits another. It does not know how actions become tokens, where observations come from, or which policy uses them.
 
 An *observation* is everywhere the Gymnasium convention
 `{"pixels": {camera: uint8 [height, width, 3] RGB}, "agent_pos": float32 [S]}`; `agent_pos` is absent when S = 0.
@@ -11,7 +11,10 @@ An *observation* is everywhere the Gymnasium convention
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import enum
+import math
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +22,73 @@ import numpy as np
 from vla.errors import SpecError, unknown
 
 Observation = Mapping[str, Any]
+
+
+class ActionSpace(enum.StrEnum):
+    """What an action's entries mean; `action_names` says which entries there are. Files hold the member's value.
+
+    `ActionSpace("delta_ee")` is `EE_DELTA`: spellings that mean one thing only are read (`_SPELLINGS`). Everything else
+    is a SpecError: whether a robot stands still when a command is repeated is never guessed from a name.
+    """
+
+    JOINT_POSITION = "joint_position"
+    JOINT_DELTA = "joint_delta"
+    JOINT_VELOCITY = "joint_velocity"
+    EE_POSITION = "ee_position"  # of the end effector; with its orientation where entries say so
+    EE_DELTA = "ee_delta"
+    EE_VELOCITY = "ee_velocity"
+    UNSPECIFIED = "unspecified"  # such a robot must state its hold command
+
+    @property
+    def relative(self) -> bool:
+        """Whether actions say how far or how fast to move: repeated, they move the robot on, and 0 holds it. Otherwise
+        they say where to be, and repeating the last one holds it."""
+        return self in (self.JOINT_DELTA, self.JOINT_VELOCITY, self.EE_DELTA, self.EE_VELOCITY)
+
+    @classmethod
+    def _missing_(cls, value: object) -> ActionSpace:
+        for member, spellings in _SPELLINGS.items():
+            if value in spellings:
+                return cls(member)
+        fix = 'For actions that mean none of these it is "unspecified", and the robot must state its `hold` command.'
+        raise SpecError(unknown("action space", value, cls, fix))
+
+
+#: How other packages' users write a member. Left out on purpose: "eef_pos" (Open X-Embodiment's name for deltas, and
+#: elsewhere for positions) and names that say nothing about delta or position ("ee", "joint", "osc_pose").
+_SPELLINGS: dict[str, tuple[str, ...]] = {
+    "joint_position": ("joint_positions", "joint_pos", "pd_joint_pos", "absolute_joint_position"),
+    "joint_delta": (
+        "delta_joint",
+        "joint_delta_position",
+        "joint_position_delta",
+        "delta_joint_position",
+        "relative_joint_position",
+        "pd_joint_delta_pos",
+    ),
+    "joint_velocity": ("joint_velocities", "joint_vel", "pd_joint_vel"),
+    "ee_position": ("ee_pose", "eef_pose", "eef_position", "cartesian_position", "pd_ee_pose", "absolute_ee_pose"),
+    "ee_delta": (
+        "delta_ee",
+        "ee_delta_pose",
+        "ee_delta_position",
+        "ee_pose_delta",
+        "ee_position_delta",
+        "delta_ee_pose",
+        "delta_ee_position",
+        "relative_ee_pose",
+        "relative_ee_position",
+        "eef_delta",
+        "delta_eef",
+        "eef_delta_pose",
+        "delta_eef_pose",
+        "cartesian_delta",
+        "delta_cartesian",
+        "pd_ee_delta_pos",
+        "pd_ee_delta_pose",
+    ),
+    "ee_velocity": ("ee_vel", "ee_twist", "twist", "eef_velocity", "eef_vel", "cartesian_velocity"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,19 +99,20 @@ class RobotSpec:
         cameras: camera names, in the order in which a policy sees them.
         state_names: one name per entry of `agent_pos`; empty for a robot without proprioception.
         action_names: one name per entry of an action.
-        action_space: what an action means, e.g. "ee_delta" (end-effector deltas) or "joint_position".
+        action_space: what an action means, "ee_delta" (end-effector deltas), "joint_position", ...: see `ActionSpace`.
         gripper_index: entry of the action that drives the gripper; None without a gripper.
         gripper_open: value of that entry which opens it (polarity is not standard between robots: it is stated).
         gripper_closed: value of that entry which closes it.
         control_hz: actions per second.
         hold: the command that keeps the robot where it is: a number per entry, or None to repeat that entry of the
-            last command. Empty: positions are repeated; of deltas and velocities only the gripper's is, the rest is 0.
+            last command. Empty: the last command of a position space is repeated; in a relative space every entry is
+            0, but the gripper's, which is repeated.
     """
 
     cameras: tuple[str, ...]
     state_names: tuple[str, ...]
     action_names: tuple[str, ...]
-    action_space: str = "unspecified"
+    action_space: ActionSpace = ActionSpace.UNSPECIFIED
     gripper_index: int | None = None
     gripper_open: float = 1.0
     gripper_closed: float = -1.0
@@ -51,12 +122,15 @@ class RobotSpec:
     def __post_init__(self) -> None:
         for field in ("cameras", "state_names", "action_names", "hold"):
             object.__setattr__(self, field, tuple(getattr(self, field)))
+        object.__setattr__(self, "action_space", ActionSpace(self.action_space))
         if not self.action_names:
             raise SpecError("a robot needs at least one action entry; action_names is empty.")
-        if not self.control_hz > 0:
+        if not 0 < self.control_hz < math.inf:
             raise SpecError(f"control_hz must be positive, got {self.control_hz}.")
         if self.hold and len(self.hold) != self.action_dim:
             raise SpecError(f"hold has {len(self.hold)} entries for {self.action_dim} action entries.")
+        if not all(value is None or math.isfinite(value) for value in self.hold):
+            raise SpecError(f"hold must be finite numbers, or None to repeat an entry, got {list(self.hold)}.")
         if self.gripper_index is not None and not -self.action_dim <= self.gripper_index < self.action_dim:
             raise SpecError(f"gripper_index {self.gripper_index} is outside an action of {self.action_dim} entries.")
 
@@ -82,12 +156,80 @@ class RobotSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        return values | {"action_space": self.action_space.value}
 
-    @property
-    def moves(self) -> bool:
-        """Whether actions say how far or how fast to move (deltas, velocities), not where to be."""
-        return self.action_space.endswith(("delta", "velocity"))
+    def check_fits(
+        self,
+        robot: RobotSpec,
+        name: str = "the robot",
+        ours: str = "the policy",
+        tolerated: Collection[str] = (),
+    ) -> None:
+        """Raise SpecError unless actions and observations of this robot mean the same on `robot`.
+
+        Args:
+            robot: the robot, environment or recording that is to be driven or read.
+            name, ours: what messages call it, and what was trained or recorded with this RobotSpec.
+            tolerated: differences to warn about instead: "names" (entries are matched by position) and "rate".
+        """
+        for kind, message in self._differences(robot, name, ours):
+            if kind not in tolerated:
+                raise SpecError(message)
+            warnings.warn(message, stacklevel=2)
+
+    def _differences(self, robot: RobotSpec, name: str, ours: str) -> Iterator[tuple[str, str]]:
+        """What does not fit, the worst first: (kind, message)."""
+        if missing := [camera for camera in self.cameras if camera not in robot.cameras]:
+            yield (
+                "cameras",
+                f"{ours} sees camera {', '.join(map(repr, missing))}, {name} has "
+                f"{', '.join(map(repr, robot.cameras)) or 'none'}. Map it in the adapter's "
+                f"`images: {{{missing[0]}: <path>}}`, or have the driver show it under that name.",
+            )
+        fix = "Correct the names where they are stated (an environment's: adapter.robot)."
+        for what in ("action", "state"):
+            mine, its = getattr(self, f"{what}_names"), getattr(robot, f"{what}_names")
+            if mine == its or (what == "state" and not mine):
+                continue
+            said = f"{ours}'s {what} has {len(mine)} entries ({', '.join(mine)}), {name} has {len(its)}"
+            said += f" ({', '.join(its)})."
+            if len(mine) != len(its):
+                yield "size", f"{said} They are not the same robot."
+            elif sorted(mine) == sorted(its):
+                yield "order", f"{said} Their order differs, and entries are matched by position. {fix}"
+            else:
+                yield "names", f"{said} They have other names. Entries are matched by position. {fix}"
+        spaces = self.action_space, robot.action_space
+        if ActionSpace.UNSPECIFIED not in spaces and spaces[0] != spaces[1]:
+            yield (
+                "action space",
+                f"{ours}'s actions are {spaces[0]}, {name} takes {spaces[1]}. Correct action_space where it is stated "
+                "(an environment's: adapter.robot).",
+            )
+        if self.gripper_index is not None and robot.gripper_index is not None:
+            yield from self._gripper_differences(robot, name, ours)
+        if not math.isclose(self.control_hz, robot.control_hz, rel_tol=0.01):  # 29.97 is 30
+            yield (
+                "rate",
+                f"{ours} was made for {self.control_hz:g} actions per second, {name} runs at {robot.control_hz:g}: the "
+                f"same action may mean another movement. Correct control_hz where it is stated (an environment's: "
+                f"adapter.robot), or have a controller command at {self.control_hz:g} Hz (`vla deploy --hz "
+                f"{self.control_hz:g}`).",
+            )
+
+    def _gripper_differences(self, robot: RobotSpec, name: str, ours: str) -> Iterator[tuple[str, str]]:
+        fix = "State the right values in the adapter's `robot` or in the driver's RobotSpec."
+        entries = [(spec.gripper_index or 0) % spec.action_dim for spec in (self, robot)]
+        mine, its = ((spec.gripper_open, spec.gripper_closed) for spec in (self, robot))
+        if entries[0] != entries[1]:
+            yield "gripper", f"{ours}'s gripper is action entry {entries[0]}, {name}'s is entry {entries[1]}. {fix}"
+        if mine != its:
+            yield (
+                "gripper",
+                f"{ours} opens its gripper with {mine[0]:g} and closes it with {mine[1]:g}, {name} with {its[0]:g} and "
+                f"{its[1]:g}. {fix}",
+            )
 
     def hold_action(self, last: np.ndarray | None, state: np.ndarray | None = None) -> np.ndarray:
         """The hold command, float32 [D].
@@ -101,13 +243,13 @@ class RobotSpec:
             repeat = np.zeros(self.action_dim, np.float32)
             if self.gripper_index is not None:
                 repeat[self.gripper_index] = self.gripper_open
-            if state is not None and not self.moves:
+            if state is not None and not self.action_space.relative:
                 for index, name in enumerate(self.action_names):
                     if name in self.state_names:
                         repeat[index] = state[self.state_names.index(name)]
         else:
             repeat = np.asarray(last, np.float32)
-        rest = 0.0 if self.moves else None
+        rest = 0.0 if self.action_space.relative else None
         hold: Sequence[float | None] = self.hold or [rest] * self.action_dim
         if not self.hold and self.gripper_index is not None:
             hold = [*hold]

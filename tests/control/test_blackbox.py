@@ -105,6 +105,7 @@ def test_what_cannot_be_kept_or_written_costs_nothing_that_comes_later(tmp_path)
     assert ticks[0]["tick"] == 1 and "left" in ticks[0]["state"]
 
 
+@pytest.mark.realtime
 def test_a_box_that_cannot_keep_up_says_so_and_stays_small(tmp_path, monkeypatch):
     monkeypatch.setattr(BlackBox, "_keep", lambda *_: time.sleep(0.01))
     box = BlackBox(tmp_path, seconds=1.0, hz=10.0)

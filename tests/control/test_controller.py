@@ -280,7 +280,8 @@ def test_a_state_that_is_none_is_a_fault_like_others(policy, driver, nonsense):
 def test_a_robot_of_positions_begins_when_it_is_known_where_it_is(policy, driver, monkeypatch):
     """Its first states are no numbers: it would be sent there, and held there."""
     names = policy.robot.state_names
-    driver.spec = dataclasses.replace(policy.robot, action_space="joint_position", action_names=names, hold=())
+    spec = dataclasses.replace(policy.robot, action_space="joint_position", action_names=names, hold=())
+    driver.spec = policy.robot = spec
     seen, observe = [], driver.observe
 
     def stutter():
@@ -399,7 +400,55 @@ def test_an_emergency_stop_in_the_middle_of_a_run(policy, driver):
     np.testing.assert_array_equal(actions(driver)[-8:, :6], 0)
 
 
-def test_a_robot_that_does_not_fit_is_refused(policy, observations):
-    spec = RobotSpec(cameras=("top",), state_names=(), action_names=("x", "y"))
-    with pytest.raises(SpecError, match=r"the policy commands dx.*; the robot takes x, y and has top"):
-        Controller(FakeRobot(spec, observations(1)[0]), policy, ControlConfig())
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cameras": ("top",)}, r"sees camera 'front', 'wrist', the robot has 'top'"),
+        ({"gripper_open": -1.0, "gripper_closed": 1.0}, "opens its gripper with 1 and closes it with -1"),
+        ({"action_names": tuple("abcdefg")}, "other names"),
+        ({"action_space": "ee_velocity"}, "ee_delta, the robot takes ee_velocity"),
+        ({"state_names": ()}, "state has 7 entries"),
+        ({"control_hz": 30.0}, r"made for 20 .*runs at 30.*--hz 20"),
+    ],
+)
+def test_a_robot_that_does_not_fit_is_refused(policy, driver, change, message):
+    driver.spec = dataclasses.replace(policy.robot, **change)
+    with pytest.raises(SpecError, match=message):
+        Controller(driver, policy, ControlConfig())
+    assert driver.commands == []
+
+
+def test_a_rate_that_is_asked_for_is_meant(policy, driver):
+    driver.spec = dataclasses.replace(policy.robot, control_hz=30.0)
+    with Controller(driver, policy, ControlConfig(hz=20.0)) as controller:
+        assert controller.hz == 20.0
+    with (
+        pytest.warns(UserWarning, match="made for 20 .* runs at 25"),
+        Controller(driver, policy, ControlConfig(hz=25.0)),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("hz", [0.5, 0.25])
+def test_a_robot_may_be_slower_than_a_command_per_second(policy, driver, hz):
+    with Controller(driver, policy, ControlConfig(hz=hz, safety=SafetyConfig(max_age_s=10.0))) as controller:
+        assert controller.run("reach", seconds=4 / hz)["commands"] >= 3
+
+
+def test_a_robot_that_dies_is_told_and_the_policy_is_waited_for(policy, driver, monkeypatch):
+    """It dies while a chunk is decoded: the error is its own, not that of the last command."""
+    config, alive = ControlConfig(hz=20.0, injected_latency_s=0.3), driver.observe
+
+    def dies():
+        if driver.commands:
+            monkeypatch.setattr(driver, "command", lambda action: 1 / 0)
+            raise OSError("the cable is out")
+        return alive()
+
+    with Controller(driver, policy, config) as controller:
+        with monkeypatch.context() as broken:
+            broken.setattr(driver, "observe", dies)
+            with pytest.raises(OSError, match="cable"), pytest.warns(UserWarning, match="could not be told to hold"):
+                controller.run("reach", seconds=1.0)
+        assert controller.state is State.HOLDING and controller._inference.busy_since is None
+        monkeypatch.undo()

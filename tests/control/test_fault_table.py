@@ -17,6 +17,8 @@ from vla.control.blackbox import BlackBox
 from vla.control.controller import Controller
 from vla.policy import Policy
 
+pytestmark = pytest.mark.realtime
+
 
 @pytest.fixture
 def policy(nano):

@@ -74,6 +74,7 @@ def test_the_demonstrations_own_actions_agree_with_it(data, clock, hz):
     assert robot.agreement()["dx"] == pytest.approx(0.5) and robot.agreement()["dy"] == 0
 
 
+@pytest.mark.realtime
 def test_a_controller_plays_a_demonstration_to_its_end(data, nano):
     robot = ReplayRobot(data)
     with Controller(robot, Policy(*nano), ControlConfig()) as controller:
@@ -99,6 +100,7 @@ def test_what_cannot_be_played_is_said(data):
         ReplayRobot(data).agreement()
 
 
+@pytest.mark.realtime
 def test_deploy_replays_a_dataset(data, nano, tmp_path, capsys):
     checkpoint.save(*nano, tmp_path / "policy")
     flags = ["--policy", tmp_path / "policy", "--replay", data.root, "--out", tmp_path / "out", "--no-ui"]

@@ -27,6 +27,8 @@ from vla.model.backbones import DataFacts, build_policy
 from vla.policy import Policy
 from vla.spec import RobotSpec
 
+pytestmark = pytest.mark.realtime
+
 CONFIGS = Path(__file__).parents[2] / "configs" / "deploy"
 HZ = 20.0
 TOPICS = {"cameras.front": "/front/image_raw", "cameras.wrist": "/wrist/image_raw/compressed"}

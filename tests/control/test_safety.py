@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from vla.config import SafetyConfig
 from vla.control.safety import SafetyFilter
 from vla.errors import ConfigError
-from vla.spec import RobotSpec
+from vla.spec import ActionSpace, RobotSpec
 
 SPEC = RobotSpec(
     cameras=("front",),
@@ -158,8 +158,32 @@ def test_a_hold_does_not_go_on_moving(space):
     safety.check(np.array([0.5, 0.5, 0.0]))
     safety.emergency_stop()
     told(safety.check(np.array([0.5, 0.5, 0.0])), 0, 0, 0)
-    with pytest.raises(ConfigError, match="repeats y, which would move it on"):
+    with pytest.raises(ConfigError, match="repeats or sets y, which would move it on"):
         SafetyFilter(dataclasses.replace(spec, hold=(0, None, None)), SafetyConfig(), LOW, HIGH)
+
+
+@given(
+    st.sampled_from([space for space in ActionSpace if space is not ActionSpace.UNSPECIFIED]),
+    st.sampled_from([None, 0, 1, 2]),
+    st.lists(st.lists(st.floats(-2, 2, width=32), min_size=3, max_size=3), min_size=1, max_size=4),
+)
+def test_an_emergency_stop_never_moves_a_robot_on(space, gripper, wanted):
+    """Any space, any commands, before it and while it is pressed: a relative entry is 0, another where it was."""
+    spec = RobotSpec(("front",), (), ("x", "y", "grip"), space, gripper_index=gripper)
+    safety, last = SafetyFilter(spec, SafetyConfig(), LOW, HIGH), None
+    for action in wanted:
+        last = safety.check(np.array(action, np.float32)).action
+    safety.emergency_stop()
+    expected = [0 if space.relative and entry != gripper else last[entry] for entry in range(3)]
+    for action in [*wanted, None]:
+        told(safety.check(None if action is None else np.array(action, np.float32)), *expected)
+    told(safety.hold(), *expected)
+
+
+@pytest.mark.parametrize("hold", [(0.5, 0, None), (0, None, 0), (-0.1, 0, 0)])
+def test_a_hold_command_that_moves_is_refused(hold):
+    with pytest.raises(ConfigError, match="would move it on"):
+        SafetyFilter(dataclasses.replace(SPEC, hold=hold), SafetyConfig(), LOW, HIGH)
 
 
 def test_a_robot_that_nobody_knows_how_to_hold_is_not_driven():

@@ -6,13 +6,17 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from vla import checkpoint, cli
 from vla.control.sim import SimRobot
+from vla.deploy import _held_by_signals
 from vla.errors import SimulatorError
+
+pytestmark = pytest.mark.realtime
 
 
 def test_the_world_moves_on_by_itself():
@@ -75,3 +79,33 @@ def test_a_signal_ends_in_hold(nano, tmp_path, signum, status):
     assert process.returncode == status, err
     assert "stopped" in err and "Traceback" not in err
     assert (tmp_path / "out" / "deploy.json").exists()
+
+
+def test_a_signal_that_a_script_has_ignored_stays_ignored_and_another_one_stops(capfd):
+    """`vla deploy &` of a script inherits SIGINT ignored: it must neither catch it half nor lose SIGTERM."""
+    stopped, controller = [], SimpleNamespace(stop=lambda: stopped.append(1))
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN), signal.signal(signal.SIGTERM, cli._terminate)
+    try:
+        with _held_by_signals(controller) as check:
+            signal.raise_signal(signal.SIGINT)
+            check()
+            assert not stopped and "SIGINT is ignored" in capfd.readouterr().out
+            signal.raise_signal(signal.SIGTERM)
+            assert stopped
+            with pytest.raises(cli.Terminated):
+                check()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])
+
+
+def test_deploy_refuses_a_robot_of_opposite_polarity_before_anything_moves(nano, tmp_path, capsys):
+    network, processor = nano
+    checkpoint.save(network, processor, tmp_path / "policy")
+    (tmp_path / "values.yaml").write_text("adapter: {robot: {gripper_open: -1.0, gripper_closed: 1.0}}")
+    flags = ["--policy", tmp_path / "policy", "--env", "envs:vla/Reach-v0", "--no-ui", "--out", tmp_path / "out"]
+    assert cli.main(["deploy", "--config", str(tmp_path / "values.yaml"), *map(str, flags)]) == 2
+    err = capsys.readouterr().err
+    assert "opens its gripper with 1 and closes it with -1, the robot with -1 and 1. State the right values" in err
+    assert not (tmp_path / "out").exists()

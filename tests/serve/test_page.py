@@ -26,6 +26,8 @@ from vla.errors import ConfigError
 from vla.policy import Policy
 from vla.serve.page import page, serve_in_thread
 
+pytestmark = pytest.mark.realtime
+
 HZ = 20.0
 
 

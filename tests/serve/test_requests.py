@@ -48,6 +48,70 @@ FORMS = {
 }
 
 
+def grey(value: int) -> np.ndarray:
+    return picture(value)[..., 0]
+
+
+#: What a client may send where uint8 [height, width, 3] is meant: picture 1 in another form.
+IMAGES = {
+    "channels first": picture(1).transpose(2, 0, 1),
+    "a batch of one": picture(1)[None],
+    "a batch of one, channels first": picture(1).transpose(2, 0, 1)[None],
+    "float32": picture(1).astype(np.float32) / 255,
+    "float64, a batch of one": picture(1)[None] / 255,
+    "half": (picture(1) / 255).astype(np.float16),
+    "big-endian floats": (picture(1) / 255).astype(">f4"),
+    "alpha": np.concatenate([picture(1), picture(9)[..., :1]], axis=-1),
+    "grey": grey(1),
+    "grey, one channel": grey(1)[..., None],
+    "grey, channels first": grey(1)[None],
+    "grey floats": grey(1) / 255,
+    "int64": picture(1).astype(np.int64),
+    "nested lists": picture(1).tolist(),
+    "nested lists of floats": (picture(1) / 255).tolist(),
+    "read-only, not contiguous": np.broadcast_to(picture(1)[:, ::-1], (32, 40, 3))[:, ::-1],
+}
+
+
+@pytest.mark.parametrize("image", IMAGES.values(), ids=IMAGES)
+@pytest.mark.parametrize("key", ["image", "front", "observation/image"])
+def test_every_form_of_an_image_is_the_same_image(robot, image, key):
+    pixels = read(FORMS["own"] | {"pixels": {"wrist": picture(2)}, key: image}, robot, 4, NONE).observation["pixels"]
+    np.testing.assert_array_equal(pixels["front"], picture(1))
+    assert pixels["front"].dtype == np.uint8 and pixels["front"].flags.c_contiguous
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"agent_pos": np.arange(7)}, None),
+        ({"agent_pos": STATE[None]}, None),
+        ({"agent_pos": [int(value) for value in STATE]}, None),
+        ({"agent_pos": STATE.astype(np.float16)}, None),
+        ({"prompt": b"go"}, None),
+        ({"prompt": ["go"]}, None),
+        ({"prompt": np.array("go")}, None),
+        ({"unnorm_key": b"demo"}, "demo"),
+        (
+            {"unnorm_key": "demo", "depth": np.zeros((32, 40)), "extra": {"nested": [1, 2]}, "jacobian": np.eye(9)},
+            "demo",
+        ),
+    ],
+)
+def test_every_form_of_the_rest_is_the_same_observation(robot, change, field):
+    request = read(FORMS["own"] | change, robot, 4, NONE)
+    np.testing.assert_array_equal(request.observation["agent_pos"], STATE.astype(np.float32))
+    assert request.observation["agent_pos"].dtype == np.float32
+    assert (request.instruction, request.unnorm_key) == ("go", field)
+    np.testing.assert_array_equal(request.observation["pixels"]["front"], picture(1))
+
+
+def test_a_draft_may_come_with_numpys_numbers(robot):
+    draft = {"vla/draft": np.zeros((4, 7)), "vla/committed": np.int64(2), "vla/trust": np.float32(0.5)}
+    memory = read(FORMS["own"] | draft, robot, 4, NONE).memory
+    assert (memory.committed, memory.trust) == (2, 0.5) and type(memory.trust) is float
+
+
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_every_form_is_the_same_observation(robot, form):
     request = read(form, robot, 4, NONE)
@@ -92,6 +156,16 @@ def test_an_image_only_client_and_an_image_only_policy(robot):
         ({"observation/image": picture(1)[..., :2]}, "expected 3 colour channels"),
         ({"observation/image": picture(9).astype(np.float32)}, "must be in 0..1"),
         ({"observation/image": np.full((32, 32, 3), np.nan)}, "must be in 0..1"),
+        ({"observation/image": np.stack([picture(1)] * 2)}, "expected an image"),
+        ({"observation/image": picture(1).astype(np.uint16)}, "expected uint8"),
+        ({"observation/image": picture(1).astype(np.int64) - 2}, "expected uint8|must be in 0..255"),
+        ({"observation/image": picture(1)[:4]}, "too small|expected 3 colour channels"),
+        ({"observation/image": [[[1, 2], [3]]]}, "no picture can be told to be camera 'front'"),
+        ({"observation/image": b"\xff\xd8\xff\xe0..."}, "'observation/image' is a JPEG or PNG file: send its pixels"),
+        ({"observation/image": "iVBORw0KGgo"}, "'observation/image' is a JPEG or PNG file: send its pixels"),
+        ({"observation/state": np.stack([STATE] * 2)}, r"expected 7 entries .*got shape \(14,\)"),
+        ({"prompt": ["go", "stop"]}, "'prompt' must be a text, got list"),
+        ({"vla/draft": np.zeros((4, 7)), "vla/trust": np.float32(np.nan)}, "trust must be between 0 and 1"),
         ({"observation/second_image": picture(1)}, "no picture can be told to be camera 'front'"),
         ({"observation/state": None}, "must be numbers|not finite|expected 7"),
         ({"observation/state": STATE[:3]}, "state: expected 7 entries"),

@@ -24,6 +24,8 @@ from websockets.sync.client import connect
 
 from vla import checkpoint, wire
 
+pytestmark = pytest.mark.realtime
+
 
 def libero(observation: dict, prompt: str = "go") -> dict:
     return {
@@ -123,6 +125,62 @@ def test_openpis_clients_see_their_error_and_others_a_reason(serving, observatio
             client.send("text")
             assert "binary" in wire.from_msgpack(client.recv())["error"]
             assert "actions" in ask(client, libero(observation))
+
+
+def test_the_log_has_a_line_of_every_kind_of_refusal(serving, observations, caplog, monkeypatch):
+    """Who, what and why; of the stock clients as well, which are told "error" only."""
+    (observation,) = observations(1)
+    with serving(key="sesame", max_request_mb=0.5) as served:
+        key = {"Authorization": "Api-Key sesame"}
+
+        def post(values, path="/act", headers=key):
+            body = values if isinstance(values, bytes) else json_numpy.dumps(values).encode()
+            return requests.post(served.http + path, data=body, headers=headers, timeout=20)
+
+        def refused(*words: str) -> None:
+            until(lambda: caplog.messages)
+            (line,) = caplog.messages
+            assert line.startswith("refused: ") and " from 127.0.0.1: " in line
+            assert all(word in line for word in words), line
+            caplog.clear()
+
+        assert post({"instruction": "go"}).text == '"error"'
+        refused("POST /act", "camera 'front'")
+        post(openvla(observation) | {"unnorm_key": "brigde"})
+        refused("POST /act", "unknown unnorm_key 'brigde'")
+        post(b"{")
+        refused("POST /act", "not valid JSON")
+        post(bytes(2**20))
+        refused("POST /act", "larger than 0.5 MB")
+        assert post({}, headers={}).status_code == 401
+        refused("POST /act", "the API key is missing or wrong")
+        assert post({}, "/predict").status_code == 404
+        refused("POST /predict", "Not Found", "POST /act")
+        assert requests.get(served.http + "/act", timeout=20).status_code == 405
+        refused("GET /act", "Method Not Allowed")
+        with pytest.raises(websockets.InvalidStatus):
+            connect(served.ws)
+        refused("websocket /", "the API key is missing or wrong")
+        with connect(served.ws, additional_headers=key) as client:
+            client.recv()
+            client.send(wire.to_msgpack({"prompt": "go"}))
+            client.recv()
+        refused("websocket /", "camera 'front'")
+        with connect(served.ws, additional_headers=key) as client:
+            client.recv()
+            with contextlib.suppress(websockets.ConnectionClosed):
+                client.send(bytes(2**20))
+                client.recv()
+        refused("websocket /", "larger than 0.5 MB")
+        monkeypatch.setattr(served.policy, "predict", lambda *_: 1 / 0)
+        served.app._batcher._by_key = {"demo": served.policy}
+        assert post(openvla(observation)).text == '"error"'
+        until(lambda: len(caplog.records) == 2)
+        assert "ZeroDivisionError" in caplog.messages[0] and caplog.records[1].exc_info
+        caplog.clear()
+        for _ in range(5):
+            post(openvla(observation))
+        assert caplog.messages == []  # told already
 
 
 def test_a_failing_policy_fails_its_own_request_only(serving, observations, monkeypatch):

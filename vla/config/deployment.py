@@ -75,6 +75,7 @@ class DeployConfig:
         out: folder of `deploy.json` and of the black boxes.
         ui: serve the live page: cameras, instruction, hold and emergency stop.
         host, port: where the live page is; port 0 takes a free one.
+        connect_s: how long to wait for a served policy in the beginning, in seconds.
     """
 
     __pydantic_config__ = STRICT
@@ -88,6 +89,7 @@ class DeployConfig:
     ui: bool = True
     host: str = "127.0.0.1"
     port: Port = 8080
+    connect_s: Positive = 30.0
     n_action_steps: Count | None = None
     unnorm_key: str | None = None
     device: str = "auto"
@@ -126,7 +128,9 @@ class ServeConfig:
         max_request_mb: largest request.
         patience_s: time that a client has to send a request once it has begun.
         certificate, private_key: files in PEM format; both: TLS.
-        tracebacks: send them to clients, as openpi's own server does; they show paths and code.
+        tracebacks: send them to clients, as openpi's own server does; they show paths and code. Without it, a stock
+            client of OpenVLA hears "error" only; one that adds `?errors=plain` to the address (http://host:8000/act?errors=plain)
+            gets a status code and the reason. This server's log has a line for every refusal.
     """
 
     __pydantic_config__ = STRICT

@@ -22,6 +22,7 @@ import enum
 import gc
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -73,13 +74,10 @@ class Controller:
         if config.seam not in SEAMS:
             raise ConfigError(f"seam must be one of {', '.join(SEAMS)}, got {config.seam!r}.")
         ours, theirs = policy.robot, robot.spec
-        if len(ours.action_names) != len(theirs.action_names) or set(ours.cameras) - set(theirs.cameras):
-            raise SpecError(
-                f"the policy commands {', '.join(ours.action_names)} and sees {', '.join(ours.cameras)}; the robot "
-                f"takes {', '.join(theirs.action_names)} and has {', '.join(theirs.cameras)}."
-            )
+        self.hz = theirs.control_hz if config.hz is None else config.hz
+        # A rate that was asked for is meant.
+        ours.check_fits(dataclasses.replace(theirs, control_hz=self.hz), tolerated=("rate",) if config.hz else ())
         self._robot, self._policy, self._config = robot, policy, config
-        self.hz = config.hz or theirs.control_hz
         self.safety = SafetyFilter(theirs, config.safety, *policy.action_limits, hz=self.hz)
         # The cameras that the policy looks at; what others show is none of its business.
         self._seen = dataclasses.replace(theirs, cameras=ours.cameras)
@@ -150,11 +148,22 @@ class Controller:
                     run.success = reading.success
                     break
                 self._tick(run, reading, watch)
-        finally:
-            self.state = State.HOLDING
-            self._robot.command(self.safety.hold().action)
-            self._drain()
+        except BaseException:
+            try:
+                self._end()
+            except Exception as problem:  # the first error is the one to tell; this one is told beside it
+                warnings.warn(f"the robot could not be told to hold: {problem}", stacklevel=2)
+            raise
+        self._end()
         return run.report() | {"interventions": dict(self.safety.interventions - before)}
+
+    def _end(self) -> None:
+        """Hold, and let a decoding that is still running end: its answer belongs to no run."""
+        self.state = State.HOLDING
+        try:
+            self._robot.command(self.safety.hold().action)
+        finally:
+            self._drain()
 
     def _wait(self, run: _Run, watch: Watch) -> None:
         """Sleep until the next tick. When it is time to ask for a chunk, ask as soon as this tick's picture comes (and
@@ -196,7 +205,7 @@ class Controller:
         self._robot.command(command.action)
         run.rate.sent()
         run.note(command.action, empty=wanted is None)
-        if run.rate.tick % round(self.hz) == 0:
+        if run.rate.tick % max(1, round(self.hz)) == 0:
             gc.collect(1)  # what a second leaves behind is found in microseconds: the rest is frozen
         moment = Moment(run.rate.tick, run.rate.lateness[-1], reading, command.action, command.reasons, decoding)
         for listener in self.listeners:
@@ -274,7 +283,8 @@ class Controller:
         spec, deadline = self._robot.spec, time.monotonic() + self._config.safety.max_age_s + 5.0
         while True:
             reading = self._robot.observe()
-            if reading is not None and (spec.moves or not spec.state_dim or state_of(reading, spec) is not None):
+            placed = spec.action_space.relative or not spec.state_dim
+            if reading is not None and (placed or state_of(reading, spec) is not None):
                 return reading
             if time.monotonic() > deadline or self._stopping:
                 what = "observation" if reading is None else f"finite state of {spec.state_dim} entries"
@@ -282,7 +292,6 @@ class Controller:
             time.sleep(0.001)
 
     def _drain(self) -> None:
-        """Let a decoding that is still running end: its answer belongs to no run."""
         deadline = time.monotonic() + 5.0
         while self._inference.busy_since is not None and time.monotonic() < deadline:
             self._inference.take()

@@ -144,7 +144,7 @@ class Ros2Robot:
         self.spec: RobotSpec = _Placed(**vars(spec), where=self._where)
         # An entry that holds by repeating a position has to start from the measured one.
         repeated = [i for i in range(spec.action_dim) if not spec.hold or spec.hold[i] is None]
-        self._placed = [i for i in repeated if i != self._gripper and not spec.moves]
+        self._placed = [i for i in repeated if i != self._gripper and not spec.action_space.relative]
         needed = [*self._wired.state_joints, *(self._wired.command_joints[i] for i in self._placed)]
         self._joints = tuple(dict.fromkeys(needed))
         self._lock = threading.Lock()
@@ -609,7 +609,7 @@ def _wire(spec: RobotSpec, parameters: Parameters) -> Parameters:
             raise ConfigError(
                 f"{name}_joints has {len(joints)} names; one is needed for each of the policy's {', '.join(entries)}."
             )
-    if parameters.command_type == "trajectory" and spec.moves:
+    if parameters.command_type == "trajectory" and spec.action_space.relative:
         raise ConfigError(f'a trajectory is of positions, but these actions are {spec.action_space}: take "array".')
     gripper = parameters.gripper_closed, parameters.gripper_open
     if gripper != (None, None) and (spec.gripper_index is None or None in gripper or gripper[0] == gripper[1]):

@@ -73,7 +73,7 @@ class SafetyFilter:
         place, gripper = self._spec.hold_action(None, state), self._spec.gripper_index
         if self._last is not None and gripper is not None:
             place[gripper] = self._last[gripper]
-        if self._last is not None or not self._spec.moves:
+        if self._last is not None or not self._spec.action_space.relative:
             self._last = place
         self._motion = np.zeros(self._spec.action_dim, np.float32)
 
@@ -154,11 +154,11 @@ class SafetyFilter:
         """`command` with what it moves in one period clipped; exactly itself where nothing is clipped."""
         motion = self._moved(command)
         clipped = np.clip(motion, low, high)
-        origin = np.zeros_like(command) if self._spec.moves or self._last is None else self._last
+        origin = np.zeros_like(command) if self._spec.action_space.relative or self._last is None else self._last
         return np.where(clipped == motion, command, origin + clipped).astype(np.float32)
 
     def _moved(self, command: np.ndarray) -> np.ndarray:
-        if self._spec.moves:
+        if self._spec.action_space.relative:
             return command
         return np.zeros_like(command) if self._last is None else command - self._last
 
@@ -166,7 +166,7 @@ class SafetyFilter:
         """Nothing leads out of the workspace: deltas that point outward are zero at a wall, positions are clipped."""
         command = command.copy()
         for entry, place, low, high in self._walls:
-            if not self._spec.moves:
+            if not self._spec.action_space.relative:
                 command[entry] = np.clip(command[entry], low, high)
             elif state is not None:
                 outward = (state[place] <= low and command[entry] < 0) or (state[place] >= high and command[entry] > 0)
@@ -207,8 +207,9 @@ def _check_hold(spec: RobotSpec) -> None:
             '("joint_position", "ee_delta", ...) or its hold command; for an environment, in adapter.robot.'
         )
     gripper = None if spec.gripper_index is None else spec.action_names[spec.gripper_index]
-    going_on = [n for n, v in zip(spec.action_names, spec.hold, strict=False) if v is None and n != gripper]
-    if spec.moves and going_on:
+    moving = [n for n, v in zip(spec.action_names, spec.hold, strict=False) if v != 0 and n != gripper]
+    if spec.action_space.relative and moving:
         raise ConfigError(
-            f"the robot's hold command repeats {', '.join(going_on)}, which would move it on. Hold with 0."
+            f"the robot's actions are {spec.action_space}, and its hold command repeats or sets {', '.join(moving)}, "
+            "which would move it on. Hold with 0."
         )

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from vla.data.reader import Demonstrations, Episode
-from vla.spec import RobotSpec
 
 STILL = 2e-3  # share of an entry's range below which it did not move
 MANY_STILL = 0.25  # share of an episode's frames in which nothing moves
@@ -90,7 +89,7 @@ def moves(demos: Demonstrations) -> np.ndarray:
     else:
         scale = _range(demos.actions)
         changed = (np.abs(np.diff(demos.actions, axis=0)) > STILL * scale).any(1)
-        changed |= (np.abs(demos.actions[:-1]) > STILL * scale).any(1) & _is_delta(demos.robot)
+        changed |= (np.abs(demos.actions[:-1]) > STILL * scale).any(1) & demos.robot.action_space.relative
     moving[:-1] = changed
     moving[[episode.rows.stop - 1 for episode in demos.episodes]] = True
     return moving
@@ -231,10 +230,6 @@ def _usual_steps(demos: Demonstrations) -> np.ndarray:
 def _range(values: np.ndarray) -> np.ndarray:
     """Per entry, what counts as its full movement; 1e-9 for one that never moves."""
     return np.maximum(np.ptp(values, axis=0), 1e-9)
-
-
-def _is_delta(robot: RobotSpec) -> bool:
-    return any(word in robot.action_space for word in ("delta", "velocity", "relative"))
 
 
 def _leading(flags: np.ndarray) -> int:

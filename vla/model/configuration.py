@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from vla.actions.normalize import Normalizer
 from vla.actions.tokenizer import ActionTokenizer, build
-from vla.errors import CheckpointError, unknown
+from vla.errors import CheckpointError, SpecError, unknown
 from vla.prompt import check_template
 from vla.spec import RobotSpec
 
@@ -45,7 +45,7 @@ class VLAConfig(PreTrainedConfig):
         image_size: side of the square images in pixels.
         use_state, horizon, n_action_steps, prompt, normalization: as in `vla.config.ModelConfig`.
         action_tokenizer: `ActionTokenizer.to_dict()`.
-        statistics: unnorm_key -> {"action": {...}, "state": {...}, "mask": [...]}, see `vla.actions.normalize`.
+        statistics: unnorm_key -> {"action": {...}, "state": {...}}, see `vla.actions.normalize`.
     """
 
     model_type = "vla"
@@ -95,7 +95,10 @@ class VLAConfig(PreTrainedConfig):
 
     @property
     def robot_spec(self) -> RobotSpec:
-        return RobotSpec.from_dict(self._needed("robot"))
+        try:
+            return RobotSpec.from_dict(self._needed("robot"))
+        except SpecError as error:
+            raise CheckpointError(f"config.json: robot: {error}") from None
 
     def make_action_tokenizer(self) -> ActionTokenizer:
         return build(self._needed("action_tokenizer"))
@@ -116,7 +119,7 @@ class VLAConfig(PreTrainedConfig):
 
     def action_normalizer(self, key: str | None = None) -> Normalizer:
         statistics = self._needed("statistics")[self.unnorm_key(key)]
-        return Normalizer.from_statistics(statistics["action"], self.normalization, statistics.get("mask"))
+        return Normalizer.from_statistics(statistics["action"], self.normalization)
 
     def state_normalizer(self, key: str | None = None) -> Normalizer | None:
         statistics = self._needed("statistics")[self.unnorm_key(key)].get("state")

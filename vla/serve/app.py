@@ -7,24 +7,26 @@ Errors. OpenVLA's clients look for the text "error" with status 200, openpi's fo
 closes with 1011; both get that. A client that adds `?errors=plain` to the address gets a status code and {"error":
 message} instead, and on a websocket {"error": message} with the connection left open. What was wrong with a request is
 always said; a traceback only where the server was started with `--tracebacks`. Requests that are too large, too slow,
-without the key or too many are refused by status code in any case: no stock server knows them.
+without the key or too many are refused by status code in any case: no stock server knows them. Whatever the client
+sees, the log has a line of it (`refusals`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import hmac
 import logging
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any
 
 import numpy as np
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
-from starlette.datastructures import Headers
-from starlette.requests import ClientDisconnect
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, HTTPConnection
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route, WebSocketRoute
@@ -38,10 +40,12 @@ from vla.memory import Memory
 from vla.serve import requests
 from vla.serve.batcher import Answer, Batcher
 from vla.serve.metrics import Metrics
+from vla.serve.refusals import Refusals
 
 log = logging.getLogger("vla.serve")
 
 _LARGE = 2**20  # bytes that take longer to decode than a thread takes to start
+_TOO_LARGE = 1009  # a websocket's code for it
 _OPENPI_REASON = "Internal server error. Traceback included in previous frame."
 
 
@@ -52,6 +56,7 @@ class PolicyApp:
         self._batcher, self._config, self._key = batcher, config, key
         self._hello = wire.to_msgpack(metadata)
         self.metrics = Metrics(waiting=lambda: batcher.waiting)
+        self._refusals = Refusals()
         self._active, self.draining = 0, False
         self.asgi = Starlette(
             routes=[
@@ -59,7 +64,8 @@ class PolicyApp:
                 Route("/healthz", self._health),
                 Route("/metrics", self._scrape),
                 WebSocketRoute("/{path:path}", self._converse),
-            ]
+            ],
+            exception_handlers={HTTPException: self._unknown},
         )
 
     async def drain(self, patience_s: float = 30.0) -> None:
@@ -68,18 +74,38 @@ class PolicyApp:
         deadline = time.monotonic() + patience_s
         while self._active and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
+        self._refusals.flush()
+
+    async def _unknown(self, request: HTTPRequest, error: Exception) -> Response:
+        """An address or a method that this server does not have."""
+        assert isinstance(error, HTTPException)
+        message = f"{error.detail}; POST /act, GET /healthz, GET /metrics and websockets are served here."
+        return self._refuse(request, error.status_code, message, error.headers)
+
+    def _refuse(
+        self, connection: HTTPConnection, status: int, message: str, headers: Mapping[str, str] | None = None
+    ) -> Response:
+        """The answer to a request that is refused by its status; the log hears of it."""
+        self._tell(connection, message)
+        return _json({"error": message}, status, headers)
+
+    def _tell(self, connection: HTTPConnection, message: str) -> bool:
+        """Have the log hear of a refusal, unless it has heard enough of the kind."""
+        who = connection.client.host if connection.client else "an unknown client"
+        protocol = connection.scope.get("method", "websocket")
+        return self._refusals.tell(who, f"{protocol} {connection.url.path}", message)
 
     async def _health(self, request: HTTPRequest) -> Response:
         return PlainTextResponse("OK\n", 503 if self.draining else 200)
 
     async def _scrape(self, request: HTTPRequest) -> Response:
-        if (refused := self._refused(request.headers)) is not None:
+        if (refused := self._refused(request)) is not None:
             return refused
         return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     async def _act(self, request: HTTPRequest) -> Response:
         """OpenVLA's protocol: one action for {"image", ...}, a list of actions for {"full_image", ...} and the rest."""
-        if (refused := self._refused(request.headers)) is not None:
+        if (refused := self._refused(request)) is not None:
             return refused
         plain = request.query_params.get("errors") == "plain"
         begun = time.perf_counter()
@@ -87,20 +113,20 @@ class PolicyApp:
             async with asyncio.timeout(self._config.patience_s):
                 body = await self._body(request)
         except TimeoutError:
-            return _json({"error": f"the request did not arrive within {self._config.patience_s:g} s."}, 408)
+            return self._refuse(request, 408, f"the request did not arrive within {self._config.patience_s:g} s.")
         if body is None:
-            return _json({"error": f"the request is larger than {self._config.max_request_mb:g} MB."}, 413)
+            return self._refuse(request, 413, f"the request is larger than {self._config.max_request_mb:g} MB.")
         try:
             values = await _decode(wire.from_json, body)
             encoded = isinstance(values, dict) and set(values) == {"encoded"}
             if encoded:
                 values = await _decode(wire.from_json, values["encoded"])
-            answer = await _unless_left(self._answer(values, Memory()), request.receive)
+            answer = await _unless_left(self._answer(values, Memory(), len(body)), request.receive)
         except ClientDisconnect:
             return Response(status_code=499)  # nobody reads it
         except Exception as error:
             self.metrics.count("openvla", error)
-            status, message = self._explain(error)
+            status, message = self._explain(error, request)
             if plain or status == 503:
                 return _json({"error": message}, status, {"Retry-After": "1"} if status == 503 else None)
             return _json("error", 200)
@@ -122,11 +148,11 @@ class PolicyApp:
 
     async def _converse(self, socket: WebSocket) -> None:
         """openpi's protocol: the server says who it is, then every binary message is answered by one."""
-        if self._refused(socket.headers) is not None:
+        if self._refused(socket) is not None:
             await socket.close()  # before it is accepted: status 403
             return
         if self.draining:
-            await socket.send_denial_response(_json({"error": "the server is going down."}, 503))
+            await socket.send_denial_response(self._refuse(socket, 503, "the server is going down."))
             return
         await socket.accept()
         self.metrics.connections.inc()
@@ -145,18 +171,20 @@ class PolicyApp:
         while True:
             message = await mail.receive()
             if message["type"] == "websocket.disconnect":
+                if message.get("code") == _TOO_LARGE:
+                    self._tell(socket, f"the request is larger than {self._config.max_request_mb:g} MB.")
                 return
             begun = time.perf_counter()
             try:
                 if message.get("bytes") is None:
                     raise wire.WireError("a request is a binary message (msgpack), got text.")
                 values = await _decode(wire.from_msgpack, message["bytes"])
-                answer = await _unless_left(self._answer(values, memory), mail.peek)
+                answer = await _unless_left(self._answer(values, memory, len(message["bytes"])), mail.peek)
             except ClientDisconnect:
                 return
             except Exception as error:
                 self.metrics.count("openpi", error)
-                _, text = self._explain(error)
+                _, text = self._explain(error, socket)
                 if plain:
                     await socket.send_bytes(wire.to_msgpack({"error": text}))
                     continue
@@ -177,20 +205,21 @@ class PolicyApp:
                 await socket.close(1001, "the server is going down.")
                 return
 
-    async def _answer(self, values: Any, memory: Memory) -> Answer:
-        """`memory` is that of the connection; what the request says of its own counts more."""
+    async def _answer(self, values: Any, memory: Memory, size: int) -> Answer:
+        """`memory` is that of the connection; what the request, of `size` bytes, says of its own counts more."""
         policy = self._batcher.policy
         if self.draining:
             raise ServerError("the server is going down.")
-        request = requests.read(values, policy.robot, policy.horizon, self._config.keys, memory)
+        read = functools.partial(requests.read, values, policy.robot, policy.horizon, self._config.keys, memory)
+        request = await asyncio.to_thread(read) if size > _LARGE else read()
         self._active += 1
         try:
             return await self._batcher.answer(request)
         finally:
             self._active -= 1
 
-    def _explain(self, error: Exception) -> tuple[int, str]:
-        """Status code and text for a client; the whole of it for the log when it is no error of the client's."""
+    def _explain(self, error: Exception, connection: HTTPConnection) -> tuple[int, str]:
+        """Status code and text for a client; a line for the log, or all of it when it is not the client's error."""
         if self._config.tracebacks:
             text = "".join(traceback.format_exception(error))
         elif isinstance(error, VLAError):
@@ -198,20 +227,23 @@ class PolicyApp:
         else:
             text = "the policy failed; the server's log says why."
         if not isinstance(error, VLAError):
-            log.error("a request failed", exc_info=error)
+            if self._tell(connection, f"the policy failed: {type(error).__name__}: {error}"):
+                log.error("the policy failed", exc_info=error)
             return 500, text
+        self._tell(connection, str(error))
         return 503 if isinstance(error, ServerError) else 400, text
 
-    def _refused(self, headers: Headers) -> Response | None:
+    def _refused(self, connection: HTTPConnection) -> Response | None:
         """The answer to one who may not ask: without the key; or, where there is none, a web site that a browser on
         this machine shows (only browsers say an origin)."""
+        headers = connection.headers
         if self._key is None:
             origin = headers.get("origin")
             foreign = origin is not None and origin.lower().partition("://")[2] != headers.get("host", "").lower()
-            return _json({"error": "other web sites may not use this server."}, 403) if foreign else None
+            return self._refuse(connection, 403, "other web sites may not use this server.") if foreign else None
         scheme, _, key = headers.get("authorization", "").partition(" ")
         allowed = scheme.lower() in ("api-key", "bearer") and hmac.compare_digest(key.encode(), self._key.encode())
-        return None if allowed else _json({"error": "the API key is missing or wrong."}, 401)
+        return None if allowed else self._refuse(connection, 401, "the API key is missing or wrong.")
 
 
 class _Mail:
@@ -266,5 +298,5 @@ def _openpi_reply(answer: Answer, details: bool) -> dict[str, Any]:
     return reply
 
 
-def _json(value: Any, status: int, headers: dict[str, str] | None = None) -> Response:
+def _json(value: Any, status: int, headers: Mapping[str, str] | None = None) -> Response:
     return Response(wire.to_json(value), status, headers, media_type="application/json")

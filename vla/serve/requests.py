@@ -6,7 +6,8 @@ policy. It does not know how requests travel or what answers them.
 
 A policy's cameras are found by name (the last part of a key: "observation/wrist_image" is no name of a camera, but
 "images/front" is "front"). What is left is unambiguous when one picture of a hand ("wrist" in its name) or one other
-picture is left on either side. Whatever else there is must be said with `keys`.
+picture is left on either side. Whatever else there is must be said with `keys`. A batch of
+one observation is read as that observation.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ _STATES = (
     ("state",),
 )
 _PROMPTS = ("prompt", "instruction", "task", "language_instruction")
+_SMALLEST = 8  # pixels on a side of an image
 # No client needs more. Names are joined and listed in errors; all in a batch wait for the longest instruction.
 _DEEPEST, _KEYS, _LONGEST_KEY, _LONGEST_PROMPT = 4, 256, 200, 1000
 
@@ -59,6 +61,8 @@ def read(values: Any, robot: RobotSpec, horizon: int, keys: KeysConfig, memory: 
         observation["agent_pos"] = _state(flat, robot, keys)
     robot.check_observation(observation)
     unnorm_key = values.get("unnorm_key")
+    if isinstance(unnorm_key, bytes):
+        unnorm_key = unnorm_key.decode("utf-8", "replace")
     if unnorm_key is not None and not isinstance(unnorm_key, str):
         raise SpecError(f"unnorm_key must be a text, got {type(unnorm_key).__name__}.")
     memory = _memory(values, horizon, robot.action_dim) or memory or Memory()
@@ -78,31 +82,69 @@ def _flatten(tree: Mapping[Any, Any], path: tuple[str, ...] = ()) -> Iterator[tu
 
 
 def _pictures(flat: dict[str, Any], robot: RobotSpec, keys: KeysConfig) -> dict[str, np.ndarray]:
-    found = {
-        key: value for key, value in flat.items() if isinstance(value, np.ndarray) and value.ndim == 3 and value.size
-    }
+    found = {key: array for key, value in flat.items() if (array := _array(value)) is not None}
     chosen: dict[str, str] = {}
     for camera in robot.cameras:
-        named = [key for key in found if key.rpartition("/")[2] == camera]
+        named = _coloured_first(found, [key for key in found if key.rpartition("/")[2] == camera])
         if camera in keys.images:
             chosen[camera] = keys.images[camera]
         elif len(named) == 1:
             chosen[camera] = named[0]
     for hand in (False, True):
         cameras = [camera for camera in robot.cameras if camera not in chosen and _of_hand(camera) == hand]
-        left = [key for key in found if key not in chosen.values() and _of_hand(key) == hand]
+        rest = [key for key in found if key not in chosen.values() and _of_hand(key) == hand]
+        left = _coloured_first(found, rest)
         if len(cameras) == len(left) == 1:
             chosen[cameras[0]] = left[0]
         elif cameras:
             raise SpecError(
                 f"no picture can be told to be camera {cameras[0]!r}; the request has "
-                f"{', '.join(map(repr, found)) or 'no pictures (arrays of three axes)'}. Say which key is which camera "
-                f"when the server starts: --images {cameras[0]} KEY."
+                f"{', '.join(map(repr, found)) or 'no pictures (arrays of three axes)'}. "
+                + (
+                    _encoded(flat)
+                    or f"Say which key is which camera when the server starts: --images {cameras[0]} KEY."
+                )
             )
     missing = [key for key in chosen.values() if key not in found]
     if missing:
-        raise SpecError(f"the request has no picture {missing[0]!r}; it has {', '.join(map(repr, found)) or 'none'}.")
+        has = ", ".join(map(repr, found)) or "none"
+        raise SpecError(f"the request has no picture {missing[0]!r}; it has {has}. {_encoded(flat)}".rstrip())
     return {camera: _picture(found[key], key) for camera, key in chosen.items()}
+
+
+def _coloured_first(found: dict[str, np.ndarray], keys: list[str]) -> list[str]:
+    """Those of three axes; where there are none, those of two, which may be grey images, depth maps or matrices."""
+    return [key for key in keys if found[key].ndim > 2] or keys
+
+
+def _array(value: Any) -> np.ndarray | None:
+    """What may be an image: an array, or nested lists as plain JSON has them, of a batch of one its only image. None
+    for all else."""
+    if isinstance(value, list) and value and isinstance(value[0], list):
+        try:
+            value = np.asarray(value)
+        except ValueError:  # ragged
+            return None
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "biuf":
+        return None
+    if value.ndim == 4 and len(value) == 1:
+        value = value[0]
+    grey = value.ndim == 2 and min(value.shape) >= _SMALLEST
+    return value if value.size and (value.ndim in (3, 4) or grey) else None
+
+
+def _encoded(flat: dict[str, Any]) -> str:
+    """What to do about images that were sent as files; "" where there are none."""
+    for key, value in flat.items():
+        if isinstance(value, bytes | str) and value[:4] in (
+            b"\xff\xd8\xff\xe0",
+            b"\xff\xd8\xff\xe1",
+            b"\x89PNG",
+            "/9j/",
+            "iVBO",
+        ):
+            return f"{key!r} is a JPEG or PNG file: send its pixels, as an array [height, width, 3] of uint8."
+    return ""
 
 
 def _of_hand(name: str) -> bool:
@@ -110,14 +152,20 @@ def _of_hand(name: str) -> bool:
 
 
 def _picture(image: np.ndarray, key: str) -> np.ndarray:
-    """uint8 [height, width, 3], from channels first and from floats in [0, 1] as well."""
-    if image.shape[0] == 3 and image.shape[2] != 3:
+    """uint8 [height, width, 3], also from channels first, from grey, with alpha, and from floats in [0, 1]."""
+    if image.ndim == 2:
+        image = image[..., None]
+    if image.ndim == 3 and image.shape[0] in (1, 3) and image.shape[2] not in (1, 3, 4):
         image = image.transpose(1, 2, 0)
     if image.dtype.kind == "f":
         if not (np.isfinite(image).all() and image.min() >= 0 and image.max() <= 1):
             raise SpecError(f"{key!r}: a picture of floats must be in 0..1; send uint8 otherwise.")
         image = (image * 255).round().astype(np.uint8)
-    return np.ascontiguousarray(image)
+    if image.dtype.kind in "iu" and image.dtype.itemsize >= 4 and image.min() >= 0 and image.max() <= 255:
+        image = image.astype(np.uint8)
+    if image.shape[-1] == 1:
+        image = np.broadcast_to(image, (*image.shape[:-1], 3))
+    return np.ascontiguousarray(image[..., :3] if image.shape[-1] == 4 else image)
 
 
 def _state(flat: dict[str, Any], robot: RobotSpec, keys: KeysConfig) -> np.ndarray:
@@ -137,6 +185,7 @@ def _prompt(flat: dict[str, Any], keys: KeysConfig) -> str:
     for name in (keys.prompt,) if keys.prompt else _PROMPTS:
         if name in flat:
             said = flat[name]
+            said = said[0] if isinstance(said, list | tuple) and len(said) == 1 else said
             said = said.item() if isinstance(said, np.ndarray | np.generic) and np.ndim(said) == 0 else said
             if isinstance(said, bytes):
                 said = said.decode("utf-8", "replace")
@@ -156,12 +205,12 @@ def _memory(values: Mapping[Any, Any], horizon: int, action_dim: int) -> Memory 
     if not isinstance(draft, np.ndarray) or draft.shape != expected or not np.isfinite(draft).all():
         got = f"shape {list(draft.shape)}" if isinstance(draft, np.ndarray) else type(draft).__name__
         raise SpecError(f"vla/draft must be an array of finite actions {list(expected)}, got {got}.")
-    if not isinstance(committed, int) or not 0 <= committed < horizon:
+    if not isinstance(committed, int | np.integer) or not 0 <= committed < horizon:
         raise SpecError(f"vla/committed must be between 0 and {horizon - 1}, got {committed!r}.")
-    if not isinstance(trust, int | float) or not 0 <= trust <= 1:
+    if not isinstance(trust, int | float | np.number) or not 0 <= trust <= 1:
         raise SpecError(f"vla/trust must be between 0 and 1, got {trust!r}.")
     memory = Memory()
     draft = draft.astype(np.float32)
     memory.remember(draft)
-    memory.commit(draft[:committed], trust)
+    memory.commit(draft[:committed], float(trust))
     return memory

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import logging
 import os
 import socket
 import sys
@@ -37,6 +38,7 @@ def serve(config: ServeConfig) -> None:
     for path in (config.certificate, config.private_key):
         if path is not None and not path.is_file():
             raise ConfigError(f"there is no file {path}.")
+    logging.basicConfig(format="%(asctime)s %(message)s")
     policy = Policy.from_pretrained(
         config.policy, config.device, config.unnorm_key, config.n_action_steps, config.decoding
     )
