@@ -14,6 +14,7 @@ implies. It does not know how frames are encoded, nor how a dataset is written o
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -224,8 +225,10 @@ def _no_dataset(root: Path) -> str:
         )
     if not root.is_dir():
         near = sorted(path.parent.parent.name for path in root.parent.glob("*/" + INFO)) if root.parent.is_dir() else []
-        beside = f" {unknown('dataset folder', root.name, near)}" if near else ""
-        return f"there is no folder {root}.{beside}"
+        close = difflib.get_close_matches(root.name, near, n=1, cutoff=0.5)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        beside = f" Datasets beside it: {', '.join(map(repr, near))}." if near else ""
+        return f"there is no folder {root}.{hint}{beside}"
     inside = [path.relative_to(root).parent.parent for path in sorted(root.glob("*/" + INFO))[:3]]
     if inside:
         return f"{root} is a folder of datasets; name one of them, e.g. {root / inside[0]}."

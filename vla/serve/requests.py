@@ -19,7 +19,9 @@ import numpy as np
 
 from vla.config import KeysConfig
 from vla.errors import SpecError
+from vla.images import ImageFormat
 from vla.memory import Memory
+from vla.prompt import text
 from vla.spec import Observation, RobotSpec
 
 _STATES = (
@@ -102,22 +104,11 @@ def _pictures(flat: dict[str, Any], robot: RobotSpec, keys: KeysConfig) -> dict[
     missing = [key for key in chosen.values() if key not in found]
     if missing:
         raise SpecError(f"the request has no picture {missing[0]!r}; it has {', '.join(map(repr, found)) or 'none'}.")
-    return {camera: _picture(found[key], key) for camera, key in chosen.items()}
+    return {camera: ImageFormat.of(found[key], key).convert(found[key], key) for camera, key in chosen.items()}
 
 
 def _of_hand(name: str) -> bool:
     return "wrist" in name or "hand" in name
-
-
-def _picture(image: np.ndarray, key: str) -> np.ndarray:
-    """uint8 [height, width, 3], from channels first and from floats in [0, 1] as well."""
-    if image.shape[0] == 3 and image.shape[2] != 3:
-        image = image.transpose(1, 2, 0)
-    if image.dtype.kind == "f":
-        if not (np.isfinite(image).all() and image.min() >= 0 and image.max() <= 1):
-            raise SpecError(f"{key!r}: a picture of floats must be in 0..1; send uint8 otherwise.")
-        image = (image * 255).round().astype(np.uint8)
-    return np.ascontiguousarray(image)
 
 
 def _state(flat: dict[str, Any], robot: RobotSpec, keys: KeysConfig) -> np.ndarray:
@@ -136,12 +127,9 @@ def _state(flat: dict[str, Any], robot: RobotSpec, keys: KeysConfig) -> np.ndarr
 def _prompt(flat: dict[str, Any], keys: KeysConfig) -> str:
     for name in (keys.prompt,) if keys.prompt else _PROMPTS:
         if name in flat:
-            said = flat[name]
-            said = said.item() if isinstance(said, np.ndarray | np.generic) and np.ndim(said) == 0 else said
-            if isinstance(said, bytes):
-                said = said.decode("utf-8", "replace")
-            if not isinstance(said, str):
-                raise SpecError(f"{name!r} must be a text, got {type(said).__name__}.")
+            said = text(flat[name])
+            if said is None:
+                raise SpecError(f"{name!r} must be a text, got {type(flat[name]).__name__}.")
             if len(said) > _LONGEST_PROMPT:
                 raise SpecError(f"{name!r} has {len(said)} characters; at most {_LONGEST_PROMPT} are read.")
             return said
