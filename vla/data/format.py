@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vla.errors import DataError, SpecError, unknown
+from vla.errors import DataError, SpecError
 from vla.spec import RobotSpec
 
 VERSION = "v3.0"
