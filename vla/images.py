@@ -89,7 +89,7 @@ def _channel_axis(shape: tuple[int, ...], camera: str) -> int | None:
     if len(shape) == 2:
         return None
     if len(shape) != 3:
-        stack = " A batch or a stack of frames? Deliver one frame: without the wrapper that stacks." if shape else ""
+        stack = " A batch, or stacked frames? Deliver one frame: leave out what stacks them." if len(shape) > 3 else ""
         raise SpecError(f"camera {camera!r}: expected an image [height, width, 3], got shape {list(shape)}.{stack}")
     if shape[0] in (1, 3) and min(shape[1:]) >= _SMALLEST:
         return 0

@@ -26,7 +26,7 @@ import numpy as np
 from gymnasium import spaces
 
 from vla.config import AdapterConfig
-from vla.errors import SimulatorError, VLAError, unknown
+from vla.errors import SimulatorError, SpecError, VLAError, unknown
 from vla.images import ImageFormat
 from vla.prompt import text
 from vla.spec import RobotSpec
@@ -108,7 +108,7 @@ class SimulatedRobot(gym.Wrapper):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
         observation, info = self._reset(seed=seed, options=options)
-        self._said = self._instruction(info)
+        self._said, self._solved = self._instruction(info), None
         info = {**info, "instruction": self._said, "is_success": self._success(info, over=False)}
         self._solved = None
         return self._adapt(observation), info
@@ -190,7 +190,8 @@ class SimulatedRobot(gym.Wrapper):
                     f"at first it had {self._state_dim}. A state keeps its size."
                 )
             self._state_dim = len(state)
-            adapted["agent_pos"] = state.astype(np.float32)
+            with np.errstate(over="ignore"):  # infinite then, which the check of the observation refuses
+                adapted["agent_pos"] = state.astype(np.float32)
         return adapted
 
     def _image(self, observation: Any, camera: str, path: str) -> np.ndarray:
@@ -198,7 +199,13 @@ class SimulatedRobot(gym.Wrapper):
         value = self._render(camera) if path == "render()" else self._read(observation, path, "images")
         image = self._array(value, "images", path)
         if camera not in self._formats:
-            self._formats[camera] = ImageFormat.of(image, camera, _bounds(self.env, path))
+            try:
+                self._formats[camera] = ImageFormat.of(image, camera, _bounds(self.env, path))
+            except SpecError as error:
+                raise SpecError(
+                    f"environment {self.env_id!r}, adapter.images, {path!r}: {error} The observation has: "
+                    f"{_shapes(observation)}."
+                ) from None
         image = self._formats[camera].convert(image, camera)
         return np.ascontiguousarray(image[::-1, ::-1]) if camera in self.adapter.flip else image
 
@@ -409,12 +416,16 @@ def _failure(env_id: str, error: Exception) -> SimulatorError:
 def _cameras(observation: Any, env_id: str) -> list[str]:
     pixels = observation.get("pixels") if isinstance(observation, Mapping) else None
     if not isinstance(pixels, Mapping):
-        shapes = ", ".join(f"{path!r} {list(np.shape(value))}" for path, value in _leaves(observation))
         raise SimulatorError(
             f'environment {env_id!r} has no observation["pixels"][camera]; say in the adapter where its images are, '
-            f'e.g. `images: {{top: pixels}}` or `images: {{top: "render()"}}`. Its observation has: {shapes}.'
+            f'e.g. `images: {{top: pixels}}` or `images: {{top: "render()"}}`. Its observation has: '
+            f"{_shapes(observation)}."
         )
     return list(map(str, pixels))
+
+
+def _shapes(observation: Any) -> str:
+    return ", ".join(f"{path!r} {list(np.shape(value))}" for path, value in _leaves(observation))
 
 
 def _remedy(space: gym.Space) -> str:
