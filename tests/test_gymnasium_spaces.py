@@ -202,7 +202,7 @@ STATES = {
     "index out of range": (
         (np.zeros(2), np.ones(1)),
         ("state.2",),
-        "unknown path into the observation 'state.2'.*Valid: 'image', 'state.0', 'state.1'",
+        r"unknown path.*'state.2'.*Valid: 'image', 'state.0', 'state.1'",
     ),
     "NaN": (np.array([np.nan, 1]), ("state",), "state: not finite: state_0=nan"),
     "beyond float32": (np.array([1e300, 1]), ("state",), "state: not finite: state_0=inf"),
