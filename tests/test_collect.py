@@ -1,6 +1,7 @@
 """`vla collect`: the dataset depends on the configuration alone, whatever happens on the way."""
 
 import filecmp
+import json
 import os
 import signal
 import subprocess
@@ -8,16 +9,17 @@ import sys
 import time
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 
-from tests.pointworld import ENV_ID, read
+from tests.pointworld import ENV_ID, PointWorld, read
 from vla import collect as collecting
 from vla.collect import attempt, collect
 from vla.config import AdapterConfig, CollectConfig, dump
 from vla.data.reader import Demonstrations
-from vla.data.staging import finished
-from vla.errors import ConfigError, DataError, SimulatorError
+from vla.data.staging import finished, open_staging
+from vla.errors import ConfigError, DataError, SimulatorError, VLAError
 
 ROOT = Path(__file__).parents[1]
 
@@ -143,20 +145,72 @@ def test_hopeless_runs_end_with_one_error(tmp_path, monkeypatch):
         collect(config(tmp_path / "b", 2, kwargs={"raise_on": lost["unsolvable"]}))
 
 
-def test_environments_that_cannot_be_made(tmp_path):
-    with pytest.raises(SimulatorError, match="unknown environment"):
-        collect(
-            CollectConfig(env=("test/Pointt-v0",), out=tmp_path / "a", adapter=AdapterConfig(module="tests.pointworld"))
-        )
-    with pytest.raises(SimulatorError, match="cannot load expert"):
-        collect(
-            config(tmp_path / "b", adapter=AdapterConfig(module="tests.pointworld", expert="tests.pointworld:none"))
-        )
+MISTAKES = {
+    "environment": ({}, "test/Pointt-v0", "unknown environment"),
+    "module": ({"module": "no_such_module"}, ENV_ID, "cannot import 'no_such_module'"),
+    "arguments": ({"kwargs": {"colour": 1}}, ENV_ID, "adapter.kwargs"),
+    "image": ({"images": {"front": "pixels.fornt"}}, ENV_ID, "Did you mean 'pixels.front'"),
+    "state": ({"state": ("agent_position",)}, ENV_ID, "Did you mean 'agent_pos'"),
+    "robot": ({"robot": {"control_hzz": 5}}, ENV_ID, "Did you mean 'control_hz'"),
+    "expert": ({"expert": "tests.pointworld:none"}, ENV_ID, "cannot load expert"),
+    "expert's arguments": ({"expert": "tests.pointworld:draw"}, ENV_ID, "failed to start: TypeError"),
+    "success": ({"success": "solved"}, ENV_ID, "adapter.success"),  # shows when the first episode ends
+}
+
+
+@pytest.mark.parametrize(("values", "env_id", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_leaves_nothing_that_refuses_the_corrected_command(tmp_path, values, env_id, message):
+    adapter = AdapterConfig(**{"module": "tests.pointworld"} | values)
+    wrong = CollectConfig(env=(env_id,), out=tmp_path / "set", episodes=1, workers=1, adapter=adapter)
+    with pytest.raises(VLAError, match=message):
+        collect(wrong)
+    assert not wrong.out.exists()
+
+
+def test_a_recording_without_episodes_is_resumed_with_other_values(tmp_path):
+    """A process that was killed before its first episode was finished leaves its plan and failures."""
+    wrong = config(tmp_path / "set", 1, seed=7, kwargs={"unsolvable": [0]})
+    dump(wrong, open_staging(wrong.out, resume=False) / "collect.yaml")
+    failure = {"episode": 0, "turn": 0, "env_id": ENV_ID, "kind": "failed", "message": "not solved"}
+    (wrong.out / ".partial" / "failures.jsonl").write_text(json.dumps(failure))
+    with pytest.raises(DataError, match="--resume"):
+        collect(config(tmp_path / "set", 1))
+    out = collect(config(tmp_path / "set", 1, resume=True))
+    assert [episode.seed for episode in Demonstrations(out).episodes] == [0] and not (out / "failures.jsonl").exists()
+
+
+def test_environments_of_different_robots_are_refused_at_once(tmp_path):
+    gym.register("test/Slow-v0", SlowWorld, max_episode_steps=60)
+    adapter = AdapterConfig(module="tests.pointworld")
+    with pytest.raises(SimulatorError, match=r"Slow-v0' and .* cannot share a dataset.*control_hz"):
+        collect(CollectConfig(env=(ENV_ID, "test/Slow-v0"), out=tmp_path / "set", adapter=adapter))
+    assert not (tmp_path / "set").exists()
+
+
+class SlowWorld(PointWorld):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.robot |= {"control_hz": 5.0}
+
+
+def test_a_failure_that_a_kill_cut_short_costs_no_other(tmp_path, monkeypatch):
+    lost = [1, 1_000_001, 2_000_001]
+    values = config(tmp_path / "set", 2, resume=True, kwargs={"unsolvable": lost})
+    for tries in (2, 3):
+        monkeypatch.setattr(collecting, "TRIES", tries)
+        with pytest.raises(SimulatorError, match=f"failed with {tries} seeds"):
+            collect(values)
+        failures = tmp_path / "set/.partial/failures.jsonl"
+        if tries == 2:
+            failures.write_text(failures.read_text()[:-9])
+    monkeypatch.setattr(collecting, "TRIES", 9)
+    out = collect(values)
+    assert [json.loads(line)["seed"] for line in (out / "failures.jsonl").read_text().splitlines()] == lost
 
 
 @pytest.mark.parametrize(("name", "value"), [("episodes", 0), ("noise", -1.0), ("noise_share", 1.5), ("workers", -1)])
 def test_values_that_make_no_sense(tmp_path, name, value):
-    with pytest.raises(ConfigError, match=f"{name} must be"):
+    with pytest.raises(ConfigError, match=f"{name} must "):
         collect(CollectConfig(out=tmp_path / "set", **{name: value}))
 
 

@@ -1,13 +1,19 @@
 """`vla replay`: recordings that still work, and a hint about those that do not."""
 
+import dataclasses
 import json
+import shutil
+import sys
 from pathlib import Path
 
+import gymnasium as gym
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from tests.pointworld import ENV_ID
+from tests.pointworld import ENV_ID, PointWorld
 from vla.collect import collect
-from vla.config import AdapterConfig, CollectConfig, ReplayConfig
+from vla.config import AdapterConfig, CollectConfig, ReplayConfig, dump, load
 from vla.errors import ConfigError, DataError, SimulatorError, SpecError
 from vla.replay import replay
 
@@ -58,3 +64,57 @@ def test_errors(data):
         replay(ReplayConfig(data=anonymous))
     with pytest.raises(SpecError, match=r"the recording's action has 6 entries .*has 3 \(dx, dy, gripper\)"):
         replay(ReplayConfig(data=anonymous, env=ENV_ID, adapter=adapter()))
+
+
+def test_a_dataset_decides_nothing_that_is_imported(data, tmp_path, monkeypatch):
+    """A folder from the web may bring the module that it names."""
+    root, places = tmp_path / "pusht_ds", []
+    shutil.copytree(data, root)
+    (root / "code.py").write_text("raise SystemExit('imported')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [str(tmp_path), *sys.path])  # as for `python -m vla.cli`
+    for env_id, module in (("pusht_ds.code:X-v0", None), ("X-v0", "pusht_ds.code"), ("envs:pusht_ds.code:X-v0", None)):
+        rewrite(root, env_id, AdapterConfig(module=module, expert="pusht_ds.code:expert"))
+        for given in (AdapterConfig(), AdapterConfig(module="envs")):
+            with pytest.raises(SimulatorError) as error:
+                replay(ReplayConfig(data=root, adapter=given))
+            places.append(str(error.value))
+    assert not [name for name in sys.modules if name.startswith("pusht_ds")]
+    assert "module that a dataset names is not imported" in places[0] and "--module <module>" in places[0]
+
+
+def test_a_module_from_the_command_line_completes_what_the_dataset_says(data, tmp_path, monkeypatch, capsys):
+    root = tmp_path / "copy"
+    shutil.copytree(data, root)
+    monkeypatch.delitem(gym.registry, ENV_ID)  # as in a fresh process
+    monkeypatch.delitem(sys.modules, "tests.pointworld")
+    rewrite(root, f"somewhere.else:{ENV_ID}", load(CollectConfig, data / "collect.yaml").adapter)
+    with pytest.raises(SimulatorError, match=r"'test/Point-v0' of the module 'somewhere.else'.*--module <module>"):
+        replay(ReplayConfig(data=root))
+    assert replay(ReplayConfig(data=root, adapter=AdapterConfig(module="tests.pointworld")))
+    assert "4 of 4 replayed episodes succeeded" in capsys.readouterr().out
+
+
+def test_another_environment_and_rate_are_told_and_another_action_space_is_refused(data, tmp_path, capsys):
+    gym.register("test/Place-v0", PointWorld, max_episode_steps=60)
+    slow = dataclasses.replace(adapter(), robot={"control_hz": 5})
+    with pytest.warns(UserWarning, match="made for 10 actions per second, .* runs at 5"):
+        replay(ReplayConfig(data=data, env="test/Place-v0", out=tmp_path, adapter=slow))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "recorded in 'test/Point-v0', not in 'test/Place-v0'" in printed
+    assert len(json.loads((tmp_path / "replay.json").read_text())["notes"]) == 1
+    for other, message in (
+        ({"action_space": "ee_velocity"}, "the recording's actions are ee_delta, .* takes ee_velocity"),
+        ({"gripper_open": -1, "gripper_closed": 1}, "opens its gripper with 1 .* with -1"),
+    ):
+        with pytest.raises(SpecError, match=message):
+            replay(ReplayConfig(data=data, adapter=dataclasses.replace(adapter(), robot=other)))
+
+
+def rewrite(root: Path, env_id: str, adapter: AdapterConfig) -> None:
+    """Let a dataset claim another origin."""
+    path = root / "meta/episodes/chunk-000/file-000.parquet"
+    table = pq.read_table(path)
+    place = table.column_names.index("env_id")
+    pq.write_table(table.set_column(place, "env_id", pa.array([env_id] * len(table))), path)
+    dump(CollectConfig(adapter=adapter), root / "collect.yaml")

@@ -22,14 +22,15 @@ from typing import Any
 from rich.console import Console
 
 from vla import config as configuration
-from vla import machine
+from vla import machine, simulator
 from vla.config import CollectConfig
 from vla.data.format import INFO, PLAN, STAGING, Info, read_json
 from vla.data.packing import finalise
-from vla.data.staging import EPISODE, finished, open_staging
+from vla.data.staging import EPISODE, check_staging, drop_staging, finished, open_staging
 from vla.demonstrators import Attempt, Job, Outcome, Pool
 from vla.errors import ConfigError, SimulatorError
 from vla.progress import Progress
+from vla.spec import RobotSpec
 
 FAILURES = "failures.jsonl"  # one line per attempt that was not kept
 
@@ -74,14 +75,22 @@ def collect(config: CollectConfig) -> Path:
             )
         _console.print(f"{config.out} is complete: nothing to do.", highlight=False)
         return config.out
+    check_staging(config.out, config.resume)
+    robot = _examine(config)
+    if config.resume and not finished(config.out / STAGING):  # nothing to continue: no plan to keep to
+        drop_staging(config.out)
     staging = open_staging(config.out, config.resume)
     _same_plan(config, staging / PLAN)
     configuration.dump(config, staging / PLAN)
-    run = _Run(config, staging)
     try:
+        run = _Run(config, staging, robot)
         run.complete()
-    except KeyboardInterrupt:
-        _console.print(f"{len(run.done)} of {config.episodes} episodes are finished.", highlight=False)
+    except BaseException as error:
+        done = len(finished(staging))
+        if isinstance(error, KeyboardInterrupt):
+            _console.print(f"{done} of {config.episodes} episodes are finished.", highlight=False)
+        if not done:
+            drop_staging(config.out)
         raise
     shutil.copy(staging / PLAN, config.out / PLAN)
     run.write_failures(config.out / FAILURES)
@@ -94,7 +103,7 @@ def collect(config: CollectConfig) -> Path:
 class _Run:
     """The episodes that are done and those to do, and what went wrong on the way."""
 
-    def __init__(self, config: CollectConfig, staging: Path) -> None:
+    def __init__(self, config: CollectConfig, staging: Path, robot: RobotSpec) -> None:
         self.config, self.staging = config, staging
         self.done = {number for number in finished(staging) if number < config.episodes}
         self.failures = _read_failures(staging / FAILURES, config.episodes)
@@ -104,10 +113,9 @@ class _Run:
         self.frames = 0  # of this run
         self.start = time.monotonic()
         self._deaths: Counter[Attempt] = Counter()
-        self._robot: tuple[str, dict[str, Any]] | None = None  # the first environment's id and robot
         for number in sorted(self.done)[:1]:
             about = self._about(number)
-            self._robot = (about["env_id"], about["robot"])
+            _check_same_robot(config.env[0], robot.to_dict(), about["env_id"], about["robot"])
 
     def complete(self) -> None:
         """Make all episodes that are missing."""
@@ -167,7 +175,6 @@ class _Run:
         if outcome.error is not None:
             raise outcome.error
         if outcome.kind == "kept":
-            self._check_robot(tried, outcome.robot)
             self.done.add(tried.episode)
             self.solved += outcome.success
             self.frames += outcome.frames
@@ -179,20 +186,9 @@ class _Run:
         failure = dataclasses.asdict(tried) | {"kind": outcome.kind, "message": outcome.message}
         self.failures.append(failure)
         with (self.staging / FAILURES).open("a") as file:
-            file.write(json.dumps(failure) + "\n")
+            file.write("\n" + json.dumps(failure))  # on a line of its own, whatever a killed process has left
         self._give_up_if_hopeless(tried, outcome)
         self.todo.insert(0, attempt(self.config, tried.episode, tried.turn + 1))
-
-    def _check_robot(self, tried: Attempt, robot: dict[str, Any]) -> None:
-        if self._robot is None:
-            self._robot = (tried.env_id, robot)
-        first_id, first = self._robot
-        if robot != first:
-            different = [key for key in robot if robot[key] != first[key]]
-            raise SimulatorError(
-                f"{tried.env_id!r} and {first_id!r} cannot share a dataset; they differ in {', '.join(different)}. "
-                "Collect them into two datasets and train on both."
-            )
 
     def _give_up_if_hopeless(self, tried: Attempt, outcome: Outcome) -> None:
         if any(attempt(self.config, number, 0).env_id == tried.env_id for number in self.done):
@@ -215,6 +211,29 @@ class _Run:
             )
 
 
+def _examine(config: CollectConfig) -> RobotSpec:
+    """The robot of all environments; each is made once, so that what is wrong shows before anything is written."""
+    robots: dict[str, RobotSpec] = {}
+    for env_id in dict.fromkeys(config.env):
+        env = simulator.make(env_id, config.adapter)
+        try:
+            env.make_expert()
+        finally:
+            env.close()
+        robots[env_id] = env.robot
+        _check_same_robot(env_id, env.robot.to_dict(), config.env[0], robots[config.env[0]].to_dict())
+    return robots[config.env[0]]
+
+
+def _check_same_robot(env_id: str, robot: dict[str, Any], first_id: str, first: dict[str, Any]) -> None:
+    if robot != first:
+        different = [key for key in robot if robot[key] != first[key]]
+        raise SimulatorError(
+            f"{env_id!r} and {first_id!r} cannot share a dataset; they differ in {', '.join(different)}. "
+            "Collect them into two datasets and train on both."
+        )
+
+
 def _same_plan(config: CollectConfig, path: Path) -> None:
     """An interrupted collection is continued with the values it was started with, but for how long and how fast."""
     if not path.is_file():
@@ -235,6 +254,6 @@ def _read_failures(path: Path, episodes: int) -> list[dict[str, Any]]:
         return []
     failures = []
     for line in path.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):  # the last line, when the process was killed while writing it
+        with contextlib.suppress(json.JSONDecodeError):  # empty, or cut short by a kill
             failures.append(json.loads(line))
     return [failure for failure in failures if failure["episode"] < episodes]

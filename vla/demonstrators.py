@@ -28,7 +28,6 @@ from vla.errors import SimulatorError, VLAError
 
 EXPERT_SEED = 1_000_000_000  # the expert's noise must not repeat the numbers that laid out the scene
 PATIENCE_S = 900.0  # an episode that takes longer is a hang
-LONGEST = 20_000  # steps of an environment that sets no limit itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,14 +49,13 @@ class Outcome:
         kind: "kept"; "failed": by the expert; "error": by the environment; "died": with its process; "stop": `error`
             says why no further attempt can succeed.
         message: why it was not kept.
-        frames, success, robot: of an episode that was kept.
+        frames, success: of an episode that was kept.
     """
 
     kind: Literal["kept", "failed", "error", "died", "stop"]
     message: str = ""
     frames: int = 0
     success: bool = False
-    robot: dict[str, Any] = dataclasses.field(default_factory=dict)
     error: VLAError | None = None
 
 
@@ -189,16 +187,14 @@ def _make_episode(env: simulator.SimulatedRobot, tried: Attempt, job: Job) -> Ou
             success = info["is_success"]
             episode.outcome(success)
             over = terminated or truncated
-            if len(episode) >= LONGEST:
-                raise SimulatorError(
-                    f"environment {tried.env_id!r}: no end after {LONGEST} steps. Set adapter.max_steps."
-                )
+            if not over:
+                env.check_length(len(episode))
         if not (success or job.keep_all):
             return Outcome("failed", f"not solved after {len(episode)} steps")
         frames = episode.finish(
             instruction=instruction, env_id=tried.env_id, seed=tried.seed, success=success, noise=tried.noise
         )
-    return Outcome("kept", frames=frames, success=success, robot=env.robot.to_dict())
+    return Outcome("kept", frames=frames, success=success)
 
 
 def consult(expert: simulator.Expert, space: spaces.Space) -> tuple[np.ndarray, np.ndarray]:
@@ -208,6 +204,11 @@ def consult(expert: simulator.Expert, space: spaces.Space) -> tuple[np.ndarray, 
 
 
 def executable(action: Any, space: spaces.Space) -> np.ndarray:
-    """The action as it can be executed and stored: within the environment's limits, float32."""
+    """The action as it can be executed and stored: within the environment's limits, float32 [D]."""
     assert isinstance(space, spaces.Box)
-    return np.clip(np.asarray(action, np.float32), space.low, space.high).astype(np.float32)
+    action = np.asarray(action, np.float32)
+    if action.shape != space.shape:
+        raise SimulatorError(
+            f"the expert's action has shape {list(action.shape)}, the environment takes {list(space.shape)}."
+        )
+    return simulator.within(action, space).astype(np.float32)

@@ -1,8 +1,13 @@
 """Instruction -> prompt.
 
-Owns: the prompt templates, by name, and how an instruction is cleaned before it enters one. A template's name is stored
-in the checkpoint and its text never changes: a new wording gets a new name. It does not know tokens.
+Owns: which values are texts, the prompt templates, by name, and how an instruction is cleaned before it enters one. A
+template's name is stored in the checkpoint and its text never changes: a new wording gets a new name. It does not know
+tokens.
 """
+
+from typing import Any
+
+import numpy as np
 
 from vla.errors import ConfigError, unknown
 
@@ -15,6 +20,22 @@ TEMPLATES = {
         " ASSISTANT:"
     ),
 }
+
+
+def text(value: Any) -> str | None:
+    """The text that `value` is: a str, UTF-8 bytes (as HDF5 and TFDS store it), or an array of one of them; else None.
+
+    >>> text(np.array([b"push the block"]))
+    'push the block'
+    """
+    if isinstance(value, np.ndarray) and value.size == 1:
+        value = value.item()
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return None
+    return str(value) if isinstance(value, str) else None
 
 
 def check_template(template: str) -> None:

@@ -2,6 +2,9 @@
 
 Owns: whether the recording, the environment and the action conventions still fit together. If the recorded actions do
 not solve the task any more, no policy that imitates them will. It does not know policies.
+
+A dataset may come from anyone, so the modules that it names (in its environment ids and in `collect.yaml`) are never
+imported. Modules come from the command line and from files that it names, and from this package.
 """
 
 from __future__ import annotations
@@ -9,7 +12,9 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 from rich.console import Console
 from rich.progress import track
@@ -20,7 +25,7 @@ from vla import simulator
 from vla.config import AdapterConfig, CollectConfig, ReplayConfig
 from vla.data.format import PLAN
 from vla.data.reader import Demonstrations, Episode
-from vla.errors import DataError
+from vla.errors import DataError, SimulatorError
 
 FILE = "replay.json"
 SAME = 1e-3  # share of a state entry's range up to which two states count as the same
@@ -56,7 +61,7 @@ class Replay:
 def replay(config: ReplayConfig) -> bool:
     """Replay the first `config.episodes` episodes, print what happened, and return whether all went as recorded.
 
-    Without an adapter of its own, the one that the dataset was collected with is used.
+    Where the configuration's adapter says nothing but `module`, the rest is that of the dataset's collection.
 
     Raises:
         DataError: the dataset cannot be read, or does not say which environment and seed its episodes had.
@@ -66,33 +71,35 @@ def replay(config: ReplayConfig) -> bool:
     configuration.check(config)
     demos = Demonstrations(config.data)
     episodes = demos.episodes[: config.episodes]
+    collected = _collected_with(config.data)
+    adapter = _adapter(config.adapter, collected)
     results: list[Replay] = []
+    notes: dict[str, None] = {}  # what differs from the recording, each once
     env: simulator.SimulatedRobot | None = None
     try:
         for episode in track(episodes, "replaying", console=Console(stderr=True), transient=True):
-            env_id = config.env or episode.env_id
-            if env_id is None:
-                raise DataError(
-                    f"{demos.root}: episode {episode.index} does not say which environment it is from. "
-                    "Name it: `--env <id>`."
-                )
+            env_id = config.env or _recorded_env(demos, episode, adapter, collected.module)
             if env is None or env.env_id != env_id:
                 if env is not None:
                     env.close()
-                env = simulator.make(env_id, _adapter(config))
+                env = simulator.make(env_id, adapter)
                 recorded = dataclasses.replace(demos.robot, cameras=())  # actions and states are all that is compared
                 recorded.check_fits(env.robot, f"environment {env_id!r}", "the recording", ("names", "rate"))
+            if episode.env_id is not None and _bare(env_id) != _bare(episode.env_id):
+                note = f"The demonstrations were recorded in {_bare(episode.env_id)!r}, not in {_bare(env_id)!r}."
+                notes[note] = None
             results.append(_replay(env, demos, episode))
     finally:
         if env is not None:
             env.close()
     hint = explain(results)
-    _print(Console(), results, hint)
+    _print(Console(), results, [*notes, hint] if hint else [*notes])
     if config.out is not None:
         config.out.mkdir(parents=True, exist_ok=True)
         summary = {
             "data": str(config.data),
             "pc_success": 100 * float(np.mean([result.success for result in results])),
+            "notes": [*notes],
             "hint": hint,
             "per_episode": [dataclasses.asdict(result) for result in results],
         }
@@ -167,18 +174,46 @@ def _replay(env: simulator.SimulatedRobot, demos: Demonstrations, episode: Episo
     )
 
 
-def _adapter(config: ReplayConfig) -> AdapterConfig:
-    plan = config.data / PLAN
-    if config.adapter == AdapterConfig() and plan.is_file():
-        return configuration.load(CollectConfig, plan).adapter
-    return config.adapter
+def _collected_with(root: Path) -> AdapterConfig:
+    """The adapter of the dataset's collection; the default where nothing is known of one."""
+    plan = root / PLAN
+    return configuration.load(CollectConfig, plan).adapter if plan.is_file() else AdapterConfig()
+
+
+def _adapter(given: AdapterConfig, collected: AdapterConfig) -> AdapterConfig:
+    """The adapter to replay with. Of what a dataset says, no module is taken over."""
+    if dataclasses.replace(given, module=None) != AdapterConfig():
+        return given
+    return dataclasses.replace(collected, module=given.module, expert="env")
+
+
+def _recorded_env(demos: Demonstrations, episode: Episode, adapter: AdapterConfig, collected_module: str | None) -> str:
+    """The id that the episode was recorded with, as far as a dataset is to be followed."""
+    if episode.env_id is None:
+        raise DataError(
+            f"{demos.root}: episode {episode.index} does not say which environment it is from. Name it: `--env <id>`."
+        )
+    module, _, name = episode.env_id.rpartition(":")
+    module = module or collected_module or ""
+    if module.partition(".")[0] == simulator.OWN:
+        return f"{module}:{name}"
+    if module and adapter.module is None and name not in gym.registry:
+        raise SimulatorError(
+            f"{demos.root} was recorded in {name!r} of the module {module!r}. A module that a dataset names is not "
+            f"imported. If you know it and have it, name it: `vla replay --data {demos.root} --module <module>`."
+        )
+    return name
+
+
+def _bare(env_id: str) -> str:
+    return env_id.rpartition(":")[2]
 
 
 def _as_recorded(result: Replay) -> bool:
     return result.success or result.recorded_success is False
 
 
-def _print(console: Console, results: Sequence[Replay], hint: str) -> None:
+def _print(console: Console, results: Sequence[Replay], remarks: Sequence[str]) -> None:
     table = Table(title=", ".join(dict.fromkeys(result.env_id for result in results)), title_justify="left", box=None)
     for name in ("episode", "seed", "steps", "success", "drift", "instruction"):
         table.add_column(name, no_wrap=name != "instruction")
@@ -192,5 +227,5 @@ def _print(console: Console, results: Sequence[Replay], hint: str) -> None:
     console.print(table)
     solved = sum(result.success for result in results)
     console.print(f"\n{solved} of {len(results)} replayed episodes succeeded.", highlight=False)
-    if hint:
-        console.print(hint, highlight=False)
+    for remark in remarks:
+        console.print(remark, highlight=False, markup=False)

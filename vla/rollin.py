@@ -31,7 +31,7 @@ from vla.config.training import ROUNDS_APART
 from vla.data.packing import finalise
 from vla.data.staging import finished, open_staging
 from vla.data.writer import EpisodeRecorder
-from vla.demonstrators import EXPERT_SEED, LONGEST, consult, executable
+from vla.demonstrators import EXPERT_SEED, consult, executable
 from vla.errors import SimulatorError
 from vla.memory import Memory
 from vla.progress import Progress
@@ -136,8 +136,6 @@ class Labeller(Host):
                     self._episode.discard()
                     self._unasked.touch()
                 return dataclasses.replace(stretch, truncated=stretch.truncated or enough)
-            if self.steps >= LONGEST:
-                raise SimulatorError(f"no end after {LONGEST} steps. Set adapter.max_steps.")
         return stretch
 
     def abandon(self) -> None:

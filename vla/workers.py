@@ -228,18 +228,18 @@ class Host:
         ever, reached = False, None
         for action in actions:
             self.steps += 1
-            env.robot.check_action(action)
             observation, reward, terminated, truncated, info = env.step(action)
             if not math.isfinite(reward):
                 raise SimulatorError(f"environment {env.env_id!r} gave the reward {reward}.")
             rewards.append(reward)
             ever |= info["is_success"]
-            if info.get("reached", -1) not in (None, -1):
-                reached = _plain(info["reached"])
+            now = _label(info.get("reached"))
+            reached = reached if now in (None, -1) else now
             if self._recorder:
                 self._recorder.add(observation)
             if terminated or truncated:
                 break
+            env.check_length(self.steps)
         return Stretch(
             observation=observation,
             instruction=info["instruction"],
@@ -249,7 +249,7 @@ class Host:
             terminated=terminated,
             truncated=truncated,
             reached=reached,
-            target=_plain(info.get("target")),
+            target=_label(info.get("target")),
         )
 
     def clip(self, fps: float) -> bytes:
@@ -269,6 +269,7 @@ class Host:
         return self.env
 
 
-def _plain(value: Any) -> Any:
-    """A numpy scalar as a Python value."""
-    return value.item() if isinstance(value, np.generic) else value
+def _label(value: Any) -> int | str | None:
+    """A number or name of a thing in the scene; None for everything else that an environment may mean by the entry."""
+    value = value.item() if isinstance(value, np.generic) else value
+    return value if isinstance(value, int | str) and not isinstance(value, bool) else None

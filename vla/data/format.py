@@ -227,8 +227,8 @@ def _no_dataset(root: Path) -> str:
         near = sorted(path.parent.parent.name for path in root.parent.glob("*/" + INFO)) if root.parent.is_dir() else []
         close = difflib.get_close_matches(root.name, near, n=1, cutoff=0.5)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        beside = f"{hint} Datasets beside it: {', '.join(near)}." if near else ""
-        return f"there is no folder {root}.{beside}"
+        beside = f" Datasets beside it: {', '.join(map(repr, near))}." if near else ""
+        return f"there is no folder {root}.{hint}{beside}"
     inside = [path.relative_to(root).parent.parent for path in sorted(root.glob("*/" + INFO))[:3]]
     if inside:
         return f"{root} is a folder of datasets; name one of them, e.g. {root / inside[0]}."

@@ -30,6 +30,16 @@ def open_staging(root: Path, resume: bool) -> Path:
         DataError: `root` holds a finished dataset, something else, or an unfinished recording and not `resume`.
     """
     staging = root / STAGING
+    check_staging(root, resume)
+    for leftover in staging.glob(".*"):  # what a killed process had in hand
+        shutil.rmtree(leftover, ignore_errors=True)
+    staging.mkdir(parents=True, exist_ok=True)
+    return staging
+
+
+def check_staging(root: Path, resume: bool) -> None:
+    """Raise what `open_staging` raises, and write nothing."""
+    staging = root / STAGING
     if (root / INFO).is_file():
         raise DataError(f"{root} already holds a dataset. Choose another folder, or remove this one.")
     if staging.is_dir():
@@ -38,12 +48,15 @@ def open_staging(root: Path, resume: bool) -> Path:
                 f"{root} holds an unfinished recording of {len(finished(staging))} episodes. "
                 "Continue it with `--resume`, or remove the folder."
             )
-        for leftover in staging.glob(".*"):  # what a killed process had in hand
-            shutil.rmtree(leftover, ignore_errors=True)
     elif root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise DataError(f"{root} exists and is not a recording of this package. Choose another folder.")
-    staging.mkdir(parents=True, exist_ok=True)
-    return staging
+
+
+def drop_staging(root: Path) -> None:
+    """Remove a staging folder in which nothing is finished, and `root` if there is nothing else in it."""
+    shutil.rmtree(root / STAGING, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        root.rmdir()
 
 
 @contextlib.contextmanager

@@ -20,7 +20,9 @@ import numpy as np
 
 from vla.config import KeysConfig
 from vla.errors import SpecError
+from vla.images import ImageFormat
 from vla.memory import Memory
+from vla.prompt import text
 from vla.spec import Observation, RobotSpec
 
 _STATES = (
@@ -109,7 +111,7 @@ def _pictures(flat: dict[str, Any], robot: RobotSpec, keys: KeysConfig) -> dict[
     if missing:
         has = ", ".join(map(repr, found)) or "none"
         raise SpecError(f"the request has no picture {missing[0]!r}; it has {has}. {_encoded(flat)}".rstrip())
-    return {camera: _picture(found[key], key) for camera, key in chosen.items()}
+    return {camera: ImageFormat.of(found[key], key).convert(found[key], key) for camera, key in chosen.items()}
 
 
 def _coloured_first(found: dict[str, np.ndarray], keys: list[str]) -> list[str]:
@@ -151,23 +153,6 @@ def _of_hand(name: str) -> bool:
     return "wrist" in name or "hand" in name
 
 
-def _picture(image: np.ndarray, key: str) -> np.ndarray:
-    """uint8 [height, width, 3], also from channels first, from grey, with alpha, and from floats in [0, 1]."""
-    if image.ndim == 2:
-        image = image[..., None]
-    if image.ndim == 3 and image.shape[0] in (1, 3) and image.shape[2] not in (1, 3, 4):
-        image = image.transpose(1, 2, 0)
-    if image.dtype.kind == "f":
-        if not (np.isfinite(image).all() and image.min() >= 0 and image.max() <= 1):
-            raise SpecError(f"{key!r}: a picture of floats must be in 0..1; send uint8 otherwise.")
-        image = (image * 255).round().astype(np.uint8)
-    if image.dtype.kind in "iu" and image.dtype.itemsize >= 4 and image.min() >= 0 and image.max() <= 255:
-        image = image.astype(np.uint8)
-    if image.shape[-1] == 1:
-        image = np.broadcast_to(image, (*image.shape[:-1], 3))
-    return np.ascontiguousarray(image[..., :3] if image.shape[-1] == 4 else image)
-
-
 def _state(flat: dict[str, Any], robot: RobotSpec, keys: KeysConfig) -> np.ndarray:
     for names in (keys.state,) if keys.state else _STATES:
         if all(name in flat for name in names):
@@ -185,12 +170,9 @@ def _prompt(flat: dict[str, Any], keys: KeysConfig) -> str:
     for name in (keys.prompt,) if keys.prompt else _PROMPTS:
         if name in flat:
             said = flat[name]
-            said = said[0] if isinstance(said, list | tuple) and len(said) == 1 else said
-            said = said.item() if isinstance(said, np.ndarray | np.generic) and np.ndim(said) == 0 else said
-            if isinstance(said, bytes):
-                said = said.decode("utf-8", "replace")
-            if not isinstance(said, str):
-                raise SpecError(f"{name!r} must be a text, got {type(said).__name__}.")
+            said = text(said[0] if isinstance(said, list | tuple) and len(said) == 1 else said)
+            if said is None:
+                raise SpecError(f"{name!r} must be a text, got {type(flat[name]).__name__}.")
             if len(said) > _LONGEST_PROMPT:
                 raise SpecError(f"{name!r} has {len(said)} characters; at most {_LONGEST_PROMPT} are read.")
             return said
