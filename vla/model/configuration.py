@@ -33,6 +33,7 @@ class VLAConfig(PreTrainedConfig):
         projector_layers: linear layers from vision to language width, GELU in between.
         projector_hidden: width between them; None is the language model's.
         max_state_dim: width of the state input; shorter states are padded with zeros.
+        max_cameras: cameras that have an embedding.
 
     Sequence:
         layout: "instruction_first" ([BOS] prompt, images, state) or "image_first" ([BOS] images, state, prompt).
@@ -59,6 +60,7 @@ class VLAConfig(PreTrainedConfig):
     projector_layers: int = 2
     projector_hidden: int | None = None
     max_state_dim: int = 32
+    max_cameras: int = 8
     layout: str = "instruction_first"
     image_token_id: int = 3
     state_token_id: int = 4
