@@ -329,8 +329,8 @@ class Policy(ChunkPolicy):
         assert self._engine is not None
         if not (fits := self._engine.fits(batch)):
             warnings.warn(
-                f"decoding through transformers, which is slower: attention slides over {self._engine.reach} positions, "
-                "and this prompt and chunk need more.",
+                f"decoding through transformers, which is slower: attention slides over {self._engine.reach} "
+                "positions, and this prompt and chunk need more.",
                 stacklevel=3,
             )
         return fits

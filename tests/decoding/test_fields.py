@@ -1,4 +1,4 @@
-"""Every field of a decoder's config.json that changes what it computes is computed by the engine, or refused by name."""
+"""Every field of a decoder's config.json that changes the computation is computed by the engine, or refused by name."""
 
 import ast
 import importlib

@@ -24,20 +24,22 @@ from vla.model.modeling import VLAForActionPrediction
 ARCHITECTURES = ("llama", "mistral", "qwen2")
 
 # Fields of a decoder's config.json that the engine computes, or whose modules it reads.
-READ = frozenset(
-    "model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-    "head_dim hidden_act rms_norm_eps attention_bias mlp_bias rope_parameters sliding_window use_sliding_window "
-    "max_window_layers layer_types tie_word_embeddings".split()
-)
+READ = {
+    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "attention_bias", "mlp_bias",
+    "rope_parameters", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types",
+    "tie_word_embeddings",
+}  # fmt: skip
 # Fields without influence on the logits of a trained decoder: initialisation, training, output format, text, other
 # heads, and notes of other software that transformers does not read either.
-IGNORED = frozenset(
-    "architectures attention_dropout auto_map bos_token_id chunk_size_feed_forward dtype eos_token_id id2label "
-    "initializer_range is_llama_config label2id max_position_embeddings max_sequence_length model_max_length "
-    "name_or_path _name_or_path num_labels output_attentions output_hidden_states pad_token_id pretraining_tp "
-    "problem_type return_dict rope_interleaved tokenizer_class transformers.js_config transformers_version "
-    "unsloth_fixed unsloth_version use_cache use_mrope".split()
-)
+IGNORED = {
+    "architectures", "attention_dropout", "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype",
+    "eos_token_id", "id2label", "initializer_range", "is_llama_config", "label2id", "max_position_embeddings",
+    "max_sequence_length", "model_max_length", "name_or_path", "_name_or_path", "num_labels",
+    "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type",
+    "return_dict", "rope_interleaved", "tokenizer_class", "transformers.js_config", "transformers_version",
+    "unsloth_fixed", "unsloth_version", "use_cache", "use_mrope",
+}  # fmt: skip
 # Rotary tables that do not depend on how long a sequence is.
 ROPE_TYPES = ("default", "linear", "llama3", "proportional", "yarn")
 
@@ -47,8 +49,8 @@ _PARAMETERS = re.compile(
     r"|model\.layers\.\d+\.(input|post_attention)_layernorm\.weight|model\.norm\.weight"
     r"|(model\.embed_tokens|lm_head)\.(weight|token_adapter\.(base_layer\.weight|trainable_tokens_delta\.[^.]+)))"
 )
-_MODULES = (nn.Linear, nn.Embedding, nn.SiLU, SiLUActivation, nn.ModuleList, nn.ModuleDict, nn.ParameterDict)
-_MODULES += (nn.Identity, nn.Dropout)
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterDict, nn.Identity, nn.Dropout)
+_MODULES = (nn.Linear, nn.Embedding, nn.SiLU, SiLUActivation, *_CONTAINERS)
 
 
 class Linear:
