@@ -8,7 +8,6 @@ beside it) nor how to decode.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 import tempfile
@@ -18,14 +17,13 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
-from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from vla.errors import CheckpointError
 from vla.locations import check_policy
-from vla.model.backbones import find_checkpoint
+from vla.model.backbones import find_checkpoint, load_checkpoint, read_config
 from vla.model.configuration import VLAConfig
+from vla.model.hub import read_json
 from vla.model.modeling import VLAForActionPrediction
 from vla.model.processing import VLAProcessor
 from vla.spec import RobotSpec
@@ -77,39 +75,24 @@ def load(name: str, dtype: torch.dtype = torch.float32) -> tuple[VLAForActionPre
     """
     transformers_logging.disable_progress_bar()  # a policy loads in a second
     folder = find_checkpoint(name) or _from_hub(name)
-    config = _read_config(folder)
-    try:
-        network, info = VLAForActionPrediction.from_pretrained(
-            folder, config=config, dtype=dtype, output_loading_info=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{folder} is damaged or incomplete: {error}") from None
-    # transformers fills what is missing with random numbers; a policy must not move a robot with those.
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info.get(what):
-            some = ", ".join(str(key) for key in sorted(info[what])[:3])
-            raise CheckpointError(
-                f"{folder}: its weights do not fit its config.json ({what.replace('_', ' ')}: {some})."
-            )
+    config = _checked_config(folder)
+    network, tokenizer = load_checkpoint(folder, config, dtype)
     return network.eval(), VLAProcessor(config, tokenizer)
 
 
-def _read_config(folder: Path) -> VLAConfig:
+def _checked_config(folder: Path) -> VLAConfig:
     """config.json, checked: nothing that decides what an action means may come from a default of this version."""
-    try:
-        values = json.loads((folder / "config.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{folder}/config.json cannot be read: {error}") from None
+    values = read_json(folder / "config.json")
     missing = [name for name in REQUIRED if name not in values]
-    robot = values.get("robot") or {}
-    missing += [f"robot.{field.name}" for field in dataclasses.fields(RobotSpec) if robot and field.name not in robot]
+    robot = values.get("robot")
+    if isinstance(robot, dict):
+        missing += [f"robot.{field.name}" for field in dataclasses.fields(RobotSpec) if field.name not in robot]
     if missing:
         raise CheckpointError(
             f"{folder}/config.json has no {', '.join(missing)}: without that this checkpoint's actions cannot be "
             "interpreted. Add it from the run that trained it."
         )
-    config = VLAConfig.from_pretrained(folder)
+    config = read_config(folder)
     config.check_policy()
     return config
 

@@ -1,7 +1,8 @@
-"""Where a policy is: names that are folders, hub ids or addresses, told apart without loading anything."""
+"""Names of policies and models: folders, hub ids and addresses, told apart without loading anything."""
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 
 from vla.errors import CheckpointError
@@ -12,9 +13,21 @@ def is_address(policy: str) -> bool:
     return policy.startswith(("ws://", "wss://"))
 
 
+def missing_folder(name: str) -> str | None:
+    """What to say about `name` where it can only be a folder and does not exist, with similar folders beside it; None
+    where it exists or may be a hub id."""
+    path = Path(name).expanduser()
+    known_parent = path.parent.is_dir() and path.parent != Path()
+    is_path = name.startswith((".", "/", "~")) or name.count("/") != 1 or known_parent
+    if path.exists() or not is_path:
+        return None
+    beside = [folder.name for folder in path.parent.iterdir() if folder.is_dir()] if path.parent.is_dir() else []
+    near = [str(path.parent / match) for match in difflib.get_close_matches(path.name, beside, n=3)]
+    hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+    return f"there is no such folder.{hint} (A hub id has the form 'owner/name'.)"
+
+
 def check_policy(name: str) -> None:
     """CheckpointError when `name` is neither the embedded policy, a folder, an address nor possibly a hub id."""
-    if name == "nano" or is_address(name) or Path(name).exists():
-        return
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise CheckpointError(f"no policy at {name!r}: there is no such folder (and it is not a hub id, 'owner/name').")
+    if name != "nano" and not is_address(name) and (problem := missing_folder(name)):
+        raise CheckpointError(f"no policy {name!r}: {problem}")

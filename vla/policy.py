@@ -314,7 +314,7 @@ class Policy(ChunkPolicy):
         counts = torch.tensor([memory.committed * (size or 0) for memory in memories])
         trust = torch.tensor([memory.trust for memory in memories])
         committed = Commitment(counts, trust) if bool(counts.any()) else None
-        if self.decoding.greedy and self._engine is not None:
+        if self.decoding.greedy and self._engine is not None and self._reaches(batch):
             if stopping is None and (self.device.type == "cpu" or committed is not None):
                 return self._engine.parallel(batch, draft[:, :n_tokens], streamer, committed)
             if committed is None:
@@ -323,6 +323,17 @@ class Policy(ChunkPolicy):
         seed = self.decoding.sampling_seed + self._draws
         given = None if committed is None else (draft, committed)
         return strategies.generate(self.network, batch, self.decoding, seed, streamer, stopping, given)
+
+    def _reaches(self, batch: dict[str, torch.Tensor]) -> bool:
+        """Whether the engine decodes this batch as the network would; a warning says where it does not."""
+        assert self._engine is not None
+        if not (fits := self._engine.fits(batch)):
+            warnings.warn(
+                f"decoding through transformers, which is slower: attention slides over {self._engine.reach} "
+                "positions, and this prompt and chunk need more.",
+                stacklevel=3,
+            )
+        return fits
 
     def draft(self, memories: Sequence[Memory]) -> torch.Tensor:
         """Ids int64 [B, T] of the drafts in `memories`; the middle action row where there is none."""

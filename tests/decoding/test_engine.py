@@ -150,23 +150,34 @@ def test_an_unmerged_adapter_counts(nano, observations):
     assert torch.equal(Engine(network).stepwise(batch).ids, expected)
 
 
-def test_frozen_weights_are_not_kept_twice(nano, observations):
+def test_an_engine_changes_nothing_about_its_network(nano, observations):
+    """Neither values nor where and how they are in memory: the network may be in training, or be saved again."""
+    network, processor = nano
+    network.requires_grad_(False)
+    before = {name: (p.data_ptr(), p.stride(), p.clone()) for name, p in network.named_parameters()}
+    Engine(network).stepwise(processor.observe(observations(2), WORDS[:2]))
+    for name, parameter in network.named_parameters():
+        address, stride, value = before[name]
+        assert (parameter.data_ptr(), parameter.stride()) == (address, stride) and torch.equal(parameter, value), name
+
+
+def test_an_adapter_that_is_switched_off_does_not_count(nano, observations):
     network, processor = nano
     batch = processor.observe(observations(2), WORDS[:2])
-    expected = reference(network, batch)
-    network.requires_grad_(False)
-    engine = Engine(network)
-    layer, fused = network.language_model.model.layers[0], engine._weights.layers[0]
-    assert layer.self_attn.k_proj.weight.untyped_storage().data_ptr() == fused.qkv.weight.untyped_storage().data_ptr()
-    assert torch.equal(reference(network, batch), expected)
-    assert torch.equal(engine.stepwise(batch).ids, expected)
+    before = reference(network, batch)
+    adapted = lora.attach(network, LoraConfig(rank=4, alpha=16, train_action_rows=False)).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.2)
+    with adapted.disable_adapter():
+        assert torch.equal(Engine(adapted.get_base_model()).stepwise(batch).ids, before)
+    adapted.merge_adapter()
+    assert torch.equal(Engine(adapted.get_base_model()).stepwise(batch).ids, reference(network, batch))
 
 
 def test_another_architecture_is_refused_by_name(nano):
     network, _ = nano
-    network.config.text_config.model_type = "gpt_neox"
-    try:
-        with pytest.raises(ConfigError, match=r"'gpt_neox'.*llama, mistral, qwen2"):
-            Engine(network)
-    finally:
-        network.config.text_config.model_type = "llama"
+    network.language_model.config.model_type = "gpt_neox"
+    with pytest.raises(ConfigError, match=r"'gpt_neox'.*llama, mistral, qwen2"):
+        Engine(network)

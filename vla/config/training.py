@@ -69,12 +69,12 @@ class ModelConfig:
             model only.
         cameras: which of the dataset's cameras, in this order; empty: all.
         image_size: side of the square image in pixels; None: what the vision tower was built for, as a checkpoint's is.
-        use_state: give the policy `agent_pos`.
+        use_state: give the policy `agent_pos`; by default it is given.
         horizon: actions per chunk, H; 8 by default.
         n_action_steps: actions executed before the next chunk is predicted; half the horizon by default.
-        bins: bins per action entry; 255 by default.
-        tokenizer: action tokenizer, see `vla.actions.tokenizer`.
-        normalization: "q01_q99", "min_max" or "mean_std".
+        bins: bins per action entry; 255 by default ("openvla" has 256).
+        tokenizer: action tokenizer, "uniform" (the default), "quantile" or "openvla".
+        normalization: "q01_q99" (the default), "min_max" or "mean_std".
         prompt: prompt template, see `vla.prompt`; "plain" by default.
         freeze_vision: do not train the vision tower.
     """
@@ -84,12 +84,12 @@ class ModelConfig:
     vision: tuple[str, ...] = ()
     cameras: tuple[str, ...] = ()
     image_size: Count | None = None
-    use_state: bool = True
+    use_state: bool | None = None
     horizon: Count | None = None
     n_action_steps: Count | None = None
     bins: Annotated[int, Ge(2)] | None = None
-    tokenizer: str = "uniform"
-    normalization: Literal["q01_q99", "min_max", "mean_std"] = "q01_q99"
+    tokenizer: str | None = None
+    normalization: Literal["q01_q99", "min_max", "mean_std"] | None = None
     prompt: str | None = None
     freeze_vision: bool = False
 

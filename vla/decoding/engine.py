@@ -26,6 +26,7 @@ from vla.decoding import weights
 from vla.decoding.commitment import Commitment
 from vla.decoding.graphs import Captured
 from vla.decoding.result import Decoded
+from vla.errors import ConfigError
 from vla.model.modeling import VLAForActionPrediction
 
 _ROUND = 32  # cache lengths are multiples of this
@@ -34,7 +35,8 @@ ROWS = 64  # and at most so many in all observations of the batch: beyond, a for
 
 
 class Engine:
-    """Decodes chunks of `network`, which stays on its device and must not change while the engine is used.
+    """Decodes chunks of `network`, which stays on its device and must not change while the engine is used. The engine
+    reads its parameters and changes nothing about them.
 
     Args:
         window: tokens that a verification looks ahead, at most.
@@ -59,9 +61,16 @@ class Engine:
             self._turn, self._gate = torch.compile(_turn), torch.compile(_gate)
         else:
             self._turn, self._gate = _turn, _gate
-        if self.device.type == "cpu":
-            for tower in network.vision_towers:  # what oneDNN's convolutions want
-                tower.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @property
+    def reach(self) -> float:
+        """Positions of prefix and chunk that the engine decodes as the network does; infinite unless attention slides
+        over fewer."""
+        return self._weights.reach
+
+    def fits(self, batch: dict[str, torch.Tensor]) -> bool:
+        """Whether a chunk for these prefix tensors stays within `reach`. The chunk's last token is never read."""
+        return batch["input_ids"].shape[1] + self.n_tokens - 1 <= self.reach
 
     @torch.inference_mode()
     def stepwise(
@@ -181,6 +190,11 @@ class Engine:
         as long as they stay the same."""
         ids, w, start = batch["input_ids"], self._weights, 0
         rows, length = ids.shape
+        if not self.fits(batch):
+            raise ConfigError(
+                f"attention slides over {self.reach} positions; a prefix of {length} tokens and a chunk of "
+                f"{self.n_tokens} need more."
+            )
         if length + self.n_tokens > len(self._cos):
             room = -(-(length + self.n_tokens) // _ROUND) * _ROUND
             self._cos, self._sin = (part.to(w.table.dtype) for part in weights.rotary(self.network, room))

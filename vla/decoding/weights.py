@@ -1,24 +1,56 @@
 """A LLaMA-architecture decoder as plain matrices, laid out for decoding.
 
-Owns: reading them from transformers' modules (fused where several are applied to the same input, adapters folded in),
-how this device multiplies by them fastest, the rotary tables, and the refusal of architectures that compute something
-else. It does not know how tokens are decoded.
+Owns: reading them from transformers' modules (fused where several are applied to the same input, adapters folded in;
+the modules stay as they are), how this device multiplies by them fastest, the rotary tables, and the refusal of
+decoders that compute something else. It does not know how tokens are decoded.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.activations import SiLUActivation
 
 from vla.errors import ConfigError
 from vla.model.modeling import VLAForActionPrediction
 
 # Model types whose layers are exactly: RMSNorm, rotary attention, RMSNorm, SwiGLU.
 ARCHITECTURES = ("llama", "mistral", "qwen2")
+
+# Fields of a decoder's config.json that the engine computes, or whose modules it reads.
+READ = {
+    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "attention_bias", "mlp_bias",
+    "rope_parameters", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types",
+    "tie_word_embeddings",
+}  # fmt: skip
+# Fields without influence on the logits of a trained decoder: initialisation, training, output format, text, other
+# heads, and notes of other software that transformers does not read either.
+IGNORED = {
+    "architectures", "attention_dropout", "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype",
+    "eos_token_id", "id2label", "initializer_range", "is_llama_config", "label2id", "max_position_embeddings",
+    "max_sequence_length", "model_max_length", "name_or_path", "_name_or_path", "num_labels",
+    "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type",
+    "return_dict", "rope_interleaved", "tokenizer_class", "transformers.js_config", "transformers_version",
+    "unsloth_fixed", "unsloth_version", "use_cache", "use_mrope",
+}  # fmt: skip
+# Rotary tables that do not depend on how long a sequence is.
+ROPE_TYPES = ("default", "linear", "llama3", "proportional", "yarn")
+
+_PARAMETERS = re.compile(
+    r"(model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+    r"(\.weight|\.bias|\.base_layer\.weight|\.base_layer\.bias|\.lora_[AB]\.[^.]+\.weight)"
+    r"|model\.layers\.\d+\.(input|post_attention)_layernorm\.weight|model\.norm\.weight"
+    r"|(model\.embed_tokens|lm_head)\.(weight|token_adapter\.(base_layer\.weight|trainable_tokens_delta\.[^.]+)))"
+)
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterDict, nn.Identity, nn.Dropout)
+_MODULES = (nn.Linear, nn.Embedding, nn.SiLU, SiLUActivation, *_CONTAINERS)
 
 
 class Linear:
@@ -83,6 +115,7 @@ class Decoder:
     Attributes:
         table: embeddings of the action rows [rows, width].
         head: output rows of the action tokens [rows, width]; the rest of the vocabulary can never be chosen.
+        reach: positions that attention covers, infinite unless it slides.
     """
 
     layers: tuple[Layer, ...]
@@ -92,25 +125,61 @@ class Decoder:
     heads: int
     kv_heads: int
     head_dim: int
+    reach: float
 
 
 def read(network: VLAForActionPrediction) -> Decoder:
-    """The decoder of `network`. ConfigError when its architecture is not one of `ARCHITECTURES`."""
-    model, config = network.language_model.model, network.config.text_config
-    if config.model_type not in ARCHITECTURES:
-        raise ConfigError(f"a decoder of type {config.model_type!r}; the engine knows {', '.join(ARCHITECTURES)}.")
+    """The decoder of `network`, whose parameters are only read. ConfigError when it computes something else than the
+    engine does."""
+    model, config = network.language_model.model, network.language_model.config
+    check_config(config)
+    _check_modules(network.language_model, config.model_type)
     begin = network.config.action_token_begin
     rows = slice(begin, begin + network.config.make_action_tokenizer().vocab_size)
     table = _matrix(model.embed_tokens)[rows].contiguous()
     return Decoder(
-        layers=tuple(_layer(layer, config.rms_norm_eps) for layer in model.layers),
-        norm=RMSNorm(model.norm.weight.detach(), config.rms_norm_eps),
+        layers=tuple(_layer(layer) for layer in model.layers),
+        norm=_norm(model.norm),
         table=table,
         head=Linear(_matrix(network.language_model.lm_head)[rows].contiguous()),
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        reach=getattr(config, "sliding_window", None) or math.inf,
     )
+
+
+def check_config(config: Any) -> None:
+    """ConfigError, naming the field, unless the engine computes what a decoder's config.json describes."""
+    if config.model_type not in ARCHITECTURES:
+        raise ConfigError(f"a decoder of type {config.model_type!r}; the engine knows {', '.join(ARCHITECTURES)}.")
+    defaults = type(config)().to_dict()
+    for name, value in config.to_dict().items():
+        if name not in READ | IGNORED and value != defaults.get(name):
+            raise ConfigError(f"the decoder's config.json has {name!r}: {value!r}, which the engine does not compute.")
+    if config.hidden_act not in ("silu", "swish"):
+        raise ConfigError(f"hidden_act {config.hidden_act!r}; the engine computes 'silu'.")
+    rope = config.rope_parameters
+    if rope.get("rope_type") not in ROPE_TYPES:
+        raise ConfigError(f"rope_type {rope.get('rope_type')!r}; the engine computes {', '.join(ROPE_TYPES)}.")
+    if rope.get("partial_rotary_factor") not in (None, 1):
+        raise ConfigError(f"partial_rotary_factor {rope['partial_rotary_factor']}; the engine rotates whole heads.")
+    if other := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
+        raise ConfigError(f"layer_types {', '.join(sorted(other))}; the engine computes full attention.")
+
+
+def _check_modules(language_model: nn.Module, model_type: str) -> None:
+    """ConfigError unless the language model consists of the modules and parameters that are read below."""
+    own = f"transformers.models.{model_type}.modeling_{model_type}"
+    for name, module in language_model.named_modules():
+        kind = type(module)
+        if kind not in _MODULES and kind.__module__ != own and not kind.__module__.startswith("peft."):
+            raise ConfigError(f"the decoder's {name or 'class'} is a {kind.__name__}, which the engine does not know.")
+        if getattr(module, "lora_variant", None):
+            raise ConfigError(f"{name} has an adapter that is not plain LoRA.")
+    for name, _ in language_model.named_parameters():
+        if not _PARAMETERS.fullmatch(name):
+            raise ConfigError(f"the decoder has a parameter {name}, which the engine does not read.")
 
 
 def rotary(network: VLAForActionPrediction, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -118,13 +187,8 @@ def rotary(network: VLAForActionPrediction, positions: int) -> tuple[torch.Tenso
     values are turned by nothing. sin is negative in its first half, so that turning is
 
         x * cos + roll(x, head_dim / 2) * sin.
-
-    Raises:
-        ConfigError: attention that slides over fewer positions.
     """
-    model, config = network.language_model.model, network.config.text_config
-    if (getattr(config, "sliding_window", None) or positions) < positions and _slides(config):
-        raise ConfigError(f"a sliding window of {config.sliding_window} positions; the prefix needs {positions}.")
+    model, config = network.language_model.model, network.language_model.config
     table = model.embed_tokens.weight
     cos, sin = model.rotary_emb(table[None], torch.arange(positions, device=table.device)[None])
     first, second = sin[0].chunk(2, dim=-1)
@@ -134,30 +198,31 @@ def rotary(network: VLAForActionPrediction, positions: int) -> tuple[torch.Tenso
     return F.pad(cos[:, None].expand(expand), kept, value=1.0), F.pad(sin[:, None].expand(expand), kept)
 
 
-def _layer(layer: Any, eps: float) -> Layer:
+def _layer(layer: Any) -> Layer:
     attention, mlp = layer.self_attn, layer.mlp
-    queries = (attention.q_proj, attention.k_proj, attention.v_proj)
-    biases = [bias for projection in queries if (bias := _bias(projection)) is not None]
     return Layer(
-        attention_norm=RMSNorm(layer.input_layernorm.weight.detach(), eps),
-        qkv=Linear(_fuse(*queries), torch.cat(biases) if biases else None),
-        out=Linear(_fuse(attention.o_proj), _bias(attention.o_proj)),
-        mlp_norm=RMSNorm(layer.post_attention_layernorm.weight.detach(), eps),
-        gate_up=Linear(_fuse(mlp.gate_proj, mlp.up_proj)),
-        down=Linear(_fuse(mlp.down_proj)),
+        attention_norm=_norm(layer.input_layernorm),
+        qkv=_fused(attention.q_proj, attention.k_proj, attention.v_proj),
+        out=_fused(attention.o_proj),
+        mlp_norm=_norm(layer.post_attention_layernorm),
+        gate_up=_fused(mlp.gate_proj, mlp.up_proj),
+        down=_fused(mlp.down_proj),
     )
 
 
-def _fuse(*modules: Any) -> torch.Tensor:
-    """The weights of several linear maps of one input, below each other; on a CPU the transpose of a contiguous matrix.
-    Frozen modules keep views of the result, so that a large decoder is not in memory twice."""
-    fused = torch.cat([_matrix(module) for module in modules])
-    if fused.device.type == "cpu":
-        fused = fused.T.contiguous().T
-    if all(isinstance(module, nn.Linear) and not module.weight.requires_grad for module in modules):
-        for module, part in zip(modules, fused.split([module.out_features for module in modules]), strict=True):
-            module.weight.data = part
-    return fused
+def _norm(module: Any) -> RMSNorm:
+    return RMSNorm(module.weight.detach(), module.variance_epsilon)
+
+
+def _fused(*modules: Any) -> Linear:
+    """Several linear maps of one input, below each other: a copy, on a CPU transposed in memory. One map alone is
+    used where it is."""
+    biases = [module.bias.detach() for module in modules if module.bias is not None]
+    bias = torch.cat(biases) if biases else None
+    if len(modules) == 1:
+        return Linear(_matrix(*modules), bias)
+    weight = torch.cat([_matrix(module) for module in modules])
+    return Linear(weight.T.contiguous().T if weight.device.type == "cpu" else weight, bias)
 
 
 def _matrix(module: Any) -> torch.Tensor:
@@ -166,15 +231,8 @@ def _matrix(module: Any) -> torch.Tensor:
         return module.token_adapter.get_merged_weights(module.token_adapter.active_adapters).detach()
     if not hasattr(module, "get_delta_weight"):
         return module.weight.detach()
-    weight = module.get_base_layer().weight.detach().clone()
-    for name in module.active_adapters:
-        weight += module.get_delta_weight(name).detach()
-    return weight
-
-
-def _bias(module: Any) -> torch.Tensor | None:
-    return None if module.bias is None else module.bias.detach()
-
-
-def _slides(config: Any) -> bool:
-    return getattr(config, "use_sliding_window", True)
+    weight = module.get_base_layer().weight.detach()
+    if module.merged or module.disable_adapters:
+        return weight
+    active = [name for name in module.active_adapters if name in module.lora_A]
+    return sum((module.get_delta_weight(name).detach() for name in active), weight)

@@ -8,20 +8,28 @@ are never resized: action tokens and placeholders take over the tail of the voca
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
-from transformers.utils import cached_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from vla.actions.bins import OpenVLABins, QuantileBins, UniformBins
 from vla.actions.tokenizer import ActionTokenizer
 from vla.config import ModelConfig
-from vla.errors import CheckpointError, ConfigError, unknown
+from vla.errors import CheckpointError, ConfigError, VLAError, unknown
+from vla.locations import missing_folder
 from vla.model.configuration import VLAConfig
+from vla.model.hub import (
+    check_tower,
+    image_statistics,
+    load_config,
+    load_model,
+    load_tokenizer,
+    misfit,
+    read_json,
+)
 from vla.model.modeling import VLAForActionPrediction
 from vla.model.processing import VLAProcessor
 from vla.spec import RobotSpec
@@ -33,12 +41,6 @@ DEFAULT_BINS = 255
 
 # Untrained architectures: width, layers, channels and residual blocks of the encoder, image side in pixels.
 _SIZES = {"nano-init": (256, 4, [48, 128], 2, 96), "small-init": (512, 8, [64, 256], 4, 144)}
-
-_MEAN_STD = {
-    "siglip": ([0.5] * 3, [0.5] * 3),
-    "clip": ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
-    "dinov2": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,36 +62,65 @@ def build_policy(model: ModelConfig, facts: DataFacts) -> tuple[VLAForActionPred
     """The network to train and its processor. Errors: ConfigError, CheckpointError."""
     robot = _choose_cameras(facts.robot, model.cameras)
     backbone = model.backbone or "nano"
-    if model.vision and (backbone in _SIZES or find_checkpoint(backbone) is not None):
+    own = None if backbone in _SIZES else find_checkpoint(backbone)
+    if model.vision and (backbone in _SIZES or own is not None):
         raise ConfigError(f"{backbone} already has its vision tower; leave `vision` empty.")
     if backbone in _SIZES:
         config, tokenizer = untrained_config(backbone, model.image_size), AutoTokenizer.from_pretrained(NANO)
         _set_policy(config, model, facts, robot)
+        _make_room(config)
         network = VLAForActionPrediction(config)
         _sharpen_attention(network)
-    elif (own := find_checkpoint(backbone)) is not None:
-        config = VLAConfig.from_pretrained(own)
+    elif own is not None:
+        config = read_config(own)
         if model.image_size not in (None, config.image_size):
             raise ConfigError(f"{backbone} was built for images of {config.image_size}, not {model.image_size}.")
         _set_policy(config, model, facts, robot)
-        network = VLAForActionPrediction.from_pretrained(own, config=config, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(own)
+        _check_room(config, backbone)
+        network, tokenizer = load_checkpoint(own, config)
     else:
         network, tokenizer = _compose(backbone, model, facts, robot)
-    if robot.state_dim > network.config.max_state_dim:
-        raise ConfigError(f"the state has {robot.state_dim} entries; at most {network.config.max_state_dim} fit.")
     return network, VLAProcessor(network.config, tokenizer)
 
 
 def find_checkpoint(name: str) -> Path | None:
-    """The folder of one of this package's checkpoints: "nano", a run folder, or a checkpoint folder; else None."""
+    """The folder of one of this package's checkpoints: "nano", a run folder, or a checkpoint folder; else None.
+    CheckpointError for a config.json that cannot be read."""
     for folder in [NANO] if name == "nano" else [Path(name) / "policy", Path(name)]:
         config = folder / "config.json"
-        if config.is_file() and json.loads(config.read_text()).get("model_type") == "vla":
+        if config.is_file() and read_json(config).get("model_type") == "vla":
             return folder
     if name == "nano":
         raise CheckpointError("this installation has no embedded backbone; reinstall the package.")
     return None
+
+
+def read_config(folder: Path) -> VLAConfig:
+    """The configuration in a checkpoint folder of this package. CheckpointError when it cannot be one."""
+    try:
+        return VLAConfig.from_pretrained(folder)
+    except VLAError:
+        raise
+    except Exception as error:  # values of any type may stand in a file
+        raise CheckpointError(f"{folder}/config.json does not describe a policy: {error}") from error
+
+
+def load_checkpoint(
+    folder: Path, config: VLAConfig, dtype: torch.dtype = torch.float32
+) -> tuple[VLAForActionPrediction, PreTrainedTokenizerBase]:
+    """Network and text tokenizer of a checkpoint folder of this package. CheckpointError when files are damaged or
+    weights are not exactly those that `config` describes."""
+    try:
+        network, info = VLAForActionPrediction.from_pretrained(
+            folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # what damaged files raise depends on where they are damaged
+        raise CheckpointError(f"{folder} is damaged or incomplete: {error}") from error
+    # transformers fills what is missing with random numbers; a policy must not move a robot with those.
+    if problem := misfit(info):
+        raise CheckpointError(f"{folder}: its weights do not fit its config.json ({problem}).")
+    return network, tokenizer
 
 
 def untrained_config(name: str, image_size: int | None = None) -> VLAConfig:
@@ -153,22 +184,25 @@ def _sharpen_attention(network: VLAForActionPrediction, factor: float = 4.0) -> 
 
 def _compose(
     backbone: str, model: ModelConfig, facts: DataFacts, robot: RobotSpec
-) -> tuple[VLAForActionPrediction, Any]:
+) -> tuple[VLAForActionPrediction, PreTrainedTokenizerBase]:
+    if (problem := missing_folder(backbone)) and "/" not in backbone:
+        raise ConfigError(unknown("backbone", backbone, ["nano", *_SIZES], f"For another: {problem}"))
+    text_config = load_config(backbone, "backbone")
+    _check_language_model(backbone, text_config)
     if not model.vision:
         raise ConfigError(
             f"{backbone!r} is not a checkpoint of this package, so a vision tower is needed: name a SigLIP, "
             "DINOv2 or CLIP folder or hub id in `vision`."
         )
-    text_config = _load(AutoConfig, backbone, "backbone")
-    tokenizer = _load(AutoTokenizer, backbone, "text tokenizer")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    visions = [_load(AutoConfig, name, "vision tower") for name in model.vision]
+    tokenizer = load_tokenizer(backbone, text_config.vocab_size)
+    text_config.pad_token_id = tokenizer.pad_token_id
+    visions = [load_config(name, "vision tower") for name in model.vision]
+    # Of a SigLIP or CLIP with both towers, the one that sees.
+    whole = [hasattr(vision, "vision_config") for vision in visions]
     visions = [getattr(vision, "vision_config", vision) for vision in visions]
     for name, vision in zip(model.vision, visions, strict=True):
-        if not isinstance(getattr(vision, "patch_size", None), int):
-            raise ConfigError(f"vision tower {name!r} ({vision.model_type}) has no patch grid.")
-    means, stds = zip(*(_image_statistics(n, v) for n, v in zip(model.vision, visions, strict=True)), strict=True)
+        _check_grid(name, vision)
+    means, stds = zip(*(image_statistics(n, v) for n, v in zip(model.vision, visions, strict=True)), strict=True)
     begin = _action_rows(text_config.vocab_size, tokenizer.all_special_ids)
     config = VLAConfig(
         text_config=text_config.to_dict(),
@@ -185,22 +219,46 @@ def _compose(
         state_token_id=begin - 2,
     )
     _set_policy(config, model, facts, robot)
-    for vision in config.vision_configs:
+    _make_room(config)
+    for name, vision in zip(model.vision, config.vision_configs, strict=True):
         # DINOv2 interpolates its position embeddings by itself (its own images have 518 pixels).
         if vision.image_size != config.image_size and not vision.model_type.startswith("dinov2"):
             raise ConfigError(f"the vision tower was built for images of {vision.image_size}, not {config.image_size}.")
-    decoder = _load_decoder(backbone)
+        check_tower(name, vision, config.image_size, config.vision_feature_layer)
+    decoder = _load_decoder(backbone, text_config)
     towers = [
-        _load(AutoModel, name, "vision tower", config=vision, dtype=torch.float32)
-        for name, vision in zip(model.vision, visions, strict=True)
+        load_model(AutoModel, name, "vision tower", vision, foreign)
+        for name, vision, foreign in zip(model.vision, visions, whole, strict=True)
     ]
     config.text_config.tie_word_embeddings = False
     return VLAForActionPrediction(config, towers, decoder), tokenizer
 
 
-def _load_decoder(backbone: str) -> Any:
+def _check_language_model(name: str, config: PreTrainedConfig) -> None:
+    """ConfigError unless `config` is that of a language model alone."""
+    if config.get_text_config() is not config or hasattr(config, "vision_config"):
+        raise ConfigError(
+            f"{name!r} ({config.model_type}) is a vision-language model; `backbone` takes its language model alone. "
+            "Name the language model that it was made from."
+        )
+    if not isinstance(getattr(config, "vocab_size", None), int):
+        raise ConfigError(f"{name!r} ({config.model_type}) is not a language model: its config.json has no vocab_size.")
+
+
+def _check_grid(name: str, vision: PreTrainedConfig) -> None:
+    """ConfigError unless a vision tower cuts images of a fixed size into patches."""
+    if not isinstance(getattr(vision, "patch_size", None), int):
+        raise ConfigError(f"vision tower {name!r} ({vision.model_type}) has no patch grid.")
+    if not isinstance(getattr(vision, "image_size", None), int):
+        raise ConfigError(
+            f"vision tower {name!r} ({vision.model_type}) has no fixed image size. Take a form that has one, such as "
+            "the -224 or -256 of a SigLIP 2 instead of its -naflex."
+        )
+
+
+def _load_decoder(backbone: str, config: PreTrainedConfig) -> Any:
     """The language model, with a head of its own: action rows mean one thing when read and another when predicted."""
-    decoder = _load(AutoModelForCausalLM, backbone, "backbone", dtype=torch.float32)
+    decoder = load_model(AutoModelForCausalLM, backbone, "backbone", config)
     head = getattr(decoder, "lm_head", None)
     if head is None or head.bias is not None or not hasattr(decoder, "model"):
         raise ConfigError(f"{backbone!r} ({decoder.config.model_type}) is not a LLaMA-architecture causal LM.")
@@ -209,6 +267,29 @@ def _load_decoder(backbone: str) -> Any:
         decoder.config.tie_word_embeddings = False
         decoder.all_tied_weights_keys = {}  # or the head would be left out when the network is saved
     return decoder
+
+
+def _make_room(config: VLAConfig) -> None:
+    """Size a network that is not trained yet by the data: cameras and state entries."""
+    robot = config.robot_spec
+    config.max_cameras = max(config.max_cameras, len(robot.cameras))
+    if config.use_state:
+        config.max_state_dim = max(config.max_state_dim, robot.state_dim)
+
+
+def _check_room(config: VLAConfig, backbone: str) -> None:
+    """ConfigError when a trained network was not sized for as many cameras or state entries as the data has."""
+    robot = config.robot_spec
+    if len(robot.cameras) > config.max_cameras:
+        raise ConfigError(
+            f"the data has {len(robot.cameras)} cameras ({', '.join(robot.cameras)}); {backbone!r} takes at most "
+            f"{config.max_cameras}. Choose some with `cameras`, or start from 'nano-init', which takes all."
+        )
+    if config.use_state and robot.state_dim > config.max_state_dim:
+        raise ConfigError(
+            f"the state has {robot.state_dim} entries; {backbone!r} takes at most {config.max_state_dim}. Leave the "
+            "state out (use_state false), or start from 'nano-init', which takes all."
+        )
 
 
 def _action_rows(vocab_size: int, special: list[int]) -> int:
@@ -223,39 +304,44 @@ def _action_rows(vocab_size: int, special: list[int]) -> int:
 
 
 def _set_policy(config: VLAConfig, model: ModelConfig, facts: DataFacts, robot: RobotSpec) -> None:
-    """Write what an action means into `config`: robot, statistics, tokenizer, horizon, prompt."""
-    before = config.action_tokenizer  # that of the checkpoint which is trained further
+    """Write what an action means into `config`: robot, statistics, tokenizer, horizon, prompt. What `model` leaves open
+    stays as it is in a checkpoint that is trained further."""
+    before = config.action_tokenizer or {}
     config.robot, config.statistics = robot.to_dict(), facts.statistics
-    config.use_state, config.normalization = model.use_state, model.normalization
+    config.use_state = config.use_state if model.use_state is None else model.use_state
+    config.normalization = model.normalization or config.normalization
     config.prompt = model.prompt or config.prompt
     config.horizon = model.horizon or config.horizon
     kept = config.n_action_steps if before and model.horizon is None else max(1, config.horizon // 2)
     config.n_action_steps = model.n_action_steps or kept
     if not 1 <= config.n_action_steps <= config.horizon:
         raise ConfigError(f"n_action_steps {config.n_action_steps} must be between 1 and the horizon {config.horizon}.")
-    bins = model.bins or (before or {}).get("n_bins", DEFAULT_BINS)
     normalizers = {key: config.action_normalizer(key) for key in facts.statistics}
     constant = np.logical_and.reduce([normalizer.constant for normalizer in normalizers.values()])
     if constant.all():
         raise ConfigError("no action entry ever moves in this data; there is nothing to learn.")
     active = np.flatnonzero(~constant).tolist()
     normalized = np.concatenate([normalizers[key].normalize(actions) for key, actions in facts.actions.items()])
-    config.action_tokenizer = _tokenizer(model.tokenizer, config.horizon, bins, normalized, active).to_dict()
+    name = model.tokenizer or before.get("name", "uniform")
+    bins = model.bins or (None if name == "openvla" else before.get("n_bins"))
+    config.action_tokenizer = _tokenizer(name, config.horizon, bins, normalized, active).to_dict()
     config.check_policy()
 
 
-def _tokenizer(name: str, horizon: int, bins: int, normalized: np.ndarray, active: list[int]) -> ActionTokenizer:
+def _tokenizer(name: str, horizon: int, bins: int | None, normalized: np.ndarray, active: list[int]) -> ActionTokenizer:
     """The action tokenizer for normalised actions [N, D] of which the entries `active` move."""
     action_dim = normalized.shape[1]
-    if not 2 <= bins <= N_ACTION_ROWS:
+    if bins is not None and not 2 <= bins <= N_ACTION_ROWS:
         raise ConfigError(f"bins must be between 2 and the {N_ACTION_ROWS} action rows, got {bins}.")
     match name:
         case "uniform":
-            return UniformBins(horizon, action_dim, bins, active)
+            return UniformBins(horizon, action_dim, bins or DEFAULT_BINS, active)
         case "openvla":
+            if bins not in (None, 256):
+                raise ConfigError(f"tokenizer 'openvla' has 256 bins, not {bins}; leave `bins` empty.")
             return OpenVLABins(horizon, action_dim)
         case "quantile":
-            return QuantileBins.fit(normalized, horizon, bins, active)
+            return QuantileBins.fit(normalized, horizon, bins or DEFAULT_BINS, active)
     raise ConfigError(unknown("action tokenizer", name, ["uniform", "quantile", "openvla"]))
 
 
@@ -266,25 +352,3 @@ def _choose_cameras(robot: RobotSpec, cameras: tuple[str, ...]) -> RobotSpec:
     if not robot.cameras:
         raise ConfigError("the dataset has no camera; an image policy needs at least one.")
     return dataclasses.replace(robot, cameras=cameras or robot.cameras)
-
-
-def _load(auto: Any, name: str, what: str, **kwargs: Any) -> Any:
-    try:
-        return auto.from_pretrained(name, **kwargs)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"cannot load {what} {name!r}: {error}\nExpected the embedded 'nano', a checkpoint folder of this package, "
-            "or a folder or hub id that transformers can load."
-        ) from None
-
-
-def _image_statistics(name: str, vision: PreTrainedConfig) -> tuple[list[float], list[float]]:
-    """Mean and std that the tower was trained with: from its preprocessor_config.json, else its family's."""
-    path = cached_file(name, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
-    stored = json.loads(Path(path).read_text()) if path else {}
-    if "image_mean" in stored and "image_std" in stored:
-        return stored["image_mean"], stored["image_std"]
-    for family, values in _MEAN_STD.items():
-        if family in vision.model_type:
-            return values
-    return _MEAN_STD["siglip"]

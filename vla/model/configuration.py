@@ -19,6 +19,7 @@ from vla.spec import RobotSpec
 
 # States beyond three standard ranges say nothing more, but must not saturate at the edge of the data.
 STATE_LIMIT = 3.0
+LAYOUTS = ("instruction_first", "image_first")
 
 
 @strict
@@ -33,6 +34,7 @@ class VLAConfig(PreTrainedConfig):
         projector_layers: linear layers from vision to language width, GELU in between.
         projector_hidden: width between them; None is the language model's.
         max_state_dim: width of the state input; shorter states are padded with zeros.
+        max_cameras: cameras that have an embedding.
 
     Sequence:
         layout: "instruction_first" ([BOS] prompt, images, state) or "image_first" ([BOS] images, state, prompt).
@@ -59,6 +61,7 @@ class VLAConfig(PreTrainedConfig):
     projector_layers: int = 2
     projector_hidden: int | None = None
     max_state_dim: int = 32
+    max_cameras: int = 8
     layout: str = "instruction_first"
     image_token_id: int = 3
     state_token_id: int = 4
@@ -101,7 +104,11 @@ class VLAConfig(PreTrainedConfig):
             raise CheckpointError(f"config.json: robot: {error}") from None
 
     def make_action_tokenizer(self) -> ActionTokenizer:
-        return build(self._needed("action_tokenizer"))
+        values = self._needed("action_tokenizer")
+        try:
+            return build(values)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"config.json: the action tokenizer {values} is not valid: {error}") from None
 
     def unnorm_key(self, key: str | None = None) -> str:
         """`key` checked, or the only one there is. CheckpointError when the choice is open or the key unknown."""
@@ -131,6 +138,11 @@ class VLAConfig(PreTrainedConfig):
         """Raise CheckpointError unless everything that decides what an action means is there and consistent."""
         tokenizer, robot = self.make_action_tokenizer(), self.robot_spec
         check_template(self.prompt)
+        self._check_inputs(robot)
+        if not 1 <= self.n_action_steps <= self.horizon:
+            raise CheckpointError(
+                f"n_action_steps {self.n_action_steps} is not between 1 and the horizon {self.horizon}."
+            )
         for key in self._needed("statistics"):
             width = len(self.action_normalizer(key).scale)
             if width != robot.action_dim:
@@ -149,6 +161,21 @@ class VLAConfig(PreTrainedConfig):
                 f"of a vocabulary of {self.vocab_size}."
             )
 
+    def _check_inputs(self, robot: RobotSpec) -> None:
+        """Raise CheckpointError unless prefix, images and state are described without contradiction."""
+        if self.layout not in LAYOUTS:
+            raise CheckpointError(unknown("layout", self.layout, LAYOUTS))
+        rows = range(self.action_token_begin, self.action_token_begin + self.n_action_rows)
+        placeholders = (self.image_token_id, self.state_token_id)
+        if len(set(placeholders)) < 2 or any(i in rows or not 0 <= i < self.vocab_size for i in placeholders):
+            raise CheckpointError(
+                f"image_token_id {self.image_token_id} and state_token_id {self.state_token_id} must be different ids "
+                f"of the vocabulary of {self.vocab_size} that are not action rows."
+            )
+        for name, values in (("image_mean", self.image_mean), ("image_std", self.image_std)):
+            if [len(tower) for tower in values or ()] != [3] * len(self.vision_configs):
+                raise CheckpointError(f"{name} must be three values for each of {len(self.vision_configs)} towers.")
+
     def _needed(self, field: str) -> Any:
         value = getattr(self, field)
         if not value:
@@ -162,5 +189,6 @@ class VLAConfig(PreTrainedConfig):
 def _as_config(values: dict | PreTrainedConfig) -> PreTrainedConfig:
     if isinstance(values, PreTrainedConfig):
         return values
-    arguments = dict(values)
+    # How attention is computed is this machine's matter; a checkpoint could name code to download.
+    arguments = {name: value for name, value in values.items() if name != "attn_implementation"}
     return AutoConfig.for_model(arguments.pop("model_type"), **arguments)

@@ -17,18 +17,17 @@ observations become tensors (processing) or how chunks are decoded (decoding).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
 
 import vla.model.nano_vision  # noqa: F401  (registers the embedded backbone's vision tower)
 from vla.errors import ConfigError
 from vla.model.configuration import VLAConfig
-
-MAX_CAMERAS = 8
 
 
 class Projector(nn.Sequential):
@@ -51,7 +50,6 @@ class VLAForActionPrediction(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
-    _skip_keys_device_placement: ClassVar = ["past_key_values"]
 
     def __init__(
         self,
@@ -66,7 +64,7 @@ class VLAForActionPrediction(PreTrainedModel, GenerationMixin):
         hidden = config.projector_hidden or config.hidden_size
         vision_width = sum(vision.hidden_size for vision in config.vision_configs)
         self.projector = Projector(vision_width, hidden, config.hidden_size, config.projector_layers)
-        self.camera_embedding = nn.Embedding(MAX_CAMERAS, config.hidden_size)
+        self.camera_embedding = nn.Embedding(config.max_cameras, config.hidden_size)
         self.state_projector = Projector(config.max_state_dim, config.hidden_size, config.hidden_size, 2)
         self.language_model: Any = language_model or AutoModelForCausalLM.from_config(config.text_config)
         self.tokens_per_image = count_image_tokens(config)
@@ -85,6 +83,11 @@ class VLAForActionPrediction(PreTrainedModel, GenerationMixin):
             # attention writes into them, such as the colour that the instruction names.
             scale = self.config.text_config.initializer_range
             nn.init.normal_(layers[-1].weight, std=scale / layers[-1].in_features ** 0.5)
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """peft asks under this name, which transformers deprecates in favour of `is_activation_checkpointing`."""
+        return self.is_activation_checkpointing
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -117,14 +120,12 @@ class VLAForActionPrediction(PreTrainedModel, GenerationMixin):
         return (tokens.view(batch, cameras, self.tokens_per_image, -1) + which[:, None]).flatten(1, 2)
 
     def _tower_features(self, tower: nn.Module, images: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor:
-        layer, inputs = self.config.vision_feature_layer, {"pixel_values": images}
         if _is_conditioned(tower.config):
             assert condition is not None
-            inputs["condition"] = condition.repeat_interleave(len(images) // len(condition), dim=0).to(images.dtype)
-        if layer == -1:
-            hidden = tower(**inputs).last_hidden_state
+            condition = condition.repeat_interleave(len(images) // len(condition), dim=0).to(images.dtype)
         else:
-            hidden = tower(**inputs, output_hidden_states=True).hidden_states[layer]
+            condition = None
+        hidden = tower_features(tower, images, self.config.vision_feature_layer, condition)
         return hidden[:, -self.tokens_per_image :]  # class and register tokens stand in front
 
     def _mean_word(self, input_ids: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
@@ -151,46 +152,52 @@ class VLAForActionPrediction(PreTrainedModel, GenerationMixin):
             embeds = embeds.masked_scatter(mask, projected.to(embeds.dtype))
         return embeds
 
+    @can_return_tuple
     def forward(
         self,
-        input_ids: torch.Tensor | None = None,
+        input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         state: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Any = None,
-        inputs_embeds: torch.Tensor | None = None,
+        cache: Cache | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits, and the loss when `labels` are given.
+        """Logits, and the loss when `labels` are given. Any other keyword is a TypeError: what a dependency renames
+        must not be dropped without a word.
 
         Args:
             input_ids: int64 [B, L], prompts padded on the left.
+            attention_mask: int64 [B, cached + L], 0 for padding.
             pixel_values: uint8 [B, C, 3, S, S].
             state: float [B, max_state_dim], normalised.
+            position_ids: int64 [B, L]; by default each row counts from its first token that is not padding.
+            cache: keys and values of the tokens in front of `input_ids`, as `generate` keeps them.
             labels: int64 [B, T], the suffix: ids of action tokens, -100 where m_t = 0. `input_ids` must end with the
                 suffix; the returned logits are then the T that predict it.
+            use_cache: return a cache.
+            logits_to_keep: how many of the last logits to compute, 0 for all, or which ones (indices).
+            return_dict: False for a tuple instead of an output object.
         """
-        if inputs_embeds is None:
-            assert input_ids is not None, "give input_ids or inputs_embeds"
-            inputs_embeds = self.embed(input_ids, pixel_values, state)
+        embeds = self.embed(input_ids, pixel_values, state)
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
-            position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
+            position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -embeds.shape[1] :]
         outputs = self.language_model.model(
-            inputs_embeds=inputs_embeds,
+            inputs_embeds=embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=bool(use_cache) if labels is None else False,
+            cache=cache,
+            use_cache=bool(use_cache),
+            return_dict=True,  # whatever the decoder's own config.json says
         )
         hidden = outputs.last_hidden_state
         if labels is not None:
             hidden = hidden[:, -labels.shape[1] - 1 : -1]
-        elif isinstance(logits_to_keep, int) and logits_to_keep:
-            hidden = hidden[:, -logits_to_keep:]
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            hidden = hidden[:, kept]
         logits = self.language_model.lm_head(hidden)
         loss = None
         if labels is not None:
@@ -199,13 +206,45 @@ class VLAForActionPrediction(PreTrainedModel, GenerationMixin):
             ).view_as(labels)
             learned = (labels != -100).sum(-1)
             loss = (token_loss.sum(-1) / learned.clamp(min=1)).mean()
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, cache=outputs.cache)
 
-    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, is_first_iteration: bool = False, **kwargs: Any):
-        inputs = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
-        if not is_first_iteration and inputs.get("past_key_values") is not None:  # they are in the cache by then
-            inputs["pixel_values"] = inputs["state"] = None
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        next_sequence_length: int | None = None,
+        is_first_iteration: bool = False,
+        cache: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        state: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+    ) -> dict[str, Any]:
+        """Arguments of `forward` for one step of `generate`. Any other keyword is a TypeError."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            is_first_iteration=is_first_iteration,
+            cache=cache,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+        )
+        if is_first_iteration or cache is None:  # later, images and state are in the cache
+            inputs |= {"pixel_values": pixel_values, "state": state}
         return inputs
+
+
+def tower_features(
+    tower: nn.Module, images: torch.Tensor, layer: int, condition: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Hidden states [B, tokens, vision width] of a tower: `layer` -1 is its output, -2 the block before, and so on."""
+    inputs = {"pixel_values": images} if condition is None else {"pixel_values": images, "condition": condition}
+    if layer == -1:
+        return tower(**inputs, return_dict=True).last_hidden_state
+    return tower(**inputs, output_hidden_states=True, return_dict=True).hidden_states[layer]
 
 
 def _is_conditioned(vision: Any) -> bool:

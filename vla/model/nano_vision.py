@@ -20,6 +20,7 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import can_return_tuple
 
 
 @strict
@@ -99,7 +100,8 @@ class NanoVisionModel(PreTrainedModel):
             # "where is the red thing?" was learned.
             nn.init.normal_(module.position_embedding, std=1.0)
 
-    def forward(self, pixel_values: torch.Tensor, condition: torch.Tensor | None = None, **kwargs) -> BaseModelOutput:
+    @can_return_tuple
+    def forward(self, pixel_values: torch.Tensor, condition: torch.Tensor | None = None) -> BaseModelOutput:
         x = self.stem(pixel_values.contiguous(memory_format=torch.channels_last))
         if self.condition_norm is not None:
             condition = self.condition_norm(condition)

@@ -44,11 +44,13 @@ class VLAProcessor:
         if instruction not in self._prompts:
             text = self.tokenizer(build_prompt(instruction, self.config.prompt), add_special_tokens=False)["input_ids"]
             # The rows of placeholders and actions overwrite rare tokens of a pretrained vocabulary; text must not use
-            # them (it would be read as an image or as an action).
+            # them (it would be read as an image or as an action). Tokens that were added to a tokenizer may have ids
+            # beyond the embedding.
             begin, end = self.config.action_token_begin, self.config.action_token_begin + self.config.n_action_rows
             reserved = (self.config.image_token_id, self.config.state_token_id)
-            text = [i for i in text if not begin <= i < end and i not in reserved]
-            bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+            size, first_id = self.config.vocab_size, self.tokenizer.bos_token_id
+            text = [i for i in text if i < size and not begin <= i < end and i not in reserved]
+            bos = [] if first_id is None or first_id >= size else [first_id]
             images = [self.config.image_token_id] * (self.tokens_per_image * len(self.robot.cameras))
             state = [self.config.state_token_id] if self.config.use_state else []
             first = self.config.layout == "instruction_first"
