@@ -250,7 +250,7 @@ def fill(root: Path, template: str, **place: Any) -> Path:
 def inside(root: Path, path: str) -> Path:
     """`path` below `root`; DataError if it leads elsewhere. Links are followed: the Hub's cache consists of them."""
     pure = PurePosixPath(path)
-    if pure.is_absolute() or ".." in pure.parts:
+    if ".." in pure.parts or (pure.is_absolute() and not pure.is_relative_to(root.absolute())):
         raise DataError(f"{root}: the path {path!r} leads out of the dataset folder, so it is not read.")
     return root / path
 

@@ -69,6 +69,8 @@ class Demonstrations:
         task_index: int64 [N], into `tasks`.
         steps: int64 [N], when each frame was recorded, in frames since its episode began; more than its number in the
             episode where frames before it were removed.
+        timing: why the timestamps say nothing (images are not looked up by time then), in words; "" if they do.
+        renamed: episodes that meta/episodes lists under another instruction than meta/tasks.parquet.
         unlisted: frames of the data files whose episodes meta/episodes does not list; they are not read.
     Raises:
         DataError: no dataset, another version, missing or damaged files, values that cannot be trained on.
@@ -98,7 +100,15 @@ class Demonstrations:
         self.states: np.ndarray | None = frames.vectors.get(v3.STATE)
         self.executed_actions: np.ndarray | None = frames.vectors.get(v3.EXECUTED)
         self.unlisted = frames.unlisted
-        self.steps = tables.frame_steps(self.root, self._rows, frames.time, self.fps, strict=bool(self.info.video_keys))
+        try:
+            self.steps, self.timing = tables.frame_steps(self._rows, frames.time, self.fps)
+        except DataError as error:
+            raise DataError(f"{self.root}: {error}") from None
+        if self.timing and self.info.video_keys:
+            raise DataError(
+                f"{self.root}: {self.timing} Images of a video are looked up by time. Where frames follow each other "
+                f'without gaps, set "{tables.TIME}" to frame_index / fps.'
+            )
         tasks = tables.read_tasks(self.root)
         self.tasks = list(tasks.values())
         self.task_index = np.searchsorted(list(tasks), frames.task).astype(np.int64)
@@ -108,6 +118,11 @@ class Demonstrations:
                 f"{v3.TASKS} has {len(tasks)} instructions, none for that index. Copy the dataset again."
             )
         self.episodes = [self._episode(row, frames.success) for row in self._rows]
+        self.renamed = tuple(
+            episode.index
+            for row, episode in zip(self._rows, self.episodes, strict=True)
+            if isinstance(named := row.get("tasks"), list) and named and set(named) != set(episode.instructions)
+        )
         self._row_of = dict(zip((episode.index for episode in self.episodes), self._rows, strict=True))
         for row, episode in zip(self._rows, self.episodes, strict=True):
             self._store.check_span(row, self.steps[episode.rows])
@@ -168,15 +183,6 @@ class Demonstrations:
             seed=row.get("seed"),
             success=_flag(solved),
             noise=row.get("noise"),
-        )
-
-    @property
-    def renamed(self) -> tuple[int, ...]:
-        """Episodes that meta/episodes lists under another instruction than their frames have."""
-        return tuple(
-            episode.index
-            for row, episode in zip(self._rows, self.episodes, strict=True)
-            if isinstance(named := row.get("tasks"), list) and named and set(named) != set(episode.instructions)
         )
 
 

@@ -52,10 +52,9 @@ def _instruction_column(path: Path, table: pa.Table) -> str:
     """The instruction is the index of a data frame: the index that its metadata names, else by its usual names."""
     text = [field.name for field in table.schema if _is_text(field.type) and field.name != "task_index"]
     try:
-        described = table.schema.pandas_metadata or {}
-    except ValueError:
-        described = {}
-    index = [name for name in described.get("index_columns", []) if name in text]
+        index = [name for name in table.schema.pandas_metadata["index_columns"] if name in text]
+    except (ValueError, TypeError, KeyError):  # no data frame, or one whose description is damaged
+        index = []
     for names in (index, [name for name in ("task", "__index_level_0__") if name in text][:1], text):
         if len(names) == 1:
             return names[0]
@@ -74,7 +73,7 @@ def read_episodes(root: Path, info: v3.Info, video_keys: Sequence[str]) -> list[
         raise DataError(f"{root} is empty: it has no episodes. Record some first.")
     if len(rows) != info.total_episodes:
         raise DataError(
-            f"{root}: {v3.INFO} counts {info.total_episodes} episodes, meta/episodes lists {len(rows)}. {CUT_SHORT}"
+            f"{root}: {v3.INFO} counts {info.total_episodes!r} episodes, meta/episodes lists {len(rows)}. {CUT_SHORT}"
         )
     whole = ["episode_index", "length", "data/chunk_index", "data/file_index"]
     whole += [f"videos/{key}/{name}" for key in video_keys for name in ("chunk_index", "file_index")]
@@ -184,41 +183,36 @@ def _rows_of(root: Path, rows: Sequence[Row], episode: np.ndarray, frame: np.nda
     return np.concatenate(parts)
 
 
-def frame_steps(root: Path, rows: Sequence[Row], time: np.ndarray | None, fps: float, strict: bool) -> np.ndarray:
+def frame_steps(rows: Sequence[Row], time: np.ndarray | None, fps: float) -> tuple[np.ndarray, str]:
     """When each frame was recorded, in frames since its episode began: int64 [N], ascending in an episode.
 
     Where frames were removed from the tables but not from the video, these are not 0, 1, 2, ...
 
     Args:
         time: seconds since the episode began [N]; None: one frame after the other.
-        strict: whether images are looked up by time. If not, times that fit no rate are ignored.
+    Returns:
+        The steps, and in words why the times do not give any (then the steps are 0, 1, 2, ...), else "".
     Raises:
-        DataError: the times contradict `fps`, or (if `strict`) are off the grid that it gives.
+        DataError: the times contradict `fps`.
     """
-    plain_steps = np.concatenate([np.arange(row["length"]) for row in rows])
+    counted = np.concatenate([np.arange(row["length"]) for row in rows])
     if time is None:
-        return plain_steps
-    where = f"{root}: the timestamps of"
-    fix = 'Where frames follow each other without gaps, set "timestamp" to frame_index / fps.'
-    exact = time * fps
-    inner = np.diff(exact)[np.diff(plain_steps) == 1]
-    pace = np.median(inner) if len(inner) else 1.0
+        return counted, ""
+    exact, follows = time * fps, np.diff(counted) == 1
+    pace = np.median(np.diff(exact)[follows]) if follows.any() else 1.0
     if np.isfinite(pace) and pace > 0 and not 1 / OTHER_RATE < pace < OTHER_RATE:
         raise DataError(
-            f"{where} its frames are {pace / fps:.4g} s apart, but {v3.INFO} has fps {fps:g}. Correct fps there."
+            f"the timestamps are {pace / fps:.4g} s apart, but {v3.INFO} has fps {fps:g}. Correct the wrong one."
         )
+    steps = np.round(exact)
     with np.errstate(invalid="ignore"):
-        steps = np.round(exact)
         off = ~(np.abs(exact - steps) <= OFF_GRID) | (steps < 0)
-    off[1:] |= (np.diff(steps) < 1) & (np.diff(plain_steps) == 1)
+        off[1:] |= (np.diff(steps) < 1) & follows
     if not off.any():
-        return steps.astype(np.int64)
-    if not strict:
-        return plain_steps
+        return steps.astype(np.int64), ""
     row = int(np.flatnonzero(off)[0])
-    raise DataError(
-        f"{where} {locate(rows, row)}: {time[row]:.4f} s is not a multiple of 1/{fps:g} s after the frame before, so it "
-        f"is not clear which image of the video belongs to it. {fix}"
+    return counted, (
+        f"{locate(rows, row)}: the timestamp {time[row]:.4f} s is not a multiple of 1/{fps:g} s after the frame before."
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -110,7 +111,7 @@ class VideoReader:
             self._container: Any = av.open(str(path))
             self._stream: Any = self._container.streams.best("video")
             if self._stream is None:
-                raise DataError(f"{path} has no video stream.")
+                raise DataError(f"{path} has no video stream: it holds something else, or was cut short.")
             if self._stream.codec_context is None:
                 raise DataError(f"{path} cannot be decoded: FFmpeg does not know its codec. Encode it as H.264.")
             self._stream.thread_type = "AUTO"
@@ -127,7 +128,7 @@ class VideoReader:
         """(height, width) as encoded."""
         return self._stream.height, self._stream.width
 
-    @property
+    @functools.cached_property
     def is_depth(self) -> bool:
         """Whether a pixel is one number of more than 8 bits: a distance, not a grey value."""
         components = self._stream.codec_context.format.components
@@ -153,8 +154,8 @@ class VideoReader:
                 raise DataError(f"{self.path} is damaged at {seconds:.3f} s. Copy it again.")
             if self.is_depth:
                 raise DataError(f"{self.path} holds depth, not colours. Say so in meta/info.json: {DEPTH_FLAG}.")
-            image: np.ndarray = self._reformatter.reformat(frame, format="rgb24", interpolation=_ACCURATE).to_ndarray()
-            return self._turned(frame, image)
+            rgb = self._reformatter.reformat(frame, format="rgb24", interpolation=_ACCURATE)
+            return self._turned(frame, rgb.to_ndarray())
 
     def close(self) -> None:
         self._container.close()
@@ -201,9 +202,7 @@ class VideoReader:
         elif b == c == 0 and a and d:
             across, down = a, d
         else:
-            raise DataError(
-                f"{self.path} is turned by an angle that is not a multiple of 90 degrees. Encode it upright."
-            )
+            raise DataError(f"{self.path} is turned by a part of 90 degrees. Encode it upright.")
         return np.ascontiguousarray(image[:: 1 if down > 0 else -1, :: 1 if across > 0 else -1])
 
     def _seek(self, seconds: float) -> None:
