@@ -7,6 +7,7 @@ as odd is decided in `data.checks`, what pictures look like in `data.pictures`. 
 from __future__ import annotations
 
 import base64
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ def inspect(config: InspectConfig) -> Path:
         DataError: the dataset cannot be read; the message says why.
     """
     check_config(config)
+    bins = embedded_bins() if config.bins is None else config.bins
     demos = Demonstrations(config.data)
     out = config.out or config.data / "inspect"
     out.mkdir(parents=True, exist_ok=True)
@@ -43,22 +45,28 @@ def inspect(config: InspectConfig) -> Path:
     statistics = compute_statistics(demos.actions)
     normalizer = Normalizer.from_statistics(statistics, "q01_q99")
     findings = [*check(demos), *_image_findings(demos)]
-    figures = {"actions": pictures.action_histograms(demos, normalizer, config.bins)}
+    figures = {"actions": pictures.action_histograms(demos, normalizer, bins)}
     figures |= {f"camera-{camera}": _strip(demos, camera) for camera in demos.cameras}
     figures["lengths"] = pictures.length_histogram(demos)
     for name, figure in figures.items():
         figure.savefig(out / f"{name}.png", dpi=150, facecolor="white")
 
     facts = _facts(demos)
-    entries = _entries(demos, normalizer, statistics, config.bins)
+    entries = _entries(demos, normalizer, statistics, bins)
     instructions = Counter(episode.instruction for episode in demos.episodes).most_common()
     (out / PAGE).write_text(
-        _page(config, demos, facts, entries, instructions, findings, {name: out / f"{name}.png" for name in figures}),
+        _page(bins, demos, facts, entries, instructions, findings, {name: out / f"{name}.png" for name in figures}),
         encoding="utf-8",
     )
-    _print(Console(), demos, facts, entries, instructions, findings)
+    _print(Console(), bins, demos, facts, entries, instructions, findings)
     Console(stderr=True).print(f"report: {out / PAGE}", highlight=False, soft_wrap=True)
     return out
+
+
+def embedded_bins() -> int:
+    """Bins of the embedded backbone, which `vla train` starts from by default."""
+    config = Path(__file__).parent / "pretrained/nano/config.json"
+    return int(json.loads(config.read_text())["action_tokenizer"]["n_bins"])
 
 
 def _facts(demos: Demonstrations) -> dict[str, str]:
@@ -71,7 +79,8 @@ def _facts(demos: Demonstrations) -> dict[str, str]:
         "episodes": f"{len(lengths)}" + (f" ({sum(known)} successes)" if known else ""),
         "frames": f"{demos.num_frames} at {demos.fps:g} per second ({demos.num_frames / demos.fps / 60:.1f} minutes)",
         "episode length": f"{min(lengths)} to {max(lengths)}, median {np.median(lengths):.0f} frames",
-        "cameras": cameras or "none",
+        "cameras": (cameras or "none")
+        + (f" (depth left out: {', '.join(demos.info.depth)})" if demos.info.depth else ""),
         "state": ", ".join(demos.robot.state_names) or "none",
         "action": f"{demos.robot.action_space}: {', '.join(demos.robot.action_names)}",
         "instructions": str(len({episode.instruction for episode in demos.episodes})),
@@ -144,6 +153,7 @@ def _listed(episodes: tuple[int, ...]) -> str:
 
 def _print(
     console: Console,
+    bins: int,
     demos: Demonstrations,
     facts: dict[str, str],
     entries: list[dict[str, Any]],
@@ -155,7 +165,7 @@ def _print(
         table.add_row(name, value, style=None)
     console.print(table, "")
 
-    table = Table("action", "q01", "q99", "min", "max", "mean", "std", "clipped", "bin width", box=None)
+    table = Table("action", "q01", "q99", "min", "max", "mean", "std", "clipped", f"bin width ({bins})", box=None)
     for column in table.columns[1:]:
         column.justify = "right"
     for entry in entries:
@@ -179,7 +189,7 @@ def _print(
 
 
 def _page(
-    config: InspectConfig,
+    bins: int,
     demos: Demonstrations,
     facts: dict[str, str],
     entries: list[dict[str, Any]],
@@ -194,7 +204,7 @@ def _page(
         name=demos.root.resolve().name,
         facts=facts,
         entries=entries,
-        bins=config.bins,
+        bins=bins,
         instructions=instructions[: 4 * LISTED],
         unlisted=len(instructions) - 4 * LISTED,
         findings=findings,

@@ -22,6 +22,7 @@ import numpy as np
 import peft
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
@@ -281,6 +282,7 @@ def _summary(cfg: TrainConfig, demos: list[Demonstrations], model: torch.nn.Modu
     rows = {
         "data": ", ".join(f"{d.root} ({len(d.episodes)} episodes, {d.num_frames} frames)" for d in demos),
         "cameras": f"{', '.join(processor.robot.cameras)} at {processor.config.image_size} px",
+        "state": _state_row(processor),
         "chunk": f"[{horizon}, {processor.robot.action_dim}] as {tokenizer.n_tokens} tokens of {tokenizer.vocab_size}",
         "left out": ", ".join(still) + " (never move in this data)" if still else "nothing",
         "prefix": f"{len(processor.prefix_ids(demos[0].tasks[0]))} tokens for {demos[0].tasks[0]!r}",
@@ -292,6 +294,29 @@ def _summary(cfg: TrainConfig, demos: list[Demonstrations], model: torch.nn.Modu
     for name, value in rows.items():
         table.add_row(name, value)
     Console().print(table)
+    for note in _left_out(processor, demos):
+        Console().print(f"[bold yellow]note[/]: {escape(note)}", highlight=False, soft_wrap=True)
+
+
+def _state_row(processor: VLAProcessor) -> str:
+    if not processor.config.use_state:
+        return "not used (use_state is off)"
+    return ", ".join(processor.robot.state_names) or "none: the data has no observation.state"
+
+
+def _left_out(processor: VLAProcessor, demos: list[Demonstrations]) -> list[str]:
+    """What the datasets hold but the policy is not given, where one would expect that it is."""
+    notes = [f"{d.root}: depth images are left out: {', '.join(d.info.depth)}." for d in demos if d.info.depth]
+    for demo in demos:
+        if processor.config.use_state and demo.states is None:
+            similar = (
+                f" Rename or join one of these to use it: {', '.join(demo.info.unread)}." if demo.info.unread else ""
+            )
+            notes.append(
+                f"{demo.root} has no feature observation.state, so the policy gets no state.{similar} "
+                "(`--no-use-state` says that this is meant.)"
+            )
+    return notes
 
 
 def _dry_run(cfg: TrainConfig) -> Path:

@@ -119,7 +119,7 @@ def test_a_video_with_too_few_frames(root, tmp_path):
     shutil.copy(short / VIDEO, root / VIDEO)
     demos = Demonstrations(root)
     assert len(list(demos.frames(1, "front"))) == 9
-    with pytest.raises(DataError, match=r"ends before frame 21.*Episode 2 is frames 21 to 35 of that video"):
+    with pytest.raises(DataError, match=r"ends before 2.100 s.*Episode 2 is 2.100 to 3.500 s of that video"):
         list(demos.frames(2, "front"))
 
 

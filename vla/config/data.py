@@ -84,13 +84,13 @@ class InspectConfig:
     Attributes:
         data: dataset folder.
         out: where the plots and the page go; None: `<data>/inspect`.
-        bins: bins of the action tokenizer whose edges are drawn.
+        bins: bins of the action tokenizer whose edges are drawn; None: as many as the embedded backbone has (63).
     """
 
     __pydantic_config__ = STRICT
     data: Path = Path("datasets/demos")
     out: Path | None = None
-    bins: Annotated[int, Ge(2)] = 256
+    bins: Annotated[int, Ge(2)] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -41,7 +41,7 @@ class Finding:
 
 def check(demos: Demonstrations) -> list[Finding]:
     """All findings that need no images, those that concern the whole dataset first."""
-    findings = [*_entries(demos), *_gripper(demos), *_lengths(demos.episodes), *_repeats(demos)]
+    findings = [*_description(demos), *_entries(demos), *_gripper(demos), *_lengths(demos.episodes), *_repeats(demos)]
     found: dict[str, list[tuple[int, str]]] = defaultdict(list)
     moving, usual = moves(demos), _usual_steps(demos)
     for episode in demos.episodes:
@@ -93,6 +93,42 @@ def moves(demos: Demonstrations) -> np.ndarray:
     moving[:-1] = changed
     moving[[episode.rows.stop - 1 for episode in demos.episodes]] = True
     return moving
+
+
+def _description(demos: Demonstrations) -> Iterator[Finding]:
+    """What the dataset has besides the frames and columns that are read, and where its parts disagree."""
+    info = demos.info
+    if info.depth:
+        yield Finding("depth", f"{', '.join(info.depth)}: left out; a policy sees colours only.")
+    if demos.states is None:
+        similar = f" These columns are not read: {', '.join(info.unread)}." if info.unread else ""
+        yield Finding("no state", f"there is no feature observation.state, so a policy sees images only.{similar}")
+    if others := [name for name in info.splits or {} if name != "train"]:
+        yield Finding("other splits", f"{', '.join(others)}: all episodes are read; training holds out its own.")
+    if demos.unlisted:
+        detail = f"{demos.unlisted} frames of the data files belong to episodes that meta/episodes does not list."
+        yield Finding("unlisted episodes", detail + " They are not read.")
+    total = demos.num_frames + demos.unlisted
+    if info.total_frames not in (demos.num_frames, total):
+        yield Finding("other count", f"meta/info.json counts {info.total_frames} frames; there are {demos.num_frames}.")
+    gaps = tuple(
+        episode.index for episode in demos.episodes if (demos.steps[episode.rows] != np.arange(episode.length)).any()
+    )
+    if gaps:
+        yield Finding(
+            "time gaps",
+            "by their timestamps, frames are missing. Images are looked up by time, but actions follow each other as "
+            "if nothing was missing.",
+            gaps,
+        )
+    if demos.timing:
+        yield Finding("odd timestamps", demos.timing)
+    if demos.renamed:
+        yield Finding(
+            "other instructions",
+            "meta/episodes has other instructions than meta/tasks.parquet. The latter are used.",
+            demos.renamed,
+        )
 
 
 def _entries(demos: Demonstrations) -> Iterator[Finding]:

@@ -16,8 +16,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vla.errors import DataError, SpecError
@@ -95,47 +96,111 @@ class Info:
                 raise DataError(f"{path}: {key!r} is missing or empty. Copy the dataset again.")
         known = {field.name for field in dataclasses.fields(cls)}
         info = cls(**{key: value for key, value in values.items() if key in known})
-        if not (isinstance(info.fps, int | float) and info.fps > 0):
+        number = isinstance(info.fps, int | float) and not isinstance(info.fps, bool)
+        if not (number and math.isfinite(info.fps) and info.fps > 0):
             raise DataError(f"{path}: fps must be a positive number, got {info.fps!r}.")
+        if not isinstance(info.features, dict):
+            raise DataError(f'{path}: "features" must map names to features, got {info.features!r}.')
         for key, feature in info.features.items():
-            if not isinstance(feature, dict) or "dtype" not in feature or "shape" not in feature:
-                raise DataError(f'{path}: feature {key!r} needs "dtype" and "shape", got {feature!r}.')
+            _check_feature(path, key, feature)
         if ACTION not in info.features:
             raise DataError(f"{path}: there is no feature {ACTION!r} to learn; it has: {', '.join(info.features)}.")
+        place = {"chunk_index": 0, "file_index": 0}
+        fill(root, info.data_path, **place)
+        if len({fill(root, info.video_template, video_key=key, **place) for key in info.video_keys}) < len(
+            info.video_keys
+        ):
+            raise DataError(
+                f"{path}: video_path {info.video_path!r} names the same file for all cameras. Put {{video_key}} in it."
+            )
         return info
 
     @property
     def cameras(self) -> dict[str, str]:
         """Camera name -> key of its feature, in the order of the file. Depth images are not cameras."""
-        found = {}
+        found: dict[str, str] = {}
         for key, feature in self.features.items():
-            details = feature.get("info") or feature.get("video_info") or {}
-            depth = details.get("is_depth_map") or details.get("video.is_depth_map")
-            if feature["dtype"] in ("video", "image") and not depth:
-                found[key.removeprefix(IMAGES).removeprefix("observation.")] = key
+            if is_image(feature) and key not in self.depth:
+                name = key.removeprefix(IMAGES).removeprefix("observation.")
+                found[key if name in found else name] = key
         return found
 
+    @property
+    def depth(self) -> list[str]:
+        """Keys of the depth images; they are not read."""
+        return [key for key, feature in self.features.items() if is_image(feature) and _declares_depth(feature)]
+
+    @property
+    def video_keys(self) -> list[str]:
+        """Keys of the cameras whose images are stored as videos."""
+        return [key for key in self.cameras.values() if self.features[key]["dtype"] == "video"]
+
+    @property
+    def video_template(self) -> str:
+        return VIDEO if self.video_path is None else self.video_path
+
+    @property
+    def unread(self) -> list[str]:
+        """Numeric observations that a policy is not given, such as a state under another name than STATE."""
+        return [
+            key
+            for key, feature in self.features.items()
+            if not is_image(feature)
+            and feature["dtype"] not in ("string", "language")
+            and (key.startswith("observation.") or "state" in key)
+            and key != STATE
+        ]
+
+    def with_depth(self, keys: list[str]) -> Info:
+        """The same, where the images of `keys` are depth, too."""
+        features = {key: {**self.features[key], "info": {"is_depth_map": True}} for key in keys}
+        return dataclasses.replace(self, features=self.features | features)
+
     def image_shape(self, camera: str) -> tuple[int, int]:
-        """(height, width) of a camera's images; features may also list the channels first."""
-        shape = [int(side) for side in self.features[self.cameras[camera]]["shape"]]
-        return (shape[1], shape[2]) if shape[0] in (1, 3) and shape[2] not in (1, 3) else (shape[0], shape[1])
+        """(height, width) of a camera's images; features may also list the channels first, or no channels."""
+        feature = self.features[self.cameras[camera]]
+        shape, names = feature["shape"], list(feature.get("names") or ())
+        if len(shape) == 2:
+            return shape[0], shape[1]
+        first, last = shape[0] in (1, 3, 4), shape[2] in (1, 3, 4)
+        if first == last:  # the sizes leave it open; the names may tell
+            first = len(names) == 3 and str(names[0]).startswith("channel")
+        return (shape[1], shape[2]) if first else (shape[0], shape[1])
+
+    def channels(self, key: str) -> int:
+        """Channels of an image feature as it declares them."""
+        shape = self.features[key]["shape"]
+        height, width = self.image_shape(next(name for name, own in self.cameras.items() if own == key))
+        return math.prod(shape) // max(height * width, 1)
 
     def describe_robot(self) -> RobotSpec:
         """The recorded RobotSpec, else one made of the features' names; DataError if it contradicts the features."""
         cameras = tuple(self.cameras)
         state = _names(self.features[STATE], "state") if STATE in self.features else ()
         action = _names(self.features[ACTION], "action")
+        if not action:
+            raise DataError(f"{INFO}: feature {ACTION!r} has shape [0]: there is nothing to learn.")
         if self.robot is None:
             return RobotSpec(cameras, state, action, control_hz=float(self.fps))
         try:
             robot = RobotSpec.from_dict(self.robot)
-        except SpecError as error:
+        except (SpecError, TypeError) as error:
             raise DataError(f'{INFO}: "robot" is not a robot description: {error}') from None
         if (robot.state_dim, robot.action_dim) != (len(state), len(action)):
             raise DataError(
                 f'{INFO}: "robot" has {robot.state_dim} state and {robot.action_dim} action entries, but the features '
                 f'have {len(state)} and {len(action)}. Correct or remove "robot".'
             )
+        if not math.isclose(robot.control_hz, self.fps, rel_tol=1e-3):
+            raise DataError(
+                f'{INFO}: fps is {self.fps:g}, but "robot" has control_hz {robot.control_hz:g}. Make them equal.'
+            )
+        for what, ours, theirs in (("state", robot.state_names, state), ("action", robot.action_names, action)):
+            if ours != theirs and set(ours) == set(theirs):
+                raise DataError(
+                    f'{INFO}: "robot" lists the {what} as {", ".join(ours)}, the feature as {", ".join(theirs)}. '
+                    "Make the orders equal."
+                )
         return dataclasses.replace(robot, cameras=cameras)
 
 
@@ -167,6 +232,30 @@ def features_of(
     return features | {key: dict(feature) for key, feature in BOOKKEEPING.items()}
 
 
+def is_image(feature: Mapping[str, Any]) -> bool:
+    return feature["dtype"] in ("video", "image")
+
+
+def fill(root: Path, template: str, **place: Any) -> Path:
+    """The file that a path template of `meta/info.json` names; DataError if it needs other values or leaves `root`."""
+    try:
+        path = template.format(**place)
+    except (KeyError, IndexError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"{root / INFO}: the path {template!r} cannot be filled in ({type(error).__name__}: {error}); format "
+            f"{VERSION} has {', '.join('{' + name + '}' for name in place)}. Was the conversion to {VERSION} finished?"
+        ) from None
+    return inside(root, path)
+
+
+def inside(root: Path, path: str) -> Path:
+    """`path` below `root`; DataError if it leads elsewhere. Links are followed: the Hub's cache consists of them."""
+    pure = PurePosixPath(path)
+    if ".." in pure.parts or (pure.is_absolute() and not pure.is_relative_to(root.absolute())):
+        raise DataError(f"{root}: the path {path!r} leads out of the dataset folder, so it is not read.")
+    return root / path
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; DataError if there is none."""
     try:
@@ -187,9 +276,31 @@ def _vector(names: tuple[str, ...]) -> dict[str, Any]:
     return {"dtype": "float32", "shape": [len(names)], "names": list(names)}
 
 
+def _check_feature(path: Path, key: str, feature: Any) -> None:
+    if not isinstance(feature, dict) or "dtype" not in feature or "shape" not in feature:
+        raise DataError(f'{path}: feature {key!r} needs "dtype" and "shape", got {feature!r}.')
+    shape = feature["shape"]
+    if not isinstance(shape, list) or not all(type(side) is int and side >= 0 for side in shape):
+        raise DataError(f"{path}: the shape of feature {key!r} must be a list of sizes, got {shape!r}.")
+    if is_image(feature) and len(shape) not in (2, 3):
+        raise DataError(f"{path}: the shape of camera {key!r} must be [height, width, channels], got {shape}.")
+    if is_image(feature) and ("/" in key or "\\" in key):
+        raise DataError(f"{path}: camera {key!r} must not have a slash in its name. Rename it there and in `videos`.")
+
+
+def _declares_depth(feature: Mapping[str, Any]) -> bool:
+    details = [feature.get(name) for name in ("info", "video_info")]
+    return any(
+        bool(detail.get(flag))
+        for detail in details
+        if isinstance(detail, dict)
+        for flag in ("is_depth_map", "video.is_depth_map")
+    )
+
+
 def _names(feature: Mapping[str, Any], what: str) -> tuple[str, ...]:
     """One name per entry. LeRobot's recorders write a list, {"motors": [...]}, {name: position}, or nothing."""
-    shape = list(feature["shape"])
+    shape = list(feature["shape"]) or [1]
     if len(shape) != 1:
         raise DataError(f"{INFO}: {what} must be a vector; its shape is {shape}. Flatten it before training.")
     names: Any = feature.get("names")

@@ -15,34 +15,38 @@ import numpy as np
 import pyarrow as pa
 
 from vla.data import format as v3
-from vla.data.tables import read_table
-from vla.data.video import VideoReader
+from vla.data.tables import CUT_SHORT, integers, open_table, plain, read_table
+from vla.data.video import DEPTH_FLAG, VideoReader
 from vla.errors import DataError
 
 Row = Mapping[str, Any]  # a row of meta/episodes
 
 
 class FrameStore:
-    """The images of the dataset at `root`. Keeps one video open per camera."""
+    """The images of the dataset at `root`. Keeps one video, or one data file's images, open per camera."""
 
     def __init__(self, root: Path, info: v3.Info) -> None:
         self.root, self.info = root, info
         self._videos: dict[str, VideoReader] = {}
-        self._table: tuple[tuple[Path, str] | None, pa.Table | None] = (None, None)
+        self._images: dict[str, tuple[Path, np.ndarray, pa.ChunkedArray]] = {}  # key -> file, episodes, images
 
     def files(self, rows: Iterable[Row]) -> list[Path]:
         """All data and video files that hold frames of these episodes."""
         paths = set()
         for row in rows:
-            paths |= {self.data_path(row), *(self.video_path(row, key) for key in self.video_keys)}
+            paths |= {self.data_path(row), *(self.video_path(row, key) for key in self.info.video_keys)}
         return sorted(paths)
 
-    def frames(self, row: Row, camera: str) -> Iterator[np.ndarray]:
-        """An episode's images in order, uint8 RGB [height, width, 3]; DataError if the files do not have them."""
+    def frames(self, row: Row, camera: str, steps: np.ndarray) -> Iterator[np.ndarray]:
+        """An episode's images in order, uint8 RGB [height, width, 3]; DataError if the files do not have them.
+
+        Args:
+            steps: when each frame was recorded, in frames since the episode began [length].
+        """
         key = self.info.cameras[camera]
-        source = self._from_video if key in self.video_keys else self._from_table
+        source = self._from_video(row, key, steps) if key in self.info.video_keys else self._from_table(row, key)
         expected = self.info.image_shape(camera)
-        for step, image in enumerate(source(row, key)):
+        for step, image in enumerate(source):
             if image.shape[:2] != expected:
                 raise DataError(
                     f"{self.root}: episode {row['episode_index']}, frame {step}, camera {camera!r}: the image is "
@@ -50,32 +54,53 @@ class FrameStore:
                 )
             yield image
 
-    @property
-    def video_keys(self) -> list[str]:
-        return [key for key in self.info.cameras.values() if self.info.features[key]["dtype"] == "video"]
+    def check_span(self, row: Row, steps: np.ndarray) -> None:
+        """DataError if the episode's last frame lies beyond what the episode has of a video."""
+        last = int(steps[-1])
+        for key in self.info.video_keys:
+            start, end = (row.get(f"videos/{key}/{name}") for name in ("from_timestamp", "to_timestamp"))
+            # Some recorders give the time of the last frame as the end.
+            if end is not None and last >= max(round((end - start) * self.info.fps), row["length"]):
+                raise DataError(
+                    f"{self.root}: the last timestamp of episode {row['episode_index']} is {last / self.info.fps:.3f} "
+                    f"s, but its part of the video {key!r} has {end - start:.3f} s. Copy the dataset again."
+                )
+
+    def hidden_depth(self, row: Row) -> list[str]:
+        """Keys of cameras with one channel whose images turn out to be depth."""
+        return [key for key in self.info.cameras.values() if self.info.channels(key) == 1 and self._is_depth(row, key)]
+
+    def _is_depth(self, row: Row, key: str) -> bool:
+        try:
+            if key in self.info.video_keys:
+                video = VideoReader(self.video_path(row, key), self.info.fps)
+                try:
+                    return video.is_depth
+                finally:
+                    video.close()
+            first = next(open_table(self.data_path(row)).iter_batches(1, columns=[key])).column(0)[0].as_py()
+            image = cv2.imdecode(np.frombuffer(self._bytes(first, key), np.uint8), cv2.IMREAD_UNCHANGED)
+            return image is not None and image.dtype != np.uint8
+        except (DataError, pa.ArrowInvalid, OSError, StopIteration):
+            return False  # reading it will tell what is wrong
 
     def data_path(self, row: Row) -> Path:
-        return self.root / self.info.data_path.format(
-            chunk_index=row["data/chunk_index"], file_index=row["data/file_index"]
-        )
+        place = {name: row[f"data/{name}"] for name in ("chunk_index", "file_index")}
+        return v3.fill(self.root, self.info.data_path, **place)
 
     def video_path(self, row: Row, key: str) -> Path:
-        return self.root / (self.info.video_path or v3.VIDEO).format(
-            video_key=key,
-            chunk_index=row[f"videos/{key}/chunk_index"],
-            file_index=row[f"videos/{key}/file_index"],
-        )
+        place = {name: row[f"videos/{key}/{name}"] for name in ("chunk_index", "file_index")}
+        return v3.fill(self.root, self.info.video_template, video_key=key, **place)
 
-    def _from_video(self, row: Row, key: str) -> Iterator[np.ndarray]:
-        path, fps = self.video_path(row, key), float(self.info.fps)
-        first = round(row[f"videos/{key}/from_timestamp"] * fps)
-        last = first + row["length"] - 1
-        for number in range(first, last + 1):
+    def _from_video(self, row: Row, key: str, steps: np.ndarray) -> Iterator[np.ndarray]:
+        path, fps, start = self.video_path(row, key), float(self.info.fps), row[f"videos/{key}/from_timestamp"]
+        for step in steps.tolist():
             try:
-                yield self._video(path, key, fps).frame(number)
+                yield self._video(path, key, fps).at(start + step / fps)
             except DataError as error:
                 raise DataError(
-                    f"{error} (Episode {row['episode_index']} is frames {first} to {last} of that video.)"
+                    f"{error} (Episode {row['episode_index']} is {start:.3f} to {start + int(steps[-1]) / fps:.3f} s "
+                    "of that video.)"
                 ) from None
 
     def _video(self, path: Path, key: str, fps: float) -> VideoReader:
@@ -87,26 +112,47 @@ class FrameStore:
         return video
 
     def _from_table(self, row: Row, key: str) -> Iterator[np.ndarray]:
-        path = self.data_path(row)
-        if self._table[0] != (path, key):
+        path, index = self.data_path(row), row["episode_index"]
+        if key not in self._images or self._images[key][0] != path:
             table = read_table(path, ["episode_index", "frame_index", key])
-            self._table = (path, key), table.sort_by([("episode_index", "ascending"), ("frame_index", "ascending")])
-        table = self._table[1]
-        assert table is not None
-        rows = np.flatnonzero(table.column("episode_index").to_numpy() == row["episode_index"])
-        for step, stored in enumerate(table.column(key).slice(rows[0], len(rows))):
-            what = f"{path}: episode {row['episode_index']}, frame {step}, {key!r}"
+            episode, frame = integers(path, table, "episode_index"), integers(path, table, "frame_index")
+            order = np.lexsort((frame, episode))
+            images = plain(table[key])
+            if (order != np.arange(len(order))).any():
+                images = images.take(order)
+            self._images[key] = path, episode[order], images
+        _, episode, images = self._images[key]
+        first, last = np.searchsorted(episode, [index, index + 1])
+        if last - first != row["length"]:
+            raise DataError(
+                f"{path} has {last - first} images {key!r} of episode {index} instead of {row['length']}. {CUT_SHORT}"
+            )
+        for step, stored in enumerate(images.slice(first, last - first)):
+            what = f"{path}: episode {index}, frame {step}, {key!r}"
             yield self._decode(stored.as_py(), what)
 
     def _decode(self, stored: Any, what: str) -> np.ndarray:
-        """An image from its encoded bytes, or from the file that it names: {"bytes", "path"}."""
-        data = stored.get("bytes") if isinstance(stored, dict) else stored
-        named = self.root / (stored.get("path") or "") if isinstance(stored, dict) else self.root
-        if data is None and named.is_file():
-            data = named.read_bytes()
-        if not data:
-            raise DataError(f"{what}: neither the image nor its file is there. Copy the dataset again.")
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+        """An image as uint8 RGB, whether it is stored with alpha, as grey values or as a palette."""
+        data = np.frombuffer(self._bytes(stored, what), np.uint8)
+        image = cv2.imdecode(data, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
+        if image is not None and image.dtype != np.uint8:
+            if image.dtype != np.uint16 or (image == image[..., :1]).all():
+                raise DataError(f"{what}: holds depth, not colours. Say so in {v3.INFO}: {DEPTH_FLAG}.")
+            image = cv2.imdecode(data, cv2.IMREAD_COLOR)
         if image is None:
             raise DataError(f"{what}: the stored image cannot be decoded. Copy the dataset again.")
         return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+    def _bytes(self, stored: Any, what: str) -> bytes:
+        """An encoded image: bytes, {"bytes", "path"}, or the path of a file in the dataset."""
+        data, path = (stored.get("bytes"), stored.get("path")) if isinstance(stored, dict) else (stored, None)
+        if isinstance(data, str):
+            data, path = None, data
+        if data is None and path:
+            named = v3.inside(self.root, path)
+            data = named.read_bytes() if named.is_file() else None
+        if not data:
+            raise DataError(f"{what}: neither the image nor its file is there. Copy the dataset again.")
+        if not isinstance(data, bytes):
+            raise DataError(f"{what}: expected an encoded image (PNG, JPEG), got {type(data).__name__}.")
+        return data

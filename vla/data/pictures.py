@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.markers import TICKDOWN
 from matplotlib.ticker import MaxNLocator
 
 from vla.actions.normalize import Normalizer
@@ -22,6 +23,7 @@ MOMENTS = ("start", "25 %", "50 %", "75 %", "end")
 _BARS = 61
 _COLUMNS = 4
 _FEW = 40  # bins whose edges can be told apart in a small chart
+_COMB = 6  # points; height of the comb of bin edges below a chart
 
 
 def action_histograms(demos: Demonstrations, normalizer: Normalizer, bins: int) -> Figure:
@@ -120,10 +122,10 @@ def _histogram(axis: Axes, name: str, values: np.ndarray, edges: np.ndarray) -> 
     axis.set_ylim(0.6, max(counts.max() * 1.7, 10))
     for edge in (first, last):
         axis.axvline(edge, color=INK, lw=0.9, ls=(0, (4, 3)))
-    # The bins: a comb below the bars, as dense as they are.
-    axis.vlines(edges, -0.075, -0.02, transform=axis.get_xaxis_transform(), color=SOFT, clip_on=False,
-                lw=0.8 if len(edges) < _FEW else 0.25)  # fmt: skip
-    axis.tick_params(axis="x", pad=9)
+    # The bins: a comb below the bars, in points, so that it ends above the labels in a figure of any size.
+    axis.plot(edges, np.zeros(len(edges)), ls="none", marker=TICKDOWN, ms=_COMB, color=SOFT, clip_on=False,
+              mew=0.8 if len(edges) < _FEW else 0.25, transform=axis.get_xaxis_transform())  # fmt: skip
+    axis.tick_params(axis="x", pad=_COMB + 3)
     axis.minorticks_off()
     outside = np.mean((values < first - 1e-6) | (values > last + 1e-6))
     axis.set_title(f"{outside:.1%} clipped" if outside else "", fontsize=8.5, color=SOFT, loc="right")

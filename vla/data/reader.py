@@ -61,12 +61,17 @@ class Demonstrations:
     Attributes:
         root, info, robot: folder, `meta/info.json`, and whom it was recorded with.
         fps: frames per second.
-        tasks: instruction of each task index.
+        tasks: the instructions.
         episodes: in the order of the arrays.
         actions: float32 [N, D]; the actions to learn.
         executed_actions: float32 [N, D], what was sent to the robot; None where that is `actions`.
         states: float32 [N, S], or None.
-        task_index: int64 [N].
+        task_index: int64 [N], into `tasks`.
+        steps: int64 [N], when each frame was recorded, in frames since its episode began; more than its number in the
+            episode where frames before it were removed.
+        timing: why the timestamps say nothing (images are not looked up by time then), in words; "" if they do.
+        renamed: episodes that meta/episodes lists under another instruction than meta/tasks.parquet.
+        unlisted: frames of the data files whose episodes meta/episodes does not list; they are not read.
     Raises:
         DataError: no dataset, another version, missing or damaged files, values that cannot be trained on.
     """
@@ -74,32 +79,53 @@ class Demonstrations:
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
         self.info = v3.Info.load(self.root)
+        self._rows = tables.read_episodes(self.root, self.info, self.info.video_keys)
+        if hidden := FrameStore(self.root, self.info).hidden_depth(self._rows[0]):
+            self.info = self.info.with_depth(hidden)
         self.robot: RobotSpec = self.info.describe_robot()
         self.fps = float(self.info.fps)
-        self.tasks = tables.read_tasks(self.root)
         self._store = FrameStore(self.root, self.info)
-        self._rows = tables.read_episodes(self.root, self.info, self._store.video_keys)
         for path in self._store.files(self._rows):
             if not path.is_file():
                 raise DataError(f"{path} is missing. {tables.CUT_SHORT}")
 
         paths = list(dict.fromkeys(map(self._store.data_path, self._rows)))
-        optional = [key for key in (v3.STATE, v3.EXECUTED, v3.SUCCESS) if key in self.info.features]
-        table = tables.read_frames(self.root, paths, self._rows, [v3.ACTION, *optional])
-        read = functools.partial(tables.vectors, self.root, self._rows, table)
-        self.actions: np.ndarray = read(v3.ACTION, self.robot.action_names)
-        self.states: np.ndarray | None = read(v3.STATE, self.robot.state_names) if self.robot.state_dim else None
-        self.executed_actions: np.ndarray | None = (
-            read(v3.EXECUTED, self.robot.action_names) if v3.EXECUTED in optional else None
-        )
-        self.task_index = table["task_index"].to_numpy().astype(np.int64)
-        if len(bad := np.flatnonzero((self.task_index < 0) | (self.task_index >= len(self.tasks)))):
+        wanted = {v3.ACTION: self.robot.action_names}
+        if self.robot.state_dim:
+            wanted[v3.STATE] = self.robot.state_names
+        if v3.EXECUTED in self.info.features:
+            wanted[v3.EXECUTED] = self.robot.action_names
+        frames = tables.read_frames(self.root, paths, self._rows, wanted)
+        self.actions: np.ndarray = frames.vectors[v3.ACTION]
+        self.states: np.ndarray | None = frames.vectors.get(v3.STATE)
+        self.executed_actions: np.ndarray | None = frames.vectors.get(v3.EXECUTED)
+        self.unlisted = frames.unlisted
+        try:
+            self.steps, self.timing = tables.frame_steps(self._rows, frames.time, self.fps)
+        except DataError as error:
+            raise DataError(f"{self.root}: {error}") from None
+        if self.timing and self.info.video_keys:
             raise DataError(
-                f"{self.root}: {tables.locate(self._rows, bad[0])} has task_index {self.task_index[bad[0]]}, but "
-                f"{v3.TASKS} has {len(self.tasks)} instructions. Copy the dataset again."
+                f"{self.root}: {self.timing} Images of a video are looked up by time. Where frames follow each other "
+                f'without gaps, set "{tables.TIME}" to frame_index / fps.'
             )
-        success = table[v3.SUCCESS].to_pylist() if v3.SUCCESS in table.column_names else [None] * len(table)
-        self.episodes = [self._episode(row, success[row["start"] + row["length"] - 1]) for row in self._rows]
+        tasks = tables.read_tasks(self.root)
+        self.tasks = list(tasks.values())
+        self.task_index = np.searchsorted(list(tasks), frames.task).astype(np.int64)
+        if len(bad := np.flatnonzero(~np.isin(frames.task, list(tasks)))):
+            raise DataError(
+                f"{self.root}: {tables.locate(self._rows, bad[0])} has task_index {frames.task[bad[0]]}, but "
+                f"{v3.TASKS} has {len(tasks)} instructions, none for that index. Copy the dataset again."
+            )
+        self.episodes = [self._episode(row, frames.success) for row in self._rows]
+        self.renamed = tuple(
+            episode.index
+            for row, episode in zip(self._rows, self.episodes, strict=True)
+            if isinstance(named := row.get("tasks"), list) and named and set(named) != set(episode.instructions)
+        )
+        self._row_of = dict(zip((episode.index for episode in self.episodes), self._rows, strict=True))
+        for row, episode in zip(self._rows, self.episodes, strict=True):
+            self._store.check_span(row, self.steps[episode.rows])
 
     @property
     def num_frames(self) -> int:
@@ -119,19 +145,20 @@ class Demonstrations:
         """
         if camera not in self.cameras:
             raise DataError(f"{self.root}: {unknown('camera', camera, self.cameras)}")
-        rows = [row for row in self._rows if row["episode_index"] == episode]
-        if not rows:
+        row = self._row_of.get(episode)
+        if row is None:
             last = self.episodes[-1].index
             raise DataError(
                 f"{self.root} has no episode {episode}; its episodes go from {self.episodes[0].index} to {last}."
             )
-        yield from self._store.frames(rows[0], camera)
+        yield from self._store.frames(row, camera, self.steps[row["start"] : row["start"] + row["length"]])
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of everything a policy can see of the dataset: another one whenever the data changed."""
         digest = hashlib.blake2b(digest_size=16)
-        for array in (self.actions, self.executed_actions, self.states, self.task_index):
+        starts = np.array([row[f"videos/{key}/from_timestamp"] for row in self._rows for key in self.info.video_keys])
+        for array in (self.actions, self.executed_actions, self.states, self.task_index, self.steps, starts):
             digest.update(b"-" if array is None else np.ascontiguousarray(array).data)
         digest.update(repr((self.tasks, self.episodes, self.robot, sorted(self.info.features.items()))).encode())
         for path in self._store.files(self._rows):
@@ -143,10 +170,10 @@ class Demonstrations:
                 digest.update(file.read(_HASHED))
         return digest.hexdigest()
 
-    def _episode(self, row: tables.Row, solved: bool | None) -> Episode:
+    def _episode(self, row: tables.Row, success: np.ndarray | None) -> Episode:
         length, start = row["length"], row["start"]
         tasks = dict.fromkeys(self.task_index[start : start + length].tolist())
-        success = row.get("success", solved)
+        solved = row.get("success") if "success" in row or success is None else success[start + length - 1]
         return Episode(
             index=row["episode_index"],
             length=length,
@@ -154,6 +181,11 @@ class Demonstrations:
             instructions=tuple(self.tasks[task] for task in tasks),
             env_id=row.get("env_id"),
             seed=row.get("seed"),
-            success=None if success is None else bool(success),
+            success=_flag(solved),
             noise=row.get("noise"),
         )
+
+
+def _flag(value: object) -> bool | None:
+    """A yes or no of a recorder; None where it is neither a truth value nor 0 or 1."""
+    return bool(value) if isinstance(value, bool | int | float) and value in (0, 1) else None

@@ -6,12 +6,17 @@ other or hold values that cannot be trained on. It does not know images, nor wha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import bisect
+import dataclasses
+import itertools
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from vla.data import format as v3
@@ -19,21 +24,42 @@ from vla.errors import DataError
 
 CUT_SHORT = "The recording was cut short, or the copy is incomplete."
 
+TIME = "timestamp"
+OFF_GRID = 0.4  # frames; a time farther from a multiple of 1 / fps than this could mean either neighbour
+OTHER_RATE = 1.25  # times 1 / fps: where frames are this much farther apart, or closer, fps is wrong
+KEYS = ("episode_index", "frame_index", "task_index")
+
 Row = dict[str, Any]  # of meta/episodes, without statistics; `start` is the episode's first row in the frame table
 
 
-def read_tasks(root: Path) -> list[str]:
-    """The instruction of each task index."""
+def read_tasks(root: Path) -> dict[int, str]:
+    """The instruction of each task index that has one, ascending."""
     path = root / v3.TASKS
     table = read_table(path)
-    # The instruction is the index of a data frame: depending on the writer it is called "task" or has no name.
-    text = [
-        field.name for field in table.schema if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)
-    ]
-    if "task_index" not in table.column_names or not text:
-        raise DataError(f"{path}: expected the columns task_index and task, got {table.column_names}.")
-    by_index = dict(zip(table["task_index"].to_pylist(), table[text[0]].to_pylist(), strict=True))
-    return [str(by_index.get(i, "")) for i in range(max(by_index, default=-1) + 1)]
+    column = _instruction_column(path, table)
+    found: dict[int, str] = {}
+    for index, text in zip(integers(path, table, "task_index").tolist(), plain(table[column]).to_pylist(), strict=True):
+        if isinstance(text, bytes):
+            text = text.decode(errors="replace")
+        if text is not None and found.setdefault(index, text) != text:
+            raise DataError(
+                f"{path}: task_index {index} has two instructions, {found[index]!r} and {text!r}. Keep one of them."
+            )
+    return dict(sorted(found.items()))
+
+
+def _instruction_column(path: Path, table: pa.Table) -> str:
+    """The instruction is the index of a data frame: the index that its metadata names, else by its usual names."""
+    text = [field.name for field in table.schema if _is_text(field.type) and field.name != "task_index"]
+    try:
+        index = [name for name in table.schema.pandas_metadata["index_columns"] if name in text]
+    except (ValueError, TypeError, KeyError):  # no data frame, or one whose description is damaged
+        index = []
+    for names in (index, [name for name in ("task", "__index_level_0__") if name in text][:1], text):
+        if len(names) == 1:
+            return names[0]
+    found = f"{len(text)} text columns" if text else "no text column"
+    raise DataError(f"{path}: expected the columns task_index and task, got {table.column_names} with {found}.")
 
 
 def read_episodes(root: Path, info: v3.Info, video_keys: Sequence[str]) -> list[Row]:
@@ -47,16 +73,27 @@ def read_episodes(root: Path, info: v3.Info, video_keys: Sequence[str]) -> list[
         raise DataError(f"{root} is empty: it has no episodes. Record some first.")
     if len(rows) != info.total_episodes:
         raise DataError(
-            f"{root}: {v3.INFO} counts {info.total_episodes} episodes, meta/episodes lists {len(rows)}. {CUT_SHORT}"
+            f"{root}: {v3.INFO} counts {info.total_episodes!r} episodes, meta/episodes lists {len(rows)}. {CUT_SHORT}"
         )
-    needed = ["episode_index", "length", "data/chunk_index", "data/file_index"]
-    for key in video_keys:
-        needed += [f"videos/{key}/{name}" for name in ("chunk_index", "file_index", "from_timestamp")]
+    whole = ["episode_index", "length", "data/chunk_index", "data/file_index"]
+    whole += [f"videos/{key}/{name}" for key in video_keys for name in ("chunk_index", "file_index")]
     for row in rows:
-        for name in needed:
-            if row.get(name) is None:
-                raise DataError(f"{folder}: episode {row.get('episode_index')} has no {name!r}. Copy it again.")
+        episode = f"{folder}: episode {row.get('episode_index')}"
+        for name in (*whole, *(f"videos/{key}/from_timestamp" for key in video_keys)):
+            value = row.get(name)
+            if value is None:
+                raise DataError(f"{episode} has no {name!r}. Copy it again.")
+            number = isinstance(value, int | float) and np.isfinite(value) and value >= 0
+            if not number or (name in whole and value != int(value)):
+                kind = "a whole number" if name in whole else "a time in seconds"
+                raise DataError(f"{episode}: {name!r} must be {kind} from 0 on, got {value!r}. Copy it again.")
+            row[name] = int(value) if name in whole else float(value)
+        if not row["length"]:
+            raise DataError(f"{episode} has length 0. Remove it from the list, and count it off in {v3.INFO}.")
     rows.sort(key=lambda row: row["episode_index"])
+    for before, after in itertools.pairwise(rows):
+        if before["episode_index"] == after["episode_index"]:
+            raise DataError(f"{folder} lists episode {after['episode_index']} twice. Number the episodes anew.")
     start = 0
     for row in rows:
         row["start"] = start
@@ -66,73 +103,213 @@ def read_episodes(root: Path, info: v3.Info, video_keys: Sequence[str]) -> list[
     return rows
 
 
-def read_frames(root: Path, paths: Sequence[Path], rows: Sequence[Row], columns: Sequence[str]) -> pa.Table:
-    """All frames of all episodes in order, with those of `columns` that the files have.
+@dataclasses.dataclass(frozen=True)
+class Frames:
+    """The data files' rows of the listed episodes, in order.
 
-    Raises:
-        DataError: a column of the bookkeeping or the actions is missing; an episode's frames are not all there.
+    Attributes:
+        task: int64 [N], the task index.
+        time: float64 [N], seconds since the episode began; None where a file has no such column.
+        success: float64 [N], NaN where it is not known; None where a file has no such column.
+        vectors: column -> float32 [N, D].
+        unlisted: how many rows belong to episodes that meta/episodes does not list.
     """
-    keys = ["episode_index", "frame_index", "task_index"]
-    tables = []
+
+    task: np.ndarray
+    time: np.ndarray | None
+    success: np.ndarray | None
+    vectors: dict[str, np.ndarray]
+    unlisted: int
+
+
+def read_frames(root: Path, paths: Sequence[Path], rows: Sequence[Row], wanted: Mapping[str, Sequence[str]]) -> Frames:
+    """All frames of the listed episodes.
+
+    Args:
+        wanted: column -> names of its entries.
+    Raises:
+        DataError: a column is missing or of another type; an episode's frames are not all there, or not finite.
+    """
+    parts: dict[str, list[np.ndarray]] = defaultdict(list)
     for path in paths:
         have = open_table(path).schema_arrow.names
-        for name in (*keys, v3.ACTION):
+        for name in (*KEYS, *wanted):
             if name not in have:
                 raise DataError(f"{path}: column {name!r} is missing. Copy the file again.")
-        tables.append(read_table(path, [name for name in (*keys, *columns) if name in have]))
-    table = pa.concat_tables(tables, promote_options="permissive")
-    episode, frame = (table[name].to_numpy() for name in keys[:2])
+        scalars = [name for name in (TIME, v3.SUCCESS) if name in have]
+        table = read_table(path, [*KEYS, *wanted, *scalars])
+        for name in KEYS:
+            parts[name].append(integers(path, table, name))
+        for name in scalars:
+            parts[name].append(numbers(path, table, name, ["value"], np.float64)[:, 0])
+        for name, entries in wanted.items():
+            parts[name].append(numbers(path, table, name, entries))
+    columns = {name: np.concatenate(values) for name, values in parts.items() if len(values) == len(paths)}
+    chosen = _rows_of(root, rows, columns["episode_index"], columns["frame_index"])
+    unlisted = len(columns["episode_index"]) - len(chosen)
+    if unlisted or (chosen != np.arange(len(chosen))).any():
+        columns = {name: values[chosen] for name, values in columns.items()}
+    for name, entries in wanted.items():
+        _check_finite(root, rows, name, entries, columns[name])
+    return Frames(
+        columns["task_index"],
+        columns.get(TIME),
+        columns.get(v3.SUCCESS),
+        {name: columns[name] for name in wanted},
+        unlisted,
+    )
+
+
+def _rows_of(root: Path, rows: Sequence[Row], episode: np.ndarray, frame: np.ndarray) -> np.ndarray:
+    """Where the listed episodes' frames are, in order; DataError where they are not as many as listed."""
     order = np.lexsort((frame, episode))
-    if (order != np.arange(len(order))).any():
-        table, episode, frame = table.take(order), episode[order], frame[order]
-    for row in rows:
-        index, length, start = row["episode_index"], row["length"], row["start"]
-        part = slice(start, start + length)
-        there = len(episode[part]) == length and (episode[part] == index).all()
-        if not (there and (frame[part] == np.arange(length)).all()):
+    indices = np.array([row["episode_index"] for row in rows])
+    first, last = (np.searchsorted(episode[order], indices, side) for side in ("left", "right"))
+    parts = []
+    for row, begin, end in zip(rows, first, last, strict=True):
+        part = order[begin:end]
+        if len(part) != row["length"]:
+            why = CUT_SHORT if len(part) < row["length"] else "Correct its length, or copy the dataset again."
             raise DataError(
-                f"{root}: episode {index} should have frames 0 to {length - 1}; its data file has "
-                f"{int((episode == index).sum())} frames of it. {CUT_SHORT}"
+                f"{root}: episode {row['episode_index']} should have frames 0 to {row['length'] - 1}; its data file "
+                f"has {len(part)} frames of it. {why}"
             )
-    return table.slice(0, rows[-1]["start"] + rows[-1]["length"])
+        if len(twice := np.flatnonzero(np.diff(frame[part]) == 0)):
+            raise DataError(
+                f"{root}: episode {row['episode_index']} has frame_index {frame[part[twice[0]]]} twice. "
+                "Number its frames anew, or remove the episode."
+            )
+        parts.append(part)
+    return np.concatenate(parts)
 
 
-def vectors(root: Path, rows: Sequence[Row], table: pa.Table, key: str, names: Sequence[str]) -> np.ndarray:
-    """A column as float32 [N, len(names)]; DataError names the frame that has another size or is not finite."""
-    size = len(names)
-    if key not in table.column_names:
-        raise DataError(f"{root}: {v3.INFO} lists {key!r}, but the data files do not have it. Copy the dataset again.")
-    chunks: list[np.ndarray] = []
-    for chunk in table[key].chunks:
-        if pa.types.is_list(chunk.type) or pa.types.is_large_list(chunk.type):
-            lengths = np.diff(chunk.offsets.to_numpy())
+def frame_steps(rows: Sequence[Row], time: np.ndarray | None, fps: float) -> tuple[np.ndarray, str]:
+    """When each frame was recorded, in frames since its episode began: int64 [N], ascending in an episode.
+
+    Where frames were removed from the tables but not from the video, these are not 0, 1, 2, ...
+
+    Args:
+        time: seconds since the episode began [N]; None: one frame after the other.
+    Returns:
+        The steps, and in words why the times do not give any (then the steps are 0, 1, 2, ...), else "".
+    Raises:
+        DataError: the times contradict `fps`.
+    """
+    counted = np.concatenate([np.arange(row["length"]) for row in rows])
+    if time is None:
+        return counted, ""
+    exact, follows = time * fps, np.diff(counted) == 1
+    pace = np.median(np.diff(exact)[follows]) if follows.any() else 1.0
+    if np.isfinite(pace) and pace > 0 and not 1 / OTHER_RATE < pace < OTHER_RATE:
+        raise DataError(
+            f"the timestamps are {pace / fps:.4g} s apart, but {v3.INFO} has fps {fps:g}. Correct the wrong one."
+        )
+    steps = np.round(exact)
+    with np.errstate(invalid="ignore"):
+        off = ~(np.abs(exact - steps) <= OFF_GRID) | (steps < 0)
+        off[1:] |= (np.diff(steps) < 1) & follows
+    if not off.any():
+        return steps.astype(np.int64), ""
+    row = int(np.flatnonzero(off)[0])
+    return counted, (
+        f"{locate(rows, row)}: the timestamp {time[row]:.4f} s is not a multiple of 1/{fps:g} s after the frame before."
+    )
+
+
+def integers(path: Path, table: pa.Table, name: str) -> np.ndarray:
+    """A column as int64 [N]; DataError where it is missing or holds something else."""
+    if name not in table.column_names:
+        raise DataError(f"{path}: column {name!r} is missing. Copy the file again.")
+    values = numbers(path, table, name, ["value"], np.float64)[:, 0]
+    if len(bad := np.flatnonzero(~(np.isfinite(values) & (values == np.floor(values))))):
+        raise DataError(f"{path}: row {bad[0]}: {name} must be a whole number, got {values[bad[0]]}. Copy it again.")
+    return values.astype(np.int64)
+
+
+def numbers(path: Path, table: pa.Table, name: str, entries: Sequence[str], dtype: type = np.float32) -> np.ndarray:
+    """A column as [N, len(entries)]: lists of any kind, or plain numbers for one entry. Missing numbers become NaN.
+
+    Raises:
+        DataError: a row of another size, a list in a list, a column of something else than numbers.
+    """
+    size, done = len(entries), 0
+    chunks: list[np.ndarray] = [np.zeros((0, size), dtype)]
+    for chunk in plain(table[name]).chunks:
+        if is_list(chunk.type):
+            lengths = pc.fill_null(pc.list_value_length(chunk), 0).to_numpy(zero_copy_only=False)
             if len(bad := np.flatnonzero(lengths != size)):
-                row = sum(len(part) for part in chunks) + int(bad[0])
-                raise DataError(
-                    f"{root}: {locate(rows, row)}: {key} has {lengths[bad[0]]} entries instead of {size} "
-                    f"({', '.join(names)}). Remove the episode, or correct the shape in {v3.INFO}."
-                )
+                raise DataError(_other_size(path, table, name, entries, lengths, done, int(bad[0])))
             chunk = chunk.flatten()
-        elif pa.types.is_fixed_size_list(chunk.type):
-            if chunk.type.list_size != size:
-                raise DataError(
-                    f"{root}: {key} has {chunk.type.list_size} entries; {v3.INFO} says {size}. Correct it there."
-                )
-            chunk = chunk.flatten()
-        chunks.append(chunk.to_numpy(zero_copy_only=False).astype(np.float32).reshape(-1, size))
-    values = np.concatenate(chunks)
-    if len(values) != len(table):
-        raise DataError(f"{root}: {key} is missing in {len(table) - len(values)} frames. Remove those episodes.")
+        elif size != 1:
+            raise DataError(f"{path}: {name} is one number per frame; {v3.INFO} says {size}. Correct the shape there.")
+        chunks.append(_cast(path, name, chunk, dtype).reshape(-1, size))
+        done += len(chunks[-1])
+    return np.concatenate(chunks)
+
+
+def _other_size(
+    path: Path, table: pa.Table, name: str, entries: Sequence[str], lengths: np.ndarray, done: int, bad: int
+) -> str:
+    """Message for a chunk of lists after the first `done` rows, whose row `bad` has another length than `entries`."""
+    if (lengths == lengths[0]).all():
+        return f"{path}: {name} has {lengths[0]} entries; {v3.INFO} says {len(entries)}. Correct it there."
+    at = f"row {done + bad}"
+    if name not in KEYS:
+        episode, frame = (integers(path, table, key)[done + bad] for key in KEYS[:2])
+        at = f"episode {episode}, frame {frame}"
+    return (
+        f"{path}: {at}: {name} has {lengths[bad]} entries instead of {len(entries)} ({', '.join(entries)}). "
+        f"Remove the episode, or correct the shape in {v3.INFO}."
+    )
+
+
+def _cast(path: Path, name: str, values: pa.Array, dtype: type) -> np.ndarray:
+    kind = values.type
+    if pa.types.is_null(kind) or pa.types.is_boolean(kind) or pa.types.is_decimal(kind):
+        values = values.cast(pa.float64())
+    elif not (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
+        nested = " Flatten it to one list per frame." if is_list(kind) else ""
+        raise DataError(f"{path}: {name} holds values of type {kind}, not numbers.{nested}")
+    with np.errstate(over="ignore"):  # becomes infinite, which is refused by name
+        array: np.ndarray = values.to_numpy(zero_copy_only=False).astype(dtype)
+    return array
+
+
+def plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The same values without dictionary, run-length or extension types around them."""
+    while True:
+        if isinstance(column.type, pa.BaseExtensionType):
+            column = pa.chunked_array([chunk.storage for chunk in column.chunks], column.type.storage_type)
+        elif pa.types.is_dictionary(column.type):
+            column = column.cast(column.type.value_type)
+        elif pa.types.is_run_end_encoded(column.type):
+            column = pc.run_end_decode(column)
+        else:
+            return column
+
+
+def is_list(kind: pa.DataType) -> bool:
+    tests = ("is_list", "is_large_list", "is_fixed_size_list", "is_list_view", "is_large_list_view")
+    return any(getattr(pa.types, test)(kind) for test in tests)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    tests = ("is_string", "is_large_string", "is_string_view", "is_binary", "is_large_binary")
+    return any(getattr(pa.types, test)(kind) for test in tests)
+
+
+def _check_finite(root: Path, rows: Sequence[Row], key: str, names: Sequence[str], values: np.ndarray) -> None:
     if not np.isfinite(values).all():
         row, entry = np.argwhere(~np.isfinite(values))[0]
         where = f"{locate(rows, row)}: {key}[{names[entry]}]"
         raise DataError(f"{root}: {where} is {values[row, entry]}. Remove or repair that episode.")
-    return values
 
 
 def locate(rows: Sequence[Row], row: int) -> str:
     """The episode and frame of a row of the frame table, in words."""
-    place = next(place for place in rows if row < place["start"] + place["length"])
+    place = rows[bisect.bisect_right(rows, row, key=lambda place: place["start"]) - 1]
     return f"episode {place['episode_index']}, frame {row - place['start']}"
 
 

@@ -1,6 +1,6 @@
 """Videos: frames in, exactly the same number of frames out, at exactly the places they were put.
 
-Owns: encoding with x264, joining videos without encoding them again, and reading frames by number from any codec. It
+Owns: encoding with x264, joining videos without encoding them again, and reading frames by time from any codec. It
 does not know datasets or episodes. Frame `i` of a video at `fps` is shown at `i / fps` seconds.
 
 Videos have no B-frames, so that packets lie in the order of the frames and joining two videos is a matter of adding an
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -41,6 +42,11 @@ _BT601, _STUDIO_RANGE = 6, 1  # written into the stream: a decoder that has to g
 
 # Decoding onwards is cheaper than seeking when the wanted frame is this close.
 _NEAR = 2 * KEY_FRAME_EVERY
+_SAME = 1e-4  # seconds; time stamps this close are the same (LeRobot's tolerance)
+_ANOTHER = 0.4  # frames; a frame this far from the wanted time is another one
+
+#: What `meta/info.json` says about a feature that holds depth.
+DEPTH_FLAG = '"info": {"is_depth_map": true}'
 
 
 class VideoWriter:
@@ -90,59 +96,120 @@ class VideoWriter:
 
 
 class VideoReader:
-    """Frames of a video file by number. In order they are decoded once; a jump seeks to the key frame before.
+    """Frames of a video file by time. In order they are decoded once; a jump seeks to the key frame before.
 
-    Any codec that the installed PyAV decodes will do. A frame's number is its time stamp times `fps`.
+    Any codec that the installed PyAV decodes will do; images are turned as the file says (a phone's rotation). Time
+    stamps decide which frame is meant: the file may have another rate than `fps`, or none.
+
+    Args:
+        fps: frames per second of the dataset.
     """
 
     def __init__(self, path: Path, fps: float) -> None:
         self.path, self._fps = path, float(fps)
         with _errors(path):
             self._container: Any = av.open(str(path))
-            if not self._container.streams.video:
-                raise DataError(f"{path} has no video stream.")
-            self._stream: Any = self._container.streams.video[0]
+            self._stream: Any = self._container.streams.best("video")
+            if self._stream is None:
+                raise DataError(f"{path} has no video stream: it holds something else, or was cut short.")
+            if self._stream.codec_context is None:
+                raise DataError(f"{path} cannot be decoded: FFmpeg does not know its codec. Encode it as H.264.")
             self._stream.thread_type = "AUTO"
         self._reformatter = VideoReformatter()
-        self._decoded = self._decode()
-        self._next = 0  # number of the frame that the decoder gives next, as far as is known
+        self._restart()
+
+    def _restart(self) -> None:
+        self._decoded = (frame for frame in self._container.decode(self._stream) if frame.pts is not None)
+        self._last: Any = None  # the frame that was decoded last, and the one before
+        self._before: Any = None
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(height, width)."""
+        """(height, width) as encoded."""
         return self._stream.height, self._stream.width
 
+    @functools.cached_property
+    def is_depth(self) -> bool:
+        """Whether a pixel is one number of more than 8 bits: a distance, not a grey value."""
+        components = self._stream.codec_context.format.components
+        return len(components) == 1 and components[0].bits > 8
+
     def frame(self, number: int) -> np.ndarray:
-        """Frame `number` as uint8 RGB [height, width, 3]; DataError if the video does not have it."""
-        if not self._next <= number <= self._next + _NEAR:
-            self._seek(number)
+        """Frame `number` of a video that begins at 0 s."""
+        return self.at(number / self._fps)
+
+    def at(self, seconds: float) -> np.ndarray:
+        """The frame at that time as uint8 RGB [height, width, 3]; DataError if the video does not have it."""
         with _errors(self.path):
-            for frame in self._decoded:
-                self._next = self._number(frame) + 1
-                if self._next > number:
-                    break
-            else:
-                self._seek(0)
-                raise DataError(f"{self.path} ends before frame {number}: the file was cut short. Copy it again.")
-            if self._next != number + 1:
-                raise DataError(f"{self.path} has no frame {number} (at {number / self._fps:.3f} s). Copy it again.")
-            return self._reformatter.reformat(frame, format="rgb24", interpolation=_ACCURATE).to_ndarray()
+            sought = not self._reaches(seconds)
+            if sought:
+                self._seek(seconds)
+            frame = self._nearest(seconds)
+            if sought and not self._fits(frame, seconds):  # key frames are not always where the index says
+                self._seek(0.0)
+                frame = self._nearest(seconds)
+            if not self._fits(frame, seconds):
+                raise DataError(self._missing(frame, seconds))
+            if frame.is_corrupt:
+                raise DataError(f"{self.path} is damaged at {seconds:.3f} s. Copy it again.")
+            if self.is_depth:
+                raise DataError(f"{self.path} holds depth, not colours. Say so in meta/info.json: {DEPTH_FLAG}.")
+            rgb = self._reformatter.reformat(frame, format="rgb24", interpolation=_ACCURATE)
+            return self._turned(frame, rgb.to_ndarray())
 
     def close(self) -> None:
         self._container.close()
 
-    def _decode(self) -> Iterator[av.VideoFrame]:
-        return (frame for frame in self._container.decode(self._stream) if frame.pts is not None)
+    def _reaches(self, seconds: float) -> bool:
+        """Whether decoding onwards is a way to that time, and not a long one."""
+        if self._last is None:
+            return seconds <= _NEAR / self._fps
+        first = self._last if self._before is None else self._before
+        return bool(first.time - _SAME <= seconds <= self._last.time + _NEAR / self._fps)
 
-    def _number(self, frame: Any) -> int:
-        return round(float(frame.pts * frame.time_base) * self._fps)
+    def _nearest(self, seconds: float) -> Any:
+        """The frame nearest to that time, of those from here on; None at the end of a video without frames."""
+        while self._last is None or self._last.time < seconds - _SAME:
+            frame = next(self._decoded, None)
+            if frame is None:
+                break
+            self._before, self._last = self._last, frame
+        frames = [frame for frame in (self._last, self._before) if frame is not None]
+        return min(frames, key=lambda frame: abs(frame.time - seconds), default=None)
 
-    def _seek(self, number: int) -> None:
-        with _errors(self.path):
-            # Half a frame early: time stamps in the container's units may be rounded either way.
-            seconds = Fraction(max(number - 0.5, 0)) / Fraction(self._fps)
-            self._container.seek(int(seconds / self._stream.time_base), stream=self._stream)
-            self._decoded, self._next = self._decode(), 0
+    def _fits(self, frame: Any, seconds: float) -> bool:
+        return frame is not None and abs(frame.time - seconds) <= _ANOTHER / self._fps
+
+    def _missing(self, frame: Any, seconds: float) -> str:
+        if frame is None:
+            return f"{self.path} has no frames: it is damaged or was cut short. Copy it again."
+        if frame.time < seconds and frame is self._last:
+            return f"{self.path} ends before {seconds:.3f} s, at {frame.time:.3f} s: it was cut short. Copy it again."
+        return (
+            f"{self.path} has no frame at {seconds:.3f} s; the nearest is at {frame.time:.3f} s. "
+            f"Encode it with {self._fps:g} frames per second from 0 s on, or copy it again."
+        )
+
+    def _turned(self, frame: Any, image: np.ndarray) -> np.ndarray:
+        """The image as players show it: turned and mirrored by the file's display matrix, if it has one."""
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+        if matrix is None:
+            return image
+        # A pixel at (x, y) is shown at (a x + c y, b x + d y).
+        a, b, _, c, d = (int(value) for value in np.frombuffer(bytes(matrix), np.int32)[:5])
+        if a == d == 0 and b and c:
+            image, across, down = image.transpose(1, 0, 2), c, b
+        elif b == c == 0 and a and d:
+            across, down = a, d
+        else:
+            raise DataError(f"{self.path} is turned by a part of 90 degrees. Encode it upright.")
+        return np.ascontiguousarray(image[:: 1 if down > 0 else -1, :: 1 if across > 0 else -1])
+
+    def _seek(self, seconds: float) -> None:
+        # Half a frame early: time stamps in the container's units may be rounded either way.
+        early = Fraction(max(seconds - 0.5 / self._fps, 0))
+        self._container.seek(int(early / self._stream.time_base), stream=self._stream)
+        self._restart()
 
 
 def concatenate(parts: Sequence[Path], path: Path, fps: float) -> list[int]:
