@@ -74,6 +74,9 @@ def test_an_unknown_verb_is_told_with_the_nearest(capsys):
 def test_a_wrong_flag_or_choice_is_told_with_the_nearest(arguments, message, capsys):
     assert main(arguments.split()) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_wrong_flag_ends_the_process_with_2():
     assert vla("rollout", "--episodes", "many").returncode == 2
 
 
@@ -133,6 +136,7 @@ def test_help_keeps_names_as_they_are_and_has_no_empty_defaults(capsys):
         with pytest.raises(SystemExit):
             main([verb, "--help"])
     said = capsys.readouterr().out
+    assert "--kwargs {KEY: VALUE, ...}" in said and "--robot {KEY: VALUE, ...}" in said and "joint_position" in said
     assert "Serve a policy to OpenVLA's and openpi's robot clients." in said
     assert "(default: )" not in said and "(default: none)" in said
 
@@ -150,6 +154,8 @@ def test_nested_values_have_short_flags():
     assert parsed.model.vision == ("siglip", "dinov2")
     assert parsed.data == (Path("a"), Path("b"))
     assert (parsed.lora.rank, parsed.augment.shift, parsed.resume) == (8, 0.0, True)
+    parsed = cli._parse("rollout", VERBS["rollout"], ["--kwargs", "{image_size: 64}", "--robot", "{control_hz: 5.0}"])
+    assert (parsed.adapter.kwargs, parsed.adapter.robot) == ({"image_size": 64}, {"control_hz": 5.0})
 
 
 def test_flags_override_the_file_and_the_file_overrides_the_defaults(tmp_path):

@@ -195,8 +195,9 @@ def _fields(cls: Any, prefix: str = "") -> list[str]:
 
 
 def _type_rules() -> Any:
-    """What to change in tyro: its help shows an empty list or mapping as nothing instead of "none", and it refuses an
-    unknown choice without naming the nearest one, as `config.check` does."""
+    """What to change in tyro: its help shows an empty list or mapping as nothing instead of "none", it refuses an
+    unknown choice without naming the nearest one, as `config.check` does, and it has no flag for a mapping of anything.
+    """
     from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
     registry, asked = ConstructorRegistry(), set[Any]()
@@ -208,6 +209,10 @@ def _type_rules() -> Any:
         asked.add(info.type)  # tyro's own rule is next
         usual = registry.get_primitive_spec(info)
         asked.remove(info.type)
+        if info.type == dict[str, Any]:
+            return PrimitiveConstructorSpec(
+                1, "{KEY: VALUE, ...}", _mapping, lambda value: isinstance(value, dict), _flow
+            )
         if not isinstance(usual, PrimitiveConstructorSpec):
             return None
         if info.type_origin is Literal:
@@ -215,6 +220,21 @@ def _type_rules() -> Any:
         return dataclasses.replace(usual, str_from_instance=lambda value: usual.str_from_instance(value) or ["none"])
 
     return registry
+
+
+def _mapping(words: list[str]) -> dict[str, Any]:
+    import yaml
+
+    value = yaml.safe_load(words[0])
+    if not isinstance(value, dict):
+        raise ValueError(f"expected {{key: value}}, got {words[0]!r}")
+    return value
+
+
+def _flow(mapping: dict[str, Any]) -> list[str]:
+    import yaml
+
+    return [yaml.safe_dump(mapping, default_flow_style=True, width=10_000).strip() if mapping else "none"]
 
 
 def _explain(error: Exception) -> tuple[str | None, int]:

@@ -19,7 +19,7 @@ class AdapterConfig:
 
     Attributes:
         module: imported before `gymnasium.make`, so that it can register its ids (the "module" of "module:id").
-        kwargs: passed to `gymnasium.make`.
+        kwargs: keyword arguments of `gymnasium.make`, e.g. {image_size: 128}.
         images: camera name -> dotted path into the observation, e.g. {"top": "pixels"}; empty: every entry of
             observation["pixels"]. The path "render()" takes `env.render()`.
         flip: cameras whose image is upside down (rotated by 180 degrees).
@@ -28,7 +28,9 @@ class AdapterConfig:
         success: dotted path into `info`; the episode is a success while it is true (>= 0.5).
         expert: where demonstrations come from: "env" (the environment's own `make_expert`), "random", or
             "module:callable", called with (env, seed), which returns an object with `act() -> action`.
-        robot: properties of the RobotSpec that the environment does not state itself (action_names, control_hz, ...).
+        robot: properties of the RobotSpec that the environment does not state itself, e.g. {control_hz: 10,
+            action_space: ee_delta}. Action spaces are joint_position, joint_delta, joint_velocity, ee_position,
+            ee_delta and ee_velocity.
         max_steps: overrides the environment's registered episode limit.
     """
 

@@ -66,7 +66,8 @@ class DeployConfig:
     """`vla deploy`: run a policy on a simulated robot in real time, where the world does not wait for it.
 
     Attributes:
-        policy: "nano", a run folder, a checkpoint folder, or the address of a `vla serve` ("ws://host:8000").
+        policy: the embedded backbone "nano", a run folder, a checkpoint folder, or the address of a `vla serve`
+            ("ws://host:8000").
         env: environment id of the simulated robot.
         replay: a dataset folder: its episodes are played in real time instead, and what the policy commands is
             compared with what was demonstrated.
@@ -120,7 +121,7 @@ class ServeConfig:
     With the environment variable VLA_API_KEY set, clients must send `Authorization: Api-Key <key>` (or Bearer).
 
     Attributes:
-        policy: "nano", a run folder or a checkpoint folder.
+        policy: the embedded backbone "nano", a run folder or a checkpoint folder.
         host, port: where to listen; only this machine can connect unless told otherwise ("0.0.0.0").
         keys: what clients call things, where it cannot be told from their requests.
         max_batch: observations of different clients that are decoded together.

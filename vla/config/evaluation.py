@@ -66,7 +66,8 @@ class RolloutConfig:
     """`vla rollout`: evaluate a policy closed loop on environments x seeds.
 
     Attributes:
-        policy: "nano", a run folder, a checkpoint folder, or the address of a `vla serve` ("ws://host:8000").
+        policy: the embedded backbone "nano", a run folder, a checkpoint folder, or the address of a `vla serve`
+            ("ws://host:8000").
         env: environment ids.
         episodes: episodes per environment.
         seed: first environment seed; episode i uses seed + i.
@@ -107,7 +108,8 @@ class BenchmarkConfig:
     plays what is missing; only `n_envs` and `videos` may have changed.
 
     Attributes:
-        policy: "nano", a run folder, a checkpoint folder, or the address of a `vla serve` ("ws://host:8000").
+        policy: the embedded backbone "nano", a run folder, a checkpoint folder, or the address of a `vla serve`
+            ("ws://host:8000").
         tasks: sets of tasks (mt50, mt50/easy, mt50/medium, mt50/hard, mt50/very_hard, mt10, ml45-train, ml45-test), or
             environment ids.
         episodes: episodes per task; papers take 10.
@@ -140,7 +142,7 @@ class ExposureConfig:
     """`vla analyze exposure`: what a policy loses by reading its own tokens instead of the demonstrator's.
 
     Attributes:
-        policy: "nano", a run folder or a checkpoint folder.
+        policy: the embedded backbone "nano", a run folder or a checkpoint folder.
         data: a dataset folder; demonstrations that the policy was not trained on, for a fair answer.
         out: folder of the figures and the picture.
         frames: at most so many frames, spread evenly over all episodes.

@@ -17,7 +17,16 @@ ROUNDS_APART = 10_000  # between the first seeds of two rounds of DAgger: no two
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """What `vla train` adapts. `targets` are module names of the decoder, as in peft."""
+    """What `vla train` adapts.
+
+    Attributes:
+        rank: of the adapters.
+        alpha: what an adapter adds is multiplied by alpha / rank.
+        dropout: of an adapter's input.
+        targets: module names of the decoder, as in peft.
+        train_action_rows: also train the embeddings and output rows of action tokens.
+        train_projector, train_vision: also train the projector, the vision tower.
+    """
 
     __pydantic_config__ = STRICT
     rank: Count = 32
@@ -62,9 +71,9 @@ class ModelConfig:
     """The policy to train. None means: as in the checkpoint that is trained further, else a default.
 
     Attributes:
-        backbone: "nano" (the embedded policy; the default of `vla train`), "nano-init" (its architecture, untrained;
-            the default of `vla pretrain`), "small-init" (a larger one for GPUs, untrained), a checkpoint of this
-            package, or a folder or hub id of a LLaMA-architecture causal language model.
+        backbone: "nano" (the embedded backbone; the default of `vla train`), "nano-init" (the same, untrained; the
+            default of `vla pretrain`), "small-init" (a larger one for GPUs, untrained), a checkpoint of this package,
+            or a folder or hub id of a LLaMA-architecture causal language model.
         vision: folders or hub ids of SigLIP/DINOv2/CLIP towers, fused on the feature axis; for a language
             model only.
         cameras: which of the dataset's cameras, in this order; empty: all.
@@ -107,10 +116,19 @@ class TrainConfig:
         method: "lora" trains adapters, action rows and projector; "full" trains everything that is not frozen.
         steps: optimizer steps.
         batch_size: samples per forward pass and device; times `grad_accum` per optimizer step.
+        grad_accum: batches per optimizer step.
+        learning_rate, weight_decay: of AdamW; the rate follows a cosine after a linear warm-up.
+        warmup_steps: optimizer steps of the warm-up.
+        max_grad_norm: gradients are clipped to this norm; 0: never.
         precision: "auto" is bf16 where the hardware computes it natively, else float32.
+        compile: compile the network with torch.
+        workers: processes that prepare batches; 0: none.
         val_fraction: share of episodes held out for validation.
+        eval_every, save_every, log_every: optimizer steps between validations, checkpoints and rows of the metrics.
+        keep_checkpoints: how many of the last checkpoints are kept.
         rollout_every: optimizer steps between closed-loop evaluations in `rollout_env` (through `adapter`); 0: none.
-        report_to: "none", "tensorboard", "trackio" or "wandb".
+        rollout_env, rollout_episodes: environment ids, and episodes in each.
+        report_to: where metrics go besides `metrics.jsonl`; the package must be installed.
         resume: continue the run in `out` from its last checkpoint.
         dry_run: check configuration, data, shapes and memory, take one step, write nothing.
     """
