@@ -19,9 +19,9 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers.utils import logging as transformers_logging
 
-from vla.errors import CheckpointError
+from vla.errors import CheckpointError, VLAError
 from vla.locations import check_policy
-from vla.model.backbones import find_checkpoint, load_checkpoint, read_config
+from vla.model.backbones import check_room, find_checkpoint, load_checkpoint, read_config
 from vla.model.configuration import VLAConfig
 from vla.model.hub import read_json
 from vla.model.modeling import VLAForActionPrediction
@@ -93,7 +93,13 @@ def _checked_config(folder: Path) -> VLAConfig:
             "interpreted. Add it from the run that trained it."
         )
     config = read_config(folder)
-    config.check_policy()
+    try:
+        config.check_policy()
+        check_room(config, str(folder))
+    except VLAError:
+        raise
+    except Exception as error:  # values of any type may stand in a file
+        raise CheckpointError(f"{folder}/config.json does not describe a policy: {error}") from error
     return config
 
 

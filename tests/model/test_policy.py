@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.decoders import greedy, reference
 from vla import checkpoint
-from vla.errors import CheckpointError, ConfigError, SpecError
+from vla.errors import CheckpointError, ConfigError, SpecError, VLAError
 from vla.policy import Policy
 
 INSTRUCTIONS = ["pick up the red cube", "open the drawer", "please put the green ball on the blue zone", "reach"]
@@ -107,6 +107,28 @@ def test_reload_in_a_fresh_process_gives_the_same_chunk(nano, observations, tmp_
     np.testing.assert_array_equal(np.load(tmp_path / "c.npy"), here)
 
 
+@pytest.mark.parametrize("name", ["nano", "random"])
+def test_a_loaded_policy_can_be_saved_again(nano, tmp_path, name):
+    """Also after it has decoded: the engine has its own layout of the weights."""
+    if name == "random":
+        checkpoint.save(*nano, tmp_path / "policy")
+    policy = Policy.from_pretrained(name if name == "nano" else str(tmp_path), device="cpu")
+    blank = {"pixels": {camera: np.full((96, 96, 3), 90, np.uint8) for camera in policy.robot.cameras}}
+    blank["agent_pos"] = np.linspace(-1, 1, policy.robot.state_dim).astype(np.float32)
+    ids = policy.predict([blank], ["reach the red cube"]).ids
+    for folder in ("again", "once-more"):
+        checkpoint.save(policy.network, policy.processor, tmp_path / folder)
+        policy = Policy.from_pretrained(str(tmp_path / folder), device="cpu")
+        np.testing.assert_array_equal(policy.predict([blank], ["reach the red cube"]).ids, ids)
+
+
+def test_an_engine_leaves_a_network_in_training_as_it_was(nano, observations):
+    network, processor = nano
+    before = {name: (p.stride(), p.data_ptr(), p.requires_grad) for name, p in network.named_parameters()}
+    Policy(network, processor).predict(observations(1), ["reach"])
+    assert before == {name: (p.stride(), p.data_ptr(), p.requires_grad) for name, p in network.named_parameters()}
+
+
 def test_act_serves_a_chunk_action_by_action(nano, observations):
     policy = Policy(*nano, n_action_steps=3)
     first, second = observations(2)
@@ -172,6 +194,35 @@ def test_a_truncated_checkpoint_is_refused(nano, tmp_path):
     path = tmp_path / "policy" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:100_000])
     with pytest.raises(CheckpointError, match="damaged or incomplete"):
+        Policy.from_pretrained(str(tmp_path))
+
+
+ODD = [
+    lambda text: text[: len(text) // 2],
+    lambda text: "",
+    lambda text: "[]",
+    lambda text: json.dumps(json.loads(text) | {"robot": "arm"}),
+    lambda text: json.dumps(json.loads(text) | {"statistics": [1]}),
+    lambda text: json.dumps(json.loads(text) | {"text_config": "llama"}),
+    lambda text: json.dumps(json.loads(text) | {"horizon": "four"}),
+    lambda text: json.dumps(json.loads(text) | {"action_tokenizer": {"name": "uniform", "size": 3}}),
+    lambda text: json.dumps(json.loads(text) | {"layout": "images_first"}),
+    lambda text: json.dumps(json.loads(text) | {"image_token_id": 4}),
+    lambda text: json.dumps(json.loads(text) | {"image_mean": [[0.5]]}),
+    lambda text: json.dumps(json.loads(text) | {"n_action_steps": 40}),
+    lambda text: json.dumps(json.loads(text) | {"normalization": "q1_q99"}),
+    lambda text: json.dumps(json.loads(text) | {"max_state_dim": 3}),
+    lambda text: json.dumps(json.loads(text) | {"max_cameras": 1}),
+    lambda text: json.dumps(json.loads(text) | {"vision_feature_layer": 7}),
+]
+
+
+@pytest.mark.parametrize("change", ODD)
+def test_an_odd_config_is_refused_in_words(nano, tmp_path, change):
+    checkpoint.save(*nano, tmp_path / "policy")
+    path = tmp_path / "policy" / "config.json"
+    path.write_text(change(path.read_text()))
+    with pytest.raises(VLAError):
         Policy.from_pretrained(str(tmp_path))
 
 

@@ -76,7 +76,7 @@ def build_policy(model: ModelConfig, facts: DataFacts) -> tuple[VLAForActionPred
         if model.image_size not in (None, config.image_size):
             raise ConfigError(f"{backbone} was built for images of {config.image_size}, not {model.image_size}.")
         _set_policy(config, model, facts, robot)
-        _check_room(config, backbone)
+        check_room(config, backbone)
         network, tokenizer = load_checkpoint(own, config)
     else:
         network, tokenizer = _compose(backbone, model, facts, robot)
@@ -277,7 +277,7 @@ def _make_room(config: VLAConfig) -> None:
         config.max_state_dim = max(config.max_state_dim, robot.state_dim)
 
 
-def _check_room(config: VLAConfig, backbone: str) -> None:
+def check_room(config: VLAConfig, backbone: str) -> None:
     """ConfigError when a trained network was not sized for as many cameras or state entries as the data has."""
     robot = config.robot_spec
     if len(robot.cameras) > config.max_cameras:

@@ -165,6 +165,10 @@ class VLAConfig(PreTrainedConfig):
         """Raise CheckpointError unless prefix, images and state are described without contradiction."""
         if self.layout not in LAYOUTS:
             raise CheckpointError(unknown("layout", self.layout, LAYOUTS))
+        if self.vision_feature_layer >= 0:
+            raise CheckpointError(
+                f"vision_feature_layer counts from the end: -1, -2, ...; got {self.vision_feature_layer}."
+            )
         rows = range(self.action_token_begin, self.action_token_begin + self.n_action_rows)
         placeholders = (self.image_token_id, self.state_token_id)
         if len(set(placeholders)) < 2 or any(i in rows or not 0 <= i < self.vocab_size for i in placeholders):

@@ -74,9 +74,9 @@ def load_model(auto: Any, name: str, what: str, config: PreTrainedConfig, foreig
         auto: transformers' auto class.
         foreign: the folder may hold other models' weights as well, as a SigLIP's holds a text tower.
     """
-    model, info = _load(
-        auto, name, what, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
-    )
+    options = {"dtype": torch.float32, "use_safetensors": True}
+    options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}  # they are refused below, by name
+    model, info = _load(auto, name, what, config=config, **options)
     if foreign:
         own = {key.split(".")[0] for key in model.state_dict()} | {"vision_model"}
         info["unexpected_keys"] = [key for key in info["unexpected_keys"] if key.split(".")[0] in own]
@@ -104,17 +104,17 @@ def check_tower(name: str, vision: PreTrainedConfig, image_size: int, layer: int
         raise ConfigError(f"vision tower {name!r} takes images of {vision.num_channels} channels, not RGB.")
     try:
         with torch.device("meta"), torch.no_grad():
-            images = torch.zeros(1, 3, image_size, image_size)
+            images = torch.zeros(2, 3, image_size, image_size)
             shape = tuple(tower_features(AutoModel.from_config(vision).eval(), images, layer).shape)
     except Exception as error:  # a foreign model's forward can raise anything
         raise ConfigError(
             f"vision tower {name!r} ({vision.model_type}) does not take images of {image_size}: {_first_line(error)}"
         ) from error
     patches = (image_size // vision.patch_size) ** 2
-    if len(shape) != 3 or shape[1] < patches or shape[2] != vision.hidden_size:
+    if len(shape) != 3 or shape[0] != 2 or shape[1] < patches or shape[2] != vision.hidden_size:
         raise ConfigError(
-            f"vision tower {name!r} ({vision.model_type}) gives features {list(shape)}, not [1, {patches} patches, "
-            f"{vision.hidden_size}]. SigLIP, DINOv2 and CLIP towers do."
+            f"vision tower {name!r} ({vision.model_type}) gives features {list(shape)} for two images, not [2, "
+            f"{patches}, {vision.hidden_size}]. SigLIP, DINOv2 and CLIP towers do."
         )
 
 
