@@ -30,4 +30,4 @@ def missing_folder(name: str) -> str | None:
 def check_policy(name: str) -> None:
     """CheckpointError when `name` is neither the embedded policy, a folder, an address nor possibly a hub id."""
     if name != "nano" and not is_address(name) and (problem := missing_folder(name)):
-        raise CheckpointError(f"no policy {name!r}: {problem}")
+        raise CheckpointError(f"no policy at {name!r}: {problem}")
