@@ -41,6 +41,22 @@ def test_a_report_beside_the_data_and_no_cameras(tmp_path, capsys):
     Demonstrations(root)  # a report inside does not disturb the dataset
 
 
+def test_what_a_policy_is_not_given_is_said(tmp_path, capsys):
+    root = record(tmp_path / "set", [12, 12]).root
+    info = json.loads((root / "meta/info.json").read_text())
+    features = info["features"]
+    features["observation.joints"] = features.pop("observation.state")
+    features["observation.images.depth"] = {**features["observation.images.front"], "info": {"is_depth_map": True}}
+    del info["robot"]
+    (root / "meta/info.json").write_text(json.dumps(info | {"splits": {"train": "0:1", "val": "1:2"}}))
+    inspect(InspectConfig(data=root, out=tmp_path / "report"))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "These columns are not read: observation.joints." in printed
+    assert "(depth left out: observation.images.depth)" in printed and "other splits: val" in printed
+    page = (tmp_path / "report/index.html").read_text()
+    assert "width of one of 63 bins" in page  # as many as the embedded backbone has, by default
+
+
 def test_errors(tmp_path, data):
     with pytest.raises(DataError, match="there is no folder"):
         inspect(InspectConfig(data=tmp_path / "none"))

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -405,6 +406,19 @@ def test_a_start_that_fails_leaves_nothing(demos, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="no such device"):
         pretrain(small(data=[demos], out=tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_state_under_another_name_is_pointed_out(demos, tmp_path, capsys):
+    root = shutil.copytree(demos, tmp_path / "renamed")
+    info = json.loads((root / "meta/info.json").read_text())
+    info["features"]["observation.joints"] = info["features"].pop("observation.state")
+    (root / "meta/info.json").write_text(json.dumps(info | {"robot": None}))
+    pretrain(small(data=[root], out=tmp_path / "run", dry_run=True))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "none: the data has no observation.state" in said and "Rename or join one of these" in said
+    assert "observation.joints" in said
+    pretrain(small(data=[root], out=tmp_path / "run", dry_run=True, model={"use_state": False}))
+    assert "observation.joints" not in capsys.readouterr().out
 
 
 def test_mistakes_are_explained_before_anything_is_written(demos, unbroken, tmp_path):

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.data.recordings import record
+from vla.data import format as v3
 from vla.data.format import Info
 from vla.data.reader import Demonstrations
 from vla.errors import DataError
@@ -78,6 +79,18 @@ def test_other_versions(root, version, words):
         ({"total_episodes": 5}, "counts 5 episodes, meta/episodes lists 3.*cut short"),
         ({"robot": {"cameras": [], "state_names": [], "action_names": ["x"]}}, "has 0 state and 1 action entries"),
         ({"robot": {"camera": []}}, "unknown robot property 'camera'"),
+        ({"robot": {"cameras": [], "state_names": [], "action_names": ["x"], "control_hz": "9"}}, "not a robot descr"),
+        ({"fps": float("inf")}, "fps must be a positive number, got inf"),
+        ({"fps": 20}, 'fps is 20, but "robot" has control_hz 10'),
+        ({"features": [1]}, '"features" must map names to features'),
+        ({"features": {"action": {"dtype": "float32", "shape": 2}}}, "must be a list of sizes, got 2"),
+        ({"features": {"action": {"dtype": "float32", "shape": [0]}}, "robot": None}, "nothing to learn"),
+        (
+            {"data_path": "data/chunk-{episode_chunk:03d}/{episode_index}.parquet"},
+            "Was the conversion to v3.0 finished",
+        ),
+        ({"video_path": "videos/{0}/{video_key}.mp4"}, r"format v3\.0 has {video_key}, {chunk_index}, {file_index}"),
+        ({"data_path": None}, "the path None cannot be filled in"),
     ],
 )
 def test_contradictions_in_the_info(root, values, words):
@@ -206,6 +219,45 @@ def test_images_of_another_size(root):
 def test_all_ways_to_write_names(names, expected):
     action = {"dtype": "float32", "shape": [2], "names": names}
     assert Info(10, {"action": action}).describe_robot().action_names == expected
+
+
+def test_the_orders_of_names_must_agree(root):
+    info = json.loads((root / "meta/info.json").read_text())
+    info["robot"]["action_names"] = ["dy", "dx", "gripper"]
+    change_info(root, **info)
+    with pytest.raises(DataError, match='"robot" lists the action as dy, dx, gripper, the feature as dx, dy, gripper'):
+        Demonstrations(root)
+
+
+def test_cameras_that_would_share_a_name_or_a_file(root):
+    info = json.loads((root / "meta/info.json").read_text())
+    front = info["features"]["observation.images.front"]
+    assert list(Info(10, {"observation.images.front": front, "observation.front": front}).cameras) == [
+        "front",
+        "observation.front",
+    ]
+    for key, path, words in (
+        ("observation.images.wrist", VIDEO, "names the same file for all cameras"),
+        ("observation.images.../../out", v3.VIDEO, "must not have a slash in its name"),
+    ):
+        change_info(root, features=info["features"] | {key: front}, video_path=path)
+        with pytest.raises(DataError, match=words):
+            Demonstrations(root)
+
+
+@pytest.mark.parametrize(
+    ("shape", "names"),
+    [
+        ([48, 64, 3], ["height", "width", "channels"]),
+        ([3, 48, 64], ["height", "width", "channels"]),  # copied from another recorder
+        ([4, 48, 64], None),
+        ([48, 64], None),
+        ([48, 64, 1], {"axes": ["height", "width", "channel"]}),
+    ],
+)
+def test_all_ways_to_write_an_images_shape(shape, names):
+    features = {"observation.images.a": {"dtype": "image", "shape": shape, "names": names}}
+    assert Info(10, features).image_shape("a") == (48, 64)
 
 
 def test_cameras_by_short_name_and_depth_left_out():
