@@ -246,6 +246,13 @@ def _check(config: CollectConfig) -> None:
     ):
         if not fits:
             raise ConfigError(f"{name} must be {valid}, got {getattr(config, name)}.")
+    if config.noise and config.adapter.expert != "env":
+        raise ConfigError(
+            f"noise is given to an environment's own expert; {config.adapter.expert!r} (adapter.expert) would ignore "
+            "it. Leave noise out, and let that expert make its own."
+        )
+    if config.adapter.instruction is not None and not config.adapter.instruction.strip():
+        raise ConfigError("adapter.instruction is blank; a demonstration needs an instruction.")
 
 
 def _same_plan(config: CollectConfig, path: Path) -> None:

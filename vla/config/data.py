@@ -18,11 +18,13 @@ class AdapterConfig:
         module: imported before `gymnasium.make`, so that it can register its ids (the "module" of "module:id").
         kwargs: passed to `gymnasium.make`.
         images: camera name -> dotted path into the observation, e.g. {"top": "pixels"}; empty: every entry of
-            observation["pixels"]. The path "render()" takes `env.render()`.
+            observation["pixels"]. Parts of tuples go by their index ("0"), all of the observation is "", and
+            "render()" takes `env.render()`.
         flip: cameras whose image is upside down (rotated by 180 degrees).
         state: dotted paths into the observation, concatenated; empty: a policy without proprioception.
         instruction: a fixed instruction; None takes info["instruction"], else the attribute `task_description`.
-        success: dotted path into `info`; the episode is a success while it is true (>= 0.5).
+        success: dotted path into `info`; the episode is a success while it is true (>= 0.5). The entry may be absent
+            until the episode ends.
         expert: where demonstrations come from: "env" (the environment's own `make_expert`), "random", or
             "module:callable", called with (env, seed), which returns an object with `act() -> action`.
         robot: properties of the RobotSpec that the environment does not state itself (action_names, control_hz, ...).
