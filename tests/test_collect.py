@@ -214,6 +214,13 @@ def test_values_that_make_no_sense(tmp_path, name, value):
         collect(CollectConfig(out=tmp_path / "set", **{name: value}))
 
 
+def test_values_that_an_expert_or_a_dataset_would_ignore(tmp_path):
+    with pytest.raises(ConfigError, match="noise is given to an environment's own expert; 'random'"):
+        collect(config(tmp_path / "set", noise=0.5, adapter=AdapterConfig(expert="random")))
+    with pytest.raises(ConfigError, match="instruction is blank"):
+        collect(config(tmp_path / "set", adapter=AdapterConfig(instruction=" ")))
+
+
 def test_episodes_and_noise_are_spread_over_environments():
     values = CollectConfig(env=("a", "b"), episodes=40, noise=0.3, noise_share=0.25)
     attempts = [attempt(values, number, 0) for number in range(40)]

@@ -285,6 +285,12 @@ class Says:
         return self.action
 
 
+def test_a_vector_environment_is_refused():
+    gym.register("spaces/Batch-v0", lambda **_: gym.vector.SyncVectorEnv([World, World]))
+    with refused("must inherit from the gymnasium.Env class.*SyncVectorEnv"):
+        simulator.make("spaces/Batch-v0")
+
+
 @pytest.mark.parametrize("action", [0.5, [0.5], [[0.5, 0.5]], [0.5] * 3], ids=str)
 def test_an_action_of_another_shape_is_not_stretched_to_fit(action):
     env = make()

@@ -21,11 +21,13 @@ class AdapterConfig:
         module: imported before `gymnasium.make`, so that it can register its ids (the "module" of "module:id").
         kwargs: keyword arguments of `gymnasium.make`, e.g. {image_size: 128}.
         images: camera name -> dotted path into the observation, e.g. {"top": "pixels"}; empty: every entry of
-            observation["pixels"]. The path "render()" takes `env.render()`.
+            observation["pixels"]. Parts of tuples go by their index ("0"), all of the observation is "", and
+            "render()" takes `env.render()`.
         flip: cameras whose image is upside down (rotated by 180 degrees).
         state: dotted paths into the observation, concatenated; empty: a policy without proprioception.
         instruction: a fixed instruction; None takes info["instruction"], else the attribute `task_description`.
-        success: dotted path into `info`; the episode is a success while it is true (>= 0.5).
+        success: dotted path into `info`; the episode is a success while it is true (>= 0.5). The entry may be absent
+            until the episode ends.
         expert: where demonstrations come from: "env" (the environment's own `make_expert`), "random", or
             "module:callable", called with (env, seed), which returns an object with `act() -> action`.
         robot: properties of the RobotSpec that the environment does not state itself, e.g. {control_hz: 10,
@@ -76,7 +78,16 @@ class CollectConfig:
     adapter: AdapterConfig = AdapterConfig()
 
     def contradiction(self) -> str | None:
-        return None if self.env else "env: name at least one environment."
+        if not self.env:
+            return "env: name at least one environment."
+        if self.noise and self.adapter.expert != "env":
+            return (
+                f"noise is given to an environment's own expert; {self.adapter.expert!r} (adapter.expert) would ignore "
+                "it. Leave noise out, and let that expert make its own."
+            )
+        if self.adapter.instruction is not None and not self.adapter.instruction.strip():
+            return "adapter.instruction is blank; a demonstration needs an instruction."
+        return None
 
 
 @dataclasses.dataclass(frozen=True)

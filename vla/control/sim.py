@@ -181,5 +181,6 @@ def _episode(
 
 
 def _plain(info: dict[str, Any]) -> dict[str, Any]:
-    """What of an environment's info is a number, a flag or a text."""
-    return {key: value for key, value in info.items() if isinstance(value, bool | int | float | str)}
+    """What of an environment's info is a number, a flag or a text, as Python values."""
+    values = {key: value.item() if isinstance(value, np.generic) else value for key, value in info.items()}
+    return {key: value for key, value in values.items() if isinstance(value, bool | int | float | str)}
