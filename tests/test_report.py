@@ -5,6 +5,7 @@ import io
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import av
 import numpy as np
@@ -272,3 +273,16 @@ def test_long_episodes_are_recorded_in_bounded_memory():
     assert len(recorder._frames) <= MOST_FRAMES
     assert recorder._frames[0].shape == (16, 32, 3)
     assert recorder._stride == 4
+
+
+def test_a_video_that_is_too_large_for_the_page_is_linked_and_not_read(tmp_path, monkeypatch):
+    episodes = episodes_of("ss")
+    for episode, size in zip(episodes, (10, 100), strict=True):
+        episode.video_path = f"{episode.seed}.mp4"
+        (tmp_path / episode.video_path).write_bytes(bytes(size))
+    monkeypatch.setattr(report, "MOST_EMBEDDED", 50)
+    read, real = [], Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: (read.append(path.name), real(path))[1])
+    small, large = report._videos(info_of(episodes)["per_episode"], tmp_path)
+    assert small["source"].startswith("data:video/mp4") and large["source"] == episodes[1].video_path
+    assert read == [episodes[0].video_path]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 import copy
 import dataclasses
+import itertools
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -209,7 +210,7 @@ class Policy(ChunkPolicy):
         if self.processor.action_tokenizer.tokens_per_action is None and decoding != GREEDY:
             raise ConfigError("this policy's tokens speak about several actions at once; it decodes greedily only.")
         self.unnorm_key = network.config.unnorm_key(unnorm_key)
-        self._draws = 0  # sampled batches: each has a seed of its own
+        self._draws = itertools.count(1)  # sampled batches, of all twins: each has a seed of its own
         try:
             self._engine: Engine | None = Engine(self.network)
         except ConfigError as error:
@@ -319,8 +320,7 @@ class Policy(ChunkPolicy):
                 return self._engine.parallel(batch, draft[:, :n_tokens], streamer, committed)
             if committed is None:
                 return self._engine.stepwise(batch, n_tokens, streamer, stopping)
-        self._draws += 1
-        seed = self.decoding.sampling_seed + self._draws
+        seed = self.decoding.sampling_seed + next(self._draws)
         given = None if committed is None else (draft, committed)
         return strategies.generate(self.network, batch, self.decoding, seed, streamer, stopping, given)
 

@@ -96,8 +96,10 @@ def _videos(episodes: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[st
         if path is None or not path.is_file():
             continue
         left -= path.stat().st_size
-        embedded = f"data:video/mp4;base64,{base64.b64encode(path.read_bytes()).decode()}"
-        found.append({"episode": episode, "source": embedded if left >= 0 else episode["video_path"]})
+        source = episode["video_path"]
+        if left >= 0:
+            source = f"data:video/mp4;base64,{base64.b64encode(path.read_bytes()).decode()}"
+        found.append({"episode": episode, "source": source})
     return found
 
 

@@ -12,7 +12,7 @@ from tests.bench import at
 from vla.config import ControlConfig, SafetyConfig
 from vla.control.controller import Controller, State
 from vla.control.robot import Reading
-from vla.errors import SpecError
+from vla.errors import SpecError, VLAError
 from vla.policy import Policy
 from vla.spec import RobotSpec
 
@@ -427,6 +427,12 @@ def test_a_rate_that_is_asked_for_is_meant(policy, driver):
         Controller(driver, policy, ControlConfig(hz=25.0)),
     ):
         pass
+
+
+@pytest.mark.parametrize("hz", [0, -1.0, float("nan"), float("inf")])
+def test_a_rate_that_is_none_is_refused(policy, driver, hz):
+    with pytest.raises(VLAError, match=r"positive|finite"):
+        Controller(driver, policy, ControlConfig(hz=hz))
 
 
 @pytest.mark.parametrize("hz", [0.5, 0.25])

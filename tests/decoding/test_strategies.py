@@ -197,6 +197,17 @@ def test_seeds_reproduce_and_leave_the_callers_random_state_alone(small, observa
     assert torch.equal(torch.get_rng_state(), before)
     np.testing.assert_array_equal(first, chunks(0))
     assert (first != chunks(100)).any() and (first[0] != first[1]).any()
+    # A twin's draws are not those of the policy again: together they draw what one alone would.
+    policy = Policy(network, processor, decoding=DecodingConfig(temperature=1.0))
+    drawn = [one.predict_chunks(observation, words) for one in (policy, policy.for_key("demo"))]
+    np.testing.assert_array_equal(np.stack(drawn), first)
+
+
+def test_sampling_on_one_device_seeds_no_other(small, observations, monkeypatch):
+    """Nobody else's generator could be put back: `torch.manual_seed` seeds every device."""
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: 1 / 0)
+    network, processor, _, _ = small
+    Policy(network, processor, decoding=DecodingConfig(temperature=1.0)).predict_chunks(observations(1), ["reach"])
 
 
 def test_a_policy_says_how_sure_it_was(small, observations):

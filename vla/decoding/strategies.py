@@ -8,6 +8,8 @@ for exactly the number of tokens that the tokenizer needs. It does not know what
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -64,6 +66,27 @@ class Committed(LogitsProcessor):
         return torch.where(given[:, None], only, scores)
 
 
+@contextlib.contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Draws on `device` follow from `seed`, and go on afterwards as if there had been none; no other device's generator
+    is touched (`torch.manual_seed` seeds all of them)."""
+    generator = _generator(device)
+    before = generator.get_state()
+    generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        generator.set_state(before)
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    """The device's default generator, from which `torch.multinomial` draws."""
+    if device.type == "cuda":
+        torch.cuda.init()
+        return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+    return torch.mps._get_default_mps_generator() if device.type == "mps" else torch.default_generator
+
+
 @torch.inference_mode()
 def generate(
     network: VLAForActionPrediction,
@@ -98,8 +121,7 @@ def generate(
     if config.temperature > 0:
         sampling = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
     batch = {name: tensor.to(network.device) for name, tensor in batch.items()}
-    with torch.random.fork_rng([network.device] if network.device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with seeded(seed, network.device):
         output = network.generate(
             **batch,
             **sampling,
