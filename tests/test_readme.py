@@ -36,6 +36,17 @@ def test_python_runs(capsys):
     assert "-> " in printed and "(1, 8, 7)" in printed
 
 
+def test_the_client_gets_actions_and_reasons(serving):
+    (client,) = re.findall(r"<!-- client -->\n```python\n(.*?)```", README, re.DOTALL)
+    with serving() as served:
+        client = client.replace("http://127.0.0.1:8000", served.http)
+        variables: dict = {}
+        exec(client, variables)
+        assert variables["chunk"].shape == (served.policy.n_action_steps, 7)
+        with pytest.raises(SystemExit, match="state: expected 7 entries"):
+            exec(client.replace("np.zeros(7", "np.zeros(3"), {})
+
+
 def test_named_files_exist():
     named = re.findall(r"\b(?:configs|scripts|docs)/[\w./-]*\w", README)
     assert named

@@ -430,7 +430,7 @@ def test_mistakes_are_explained_before_anything_is_written(demos, unbroken, tmp_
         pretrain(small(data=[demos], out=tmp_path / "none", resume=True))
     with pytest.raises(ConfigError, match="Did you mean 'front'"):
         pretrain(small(data=[demos], out=tmp_path / "x", model={"cameras": ["fornt"]}))
-    with pytest.raises(ConfigError, match="unknown backbone .nowhere"):
+    with pytest.raises(ConfigError, match="unknown backbone 'nowhere"):
         train(small(data=[demos], out=tmp_path / "x", model={"backbone": "nowhere", "vision": ["nowhere"]}))
     with pytest.raises(ConfigError, match="no module named w_proj"):
         bad = small(data=[demos], out=tmp_path / "x", method="lora", lora={"targets": ["w_proj"]})
