@@ -8,10 +8,11 @@ import sys
 import time
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 
-from tests.pointworld import ENV_ID
+from tests.pointworld import ENV_ID, PointWorld
 from tests.test_collect import same_files
 from vla import config as configuration
 from vla import rollin, simulator
@@ -253,9 +254,10 @@ def test_roll_ins_go_where_the_policy_fails_alone(tmp_path):
 
 
 def test_a_roll_in_without_end_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(rollin, "LONGEST", 5)
+    monkeypatch.setattr(simulator, "LONGEST", 5)
+    gym.register("test/Endless-v0", PointWorld)
     host = rollin.Labeller(adapter(unsolvable=[3]))
-    host.begin(ENV_ID, 3, tmp_path, 0, None)
+    host.begin("test/Endless-v0", 3, tmp_path, 0, None)
     with pytest.raises(SimulatorError, match=r"no end after 5 steps. Set adapter\.max_steps"):
         host.drive(np.zeros((6, 3), np.float32), np.zeros(6, bool), True)
     host.abandon()
