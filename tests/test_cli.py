@@ -281,3 +281,21 @@ def test_a_reader_that_leaves_is_not_an_error():
     os.close(write)
     assert b"Traceback" not in done.stderr
     assert b"BrokenPipe" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("verb", "flags", "value"),
+    [
+        ("train", [], None),
+        ("train", ["--no-use-state", "--steps", "3"], False),
+        ("train", ["--use-state", "--steps", "3"], True),
+        ("train", ["--steps", "3", "--no_use_state"], False),
+        ("train", ["--use-state", "False"], False),
+        ("train", ["--use-state", "None"], None),
+        ("dagger", ["--train.model.no-use-state"], False),
+    ],
+)
+def test_a_switch_may_be_left_open(verb, flags, value):
+    """`--x`, `--no-x`, and neither: as in the checkpoint that is trained further."""
+    config = cli._parse(verb, cli.VERBS[verb], flags)
+    assert getattr(config, "train", config).model.use_state is value

@@ -145,7 +145,7 @@ def _parse(name: str, verb: Verb, arguments: Sequence[str]) -> Any:
         cls,
         prog=f"vla {name}",
         description=f"{summary}\n\n--config PATH: values from YAML; flags override them.",
-        args=flags,
+        args=_with_values(cls, flags),
         default=config.load(cls, known.config) if known.config else cls(),
         config=(tyro.conf.OmitArgPrefixes,) if _short(cls) else (),
         registry=_type_rules(),
@@ -235,6 +235,32 @@ def _flow(mapping: dict[str, Any]) -> list[str]:
     import yaml
 
     return [yaml.safe_dump(mapping, default_flow_style=True, width=10_000).strip() if mapping else "none"]
+
+
+def _with_values(cls: Any, flags: Sequence[str]) -> list[str]:
+    """The flags, where `--x` and `--no-x` of a field `x: bool | None` have the value that tyro expects of such a field:
+    it makes switches of plain booleans only."""
+    written: list[str] = []
+    for index, flag in enumerate(flags):
+        prefix, _, name = flag.removeprefix("--").replace("_", "-").rpartition(".")
+        value = not name.startswith("no-")
+        follows = flags[index + 1] if index + 1 < len(flags) else ""
+        bare = flag.startswith("--") and follows not in ("True", "False", "None")
+        if bare and (name := name.removeprefix("no-")) in _optional_switches(cls):
+            written += [f"--{prefix}{'.' * bool(prefix)}{name}", str(value)]
+        else:
+            written.append(flag)
+    return written
+
+
+def _optional_switches(cls: Any) -> set[str]:
+    found = set()
+    for name, kind in get_type_hints(cls).items():
+        if dataclasses.is_dataclass(kind):
+            found |= _optional_switches(kind)
+        elif kind == bool | None:
+            found.add(name.replace("_", "-"))
+    return found
 
 
 def _explain(error: Exception) -> tuple[str | None, int]:
