@@ -156,7 +156,7 @@ def test_environments_that_cannot_be_made(tmp_path):
 
 @pytest.mark.parametrize(("name", "value"), [("episodes", 0), ("noise", -1.0), ("noise_share", 1.5), ("workers", -1)])
 def test_values_that_make_no_sense(tmp_path, name, value):
-    with pytest.raises(ConfigError, match=f"{name} must be"):
+    with pytest.raises(ConfigError, match=f"{name} must "):
         collect(CollectConfig(out=tmp_path / "set", **{name: value}))
 
 
