@@ -15,6 +15,7 @@ import shlex
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -216,7 +217,10 @@ def _validation(sources: list[ChunkSamples], frames: list[np.ndarray]) -> list[A
 
 def _trainable(network: VLAForActionPrediction, cfg: TrainConfig) -> torch.nn.Module:
     if cfg.method == "lora":
-        return lora.attach(network, cfg.lora)
+        with warnings.catch_warnings():
+            # PeftModel reads this property under the name that transformers 5.24 has deprecated.
+            warnings.filterwarnings("ignore", ".is_gradient_checkpointing", FutureWarning)
+            return lora.attach(network, cfg.lora)
     if cfg.model.freeze_vision:
         network.vision_towers.requires_grad_(False)
     return network
