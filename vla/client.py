@@ -87,6 +87,7 @@ class RemotePolicy(ChunkPolicy):
         self._headers = {"Authorization": f"Api-Key {key}"} if key else {}
         self._address, self._deadline_s = address, deadline_s
         self._socket: ClientConnection | None = None
+        self._leave = contextlib.ExitStack()  # closes it
         self.metadata: dict[str, Any] = {}
         self._connect(time.monotonic() + patience_s, on_wait)
         said = self.metadata
@@ -126,10 +127,9 @@ class RemotePolicy(ChunkPolicy):
         return Prediction(chunks, ids, log_probs, entropy, max(part["forwards"] for part in details))
 
     def close(self) -> None:
-        if self._socket is not None:
-            with contextlib.suppress(Exception):  # whatever state it is in
-                self._socket.close()
-            self._socket = None
+        with contextlib.suppress(Exception):  # whatever state it is in
+            self._leave.close()
+        self._socket = None
 
     def _ask(self, observation: Observation, instruction: str, memory: Memory) -> dict[str, Any]:
         request: dict[str, Any] = {
@@ -174,21 +174,20 @@ class RemotePolicy(ChunkPolicy):
         address = self._address + ("&" if "?" in self._address else "?") + "errors=plain"
         while self._socket is None:
             try:
-                connection = connect(
-                    address,
-                    additional_headers=self._headers,
-                    compression=None,
-                    max_size=None,
-                    proxy=None,
-                    open_timeout=max(0.01, deadline - time.monotonic()),
-                    close_timeout=_RETRY_S,  # who does not answer any more does not say goodbye either
-                )
-                try:
+                with contextlib.ExitStack() as leave:
+                    connection = leave.enter_context(
+                        connect(
+                            address,
+                            additional_headers=self._headers,
+                            compression=None,
+                            max_size=None,
+                            proxy=None,
+                            open_timeout=max(0.01, deadline - time.monotonic()),
+                            close_timeout=_RETRY_S,  # a server that no longer answers does not say goodbye either
+                        )
+                    )
                     self._meet(_map(connection.recv(timeout=max(0.01, deadline - time.monotonic()))))
-                    self._socket = connection
-                finally:
-                    if self._socket is None:
-                        connection.close()
+                    self._socket, self._leave = connection, leave.pop_all()
             except websockets.InvalidURI:
                 raise ConfigError(f"{self._address!r} is no address; ws://host:port is one.") from None
             except (OSError, websockets.WebSocketException) as error:
