@@ -37,6 +37,8 @@ class Grammar:
     heldout: tuple[str, ...]
 
 
+# "a orange handle" stays until the embedded backbone is trained again: with these words it closes the named drawer in
+# 80 of 80 scenes, with "an orange handle", a word that it has never read, in 51.
 NOUNS: dict[str, dict[str, tuple[str, ...]]] = {
     "object": {
         "train": ("the {color} {shape}", "the {shape} that is {color}", "the {color} one", "the {color} object"),
