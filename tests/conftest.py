@@ -22,10 +22,10 @@ pytest_plugins = ["tests.bench", "tests.served", "tests.virtual_time"]
 
 @pytest.fixture(scope="session")
 def robot() -> RobotSpec:
-    """That of the environments: two cameras, seven state entries, seven actions of which the rotations never move."""
+    """Two cameras, seven state entries, seven action entries of which the rotations never move."""
     return RobotSpec(
         cameras=("front", "wrist"),
-        state_names=("x", "y", "z", "roll", "pitch", "yaw", "gripper"),
+        state_names=tuple(f"s{i}" for i in range(7)),
         action_names=("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper"),
         action_space="ee_delta",
         gripper_index=6,

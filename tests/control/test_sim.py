@@ -11,12 +11,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from envs.base import STATE_NAMES
 from vla import checkpoint, cli
 from vla.control.sim import SimRobot
 from vla.deploy import _held_by_signals
 from vla.errors import SimulatorError
 
 pytestmark = pytest.mark.realtime
+
+
+def save(nano, folder) -> None:
+    """The random policy, for the robot of the environments."""
+    network, processor = nano
+    network.config.robot["state_names"] = list(STATE_NAMES)
+    checkpoint.save(network, processor, folder)
 
 
 def test_the_world_moves_on_by_itself():
@@ -52,7 +60,7 @@ def test_a_world_that_cannot_be_built_or_dies_says_so():
 
 
 def test_deploy_plays_episodes_in_real_time(nano, tmp_path, capsys):
-    checkpoint.save(*nano, tmp_path / "policy")
+    save(nano, tmp_path / "policy")
     flags = ["--policy", tmp_path / "policy", "--env", "envs:vla/Reach-v0", "--episodes", 2, "--seconds", 1, "--no-ui"]
     assert cli.main(["deploy", *map(str, flags), "--out", str(tmp_path / "out")]) == 0
     info = json.loads((tmp_path / "out" / "deploy.json").read_text())
@@ -65,7 +73,7 @@ def test_deploy_plays_episodes_in_real_time(nano, tmp_path, capsys):
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_in_hold(nano, tmp_path, signum, status):
-    checkpoint.save(*nano, tmp_path / "policy")
+    save(nano, tmp_path / "policy")
     flags = ["--policy", tmp_path / "policy", "--env", "envs:vla/Reach-v0", "--seconds", 60, "--no-ui"]
     flags += ["--out", tmp_path / "out"]
     command = [sys.executable, "-m", "vla.cli", "deploy", *map(str, flags)]
@@ -101,8 +109,7 @@ def test_a_signal_that_a_script_has_ignored_stays_ignored_and_another_one_stops(
 
 
 def test_deploy_refuses_a_robot_of_opposite_polarity_before_anything_moves(nano, tmp_path, capsys):
-    network, processor = nano
-    checkpoint.save(network, processor, tmp_path / "policy")
+    save(nano, tmp_path / "policy")
     (tmp_path / "values.yaml").write_text("adapter: {robot: {gripper_open: -1.0, gripper_closed: 1.0}}")
     flags = ["--policy", tmp_path / "policy", "--env", "envs:vla/Reach-v0", "--no-ui", "--out", tmp_path / "out"]
     assert cli.main(["deploy", "--config", str(tmp_path / "values.yaml"), *map(str, flags)]) == 2

@@ -152,7 +152,7 @@ def test_misuse_is_explained(nano, observations):
         policy.act(broken)
     with pytest.raises(SpecError, match="expected uint8"):
         policy.act({**observations(1)[0], "pixels": {k: v / 255 for k, v in observations(1)[0]["pixels"].items()}})
-    with pytest.raises(SpecError, match="z=nan"):
+    with pytest.raises(SpecError, match="s2=nan"):
         policy.act({**observations(1)[0], "agent_pos": np.array([0, 0, np.nan, 0, 0, 0, 0])})
     with pytest.raises(SpecError, match=r"must be \{camera: image\}"):
         policy.act({**observations(1)[0], "pixels": observations(1)[0]["pixels"]["front"]})
