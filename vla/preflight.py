@@ -26,8 +26,9 @@ def preflight(config: Any) -> None:
     datasets = [folder for name in ("data", "replay") for folder in _several(values.get(name))]
     if datasets:
         _check_datasets(datasets, getattr(values.get("model"), "cameras", ()))
+    adapter = values.get("adapter", configuration.AdapterConfig())
     for env_id in (*_several(values.get("env")), *_several(values.get("rollout_env"))):
-        _check_environment(env_id, config.adapter)
+        _check_environment(env_id, adapter)
 
 
 def _check_datasets(folders: Iterable[Path], cameras: Iterable[str]) -> None:

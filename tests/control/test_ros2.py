@@ -434,7 +434,7 @@ def test_it_waits_for_what_it_needs(node_of):
     [
         ({"cameras.fornt": "/image"}, "cameras.fornt: unknown camera 'fornt'"),
         ({"comand_topic": "/go"}, "unknown key 'comand_topic'. Did you mean 'command_topic'"),
-        ({"command_type": "velocity"}, "command_type: .*'trajectory' or 'array'"),
+        ({"command_type": "velocity"}, "command_type 'velocity'. Valid: 'trajectory', 'array'"),
         ({"gripper_open": "wide"}, "gripper_open: .*number"),
         ({"policy": "/nowhere"}, "/nowhere"),
         ({"control_config": "nowhere.yaml"}, "no configuration file at nowhere.yaml"),
