@@ -1,6 +1,8 @@
 """Shared by all tests: no network, no GPU, deterministic, and small real networks rather than mocks."""
 
+import copy
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MUJOCO_GL", "egl")
@@ -14,6 +16,10 @@ from vla.actions.normalize import compute_statistics
 from vla.config import ModelConfig
 from vla.model.backbones import DataFacts, build_policy
 from vla.spec import RobotSpec
+
+# A job that a script starts in the background ignores Ctrl-C, and so would the programs that tests stop with it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
@@ -45,12 +51,19 @@ def facts(robot: RobotSpec) -> DataFacts:
     return DataFacts(robot, statistics, {"demo": actions})
 
 
-@pytest.fixture
-def nano(facts: DataFacts):
-    """The embedded architecture with random weights, and its processor."""
+@pytest.fixture(scope="session")
+def _nano(facts: DataFacts):
     torch.manual_seed(0)
     network, processor = build_policy(ModelConfig(backbone="nano-init", horizon=4, n_action_steps=4, bins=31), facts)
     return network.eval(), processor
+
+
+@pytest.fixture
+def nano(_nano):
+    """The embedded architecture with random weights, and its processor; a copy for each test, because copying takes a
+    fraction of the time that initialising takes."""
+    torch.manual_seed(0)  # for what a test draws
+    return copy.deepcopy(_nano)
 
 
 @pytest.fixture(scope="session")

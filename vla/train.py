@@ -15,7 +15,6 @@ import shlex
 import sys
 import tempfile
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +59,7 @@ def train(cfg: TrainConfig, conclude: bool = True) -> Path:
     Raises:
         ConfigError, DataError, CheckpointError: what is wrong, before anything is written.
     """
-    _check(cfg)
+    config.check(cfg)
     resume_from = None if cfg.dry_run else _check_output(cfg)
     if cfg.dry_run:
         return _dry_run(cfg)
@@ -105,6 +104,9 @@ def _prepare(cfg: TrainConfig, quiet: bool = False) -> tuple[trainer.VLATrainer,
     set_seed(cfg.seed)
     network, processor = build_policy(cfg.model, facts)
     cameras, size, horizon = processor.robot.cameras, network.config.image_size, network.config.horizon
+    for env_id in cfg.rollout_env:
+        with contextlib.closing(make(env_id, cfg.adapter)) as env:
+            processor.robot.check_fits(env.robot, f"environment {env_id!r}", tolerated=("names", "rate"))
     sources = [ChunkSamples(demo, cameras, size, horizon, i) for i, demo in enumerate(demos)]
     splits = [split_episodes(demo, cfg.val_fraction, cfg.seed) for demo in demos]
     draws = cfg.steps * cfg.batch_size * cfg.grad_accum * int(os.environ.get("WORLD_SIZE", "1"))
@@ -136,13 +138,6 @@ def _prepare(cfg: TrainConfig, quiet: bool = False) -> tuple[trainer.VLATrainer,
         if cfg.report_to != "none" and "install" in str(error):
             raise ConfigError(f"report_to {cfg.report_to!r}: {error}") from None
         raise
-
-
-def _check(cfg: TrainConfig) -> None:
-    """ConfigError for values that could only fail later."""
-    config.check(cfg)
-    for env_id in cfg.rollout_env:
-        make(env_id, cfg.adapter).close()
 
 
 def _fingerprints(cfg: TrainConfig) -> dict[str, str]:
@@ -217,10 +212,7 @@ def _validation(sources: list[ChunkSamples], frames: list[np.ndarray]) -> list[A
 
 def _trainable(network: VLAForActionPrediction, cfg: TrainConfig) -> torch.nn.Module:
     if cfg.method == "lora":
-        with warnings.catch_warnings():
-            # PeftModel reads this property under the name that transformers 5.24 has deprecated.
-            warnings.filterwarnings("ignore", ".is_gradient_checkpointing", FutureWarning)
-            return lora.attach(network, cfg.lora)
+        return lora.attach(network, cfg.lora)
     if cfg.model.freeze_vision:
         network.vision_towers.requires_grad_(False)
     return network
