@@ -229,7 +229,11 @@ class Policy(ChunkPolicy):
         """Load a policy: "nano" (the embedded backbone), a checkpoint folder, a run folder, or a hub id."""
         network, processor = checkpoint.load(str(name))
         network.requires_grad_(False)
-        return cls(network, processor, device, unnorm_key, n_action_steps, decoding)
+        policy = cls(network, processor, device, unnorm_key, n_action_steps, decoding)
+        if policy.device.type == "cpu":
+            for tower in network.vision_towers:  # oneDNN's convolutions are a fifth faster with it
+                tower.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return policy
 
     @property
     def action_limits(self) -> tuple[np.ndarray, np.ndarray]:
