@@ -13,15 +13,18 @@ HZ = 20.0
 
 
 class Bench:
-    """A robot whose pictures are noise, new at every period; `broken(observation, tick)` may change or drop them."""
+    """A robot whose pictures are noise, new at every period; `broken(observation, tick)` may change or drop them. Its
+    ticks begin with the first observation: a controller that takes long to start must not miss the first ones."""
 
     def __init__(self, spec, make) -> None:
         self.spec, self._observations = spec, make(8)
         self.commands: list[tuple[float, np.ndarray]] = []
         self.broken = lambda observation, tick: observation
-        self._start, self._last = time.monotonic(), None
+        self._start: float | None = None
+        self._last: Reading | None = None
 
     def observe(self) -> Reading:
+        self._start = self._start or time.monotonic()
         tick = int((time.monotonic() - self._start) * HZ)
         observation = self.broken(self._observations[tick % 8], tick)
         if observation is not None or self._last is None:

@@ -23,7 +23,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
-pytest_plugins = ["tests.bench", "tests.served", "tests.virtual_time"]
+pytest_plugins = ["tests.bench", "tests.forked", "tests.served", "tests.virtual_time"]
 
 
 @pytest.fixture(scope="session")

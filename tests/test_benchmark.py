@@ -3,10 +3,7 @@
 import dataclasses
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -214,18 +211,14 @@ def checkpoint(tmp_path) -> Path:
     return tmp_path / "policy"
 
 
-def test_the_command_line_is_stopped_and_goes_on(checkpoint, tmp_path, capsys):
+def test_the_command_line_is_stopped_and_goes_on(checkpoint, tmp_path, capsys, start_vla):
     out, values = tmp_path / "b", tmp_path / "values.yaml"
     tasks = [f"vla-metaworld/{task}-v3" for task in ("shelf-place", "stick-pull")]
     values.write_text("adapter: {kwargs: {action_repeat: 4, phrasing: canonical}, max_steps: 12}\n")
-    command = [sys.executable, "-m", "vla.cli", "benchmark", "metaworld", f"--config={values}", "--policy", checkpoint]
+    command = ["benchmark", "metaworld", f"--config={values}", "--policy", checkpoint]
     command += ["--tasks", *tasks, "--episodes", "2", "--n-envs", "2", "--out", out]
 
-    def start() -> subprocess.Popen:
-        quiet = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=quiet)
-
-    running = start()
+    running = start_vla(*command)
     first, deadline = out / "tasks/shelf-place-v3/eval_info.json", time.monotonic() + 120
     while not first.is_file() and running.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -237,7 +230,7 @@ def test_the_command_line_is_stopped_and_goes_on(checkpoint, tmp_path, capsys):
     assert stopped["interrupted"] and list(stopped["tasks"]) == tasks[:1]
     before = first.stat().st_mtime_ns
 
-    running = start()
+    running = start_vla(*command)
     said = running.communicate(timeout=120)
     assert running.returncode == 0, said
     found = json.loads((out / "benchmark.json").read_text())
@@ -253,5 +246,5 @@ def test_the_command_line_is_stopped_and_goes_on(checkpoint, tmp_path, capsys):
     ]
     assert configuration.load(BenchmarkConfig, out / "config.yaml").tasks == tuple(tasks)
 
-    assert cli.main([*map(str, command[3:]), "--seed", "3"]) == 2
+    assert cli.main([*map(str, command), "--seed", "3"]) == 2
     assert "holds a benchmark with another seed" in capsys.readouterr().err

@@ -203,7 +203,6 @@ def test_delay_and_loss_cost_actions_but_no_command(serving, observations, delay
         remote = RemotePolicy(f"ws://127.0.0.1:{road.port}", deadline_s=2.0)
         bench = Bench(remote.robot, observations)
         with Controller(bench, remote, ControlConfig(hz=HZ)) as controller:
-            bench._start = time.monotonic()
             record = controller.run("reach", seconds=3.0)
         remote.close()
     safe_and_on_time(bench, served.policy, record, 3.0)

@@ -2,10 +2,7 @@
 
 import filecmp
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,6 +10,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
+from tests.forked import Process
 from tests.pointworld import ENV_ID, PointWorld, read
 from vla import collect as collecting
 from vla.collect import attempt, collect
@@ -20,8 +18,6 @@ from vla.config import AdapterConfig, CollectConfig, dump
 from vla.data.reader import Demonstrations
 from vla.data.staging import finished, open_staging
 from vla.errors import ConfigError, DataError, SimulatorError, VLAError
-
-ROOT = Path(__file__).parents[1]
 
 
 def config(out: Path, episodes: int = 6, workers: int = 1, kwargs: dict | None = None, **values) -> CollectConfig:
@@ -35,14 +31,15 @@ def same_files(a: Path, b: Path) -> bool:
     return len(names) == 6 and filecmp.cmpfiles(a, b, names, shallow=False)[0] == names
 
 
-def start(values: CollectConfig, tmp_path: Path) -> subprocess.Popen:
-    """`vla collect` in a process group of its own."""
-    dump(values, tmp_path / "collect.yaml")
-    command = [sys.executable, "-m", "vla.cli", "collect", "--config", str(tmp_path / "collect.yaml")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        command, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+@pytest.fixture
+def start(tmp_path, start_vla):
+    """`start(values)`: `vla collect` in a process group of its own."""
+
+    def run(values: CollectConfig) -> Process:
+        dump(values, tmp_path / "collect.yaml")
+        return start_vla("collect", "--config", tmp_path / "collect.yaml")
+
+    return run
 
 
 def wait_for(out: Path, episodes: int) -> None:
@@ -90,9 +87,9 @@ def test_workers_do_not_change_the_dataset(noisy, tmp_path):
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_an_interruption_does_not_change_the_dataset(noisy, tmp_path, how):
+def test_an_interruption_does_not_change_the_dataset(noisy, tmp_path, start, how):
     values = config(tmp_path / "set", 12, 2, noise=0.5, kwargs=SOME_FAIL)
-    process = start(values, tmp_path)
+    process = start(values)
     wait_for(values.out, 4)
     process.send_signal(how)
     error = process.communicate(timeout=20)[1]
@@ -120,8 +117,8 @@ def test_failures_can_be_kept(tmp_path, capsys):
     assert "67% of the expert's episodes succeeded" in " ".join(capsys.readouterr().err.split())
 
 
-def test_another_plan_is_not_continued(tmp_path):
-    process = start(config(tmp_path / "set", 500, kwargs={"delay": 0.01}), tmp_path)
+def test_another_plan_is_not_continued(tmp_path, start):
+    process = start(config(tmp_path / "set", 500, kwargs={"delay": 0.01}))
     wait_for(tmp_path / "set", 2)
     process.kill()
     process.communicate()

@@ -1,10 +1,7 @@
 """`vla dagger`: the student drives, the expert labels what it visits, and an interruption changes nothing."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,6 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
+from tests.forked import Process
 from tests.pointworld import ENV_ID, PointWorld
 from tests.test_collect import same_files
 from vla import config as configuration
@@ -24,8 +22,6 @@ from vla.data.reader import Demonstrations
 from vla.data.staging import finished
 from vla.errors import ConfigError, DataError, SimulatorError
 from vla.rollin import scenes_of
-
-ROOT = Path(__file__).parents[1]
 
 
 class Wanderer:
@@ -189,16 +185,13 @@ def tiny(out: Path, **values) -> DaggerConfig:
     return configuration.from_dict(DaggerConfig, plain | values)
 
 
-def start(config: DaggerConfig, folder: Path, *flags: str) -> subprocess.Popen:
-    configuration.dump(config, folder / "dagger.yaml")
-    command = [sys.executable, "-m", "vla.cli", "dagger", "--config", str(folder / "dagger.yaml"), *flags]
-    # One thread: what is compared below are two trainings, and their sums must be added up in the same order.
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=-1, stderr=-1, text=True, start_new_session=True)
-
-
-def test_the_whole_job_stopped_resumed_and_extended(tmp_path):
+def test_the_whole_job_stopped_resumed_and_extended(tmp_path, start_vla):
     out = tmp_path / "broken"
+
+    def start(config: DaggerConfig, folder: Path, *flags: str) -> Process:
+        configuration.dump(config, folder / "dagger.yaml")
+        return start_vla("dagger", "--config", folder / "dagger.yaml", *flags)
+
     process = start(tiny(out), tmp_path)
     deadline = time.monotonic() + 120
     while not finished(out / "round-1" / "data" / ".partial"):

@@ -13,11 +13,6 @@ from vla import cli
 from vla.trainer import last_checkpoint
 
 
-def vla(*arguments: str | Path, **kwargs) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "vla.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, **kwargs)
-
-
 def refused(capsys, *arguments: str | Path) -> str:
     """What the command line says when it does not do what it is told."""
     capsys.readouterr()
@@ -27,17 +22,15 @@ def refused(capsys, *arguments: str | Path) -> str:
     return said
 
 
-def test_collect_train_kill_resume_rollout(tmp_path, capsys):
+def test_collect_train_kill_resume_rollout(tmp_path, capsys, start_vla, run_vla):
     demos, run, report = tmp_path / "demos", tmp_path / "run", tmp_path / "report"
-    collected = vla("collect", "--env", "vla/Reach-v0", "--episodes", 4, "--out", demos, "--workers", 2)
+    collected = run_vla("collect", "--env", "vla/Reach-v0", "--episodes", 4, "--out", demos, "--workers", 2)
     assert collected.returncode == 0, collected.stderr
     assert "4 episodes" in " ".join(collected.stderr.split())  # however wide the terminal is
 
     train = ["train", "--data", demos, "--out", run, "--backbone", "nano-init", "--method", "full"]
     train += ["--steps", 30, "--batch-size", 2, "--save-every", 2, "--horizon", 2, "--n-action-steps", 2]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "vla.cli", *map(str, train)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    process = start_vla(*train)
     while last_checkpoint(run) is None and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
@@ -45,27 +38,29 @@ def test_collect_train_kill_resume_rollout(tmp_path, capsys):
     assert not (run / "policy").exists(), "the run was over before it could be killed"
 
     assert "--resume" in refused(capsys, *train)
-    resumed = vla(*train, "--resume")
+    resumed = run_vla(*train, "--resume")
     assert resumed.returncode == 0, resumed.stderr[-2000:]
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps) and steps[-1] == 30
 
-    rolled = vla("rollout", "--policy", run, "--env", "vla/Reach-v0", "--episodes", 2, "--n-envs", 2, "--out", report)
+    rolled = run_vla(
+        "rollout", "--policy", run, "--env", "vla/Reach-v0", "--episodes", 2, "--n-envs", 2, "--out", report
+    )
     assert rolled.returncode == 0, rolled.stderr[-2000:]
     info = json.loads((report / "eval_info.json").read_text())
     assert [episode["seed"] for episode in info["per_episode"]] == [100_000, 100_001]
     assert (report / "report.html").stat().st_size > 10_000
 
 
-def test_quickstart_runs_again_and_keeps_to_its_folder(tmp_path, capsys):
+def test_quickstart_runs_again_and_keeps_to_its_folder(tmp_path, capsys, run_vla):
     out = tmp_path / "quick"
     command = ["quickstart", "--out", out, "--demonstrations", 3, "--minutes", 0, "--min-steps", 2, "--episodes", 1]
-    first = vla(*command)
+    first = run_vla(*command)
     assert first.returncode == 0, first.stderr[-2000:]
     assert "zero-shot" in first.stdout and "fine-tuned" in first.stdout and "report.html" in first.stdout
     (out / "after" / "eval_info.json").unlink()
     start = time.monotonic()
-    again = vla(*command)
+    again = run_vla(*command)
     assert again.returncode == 0 and "fine-tuned" in again.stdout
     assert (out / "after" / "report.html").is_file() and time.monotonic() - start < 60
     assert "other settings" in refused(capsys, *command, "--env", "vla/Stack-v0")
@@ -75,9 +70,9 @@ def test_quickstart_runs_again_and_keeps_to_its_folder(tmp_path, capsys):
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
-def test_replay_of_recorded_actions_succeeds(tmp_path):
-    assert vla("collect", "--env", "vla/PickUp-v0", "--episodes", 3, "--out", tmp_path / "demos").returncode == 0
-    replayed = vla("replay", "--data", tmp_path / "demos", "--episodes", 3)
+def test_replay_of_recorded_actions_succeeds(tmp_path, run_vla):
+    assert run_vla("collect", "--env", "vla/PickUp-v0", "--episodes", 3, "--out", tmp_path / "demos").returncode == 0
+    replayed = run_vla("replay", "--data", tmp_path / "demos", "--episodes", 3)
     assert replayed.returncode == 0, replayed.stderr
     assert "3 of 3" in replayed.stdout + replayed.stderr
 
@@ -97,5 +92,5 @@ def test_mistakes_get_one_clear_message(arguments, message, tmp_path, capsys, mo
 
 
 def test_a_mistake_ends_the_process_with_a_status():
-    result = vla("colect")
+    result = subprocess.run([sys.executable, "-m", "vla.cli", "colect"], capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "Did you mean 'collect'" in result.stderr

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 import pytest
@@ -81,43 +80,36 @@ def test_exported_policy_runs(unbroken, observations):
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_killed_at_random_moments_it_resumes_to_the_same_losses(demos, tmp_path, method):
+def test_killed_at_random_moments_it_resumes_to_the_same_losses(demos, tmp_path, start_vla, method):
     """kill -9 at random moments, as often as VLA_TEST_KILLS says; the losses equal those of an unbroken run."""
     kills = int(os.environ.get("VLA_TEST_KILLS", "2"))
     for name in ("unbroken", "run"):
         # Long enough to be still at work when it is killed for the last time.
-        cfg = small(data=[demos], out=tmp_path / name, method=method, steps=40 * kills, eval_every=1000)
+        cfg = small(data=[demos], out=tmp_path / name, method=method, steps=25 * kills, save_every=4, eval_every=1000)
         config.dump(cfg, tmp_path / f"{name}.yaml")
     run, rng, killed = tmp_path / "run", random.Random(0), 0
 
-    def start(name: str, log: TextIO, *more: str) -> subprocess.Popen:
-        # One thread each: side by side they get in each other's way least, and round alike.
-        command = [sys.executable, "-m", "vla.cli", "train", "--config", str(tmp_path / f"{name}.yaml"), *more]
-        return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-    with (
-        (tmp_path / "log").open("w") as log,
-        (tmp_path / "whole.log").open("w") as whole_log,
-        start("unbroken", whole_log) as unbroken,
-    ):
-        for attempt in range(kills + 1):
-            resumes = trainer.last_checkpoint(run) is not None  # not after a kill that came before the first checkpoint
-            process = start("run", log, *(["--resume"] if (run / "config.yaml").exists() else []))
-            if attempt < kills:
-                before = max(losses(run), default=0)
-                while max(losses(run), default=0) <= before and process.poll() is None:
-                    time.sleep(0.02)
-                time.sleep(rng.uniform(0, 0.5))
-                process.send_signal(signal.SIGKILL)
-            killed += process.wait() == -signal.SIGKILL
-            for folder in run.glob("checkpoint-*"):  # whatever the moment: a checkpoint that has its name is complete
-                assert (folder / "trainer_state.json").exists() and (folder / "optimizer.pt").exists()
-            if process.returncode == 0:
-                break
-    assert process.returncode == 0, (tmp_path / "log").read_text()[-2000:]
+    unbroken = start_vla("train", "--config", tmp_path / "unbroken.yaml")
+    for attempt in range(kills + 1):
+        resumes = trainer.last_checkpoint(run) is not None  # not after a kill that came before the first checkpoint
+        resume = ["--resume"] if (run / "config.yaml").exists() else []
+        process = start_vla("train", "--config", tmp_path / "run.yaml", *resume)
+        if attempt < kills:
+            before = max(losses(run), default=0)
+            while max(losses(run), default=0) <= before and process.poll() is None:
+                time.sleep(0.02)
+            time.sleep(rng.uniform(0, 0.5))
+            process.send_signal(signal.SIGKILL)
+        out, err = process.communicate()
+        killed += process.returncode == -signal.SIGKILL
+        for folder in run.glob("checkpoint-*"):  # whatever the moment: a checkpoint that has its name is complete
+            assert (folder / "trainer_state.json").exists() and (folder / "optimizer.pt").exists()
+        if process.returncode == 0:
+            break
+    assert process.returncode == 0, err[-2000:]
     assert killed == kills
-    assert resumes == bool(re.search(r"^resuming at step \d+ of \d+$", (tmp_path / "log").read_text(), re.M))
-    assert unbroken.returncode == 0, (tmp_path / "whole.log").read_text()[-2000:]
+    assert resumes == bool(re.search(r"^resuming at step \d+ of \d+$", out, re.M))
+    assert unbroken.wait() == 0, unbroken.communicate()[1][-2000:]
     assert losses(run) == losses(tmp_path / "unbroken")
 
 
@@ -144,16 +136,13 @@ def test_two_processes_learn_what_one_does_with_twice_the_batch(demos, tmp_path)
         assert len(re.findall(line, result.stdout, re.M)) == 1, result.stdout
 
 
-def test_a_signal_to_one_process_stops_all_and_nothing_is_finished(demos, tmp_path):
+def test_a_signal_to_one_process_stops_all_and_nothing_is_finished(demos, tmp_path, start_vla):
     config.dump(small(data=[demos], out=tmp_path / "run", steps=500, save_every=400), tmp_path / "job.yaml")
-    command = [sys.executable, "-m", "vla.cli", "pretrain", "--config", str(tmp_path / "job.yaml")]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     both = [
-        subprocess.Popen(
-            command, env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.PIPE, text=True
-        )
+        start_vla("pretrain", "--config", tmp_path / "job.yaml", env={**shared, "RANK": rank, "LOCAL_RANK": rank})
         for rank in "01"
     ]
     while len(losses(tmp_path / "run")) < 3 and both[0].poll() is None:
@@ -174,10 +163,9 @@ def test_a_loss_that_is_no_number_ends_training(demos, tmp_path, log_every, last
     assert not (tmp_path / "run" / "policy").exists()
 
 
-def test_interrupt_saves_a_checkpoint_and_says_how_to_go_on(demos, tmp_path):
+def test_interrupt_saves_a_checkpoint_and_says_how_to_go_on(demos, tmp_path, start_vla):
     config.dump(small(data=[demos], out=tmp_path / "run", steps=500, save_every=400), tmp_path / "job.yaml")
-    command = [sys.executable, "-m", "vla.cli", "pretrain", "--config", str(tmp_path / "job.yaml")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = start_vla("pretrain", "--config", tmp_path / "job.yaml")
     while len(losses(tmp_path / "run")) < 3 and process.poll() is None:
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
@@ -253,23 +241,21 @@ def test_mixture_needs_one_robot_and_distinct_names(robot, dataset, tmp_path):
     assert sorted(checkpoint.load(str(run))[0].config.statistics) == ["a", "b"]
 
 
-def test_any_llama_with_any_siglip(demos, tmp_path, observations):
+def test_any_llama_with_any_siglip(demos, tmp_path, observations, run_vla):
     """Random small checkpoints on disk stand for hub models: they train, save, reload and roll out."""
     from tests.random_models import save_llama, save_siglip
 
     save_llama(tmp_path / "llama")
     save_siglip(tmp_path / "siglip")
-    command = [sys.executable, "-m", "vla.cli", "train", "--backbone", str(tmp_path / "llama"), "--vision"]
-    command += [str(tmp_path / "siglip"), "--data", str(demos), "--out", str(tmp_path / "run"), "--steps", "2"]
-    command += ["--batch-size", "2", "--horizon", "2", "--n-action-steps", "2", "--rank", "4", "--alpha", "4"]
-    result = subprocess.run(command, capture_output=True, text=True)
+    command = ["train", "--backbone", tmp_path / "llama", "--vision", tmp_path / "siglip", "--data", demos]
+    command += ["--out", tmp_path / "run", "--steps", 2, "--batch-size", 2, "--horizon", 2, "--n-action-steps", 2]
+    result = run_vla(*command, "--rank", 4, "--alpha", 4)
     assert result.returncode == 0, result.stderr[-2000:]
     policy = Policy.from_pretrained(str(tmp_path / "run"))
     assert policy.network.config.layout == "image_first"
     assert policy.predict_chunk(observations(1)[0], "go to square 1").shape == (2, 7)
-    command = [sys.executable, "-m", "vla.cli", "rollout", "--policy", str(tmp_path / "run"), "--env", "vla/Reach-v0"]
-    command += ["--episodes", "2", "--n-envs", "2", "--videos", "0", "--out", str(tmp_path / "rollout")]
-    result = subprocess.run(command, capture_output=True, text=True)
+    command = ["rollout", "--policy", tmp_path / "run", "--env", "vla/Reach-v0", "--out", tmp_path / "rollout"]
+    result = run_vla(*command, "--episodes", 2, "--n-envs", 2, "--videos", 0)
     assert result.returncode == 0, result.stderr[-2000:]
     episodes = json.loads((tmp_path / "rollout" / "eval_info.json").read_text())["per_episode"]
     assert [episode["fault"] for episode in episodes] == [None, None] and episodes[0]["length"] > 1

@@ -1,10 +1,7 @@
 """A simulated robot whose world does not wait, and the verb that drives it."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
@@ -72,18 +69,16 @@ def test_deploy_plays_episodes_in_real_time(nano, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_in_hold(nano, tmp_path, signum, status):
+def test_a_signal_ends_in_hold(nano, tmp_path, start_vla, signum, status):
     save(nano, tmp_path / "policy")
     flags = ["--policy", tmp_path / "policy", "--env", "envs:vla/Reach-v0", "--seconds", 60, "--no-ui"]
-    flags += ["--out", tmp_path / "out"]
-    command = [sys.executable, "-m", "vla.cli", "deploy", *map(str, flags)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "out" / "config.yaml").exists() and time.monotonic() < deadline:
-            time.sleep(0.2)
-        time.sleep(2.0)
-        os.kill(process.pid, signum)
-        _, err = process.communicate(timeout=60)
+    process = start_vla("deploy", *flags, "--out", tmp_path / "out")
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "out" / "config.yaml").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(2.0)
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == status, err
     assert "stopped" in err and "Traceback" not in err
     assert (tmp_path / "out" / "deploy.json").exists()

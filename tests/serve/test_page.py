@@ -5,8 +5,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -317,20 +315,15 @@ def test_signals_stay_the_main_threads(station):
 
 
 @pytest.fixture
-def deployed(tmp_path):
+def deployed(tmp_path, start_vla):
     """`vla deploy` of the embedded policy, and the address of its page."""
     flags = ["--seed", "100000", "--seconds", "300", "--black-box-s", "0", "--port", "0", "--out", str(tmp_path)]
-    environment = {name: value for name, value in os.environ.items() if "DISPLAY" not in name}
-    command = [sys.executable, "-m", "vla.cli", "deploy", *flags]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment) as job:
-        lines: list[str] = []
-        reader = threading.Thread(target=lambda: lines.extend(job.stdout), daemon=True)
-        reader.start()
-        try:
-            yield job, until(lambda: [line for line in lines if "live page" in line], 120)[0].split()[-1]
-        finally:
-            job.kill()
-            print("".join(lines))
+    job = start_vla("deploy", *flags, env={"DISPLAY": "", "WAYLAND_DISPLAY": ""})
+    try:
+        yield job, until(lambda: re.search(r"live page.* (\S+)\n", job.said()[0]), 120)[1]
+    finally:
+        job.kill()
+        print(*job.said())
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium")

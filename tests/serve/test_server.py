@@ -4,11 +4,9 @@ import base64
 import concurrent.futures
 import contextlib
 import json
-import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 
@@ -400,27 +398,28 @@ def served_once(serving, observations):
         yield served, observations(1)[0]
 
 
-def test_the_verb_answers_what_is_asked_before_it_goes(nano, tmp_path, observations):
+def test_the_verb_answers_what_is_asked_before_it_goes(nano, tmp_path, observations, start_vla):
     """SIGTERM in the middle of requests: those in flight are answered, the port is free afterwards."""
     checkpoint.save(*nano, tmp_path / "policy")
-    command = [sys.executable, "-m", "vla.cli", "serve", "--policy", str(tmp_path / "policy"), "--port", "0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        line = process.stdout.readline()
-        url = line.split()[3].removesuffix("/act")
-        assert url.startswith("http://127.0.0.1:"), line
-        (observation,) = observations(1)
-        with connect("ws" + url.removeprefix("http")) as client:
-            client.recv()
-            for _ in range(5):
-                assert "actions" in ask(client, libero(observation))
-            client.send(wire.to_msgpack(libero(observation)))
-            time.sleep(0.005)
-            os.kill(process.pid, signal.SIGTERM)
-            answers = []
-            with contextlib.suppress(websockets.ConnectionClosed):
-                while True:
-                    answers.append(wire.from_msgpack(client.recv(timeout=20)))
-        _, err = process.communicate(timeout=30)
+    process = start_vla("serve", "--policy", tmp_path / "policy", "--port", 0)
+    while "\n" not in process.said()[0] and process.poll() is None:
+        time.sleep(0.05)
+    line = process.said()[0].splitlines()[0]
+    url = line.split()[3].removesuffix("/act")
+    assert url.startswith("http://127.0.0.1:"), line
+    (observation,) = observations(1)
+    with connect("ws" + url.removeprefix("http")) as client:
+        client.recv()
+        for _ in range(5):
+            assert "actions" in ask(client, libero(observation))
+        client.send(wire.to_msgpack(libero(observation)))
+        time.sleep(0.005)
+        process.send_signal(signal.SIGTERM)
+        answers = []
+        with contextlib.suppress(websockets.ConnectionClosed):
+            while True:
+                answers.append(wire.from_msgpack(client.recv(timeout=20)))
+    _, err = process.communicate(timeout=30)
     assert process.returncode == 143 and "Traceback" not in err, err
     assert len(answers) == 1 and "actions" in answers[0]
 

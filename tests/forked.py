@@ -1,0 +1,160 @@
+"""`vla <verb>` in a process of its own, forked from one that has imported torch and all jobs: it starts at once, where
+a fresh interpreter needs seconds. Signals, exit status, output and workers are those of a process that a person starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+JOBS = ("train", "rollout", "collect", "dagger", "benchmark", "quickstart", "replay", "deploy", "serve.server")
+
+
+class Process:
+    """A running `vla`, with what is used of `subprocess.Popen`. It leads a process group of its own."""
+
+    def __init__(self, server: Path, arguments: list[str], env: Mapping[str, str]) -> None:
+        self._server = socket.socket(socket.AF_UNIX)
+        self._server.connect(str(server))
+        self._files = [server.parent / f"{uuid.uuid4()}.{name}" for name in ("out", "err")]
+        for file in self._files:
+            file.touch()
+        order = {"arguments": arguments, "env": {**os.environ, **env}, "files": list(map(str, self._files))}
+        self._server.sendall(json.dumps(order).encode() + b"\n")
+        self._replies = self._server.makefile("rb", buffering=0)  # what it read ahead, `poll` would not see
+        self.pid = int(self._replies.readline())
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None and select.select([self._server], [], [], 0)[0]:
+            self.returncode = int(self._replies.readline())
+        return self.returncode
+
+    def wait(self, timeout: float = 300) -> int:
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                self.kill()
+                raise subprocess.TimeoutExpired("vla", timeout, *self.said())
+            time.sleep(0.01)
+        assert self.returncode is not None
+        return self.returncode
+
+    def communicate(self, timeout: float = 300) -> tuple[str, str]:
+        self.wait(timeout)
+        return self.said()
+
+    def send_signal(self, signum: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signum)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def said(self) -> tuple[str, str]:
+        """What it has written to standard output and standard error until now."""
+        out, err = (file.read_text() for file in self._files)
+        return out, err
+
+
+@pytest.fixture(scope="session")
+def start_vla(tmp_path_factory) -> Iterator[Any]:
+    """`start_vla("train", "--data", path, ..., env={...})`: a `Process`."""
+    address = tmp_path_factory.mktemp("forked") / "server"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # two processes with two threads each wait for each other
+    command = [sys.executable, "-m", "tests.forked", address]
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE) as server:
+        started: list[Process] = []
+
+        def start(*arguments: str | Path | int, env: Mapping[str, str] | None = None) -> Process:
+            while not address.exists():
+                assert server.poll() is None, "the process that others are forked from is gone"
+                time.sleep(0.01)
+            started.append(Process(address, list(map(str, arguments)), env or {}))
+            return started[-1]
+
+        yield start
+        for process in started:
+            process.kill()
+        assert server.stdin is not None
+        server.stdin.close()
+
+
+@pytest.fixture(scope="session")
+def run_vla(start_vla) -> Any:
+    """`run_vla("collect", ...)`: what `subprocess.run` returns."""
+
+    def run(*arguments: str | Path | int, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        process = start_vla(*arguments)
+        out, err = process.communicate(timeout)
+        return subprocess.CompletedProcess(["vla", *arguments], process.returncode, out, err)
+
+    return run
+
+
+def main() -> None:
+    """Fork for each connection until standard input ends."""
+    import importlib
+
+    for name in JOBS:
+        importlib.import_module(f"vla.{name}")
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait for the jobs
+    address = Path(sys.argv[1])
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{address}.new")
+        listener.listen()
+        Path(f"{address}.new").rename(address)
+        while sys.stdin not in select.select([sys.stdin, listener], [], [])[0]:
+            connection, _ = listener.accept()
+            if os.fork() == 0:
+                listener.close()
+                _attend(connection)
+                os._exit(0)
+            connection.close()
+
+
+def _attend(connection: socket.socket) -> None:
+    """Run one job and tell its process id and its status."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    order = json.loads(connection.makefile().readline())
+    job = os.fork()
+    if job == 0:
+        connection.close()
+        _become(**order)
+    with contextlib.suppress(BrokenPipeError):  # the test is over
+        connection.sendall(f"{job}\n".encode())
+        status = os.waitstatus_to_exitcode(os.waitpid(job, 0)[1])
+        connection.sendall(f"{status}\n".encode())
+
+
+def _become(arguments: list[str], env: dict[str, str], files: list[str]) -> None:
+    """Be `vla <arguments>`."""
+    from vla import cli
+
+    os.setsid()
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for target, file in enumerate(files, start=1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), target)
+    os.environ.clear()
+    os.environ.update(env)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.argv = ["vla", *arguments]
+    sys.exit(cli.main())
+
+
+if __name__ == "__main__":
+    main()
