@@ -110,8 +110,8 @@ def main() -> None:
     """Fork for each connection until standard input ends."""
     import importlib
 
-    for name in JOBS:
-        importlib.import_module(f"vla.{name}")
+    for name in (*(f"vla.{name}" for name in JOBS), "matplotlib.pyplot"):
+        importlib.import_module(name)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait for the jobs
     address = Path(sys.argv[1])
     with socket.socket(socket.AF_UNIX) as listener:

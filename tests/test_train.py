@@ -85,7 +85,15 @@ def test_killed_at_random_moments_it_resumes_to_the_same_losses(demos, tmp_path,
     kills = int(os.environ.get("VLA_TEST_KILLS", "2"))
     for name in ("unbroken", "run"):
         # Long enough to be still at work when it is killed for the last time.
-        cfg = small(data=[demos], out=tmp_path / name, method=method, steps=25 * kills, save_every=4, eval_every=1000)
+        cfg = small(
+            data=[demos],
+            out=tmp_path / name,
+            method=method,
+            batch_size=1,
+            steps=25 * kills,
+            save_every=4,
+            eval_every=100,
+        )
         config.dump(cfg, tmp_path / f"{name}.yaml")
     run, rng, killed = tmp_path / "run", random.Random(0), 0
 
