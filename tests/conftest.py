@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from vla.actions.normalize import compute_statistics
 from vla.config import ModelConfig
-from vla.model.backbones import DataFacts, build_policy
+from vla.model.build import DataFacts, build_policy
 from vla.spec import RobotSpec
+from vla.transforms.normalize import compute_statistics
 
 # A job that a script starts in the background ignores Ctrl-C, and so would the programs that tests stop with it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

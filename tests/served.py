@@ -10,10 +10,10 @@ import uvicorn
 
 from vla.config import ServeConfig
 from vla.policy import Policy
-from vla.serve.app import PolicyApp
-from vla.serve.batcher import Batcher
-from vla.serve.server import describe, settings
-from vla.serve.sockets import listen
+from vla.serving.app import PolicyApp
+from vla.serving.batcher import Batcher
+from vla.serving.server import describe, settings
+from vla.support.sockets import listen
 
 
 @dataclasses.dataclass

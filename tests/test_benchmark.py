@@ -13,14 +13,15 @@ import torch
 
 from envs.metaworld_sets import SETS
 from tests.test_rollout import Slider
-from vla import benchmark as job
-from vla import cli, results
+from vla import cli
 from vla import config as configuration
-from vla.benchmark import PUBLISHED, benchmark, chosen, score
-from vla.comparison import compare
 from vla.config import AdapterConfig, BenchmarkConfig
 from vla.errors import ConfigError, SimulatorError
-from vla.statistics import difference, mean_interval, wilson
+from vla.evaluation import results
+from vla.evaluation.comparison import compare
+from vla.jobs import benchmark as job
+from vla.jobs.benchmark import PUBLISHED, benchmark, chosen, score
+from vla.support.statistics import difference, mean_interval, wilson
 
 TOYS = {"mt50": ("toy/Slide-v0", "toy/Glide-v0"), "mt50/easy": ("toy/Slide-v0",), "mt50/hard": ("toy/Glide-v0",)}
 TIERS = ("easy", "medium", "hard", "very_hard")
@@ -193,10 +194,10 @@ def test_a_suite_that_cannot_be_imported_is_explained(tmp_path, monkeypatch):
 def checkpoint(tmp_path) -> Path:
     """An untrained policy for Meta-World's robot, of the embedded architecture."""
     pytest.importorskip("metaworld")
-    from vla import simulator
-    from vla.actions.normalize import compute_statistics
     from vla.config import ModelConfig
-    from vla.model.backbones import DataFacts, build_policy
+    from vla.model.build import DataFacts, build_policy
+    from vla.simulation import adapter as simulator
+    from vla.transforms.normalize import compute_statistics
 
     env = simulator.make("vla-metaworld/reach-v3", AdapterConfig(kwargs={"action_repeat": 4}))
     robot = env.robot

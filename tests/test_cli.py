@@ -263,9 +263,9 @@ def job(config):
     Slow()
     time.sleep(30)
 
-module = types.ModuleType("vla.doctor")
+module = types.ModuleType("vla.jobs.doctor")
 module.doctor = job
-sys.modules["vla.doctor"] = module
+sys.modules["vla.jobs.doctor"] = module
 from vla import cli
 sys.exit(cli.main(["doctor"]))
 """

@@ -13,14 +13,14 @@ from websockets.sync.server import serve as serve_websocket
 
 from tests.bench import HZ, Bench, at
 from tests.road import Road
-from vla import client, wire
-from vla.client import RemotePolicy
 from vla.config import ControlConfig, DecodingConfig
 from vla.control.controller import Controller
 from vla.errors import ConfigError, ServerError
-from vla.memory import Memory
 from vla.policy import Policy
-from vla.serve.server import describe
+from vla.policy.session import Memory
+from vla.serving import client, wire
+from vla.serving.client import RemotePolicy
+from vla.serving.server import describe
 
 pytestmark = pytest.mark.realtime
 

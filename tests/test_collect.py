@@ -12,12 +12,12 @@ import pytest
 
 from tests.forked import Process
 from tests.pointworld import ENV_ID, PointWorld, read
-from vla import collect as collecting
-from vla.collect import attempt, collect
 from vla.config import AdapterConfig, CollectConfig, dump
 from vla.data.reader import Demonstrations
 from vla.data.staging import finished, open_staging
 from vla.errors import ConfigError, DataError, SimulatorError, VLAError
+from vla.jobs import collect as collecting
+from vla.jobs.collect import attempt, collect
 
 
 def config(out: Path, episodes: int = 6, workers: int = 1, kwargs: dict | None = None, **values) -> CollectConfig:

@@ -13,15 +13,16 @@ from tests.forked import Process
 from tests.pointworld import ENV_ID, PointWorld
 from tests.test_collect import same_files
 from vla import config as configuration
-from vla import rollin, simulator
-from vla.collect import collect
 from vla.config import AdapterConfig, CollectConfig, DaggerConfig, TrainConfig
 from vla.config.training import ROUNDS_APART
-from vla.dagger import dagger
 from vla.data.reader import Demonstrations
 from vla.data.staging import finished
 from vla.errors import ConfigError, DataError, SimulatorError
-from vla.rollin import scenes_of
+from vla.jobs.collect import collect
+from vla.jobs.dagger import dagger
+from vla.simulation import adapter as simulator
+from vla.training import dagger_rollouts as rollin
+from vla.training.dagger_rollouts import scenes_of
 
 
 class Wanderer:

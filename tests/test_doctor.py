@@ -7,9 +7,9 @@ import sys
 import pytest
 from packaging.requirements import Requirement
 
-from vla import doctor
 from vla.config import DoctorConfig
-from vla.doctor import Finding
+from vla.jobs import doctor
+from vla.jobs.doctor import Finding
 
 
 def installed(**versions):

@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from vla import checkpoint, cli
+from vla import cli
 from vla.config import ExposureConfig
 from vla.data.samples import Sample
 from vla.errors import ConfigError, SpecError
-from vla.exposure import exposure, measure
-from vla.policy import Policy
+from vla.jobs.analyze import exposure, measure
+from vla.policy import Policy, checkpoint
 
 
 def sample(observation, chunk, valid=4):

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from vla import simulator
 from vla.config import AdapterConfig
-from vla.demonstrators import consult
 from vla.errors import VLAError
+from vla.simulation import adapter as simulator
+from vla.simulation.experts import consult
 
 RGB = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
 GREY = RGB[..., 0]
@@ -423,7 +423,7 @@ def test_a_step_without_info():
 
 
 def test_an_episode_without_end_is_ended_where_the_environment_sets_no_limit(monkeypatch):
-    from vla.workers import Host
+    from vla.simulation.pool import Host
 
     monkeypatch.setattr(simulator, "LONGEST", 5)
     values = {"images": {"top": "image"}, "state": ("state",)}
@@ -438,7 +438,7 @@ def test_an_episode_without_end_is_ended_where_the_environment_sets_no_limit(mon
 @pytest.mark.parametrize("value", [np.array([1.0, 2.0]), {"a": 1}, True, None, 0.5], ids=str)
 def test_entries_of_info_that_mean_something_else_are_not_taken_for_ours(value):
     """An arm's "target" may be a position; `reached` and `target` of this package are names or numbers of things."""
-    from vla.workers import Host
+    from vla.simulation.pool import Host
 
     infos = {1: {"is_success": False, "reached": value, "target": value}}
     host = Host(AdapterConfig(kwargs={"infos": infos}, images={"top": "image"}, state=("state",)))

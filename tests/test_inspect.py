@@ -9,7 +9,7 @@ from tests.data.recordings import record
 from vla.config import InspectConfig
 from vla.data.reader import Demonstrations
 from vla.errors import ConfigError, DataError
-from vla.inspect import inspect
+from vla.jobs.inspect import inspect
 
 
 @pytest.fixture(scope="module")

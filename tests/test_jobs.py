@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from vla import cli
-from vla.trainer import last_checkpoint
+from vla.training.trainer import last_checkpoint
 
 
 def refused(capsys, *arguments: str | Path) -> str:

@@ -12,10 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.pointworld import ENV_ID, PointWorld
-from vla.collect import collect
 from vla.config import AdapterConfig, CollectConfig, ReplayConfig, dump, load
 from vla.errors import ConfigError, DataError, SimulatorError, SpecError
-from vla.replay import replay
+from vla.jobs.collect import collect
+from vla.jobs.replay import replay
 
 
 def adapter(**kwargs) -> AdapterConfig:

@@ -11,12 +11,12 @@ import av
 import numpy as np
 import pytest
 
-from vla import report, results
-from vla.clips import MOST_FRAMES, Recorder, encode
-from vla.comparison import compare
 from vla.errors import DataError
-from vla.results import Episode, evaluate, latency, summarise
-from vla.statistics import difference, fisher, mcnemar, paired_difference, percentiles, wilson
+from vla.evaluation import report, results
+from vla.evaluation.comparison import compare
+from vla.evaluation.results import Episode, evaluate, latency, summarise
+from vla.simulation.clips import MOST_FRAMES, Recorder, encode
+from vla.support.statistics import difference, fisher, mcnemar, paired_difference, percentiles, wilson
 
 
 @pytest.mark.parametrize(

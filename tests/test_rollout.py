@@ -16,9 +16,9 @@ from tests.rollout_env import ROBOT, place
 from vla import config as configuration
 from vla.config import AdapterConfig, RolloutConfig, TrainConfig
 from vla.errors import CheckpointError, ConfigError, DataError, SimulatorError, SpecError
-from vla.rollout import rollout
+from vla.jobs.rollout import rollout
+from vla.simulation.pool import Fault, Pool
 from vla.spec import RobotSpec
-from vla.workers import Fault, Pool
 
 
 class Slider:
@@ -261,8 +261,8 @@ def test_opposite_grippers_are_refused_and_other_rates_are_told(tmp_path):
 
 def test_chunks_in_a_process_equal_acting_step_by_step(nano, tmp_path):
     """The rollout executes a chunk where `Policy.act` hands out its actions one by one: the same episode results."""
-    from vla import simulator
     from vla.policy import Policy
+    from vla.simulation import adapter as simulator
 
     policy = Policy(*nano, device="cpu", unnorm_key="demo", n_action_steps=3)
     adapter = AdapterConfig(max_steps=8)

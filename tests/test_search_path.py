@@ -19,8 +19,8 @@ def found(tmp_path):
 
     def find(*names: str) -> dict[str, bool]:
         code = (
-            "import importlib.util, os, sys, vla.search_path\n"
-            "vla.search_path.installed_packages_first()\n"
+            "import importlib.util, os, sys, vla.support.search_path\n"
+            "vla.support.search_path.installed_packages_first()\n"
             "for name in sys.argv[1:]:\n"
             "    spec = importlib.util.find_spec(name)\n"
             "    places = [] if spec is None else [spec.origin or '', *(spec.submodule_search_locations or ())]\n"

@@ -8,9 +8,9 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from vla import simulator
 from vla.config import AdapterConfig
 from vla.errors import SimulatorError, SpecError
+from vla.simulation import adapter as simulator
 
 SIZE = 12
 

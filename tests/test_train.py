@@ -18,14 +18,15 @@ import pytest
 import torch
 
 from tests.decoders import greedy, reference
-from vla import checkpoint, config, trainer
+from vla import config
 from vla.config import LoraConfig, ModelConfig, TrainConfig
 from vla.data.reader import Demonstrations
 from vla.errors import ConfigError, DataError, TrainingError
+from vla.jobs.train import _facts, _validation, pretrain, seconds_per_step, train
 from vla.model import lora
-from vla.model.backbones import build_policy
-from vla.policy import Policy
-from vla.train import _facts, _validation, pretrain, seconds_per_step, train
+from vla.model.build import build_policy
+from vla.policy import Policy, checkpoint
+from vla.training import trainer
 
 SMALL = {
     "steps": 12,
@@ -306,8 +307,8 @@ def test_two_towers_are_fused(facts, tmp_path):
 
 
 def test_closed_loop_evaluation_during_training(tmp_path):
-    from vla.collect import collect
     from vla.config import CollectConfig
+    from vla.jobs.collect import collect
 
     demos = collect(CollectConfig(("vla/Reach-v0",), tmp_path / "demos", episodes=2, workers=1))
     cfg = small(data=[demos], out=tmp_path / "run", steps=3, rollout_every=2, rollout_episodes=1)
@@ -318,8 +319,8 @@ def test_closed_loop_evaluation_during_training(tmp_path):
 
 
 def test_a_closed_loop_evaluation_that_fails_does_not_end_training(tmp_path, capsys):
-    from vla.collect import collect
     from vla.config import AdapterConfig, CollectConfig
+    from vla.jobs.collect import collect
 
     world = AdapterConfig(module="tests.rollout_env", expert="random", kwargs={"raise_on": 100_000})
     env = ("toy/Slide-v0",)
@@ -382,7 +383,7 @@ def test_a_dry_run_takes_the_step_that_training_takes_and_writes_nothing(demos, 
         steps.append(len(self.state))  # Adam's moments are there
         return result
 
-    monkeypatch.setattr("vla.train.build_policy", watched)
+    monkeypatch.setattr("vla.jobs.train.build_policy", watched)
     monkeypatch.setattr(torch.optim.AdamW, "step", counted)
     cfg = small(data=[demos], out=tmp_path / "run", dry_run=True, precision="bf16", grad_accum=2, batch_size=1)
     pretrain(cfg)

@@ -24,8 +24,9 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any, Literal, NamedTuple, get_type_hints
 
-from vla import __version__, search_path
+from vla import __version__
 from vla.errors import VLAError, unknown
+from vla.support import search_path
 
 
 class Verb(NamedTuple):
@@ -37,22 +38,24 @@ class Verb(NamedTuple):
 
 
 VERBS = {
-    "quickstart": Verb("QuickstartConfig", "vla.quickstart:quickstart", "from nothing to a rollout report"),
-    "doctor": Verb("DoctorConfig", "vla.doctor:doctor", "say what is wrong with this machine and how to fix it"),
-    "collect": Verb("CollectConfig", "vla.collect:collect", "run an expert and write its successes as a dataset"),
-    "inspect": Verb("InspectConfig", "vla.inspect:inspect", "show what is in a dataset, and what is wrong with it"),
-    "replay": Verb("ReplayConfig", "vla.replay:replay", "send recorded actions back to their environment"),
-    "train": Verb("TrainConfig", "vla.train:train", "fine-tune a policy on demonstrations"),
-    "pretrain": Verb("TrainConfig", "vla.train:pretrain", "train all weights of a policy"),
-    "rollout": Verb("RolloutConfig", "vla.rollout:rollout", "evaluate a policy closed loop and write a report"),
-    "deploy": Verb("DeployConfig", "vla.deploy:deploy", "run a policy on a simulated robot in real time"),
-    "serve": Verb("ServeConfig", "vla.serve.server:serve", "serve a policy to OpenVLA's and openpi's robot clients"),
-    "dagger": Verb("DaggerConfig", "vla.dagger:dagger", "let a policy drive, have an expert correct it, train, repeat"),
+    "quickstart": Verb("QuickstartConfig", "vla.jobs.quickstart:quickstart", "from nothing to a rollout report"),
+    "doctor": Verb("DoctorConfig", "vla.jobs.doctor:doctor", "say what is wrong with this machine and how to fix it"),
+    "collect": Verb("CollectConfig", "vla.jobs.collect:collect", "run an expert and write its successes as a dataset"),
+    "inspect": Verb("InspectConfig", "vla.jobs.inspect:inspect", "show what is in a dataset and what is wrong with it"),
+    "replay": Verb("ReplayConfig", "vla.jobs.replay:replay", "send recorded actions back to their environment"),
+    "train": Verb("TrainConfig", "vla.jobs.train:train", "fine-tune a policy on demonstrations"),
+    "pretrain": Verb("TrainConfig", "vla.jobs.train:pretrain", "train all weights of a policy"),
+    "rollout": Verb("RolloutConfig", "vla.jobs.rollout:rollout", "evaluate a policy closed loop and write a report"),
+    "deploy": Verb("DeployConfig", "vla.jobs.deploy:deploy", "run a policy on a simulated robot in real time"),
+    "serve": Verb("ServeConfig", "vla.serving.server:serve", "serve a policy to OpenVLA's and openpi's robot clients"),
+    "dagger": Verb(
+        "DaggerConfig", "vla.jobs.dagger:dagger", "roll out a policy, have an expert label its states, train, repeat"
+    ),
     "benchmark metaworld": Verb(
-        "BenchmarkConfig", "vla.benchmark:benchmark", "measure a policy on Meta-World as papers report it"
+        "BenchmarkConfig", "vla.jobs.benchmark:benchmark", "measure a policy on Meta-World as papers report it"
     ),
     "analyze exposure": Verb(
-        "ExposureConfig", "vla.exposure:exposure", "measure a policy's exposure bias on a dataset"
+        "ExposureConfig", "vla.jobs.analyze:exposure", "measure a policy's exposure bias on a dataset"
     ),
 }
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from vla import config as configuration
 from vla.errors import ConfigError, unknown
-from vla.locations import check_policy
+from vla.support.locations import check_policy
 
 
 def preflight(config: Any) -> None:
@@ -44,7 +44,7 @@ def _check_datasets(folders: Iterable[Path], cameras: Iterable[str]) -> None:
 def _check_environment(env_id: str, adapter: configuration.AdapterConfig) -> None:
     """Of another package's environments nothing is known before they are imported, which may take long."""
     if env_id.removeprefix("envs:").startswith("vla") and adapter.module is None:
-        from vla.simulator import resolve
+        from vla.simulation.adapter import resolve
 
         resolve(env_id, adapter)
 

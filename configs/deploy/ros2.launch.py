@@ -2,7 +2,7 @@
 
 The Python of `ros2 launch` has to have vla, too; run it where paths in the parameter file begin. The node is
 configured at once. The robot moves only after `ros2 lifecycle set /vla activate`, unless `activate:=true`.
-Written for launch_ros of Humble and newer; not tried on ROS, see vla/control/ros2.py.
+Written for launch_ros of Humble and newer; not tried on ROS, see vla/control/robots/ros2.py.
 """
 
 import sys
@@ -23,7 +23,7 @@ def generate_launch_description() -> launch.LaunchDescription:
     """Start, configure and, where that is asked for, activate the node."""
     node = LifecycleNode(
         executable=sys.executable,  # the Python that has both rclpy and vla
-        arguments=["-m", "vla.control.ros2"],
+        arguments=["-m", "vla.control.robots.ros2"],
         name="vla",
         namespace="",
         parameters=[LaunchConfiguration("params")],

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from vla.actions.bins import OpenVLABins, QuantileBins, UniformBins
-from vla.actions.tokenizer import build
 from vla.errors import ConfigError
+from vla.transforms.tokenizers.base import build
+from vla.transforms.tokenizers.bins import OpenVLABins, QuantileBins, UniformBins
 
 chunks = hnp.arrays(np.float64, (3, 4), elements=st.floats(-1.5, 1.5))
 

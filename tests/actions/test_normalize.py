@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from vla.actions.normalize import METHODS, Normalizer, compute_statistics
 from vla.errors import DataError
+from vla.transforms.normalize import METHODS, Normalizer, compute_statistics
 
 
 def test_statistics_are_exact_quantiles():

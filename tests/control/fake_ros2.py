@@ -1,4 +1,4 @@
-"""A stand-in for the part of rclpy and of the message packages that `vla.control.ros2` uses.
+"""A stand-in for the part of rclpy and of the message packages that `vla.control.robots.ros2` uses.
 
 Written from rclpy's sources (Humble to Rolling), so that names, arguments and what callbacks may return are the real
 ones where it matters: exceptions in transitions are swallowed, lifecycle publishers are silent unless active, best

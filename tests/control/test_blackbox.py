@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from vla.control.blackbox import BlackBox, Moment
+from vla.control.black_box import BlackBox, Moment
 from vla.control.robot import Reading
 
 

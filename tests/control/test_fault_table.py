@@ -13,7 +13,7 @@ import pytest
 from tests import bench as bench_module
 from tests.bench import HZ, Bench, at
 from vla.config import ControlConfig, SafetyConfig
-from vla.control.blackbox import BlackBox
+from vla.control.black_box import BlackBox
 from vla.control.controller import Controller
 from vla.policy import Policy
 

@@ -6,13 +6,13 @@ import time
 import numpy as np
 import pytest
 
-from vla import checkpoint, cli
+from vla import cli
 from vla.config import ControlConfig
 from vla.control.controller import Controller
-from vla.control.replay import ReplayRobot
+from vla.control.robots.recorded import ReplayRobot
 from vla.data.reader import Demonstrations
 from vla.errors import ConfigError, DataError
-from vla.policy import Policy
+from vla.policy import Policy, checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -17,15 +17,14 @@ import pytest
 import yaml
 
 from tests.control import fake_ros2 as ros
-from vla import checkpoint
-from vla.actions.normalize import compute_statistics
 from vla.config import ControlConfig, ModelConfig, SafetyConfig, load
-from vla.control import ros2
 from vla.control.controller import Controller
+from vla.control.robots import ros2
 from vla.errors import ConfigError, SpecError
-from vla.model.backbones import DataFacts, build_policy
-from vla.policy import Policy
+from vla.model.build import DataFacts, build_policy
+from vla.policy import Policy, checkpoint
 from vla.spec import RobotSpec
+from vla.transforms.normalize import compute_statistics
 
 pytestmark = pytest.mark.realtime
 
@@ -567,6 +566,6 @@ def test_the_launch_file_can_be_built(monkeypatch):
     spec.loader.exec_module(module)
     module.generate_launch_description()
     arguments = sys.modules["launch_ros.actions"].LifecycleNode.call_args.kwargs
-    assert arguments["arguments"] == ["-m", "vla.control.ros2"] and arguments["name"] == "vla"
+    assert arguments["arguments"] == ["-m", "vla.control.robots.ros2"] and arguments["name"] == "vla"
     defaults = [call.kwargs["default_value"] for call in sys.modules["launch.actions"].DeclareLaunchArgument.mock_calls]
     assert Path(defaults[0]).is_file()

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from envs.base import STATE_NAMES
-from vla import checkpoint, cli
-from vla.control.sim import SimRobot
-from vla.deploy import _held_by_signals
+from vla import cli
+from vla.control.robots.sim import SimRobot
 from vla.errors import SimulatorError
+from vla.jobs.deploy import _held_by_signals
+from vla.policy import checkpoint
 
 pytestmark = pytest.mark.realtime
 

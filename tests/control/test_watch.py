@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from vla.config import SafetyConfig
+from vla.control.observation_monitor import Watch
 from vla.control.robot import Reading
-from vla.control.watch import Watch
 from vla.spec import RobotSpec
 
 SPEC = RobotSpec(cameras=("front", "wrist"), state_names=("x", "y"), action_names=("x", "y"))

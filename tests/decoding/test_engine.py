@@ -14,7 +14,7 @@ from vla.decoding.engine import Engine
 from vla.decoding.strategies import teacher_forced
 from vla.errors import ConfigError
 from vla.model import lora
-from vla.model.backbones import build_policy
+from vla.model.build import build_policy
 
 WORDS = ["pick up the red cube", "open the drawer", "please put the green ball on the blue zone", "reach"]
 

@@ -18,9 +18,9 @@ from vla.config import DecodingConfig, ModelConfig
 from vla.decoding.commitment import Commitment
 from vla.decoding.strategies import generate, teacher_forced
 from vla.errors import ConfigError
-from vla.memory import Memory
-from vla.model.backbones import build_policy
+from vla.model.build import build_policy
 from vla.policy import Policy
+from vla.policy.session import Memory
 
 BINS, ENTRIES = 5, 4
 

@@ -11,12 +11,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from tests import random_models
-from vla import checkpoint
-from vla.actions.normalize import compute_statistics
 from vla.config import ModelConfig
 from vla.errors import CheckpointError, ConfigError, VLAError
-from vla.model.backbones import DataFacts, build_policy
-from vla.policy import Policy
+from vla.model.build import DataFacts, build_policy
+from vla.policy import Policy, checkpoint
+from vla.transforms.normalize import compute_statistics
 
 pytestmark = pytest.mark.filterwarnings("ignore:vision tower .* comes without")
 

@@ -10,9 +10,9 @@ from tests.decoders import reference
 from vla.config import ModelConfig
 from vla.decoding.engine import Engine
 from vla.errors import ConfigError
-from vla.memory import Memory
-from vla.model.backbones import NANO, build_policy
+from vla.model.build import NANO, build_policy
 from vla.policy import Policy
+from vla.policy.session import Memory
 
 TASKS = ("Reach", "Push", "PickUp", "PickPlace", "Stack", "PressButton", "OpenDrawer", "CloseDrawer")
 

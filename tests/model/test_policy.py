@@ -10,9 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.decoders import greedy, reference
-from vla import checkpoint
 from vla.errors import CheckpointError, ConfigError, SpecError, VLAError
-from vla.policy import Policy
+from vla.policy import Policy, checkpoint
 
 INSTRUCTIONS = ["pick up the red cube", "open the drawer", "please put the green ball on the blue zone", "reach"]
 

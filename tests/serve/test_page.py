@@ -16,13 +16,13 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from vla.config import ControlConfig
-from vla.control.blackbox import Moment
+from vla.control.black_box import Moment
+from vla.control.console import Refused, Station
 from vla.control.controller import Controller
+from vla.control.page import page, serve_in_thread
 from vla.control.robot import Reading
-from vla.control.station import Refused, Station
 from vla.errors import ConfigError
 from vla.policy import Policy
-from vla.serve.page import page, serve_in_thread
 
 pytestmark = pytest.mark.realtime
 

@@ -1,6 +1,6 @@
 """The log hears of every kind of refusal, and of none so often that it fills a disk."""
 
-from vla.serve.refusals import MOST, PERIOD_S, Refusals
+from vla.serving.refusals import MOST, PERIOD_S, Refusals
 
 
 def lines(caplog) -> list[str]:

@@ -7,7 +7,7 @@ import pytest
 
 from vla.config import KeysConfig
 from vla.errors import SpecError
-from vla.serve.requests import read
+from vla.serving.requests import read
 
 NONE = KeysConfig()
 

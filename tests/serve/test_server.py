@@ -20,7 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from websockets.sync.client import connect
 
-from vla import checkpoint, wire
+from vla.policy import checkpoint
+from vla.serving import wire
 
 pytestmark = pytest.mark.realtime
 

@@ -84,7 +84,7 @@ class ModelConfig:
         bins: bins per action entry; 255 by default ("openvla" has 256).
         tokenizer: action tokenizer, "uniform" (the default), "quantile" or "openvla".
         normalization: "q01_q99" (the default), "min_max" or "mean_std".
-        prompt: prompt template, see `vla.prompt`; "plain" by default.
+        prompt: prompt template, see `vla.transforms.prompt`; "plain" by default.
         freeze_vision: do not train the vision tower.
     """
 

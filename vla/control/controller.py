@@ -29,16 +29,16 @@ from typing import Any
 import numpy as np
 
 from vla.config import ControlConfig, check
-from vla.control.blackbox import Moment
+from vla.control.black_box import Moment
 from vla.control.buffer import SEAMS, ChunkBuffer
 from vla.control.clock import Rate
 from vla.control.inference import Answer, Inference
+from vla.control.observation_monitor import Watch, state_of
 from vla.control.robot import Reading, Robot
 from vla.control.safety import SafetyFilter
-from vla.control.watch import Watch, state_of
 from vla.errors import ConfigError, SpecError
-from vla.memory import Memory
 from vla.policy import ChunkPolicy
+from vla.policy.session import Memory
 
 _KEPT = 1000  # commands and errors that a run remembers
 #: Where in the robot's period commands leave. Its pictures are taken at 0: later is more time to think about them. At 1

@@ -14,8 +14,8 @@ import traceback
 
 import numpy as np
 
-from vla.memory import Memory
 from vla.policy import ChunkPolicy, Prediction
+from vla.policy.session import Memory
 from vla.spec import Observation
 
 _REMEMBERED = 100  # decodings: one that hung is forgotten after so many

@@ -15,8 +15,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.markers import TICKDOWN
 from matplotlib.ticker import MaxNLocator
 
-from vla.actions.normalize import Normalizer
 from vla.data.reader import Demonstrations
+from vla.transforms.normalize import Normalizer
 
 INK, SOFT, LINE, ACCENT, WARN = "#16202c", "#5c6b7c", "#dfe4ea", "#0c7d69", "#e09a2b"
 MOMENTS = ("start", "25 %", "50 %", "75 %", "end")

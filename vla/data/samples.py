@@ -20,8 +20,8 @@ import psutil
 from vla.config import AugmentConfig
 from vla.data.reader import Demonstrations
 from vla.errors import ConfigError, DataError
-from vla.images import augment, resize
-from vla.progress import Progress
+from vla.support.progress import Progress
+from vla.transforms.images import augment, resize
 
 
 @dataclasses.dataclass(frozen=True)

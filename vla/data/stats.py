@@ -2,7 +2,7 @@
 
 Owns: min, max, mean, std, count and exact quantiles of vectors and images. It does not know files. LeRobot estimates
 the quantiles of a dataset from histograms and averages; these are exact over the values they are given. (Normalisation
-of actions uses `vla.actions.normalize`, never this.)
+of actions uses `vla.transforms.normalize`, never this.)
 """
 
 from __future__ import annotations

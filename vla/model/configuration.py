@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
-from vla.actions.normalize import Normalizer
-from vla.actions.tokenizer import ActionTokenizer, build
 from vla.errors import CheckpointError, SpecError, unknown
-from vla.prompt import check_template
 from vla.spec import RobotSpec
+from vla.transforms.normalize import Normalizer
+from vla.transforms.prompt import check_template
+from vla.transforms.tokenizers.base import ActionTokenizer, build
 
 # States beyond three standard ranges say nothing more, but must not saturate at the edge of the data.
 STATE_LIMIT = 3.0
@@ -47,7 +47,7 @@ class VLAConfig(PreTrainedConfig):
         image_size: side of the square images in pixels.
         use_state, horizon, n_action_steps, prompt, normalization: as in `vla.config.ModelConfig`.
         action_tokenizer: `ActionTokenizer.to_dict()`.
-        statistics: unnorm_key -> {"action": {...}, "state": {...}}, see `vla.actions.normalize`.
+        statistics: unnorm_key -> {"action": {...}, "state": {...}}, see `vla.transforms.normalize`.
     """
 
     model_type = "vla"

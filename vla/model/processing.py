@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from vla.images import resize
 from vla.model.configuration import VLAConfig
 from vla.model.modeling import count_image_tokens
-from vla.prompt import build_prompt
 from vla.spec import Observation
+from vla.transforms.images import resize
+from vla.transforms.prompt import build_prompt
 
 
 class VLAProcessor:

@@ -1,1 +1,0 @@
-"""Pure transforms between robot actions and action tokens: normalisation, then discretisation. No models, no files."""

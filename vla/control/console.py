@@ -1,0 +1,360 @@
+"""What a person beside the robot sees and can do.
+
+Owns: the last seconds of a deployment as plain values (state, scene, commands, timings, safety events) and as pictures,
+the tally of scenes, and the orders that a person may give at any time. It does not know how any of this reaches the
+person (that is `vla.control.page`'s), and it runs no scenes: whoever does says when one begins and ends.
+
+The control loop only hands over (`listen`); what takes time is done in the thread of whoever asks. Both sides share
+deques of a fixed length: appending to one and copying one are single steps for Python, so no lock can delay the loop.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import time
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+
+from vla.control.black_box import Moment
+from vla.control.controller import Controller
+from vla.control.robot import Reading
+from vla.errors import VLAError
+from vla.policy import ChunkPolicy
+from vla.spec import RobotSpec, check_image
+
+_PLOTTED_S = 10.0
+_TIMED_S = 60.0  # commands whose lateness is told
+_DECODINGS = 300
+_EVENTS = 40
+_SAME_EVENT_S = 1.0  # a reason that comes back within this time is the same event
+_SHOWN_S = 1.5  # a success is to be seen before the next scene begins
+_USUAL = "no chunk yet"  # every scene begins like that: no event
+_LONGEST = 200  # characters of an instruction
+_WIDEST = 640  # pixels of a picture that is shown
+#: Robots' pictures are small: colours at half the resolution would show.
+_JPEG = (cv2.IMWRITE_JPEG_QUALITY, 90, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444)
+
+
+class Refused(VLAError):
+    """An order that cannot be carried out; the message says why."""
+
+
+@dataclasses.dataclass
+class _Scene:
+    number: int
+    seed: int
+    instruction: str  # its own: what its success is judged by
+    begun: float
+    ticks: int = 0
+    person: list[str] = dataclasses.field(default_factory=list)  # what a person did
+    ended: float | None = None
+    success: bool = False
+
+
+class _Tick(NamedTuple):
+    number: int
+    time: float
+    command: np.ndarray
+    reasons: tuple[str, ...]
+    decoded: bool  # a chunk came in
+
+
+@dataclasses.dataclass
+class _Event:
+    reason: str
+    first: float
+    last: float
+    count: int = 0
+    detail: str = ""
+
+
+class Station:
+    """Sees every `Moment` of `controller` once `listen` is among its listeners. All methods are for any thread.
+
+    Args:
+        spec: of the robot that is shown.
+        policy: whose chunks are timed.
+        title: what runs where, for people.
+    Attributes:
+        cameras: names of the pictures there are.
+    """
+
+    def __init__(self, controller: Controller, spec: RobotSpec, policy: ChunkPolicy, title: str = "") -> None:
+        self._controller, self._spec, self._policy, self._title = controller, spec, policy, title
+        self.cameras = tuple(spec.cameras)
+        self._start, self._wall = time.monotonic(), time.time()
+        self._held = self._next = False
+        self._scene: _Scene | None = None
+        self._last: _Scene | None = None  # that has ended
+        self._outcomes: collections.deque[str] = collections.deque(maxlen=30)
+        self._tally: collections.Counter[str] = collections.Counter()
+        self._told: collections.deque[str] = collections.deque(maxlen=3)
+        self._reading: Reading | None = None
+        self._pictures: dict[str, tuple[Reading, bytes | None]] = {}
+        self._number, self._tick, self._due, self._missed = 0, -1, 0, 0
+        self._ticks: collections.deque[_Tick] = collections.deque(maxlen=math.ceil(_PLOTTED_S * controller.hz))
+        self._lateness: collections.deque[float] = collections.deque(maxlen=math.ceil(_TIMED_S * controller.hz))
+        self._decodings: collections.deque[float] = collections.deque(maxlen=_DECODINGS)
+        self._events: collections.deque[_Event] = collections.deque(maxlen=_EVENTS)
+        self._latest: dict[str, _Event] = {}  # by reason
+
+    # What the loop tells ------------------------------------------------------------------------------------------
+
+    def listen(self, moment: Moment) -> None:
+        """Take what happened at a tick. In the control loop: constant time, no waiting."""
+        now, decoding = time.monotonic(), moment.decoding or {}
+        self._number += 1
+        self._reading = moment.reading
+        # Not the moment itself: its reading holds pictures.
+        self._ticks.append(_Tick(self._number, now, moment.command, moment.reasons, "ids" in decoding))
+        self._lateness.append(moment.lateness_s)
+        self._due += moment.tick - self._tick
+        self._missed += moment.tick - self._tick - 1 + (moment.lateness_s * self._controller.hz > 1)
+        self._tick = moment.tick
+        for reason in moment.reasons:
+            if reason != _USUAL:
+                self._note(reason, now)
+        if "error" in decoding:
+            self._note("policy error", now, str(decoding["error"]))
+        elif decoding:
+            self._decodings.append(decoding["ms"])
+        if self._scene is not None:
+            self._scene.ticks += 1
+
+    def _note(self, reason: str, now: float, detail: str = "") -> None:
+        event = self._latest.get(reason)
+        if event is None or now - event.last > _SAME_EVENT_S:
+            event = self._latest[reason] = _Event(reason, now, now)
+            self._events.append(event)
+        event.last, event.detail = now, detail
+        event.count += 1
+
+    def begin(self, seed: int, instruction: str) -> None:
+        """A scene begins, with an instruction of its own."""
+        number = self._scene.number + 1 if self._scene else 1
+        self._tick, self._next = -1, False
+        self._reading = None  # of the scene before
+        self._scene = _Scene(number, seed, instruction, time.monotonic(), person=["hold"] if self._held else [])
+
+    def end(self, success: bool) -> list[str]:
+        """The scene is over. Returns what a person did in it: what came of it is then not the policy's alone, and it
+        is not counted."""
+        scene = self._scene
+        assert scene is not None, "begin comes first"
+        if not scene.ticks:  # only an order that came a moment after the scene before had ended does that
+            scene.person.append("new scene")
+        scene.success, scene.ended, self._last = success, time.monotonic(), scene
+        outcome = "guided" if scene.person else "success" if success else "failure"
+        self._tally[outcome] += 1
+        self._outcomes.append(outcome)
+        return scene.person
+
+    def waiting(self) -> bool:
+        """Whether the next scene is to wait: a success is being shown, or the robot is held until a person lets go."""
+        scene = self._scene
+        if self._next or scene is None or scene.ended is None:
+            return False
+        return self._held or (scene.success and time.monotonic() - scene.ended < _SHOWN_S)
+
+    # What a person may do -----------------------------------------------------------------------------------------
+
+    def instruct(self, text: str) -> None:
+        """Tell the policy something else, until the scene ends."""
+        text, scene = " ".join(text.split()), self._scene
+        if not text or len(text) > _LONGEST or not text.isprintable():
+            raise Refused(f"an instruction is a text of 1 to {_LONGEST} characters.")
+        if scene is None or scene.ended is not None or not scene.ticks:
+            raise Refused("no scene is running that this could be told to. Wait for the next one, or press New scene.")
+        if text == self._controller.instruction:
+            return
+        self._controller.instruction = text
+        scene.person.append(f"instruction: {text}")
+        if text != scene.instruction and text not in self._told:
+            self._told.append(text)
+
+    def start(self) -> None:
+        """End the hold."""
+        if self._controller.safety.stopped:
+            raise Refused("the emergency stop is pressed: release it first.")
+        self._held = False
+        self._controller.resume()
+
+    def hold(self) -> None:
+        """The robot holds until `start`."""
+        self._hold("hold")
+
+    def emergency_stop(self) -> None:
+        """The robot holds from its next command on, until `release` and `start`."""
+        self._controller.safety.emergency_stop()
+        self._hold("emergency stop")
+
+    def release(self) -> None:
+        """Unlatch the emergency stop. The robot goes on holding: that it moves again is another decision (`start`)."""
+        self._controller.safety.release()
+
+    def new_scene(self) -> None:
+        """End the scene that is running, or stop waiting for the next one."""
+        self._next, scene = True, self._scene
+        if scene is not None and scene.ended is None:
+            scene.person.append("new scene")
+            self._controller.stop()
+
+    def _hold(self, order: str) -> None:
+        self._held = True
+        self._controller.hold()
+        scene = self._scene
+        if scene is not None and scene.ended is None and order not in scene.person:
+            scene.person.append(order)
+
+    # What a person sees -------------------------------------------------------------------------------------------
+
+    def describe(self) -> dict[str, Any]:
+        """What does not change: names, rate and limits."""
+        low, high = self._policy.action_limits
+        return {
+            "title": self._title,
+            "cameras": list(self.cameras),
+            "state_names": list(self._spec.state_names),
+            "action_names": list(self._spec.action_names),
+            "gripper": self._spec.gripper_index,
+            "limits": [[float(a), float(b)] for a, b in zip(low, high, strict=True)],
+            "hz": self._controller.hz,
+            "plotted_s": _PLOTTED_S,
+            "timed_s": _TIMED_S,
+            "period_ms": 1e3 / self._controller.hz,
+            "chunk_ms": 1e3 * self._policy.n_action_steps / self._controller.hz,
+        }
+
+    @property
+    def state(self) -> str:
+        """ "starting", "running", "holding", "emergency stop" or "scene over"."""
+        if self._controller.safety.stopped:
+            return "emergency stop"
+        if self._scene is None:
+            return "starting"
+        if self._held:
+            return "holding"
+        return "running" if self._scene.ended is None else "scene over"
+
+    def status(self, since: int = 0) -> dict[str, Any]:
+        """All that is known, as JSON's types; of the ticks those whose number is higher than `since`."""
+        # The scene first: whoever sees a new one must not see the reading of the one before.
+        now, scene, reading = time.monotonic(), self._scene, self._reading
+        return {
+            "now": round(now - self._start, 3),
+            "state": self.state,
+            "emergency_stop": self._controller.safety.stopped,
+            "held": self._held,
+            "scene": None if scene is None else self._about_scene(scene, now),
+            "suggestions": self._suggestions(),
+            "last": None if self._last is None else _outcome(self._last),
+            "tally": {name: self._tally[name] for name in ("success", "failure", "guided")},
+            "outcomes": list(self._outcomes),
+            "timing": self._timing(),
+            "events": self._told_events(),
+            "robot": None if reading is None else self._about(reading, now),
+            "ticks": [self._told_tick(tick) for tick in self._ticks.copy() if tick.number > since],
+        }
+
+    def picture(self, camera: str) -> bytes | None:
+        """The latest picture as JPEG; None when there is none. The same object while there is no newer one."""
+        reading = self._reading
+        if reading is None:
+            return None
+        known = self._pictures.get(camera)
+        if known is None or known[0] is not reading:
+            known = self._pictures[camera] = reading, _jpeg(reading, camera)
+        return known[1]
+
+    def _about_scene(self, scene: _Scene, now: float) -> dict[str, Any]:
+        return {
+            "number": scene.number,
+            "seed": scene.seed,
+            "own_instruction": scene.instruction,
+            # Before its first tick the controller's is still that of the scene before.
+            "instruction": self._controller.instruction if scene.ticks else scene.instruction,
+            "seconds": round((scene.ended or now) - scene.begun, 1),
+            "person": list(scene.person),
+            "over": scene.ended is not None,
+        }
+
+    def _suggestions(self) -> list[str]:
+        own = [self._scene.instruction] if self._scene else []
+        return own + [text for text in reversed(self._told.copy()) if text not in own]
+
+    def _timing(self) -> dict[str, Any]:
+        late = 1e3 * np.array(self._lateness.copy())
+        spread = (
+            None if not late.size else [round(float(ms), 2) for ms in (*np.quantile(late, (0.5, 0.99)), late.max())]
+        )
+        return {
+            "lateness_ms": spread and dict(zip(("p50", "p99", "max"), spread, strict=True)),
+            "commands": self._due,
+            "missed": self._missed,
+            "decode_ms": [round(ms, 1) for ms in self._decodings.copy()],
+        }
+
+    def _told_events(self) -> list[dict[str, Any]]:
+        wall = self._wall - self._start
+        return [
+            {
+                "reason": event.reason,
+                "detail": event.detail[:300],
+                "count": event.count,
+                "time": round(wall + event.first, 2),
+                "seconds": round(event.last - event.first, 2),
+            }
+            for event in reversed(self._events.copy())
+        ]
+
+    def _about(self, reading: Reading, now: float) -> dict[str, Any]:
+        try:
+            state = np.asarray(reading.observation.get("agent_pos", ()), np.float64).ravel().tolist()
+        except (TypeError, ValueError):
+            state = []  # a faulty driver's; the safety event tells
+        return {
+            "state": [_plain(value) for value in state],
+            "info": {name: _plain(value) for name, value in reading.info.items()},
+            "age_s": round(now - reading.time, 3),
+        }
+
+    def _told_tick(self, tick: _Tick) -> dict[str, Any]:
+        return {
+            "n": tick.number,
+            "t": round(tick.time - self._start, 3),
+            "command": [round(value, 4) for value in tick.command.tolist()],
+            "reasons": tick.reasons,
+            "decoded": tick.decoded,
+        }
+
+
+def _outcome(scene: _Scene) -> dict[str, Any]:
+    assert scene.ended is not None
+    return {
+        "number": scene.number,
+        "success": scene.success,
+        "seconds": round(scene.ended - scene.begun, 1),
+        "instruction": scene.instruction,
+        "person": list(scene.person),
+    }
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no infinity and no NaN."""
+    return value if not isinstance(value, float) else round(value, 4) if math.isfinite(value) else None
+
+
+def _jpeg(reading: Reading, camera: str) -> bytes | None:
+    try:
+        image = reading.observation["pixels"][camera]
+        check_image(image, camera)
+    except (VLAError, KeyError, TypeError):
+        return None  # a faulty driver's picture; the safety event tells
+    if image.shape[1] > _WIDEST:
+        height = max(1, round(image.shape[0] * _WIDEST / image.shape[1]))
+        image = cv2.resize(image, (_WIDEST, height), interpolation=cv2.INTER_AREA)
+    return cv2.imencode(".jpg", image[..., ::-1], _JPEG)[1].tobytes()

@@ -1,0 +1,203 @@
+"""The live page: a `Station` in a browser.
+
+Owns: the addresses of the page (`GET /`), of its live connection (websocket `/live`) and of the emergency stop
+(`POST /stop`, so that `curl -X POST` stops the robot too), the messages that go over them, and who may: whoever
+reaches the port with a page of ours or without any, but no other web site. It does not know robots or policies.
+
+To the browser: `{"robot": ...}` once, `{"status": ...}` ten times per second, `{"error": ...}` for an order that was
+not carried out, and every new picture as its camera's number (one byte) and a JPEG. From it: `{"do": "start"}`, "hold",
+"stop" (the emergency stop), "release", "new_scene", or `{"do": "instruct", "text": ...}`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from urllib.parse import urlsplit
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
+from starlette.routing import Route, WebSocketRoute
+from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.websockets import WebSocket, WebSocketClose, WebSocketDisconnect
+
+from vla.control.console import Station
+from vla.errors import ConfigError, VLAError, unknown
+from vla.support.pages import templates
+from vla.support.sockets import listen
+
+_PERIOD_S = 0.05  # between looks for new pictures
+_STATUS_EVERY = 2  # looks
+_LARGEST_ORDER = 2**16  # bytes
+#: The page needs nothing from elsewhere, and no other page may put it into a frame and lure clicks to its buttons.
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "img-src data:; connect-src 'self' ws: wss:; frame-ancestors 'none'",
+    "Cache-Control": "no-store",
+}
+
+
+def page(station: Station, host: str = "127.0.0.1") -> Starlette:
+    """The app. `host` is what it will be bound to: beside addresses and this machine's name, what browsers may call
+    it."""
+    html = templates().get_template("live.html").render()
+
+    async def home(_: Request) -> Response:
+        return HTMLResponse(html, headers=_HEADERS)
+
+    async def stop(_: Request) -> Response:
+        station.emergency_stop()
+        return PlainTextResponse("The emergency stop is pressed.\n")
+
+    async def live(connection: WebSocket) -> None:
+        await connection.accept()
+        tasks = [asyncio.create_task(job(station, connection)) for job in (_show, _obey)]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            with contextlib.suppress(WebSocketDisconnect):
+                [task.result() for task in done]
+        finally:
+            [task.cancel() for task in tasks]
+
+    routes = [Route("/", home), Route("/stop", stop, methods=["POST"]), WebSocketRoute("/live", live)]
+    return Starlette(routes=routes, middleware=[Middleware(_OurPagesOnly, host=host)])
+
+
+@contextlib.contextmanager
+def serve_in_thread(app: ASGIApp, host: str, port: int) -> Iterator[str]:
+    """Serve `app` beside whatever the main thread does, which keeps its signal handlers; yields the address for people.
+
+    Args:
+        port: 0 takes a free one.
+    Raises:
+        ConfigError: nothing can listen there.
+    """
+    listener = listen(host, port, "Take another --port (0: any free one), or deploy with --no-ui.")
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        lifespan="off",
+        ws_max_size=_LARGEST_ORDER,
+        ws_per_message_deflate=False,  # what is sent most is JPEG
+        timeout_graceful_shutdown=1,
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, args=([listener],), daemon=True, name="vla-page")
+    thread.start()
+    try:
+        yield f"http://{_reachable(host)}:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(timeout=5)
+        listener.close()
+
+
+async def _show(station: Station, connection: WebSocket) -> None:
+    """Send status and pictures until cancelled. A slow connection gets fewer: each is the latest when it is sent."""
+    await connection.send_text(_message("robot", station.describe()))
+    shown: dict[str, bytes] = {}
+    number = look = 0
+    while True:
+        for index, camera in enumerate(station.cameras):
+            picture = station.picture(camera)
+            if picture is not None and shown.get(camera) is not picture:
+                shown[camera] = picture
+                await connection.send_bytes(bytes([index]) + picture)
+        if look % _STATUS_EVERY == 0:
+            status = station.status(since=number)
+            number = max((tick["n"] for tick in status["ticks"]), default=number)
+            await connection.send_text(_message("status", status))
+        look += 1
+        await asyncio.sleep(_PERIOD_S)
+
+
+async def _obey(station: Station, connection: WebSocket) -> None:
+    """Carry out orders until the connection is closed."""
+    while (message := await connection.receive())["type"] != "websocket.disconnect":
+        try:
+            _carry_out(station, message.get("text"))
+        except VLAError as error:
+            await connection.send_text(_message("error", str(error)))
+
+
+def _carry_out(station: Station, text: str | None) -> None:
+    try:
+        order = json.loads(text or "")
+    except (ValueError, RecursionError):
+        raise ConfigError("an order is a JSON object.") from None
+    if not isinstance(order, dict) or not isinstance(order.get("do"), str):
+        raise ConfigError('an order looks like {"do": "hold"}.')
+    orders: dict[str, Callable[[], None]] = {
+        "start": station.start,
+        "hold": station.hold,
+        "stop": station.emergency_stop,
+        "release": station.release,
+        "new_scene": station.new_scene,
+        "instruct": lambda: station.instruct(str(order.get("text", ""))),
+    }
+    if order["do"] not in orders:
+        raise ConfigError(unknown("order", order["do"], orders))
+    orders[order["do"]]()
+
+
+def _message(kind: str, content: object) -> str:
+    return json.dumps({kind: content}, default=str, separators=(",", ":"))
+
+
+class _OurPagesOnly:
+    """Refuses what other web sites make a browser send.
+
+    A browser says which page a request comes from (Origin): it must be the one that is asked. And it says which name it
+    asked for (Host): a site can make its own name point to this machine, but not an address or a name of ours.
+    """
+
+    def __init__(self, app: ASGIApp, host: str) -> None:
+        name = socket.gethostname().lower()
+        self._app, self._names = app, {"localhost", host.lower(), name, f"{name}.local", socket.getfqdn().lower()}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = self._refusal(Headers(scope=scope)) if scope["type"] in ("http", "websocket") else None
+        if refusal is None:
+            await self._app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await WebSocketClose(code=1008, reason=refusal)(scope, receive, send)
+        else:
+            await PlainTextResponse(refusal + "\n", 403)(scope, receive, send)
+
+    def _refusal(self, headers: Headers) -> str | None:
+        host, origin = headers.get("host", ""), headers.get("origin")
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+            foreign = origin is not None and urlsplit(origin).netloc.lower() != host.lower()
+        except ValueError:
+            return "Host or Origin cannot be read."
+        if name not in self._names and not _is_address(name):
+            return f"{name!r} is not a name of this robot: use its address, or deploy with --host {name}."
+        return "Other web sites may not use this robot." if foreign else None
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _reachable(host: str) -> str:
+    """`host` as a browser needs it; for "all interfaces" the one that leads out of this machine, else this machine."""
+    if host in ("0.0.0.0", "::"):
+        host = "127.0.0.1"
+        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect(("192.0.2.1", 9))  # nothing is sent: it only chooses the interface
+            host = probe.getsockname()[0]
+    return f"[{host}]" if ":" in host else host

@@ -1,0 +1,1 @@
+"""Robots that the controller drives."""

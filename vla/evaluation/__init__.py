@@ -1,0 +1,1 @@
+"""Evaluation: results of rollouts, their comparison, and reports."""

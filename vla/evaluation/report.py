@@ -1,0 +1,149 @@
+"""The rollout report: one HTML file that needs nothing else.
+
+Owns: how results look, as a page for people and as a few lines for a terminal. It knows `eval_info.json` and the video
+files that it names; it does not compute results. Pages are self-contained (styles, charts as SVG, videos as data), work
+on a phone and follow the reader's light or dark setting.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vla.evaluation.results import OUTCOMES
+from vla.support.pages import templates
+from vla.support.statistics import percentiles
+
+FILE = "report.html"
+MOST_EMBEDDED = 48 * 2**20  # bytes of video in one page
+
+
+def write(info: Mapping[str, Any], folder: Path) -> Path:
+    """Write `report.html` for the results of a run whose videos are in `folder`."""
+    path = folder / FILE
+    path.write_text(render(info, folder), encoding="utf-8")
+    return path
+
+
+def render(info: Mapping[str, Any], folder: Path) -> str:
+    """The page as text."""
+    environment = templates()
+    environment.filters |= {"number": _number, "short": short}
+    episodes = info["per_episode"]
+    latency = info["decode_latency"]
+    bars = latency.get("histogram")
+    return environment.get_template("report.html").render(
+        info=info,
+        overall=info["overall"],
+        outcomes=OUTCOMES,
+        videos=_videos(episodes, folder),
+        faults=[episode for episode in episodes if episode["fault"]],
+        lengths=_lengths(episodes),
+        winning_length=percentiles([episode["length"] for episode in episodes if episode["success"]] or [0]),
+        latency=latency,
+        latency_chart=_histogram(bars["edges_ms"], bars["counts"]) if bars else "",
+        comparison=info.get("comparison"),
+        benchmark=info.get("benchmark"),
+    )
+
+
+def summary(info: Mapping[str, Any], folder: Path) -> str:
+    """The results in a few lines of plain text."""
+    tasks = info["per_task"]
+    rows = [(short(task["env_id"]), task) for task in tasks]
+    if len(tasks) != 1:
+        rows.append(("all", info["overall"]))
+    width = max(len(name) for name, _ in rows)
+    lines = []
+    for name, row in rows:
+        if not row["n_episodes"]:
+            lines.append(f"{name:<{width}}  no finished episode")
+            continue
+        low, high = row["pc_success_ci95"]
+        lines.append(
+            f"{name:<{width}}  {row['n_successes']:>3}/{row['n_episodes']:<3}  {row['pc_success']:5.1f} %  "
+            f"(95 % interval {low:.0f} to {high:.0f}; ever {row['pc_success_ever']:.0f} %)"
+        )
+    failures = {name: n for name, n in info["overall"]["outcomes"].items() if name != "success"}
+    if failures:
+        lines.append("not successful: " + ", ".join(f"{n} {OUTCOMES[name]}" for name, n in failures.items()))
+    if "ms" in info["decode_latency"]:
+        ms = info["decode_latency"]["ms"]
+        lines.append(
+            f"decode per batch: p50 {ms['p50']:.1f} ms, p95 {ms['p95']:.1f}, p99 {ms['p99']:.1f}, max {ms['max']:.1f}"
+        )
+    if "comparison" in info:
+        lines.append(info["comparison"]["words"])
+    if info["interrupted"]:
+        lines.append(f"stopped after {info['overall']['n_episodes']} of {info['n_episodes_asked']} episodes")
+    return "\n".join([*lines, f"report: {folder / FILE}"])
+
+
+def short(env_id: str) -> str:
+    """ "vla/PickUp-v0" of "envs:vla/PickUp-v0"."""
+    return env_id.rpartition(":")[2]
+
+
+def _videos(episodes: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """Episodes with a video, each with its mp4 as a data address; beyond `MOST_EMBEDDED` a link to the file."""
+    found, left = [], MOST_EMBEDDED
+    for episode in episodes:
+        path = folder / episode["video_path"] if episode["video_path"] else None
+        if path is None or not path.is_file():
+            continue
+        left -= path.stat().st_size
+        source = episode["video_path"]
+        if left >= 0:
+            source = f"data:video/mp4;base64,{base64.b64encode(path.read_bytes()).decode()}"
+        found.append({"episode": episode, "source": source})
+    return found
+
+
+def _lengths(episodes: Sequence[Mapping[str, Any]]) -> str:
+    """How long episodes took: successes stacked on the others."""
+    lengths = [episode["length"] for episode in episodes]
+    if not lengths:
+        return ""
+    edges = np.histogram_bin_edges(lengths, bins=min(20, max(5, len(lengths) // 3)))
+    won = np.histogram([episode["length"] for episode in episodes if episode["success"]], edges)[0]
+    lost = np.histogram([episode["length"] for episode in episodes if not episode["success"]], edges)[0]
+    return _histogram(edges.tolist(), won.tolist(), lost.tolist())
+
+
+def _histogram(edges: Sequence[float], counts: Sequence[int], above: Sequence[int] = ()) -> str:
+    """Bars [n] between edges [n + 1], with optional bars stacked above, as SVG that takes its colours from the page."""
+    width, height, foot, head = 480, 150, 22, 14
+    above = list(above) or [0] * len(counts)
+    tallest = max(1, *(a + b for a, b in zip(counts, above, strict=True)))
+    step = width / len(counts)
+    scale = (height - foot - head) / tallest
+    parts = []
+    for i, (low, high) in enumerate(zip(counts, above, strict=True)):
+        x, base = i * step + 1, float(height - foot)
+        for count, kind in ((low, "one"), (high, "two")):
+            if count:
+                base -= count * scale
+                parts.append(
+                    f'<rect class="{kind}" x="{x:.1f}" y="{base:.1f}" width="{step - 2:.1f}" '
+                    f'height="{count * scale:.1f}" rx="2"><title>{count}: {edges[i]:.4g} to {edges[i + 1]:.4g}'
+                    "</title></rect>"
+                )
+        if low + high:
+            parts.append(
+                f'<text x="{x + step / 2 - 1:.1f}" y="{base - 4:.1f}" text-anchor="middle">{low + high}</text>'
+            )
+    for i, anchor in ((0, "start"), (len(counts) // 2, "middle"), (len(counts), "end")):
+        parts.append(f'<text x="{i * step:.1f}" y="{height - 6}" text-anchor="{anchor}">{_number(edges[i])}</text>')
+    line = f'<line x1="0" x2="{width}" y1="{height - foot + 0.5}" y2="{height - foot + 0.5}"/>'
+    return f'<svg class="chart" viewBox="0 0 {width} {height}" role="img">{line}{"".join(parts)}</svg>'
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    """A number for people: three significant digits, no exponent; a dash for none."""
+    if value is None:
+        return "–"
+    return f"{value:.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"

@@ -1,0 +1,180 @@
+"""What a rollout found, as data.
+
+Owns: the record of one episode and how episodes become `eval_info.json` (LeRobot's names, with intervals). It does not
+know how episodes are run, how two runs compare, nor how a page looks.
+
+A *success* is `final`: the state at the last step of the episode. `ever` (success at any step) is reported beside it.
+A fault of an environment counts as an episode without success, and is counted by itself as well.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vla.errors import DataError
+from vla.support.statistics import percentiles, wilson
+
+FILE = "eval_info.json"
+
+OUTCOMES = {
+    "success": "success at the last step",
+    "lost": "succeeded, then lost it again",
+    "wrong_target": "went to another object",
+    "timeout": "ran out of time",
+    "ended": "the environment ended it without success",
+    "fault": "the environment failed",
+}
+
+
+@dataclasses.dataclass
+class Episode:
+    """One episode, from its place in the queue to its end. Rewards are as the environment gives them, times in ms."""
+
+    episode_ix: int
+    env_id: str
+    seed: int
+    instruction: str = ""
+    success: bool = False
+    success_ever: bool = False
+    sum_reward: float = 0.0
+    max_reward: float = 0.0
+    length: int = 0
+    truncated: bool = False
+    fault: str | None = None
+    reached: int | str | None = None
+    target: int | str | None = None
+    n_chunks: int = 0
+    decode_ms: list[float] = dataclasses.field(default_factory=list)
+    image_hash: str = ""
+    video_path: str | None = None
+
+    @property
+    def outcome(self) -> str:
+        """How it went: a key of `OUTCOMES`."""
+        if self.fault is not None:
+            return "fault"
+        if self.success:
+            return "success"
+        if self.success_ever:
+            return "lost"
+        if None not in (self.reached, self.target) and self.reached != self.target:
+            return "wrong_target"
+        return "timeout" if self.truncated else "ended"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        values = dataclasses.asdict(self)
+        decode_ms = values.pop("decode_ms")
+        values["decode_ms_p50"] = statistics.median(decode_ms) if decode_ms else None
+        values["decode_ms_max"] = max(decode_ms, default=None)
+        return values | {"outcome": self.outcome}
+
+
+def evaluate(episodes: Sequence[Episode], seconds: float) -> dict[str, Any]:
+    """Per episode, per task, per group and in all: the part of eval_info.json that follows from the episodes."""
+    tasks, groups = collections.defaultdict(list), collections.defaultdict(list)
+    for episode in episodes:
+        tasks[episode.env_id].append(episode)
+        groups[task_group(episode.env_id)].append(episode)
+    overall = summarise(episodes) | {"eval_s": seconds, "eval_ep_s": seconds / max(1, len(episodes))}
+    return {
+        "per_episode": [episode.to_dict() for episode in episodes],
+        "per_task": [
+            {"task_group": task_group(env_id), "task_id": i, "env_id": env_id, "metrics": _metrics(of_task)}
+            | summarise(of_task)
+            for i, (env_id, of_task) in enumerate(tasks.items())
+        ],
+        "per_group": {group: summarise(of_group) for group, of_group in groups.items()},
+        # LeRobot has written this under both names.
+        "overall": overall,
+        "aggregated": overall,
+    }
+
+
+def summarise(episodes: Sequence[Episode]) -> dict[str, Any]:
+    """Success with its interval, rewards, lengths and outcomes. Averages of no episodes are None."""
+    trials, successes = len(episodes), sum(episode.success for episode in episodes)
+    outcomes = collections.Counter(episode.outcome for episode in episodes)
+    return {
+        "n_episodes": trials,
+        "n_successes": successes,
+        "pc_success": 100 * successes / trials if trials else None,
+        "pc_success_ci95": [100 * limit for limit in wilson(successes, trials)],
+        "pc_success_ever": _mean([100 * episode.success_ever for episode in episodes]),
+        "avg_sum_reward": _mean([episode.sum_reward for episode in episodes]),
+        "avg_max_reward": _mean([episode.max_reward for episode in episodes]),
+        "avg_length": _mean([episode.length for episode in episodes]),
+        "outcomes": {name: outcomes[name] for name in OUTCOMES if outcomes[name]},
+        "video_paths": [episode.video_path for episode in episodes if episode.video_path],
+    }
+
+
+def latency(forwards: Sequence[tuple[int, float]]) -> dict[str, Any]:
+    """Percentiles of (batch size, seconds) per batched forward, in ms. The first, which warms up, is kept apart."""
+    if not forwards:
+        return {"n_forwards": 0}
+    steady = forwards[1:] or forwards
+    milliseconds = [1e3 * seconds for _, seconds in steady]
+    counts, edges = np.histogram(milliseconds, bins=min(24, max(4, len(steady) // 2)))
+    by_batch: dict[int, list[float]] = collections.defaultdict(list)
+    for batch_size, seconds in steady:
+        by_batch[batch_size].append(1e3 * seconds)
+    return {
+        "n_forwards": len(forwards),
+        "first_ms": 1e3 * forwards[0][1],
+        "ms": percentiles(milliseconds),
+        "per_batch_size": {
+            str(size): {"n_forwards": len(of_size)} | percentiles(of_size) for size, of_size in sorted(by_batch.items())
+        },
+        "histogram": {"edges_ms": edges.tolist(), "counts": counts.tolist()},
+    }
+
+
+def task_group(env_id: str) -> str:
+    """The namespace of an environment id: "vla" of "envs:vla/PickUp-v0"."""
+    return env_id.rpartition(":")[2].rpartition("/")[0] or "gymnasium"
+
+
+def write(info: Mapping[str, Any], folder: Path) -> Path:
+    """Write `eval_info.json`, whole or not at all."""
+    path, scratch = folder / FILE, folder / f".{FILE}.part"
+    scratch.write_text(json.dumps(info, indent=2, allow_nan=False) + "\n")
+    return scratch.replace(path)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether `folder` holds the results of a run that was not stopped early."""
+    path = folder / FILE
+    return path.is_file() and '"interrupted": true' not in path.read_text()
+
+
+def read(run: str | Path) -> dict[str, Any]:
+    """The results in a report folder (or an `eval_info.json`). DataError when there are none."""
+    path = Path(run) / FILE if Path(run).is_dir() else Path(run)
+    try:
+        info = json.loads(path.read_text())
+        info["per_episode"][0]["env_id"], info["overall"]["pc_success"]
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        raise DataError(f"no results of `vla rollout` at {run} ({FILE} is missing, unreadable or empty).") from None
+    return info
+
+
+def _metrics(episodes: Sequence[Episode]) -> dict[str, list[Any]]:
+    return {
+        "sum_rewards": [episode.sum_reward for episode in episodes],
+        "max_rewards": [episode.max_reward for episode in episodes],
+        "successes": [episode.success for episode in episodes],
+        "video_paths": [episode.video_path for episode in episodes if episode.video_path],
+    }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if len(values) else None

@@ -1,0 +1,166 @@
+"""`vla analyze exposure`: how much worse a policy gets when it reads its own tokens instead of the demonstrator's.
+
+Owns: the measurement, its table and its picture. In training a token is predicted after the demonstrator's tokens
+(teacher forcing), at run time after the policy's own (free running); the difference of the two error rates is what
+errors early in a chunk cost later in it (exposure bias; Ranzato et al., 2016). It also measures how much probability
+the network gives to tokens that are no actions, which decoding never lets it choose. Demonstrations are all it sees:
+where closed-loop errors lead the robot is what `vla rollout` tells.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from vla.config import ExposureConfig, check
+from vla.data.pictures import ACCENT, INK, LINE, SOFT, WARN
+from vla.data.reader import Demonstrations
+from vla.data.samples import ChunkSamples, Sample
+from vla.decoding import strategies
+from vla.policy import Policy
+from vla.support.progress import Progress
+
+FILE, PICTURE = "exposure.json", "exposure.png"
+_STEPS = 12  # groups of steps in the picture
+
+
+def exposure(config: ExposureConfig) -> dict[str, Any]:
+    """Measure, print, and write `exposure.json` and `exposure.png`; returns what the JSON holds.
+
+    Raises:
+        ConfigError, DataError, SpecError: before anything is written.
+    """
+    check(config)
+    demos = Demonstrations(config.data)
+    policy = Policy.from_pretrained(config.policy, config.device, config.unnorm_key)
+    policy.robot.check_fits(demos.robot, str(config.data), tolerated=("rate",))
+    config.out.mkdir(parents=True, exist_ok=True)
+    samples = ChunkSamples(demos, policy.robot.cameras, policy.network.config.image_size, policy.horizon, source=0)
+    chosen = np.linspace(0, demos.num_frames - 1, min(config.frames, demos.num_frames)).round().astype(int)
+    steps = np.concatenate([np.arange(episode.length) for episode in demos.episodes])[chosen]
+    batches = np.array_split(chosen, -(-len(chosen) // config.batch_size))
+    found = []
+    with Progress(len(batches), "batches") as progress:
+        for batch in batches:
+            found.append(measure(policy, [samples[int(frame)] for frame in batch]))
+            progress.advance(f"{config.batch_size} frames each")
+    info = _summarise(Tokens(*(np.concatenate(parts) for parts in zip(*found, strict=True))), steps) | {
+        "tokens_per_action": policy.processor.action_tokenizer.tokens_per_action,
+        "policy": config.policy,
+        "data": str(config.data),
+        "frames": len(chosen),
+    }
+    (config.out / FILE).write_text(json.dumps(info, indent=1))
+    _draw(info).savefig(config.out / PICTURE, dpi=150, facecolor="white")
+    _print(info, config.out)
+    return info
+
+
+class Tokens(NamedTuple):
+    """What was found out about every token of every sample, each [B, T].
+
+    Attributes:
+        forced: wrong after the demonstrator's tokens.
+        free: wrong after the policy's own tokens.
+        outside: probability that the network gives, there, to what is no action.
+        learned: whether it counts: False beyond the end of a demonstration.
+    """
+
+    forced: np.ndarray
+    free: np.ndarray
+    outside: np.ndarray
+    learned: np.ndarray
+
+
+def measure(policy: Policy, samples: list[Sample]) -> Tokens:
+    """Compare a policy's tokens with those of the demonstrations."""
+    network, processor = policy.network, policy.processor
+    tokenizer, begin = processor.action_tokenizer, network.config.action_token_begin
+    instructions = [sample.instruction for sample in samples]
+    states = None
+    if network.config.use_state:
+        states = processor.state(np.stack([sample.state for sample in samples]), policy.unnorm_key)
+    batch = processor([sample.images for sample in samples], instructions, states)
+    truth = processor.encode_actions(np.stack([sample.chunk for sample in samples]), policy.unnorm_key)
+    logits = strategies.teacher_forced_logits(network, batch, torch.from_numpy(truth)).float()
+    rows = logits[..., begin : begin + tokenizer.vocab_size]
+    outside = 1 - (rows.logsumexp(-1) - logits.logsumexp(-1)).exp()
+    own = policy.decode(batch).ids.cpu().numpy()
+    forced = rows.argmax(-1).cpu().numpy() + begin != truth
+    learned = np.stack([tokenizer.token_mask(sample.valid) for sample in samples])
+    return Tokens(forced, own != truth, outside.cpu().numpy(), learned)
+
+
+def _summarise(tokens: Tokens, steps: np.ndarray) -> dict[str, Any]:
+    """Means over all tokens, by position in the chunk, and by step in the episode (`steps`, one per sample)."""
+    edges = np.unique(np.linspace(0, steps.max() + 1, _STEPS + 1).round().astype(int))
+    group = np.searchsorted(edges, steps, side="right") - 1
+    filled = [g for g in range(len(edges) - 1) if tokens.learned[group == g].any()]
+
+    def describe(values: np.ndarray) -> dict[str, Any]:
+        counted = np.where(tokens.learned, values, np.nan)
+        return {
+            "mean": float(np.nanmean(counted)),
+            "by_position": np.nanmean(counted, axis=0).tolist(),
+            "by_step": [float(np.nanmean(counted[group == g])) for g in filled],
+        }
+
+    return {
+        "tokens": int(tokens.learned.sum()),
+        "teacher_forced_error": describe(tokens.forced),
+        "free_running_error": describe(tokens.free),
+        "outside_action_rows": describe(tokens.outside) | {"max": float(tokens.outside[tokens.learned].max())},
+        "steps": edges[filled].tolist(),
+    }
+
+
+def _print(info: dict[str, Any], out: Path) -> None:
+    table = Table(title=f"{info['policy']} on {info['data']}: {info['frames']} frames, {info['tokens']} tokens")
+    for column in ("token error", "all", "first token", "last token"):
+        table.add_column(column, justify="left" if column == "token error" else "right")
+    for name, key in (("teacher-forced", "teacher_forced_error"), ("free-running", "free_running_error")):
+        positions = info[key]["by_position"]
+        table.add_row(name, *(f"{100 * value:.1f} %" for value in (info[key]["mean"], positions[0], positions[-1])))
+    Console().print(table)
+    outside = info["outside_action_rows"]
+    print(f"probability of what is no action: mean {outside['mean']:.2e}, at most {outside['max']:.2e}")
+    print(f"picture: {out / PICTURE}")
+
+
+def _draw(info: dict[str, Any]) -> Figure:
+    figure = Figure(figsize=(12.4, 3.4), layout="constrained")
+    position, step, outside = figure.subplots(1, 3)
+    places = np.arange(1, len(info["free_running_error"]["by_position"]) + 1)
+    for axis, key, x in ((position, "by_position", places), (step, "by_step", info["steps"])):
+        for name, label, colour in (
+            ("teacher_forced_error", "after the demonstrator's tokens", ACCENT),
+            ("free_running_error", "after its own tokens", WARN),
+        ):
+            axis.plot(x, 100 * np.array(info[name][key]), color=colour, label=label, lw=1.6, marker="o", ms=2.5)
+        axis.set_ylim(0, 1.25 * axis.get_ylim()[1])  # room for the legend
+    _dress(position, "wrong tokens by position in the chunk", "token", "%")
+    _dress(step, "wrong tokens by step in the episode", "step", "%")
+    outside.semilogy(places, np.maximum(info["outside_action_rows"]["by_position"], 1e-12), color=INK, lw=1.4)
+    _dress(outside, "probability of what is no action", "token", "")
+    for axis in (position, outside):
+        for boundary in np.arange(1, len(places), info["tokens_per_action"] or len(places)) - 0.5:
+            axis.axvline(boundary, color=LINE, lw=0.8, zorder=0)
+    position.legend(frameon=False, fontsize=8, labelcolor=SOFT)
+    return figure
+
+
+def _dress(axis: Axes, title: str, x: str, y: str) -> None:
+    axis.set_title(title, fontsize=9.5, color=INK, loc="left")
+    axis.set_xlabel(x, fontsize=8.5, color=SOFT)
+    axis.set_ylabel(y, fontsize=8.5, color=SOFT)
+    axis.tick_params(labelsize=8, colors=SOFT)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.spines[["left", "bottom"]].set_color(LINE)

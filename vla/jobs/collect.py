@@ -1,0 +1,260 @@
+"""`vla collect`: run an expert in an environment and write its successes as a dataset.
+
+Owns: which episode is made from which environment and seed, and what happens when attempts fail or the run is
+interrupted. It does not know the format on disk (`data.writer`), nor how an attempt is carried out (`demonstrators`).
+
+Episode `n` depends on nothing but the configuration and `n`: neither the number of workers nor an interruption changes
+the dataset. An episode that is not kept is tried again with another seed, which depends only on `n` and the number of
+tries. Workers write finished episodes themselves, so frames never pass between processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from vla import config as configuration
+from vla.config import CollectConfig
+from vla.data.format import INFO, PLAN, STAGING, Info, read_json
+from vla.data.packing import finalise
+from vla.data.staging import EPISODE, check_staging, drop_staging, finished, open_staging
+from vla.errors import ConfigError, SimulatorError
+from vla.simulation import adapter as simulator
+from vla.simulation.experts import Attempt, Job, Outcome, Pool
+from vla.spec import RobotSpec
+from vla.support import machine
+from vla.support.progress import Progress
+
+FAILURES = "failures.jsonl"  # one line per attempt that was not kept
+
+SEEDS_APART = 1_000_000  # between the seed of an episode and those of its next tries: no two episodes share one
+HOPELESS = 50  # failures in an environment, without one success, after which no further seed is tried
+BROKEN = 10  # ... and when all of them were errors
+TRIES = 200  # of one episode
+
+_console = Console(stderr=True)
+
+
+def attempt(config: CollectConfig, episode: int, turn: int) -> Attempt:
+    """The `turn`-th try at an episode of the dataset: a pure function of its arguments."""
+    environment = episode % len(config.env)
+    place = episode // len(config.env)  # among the episodes of its environment: each gets its share of noise
+    noisy = int((place + 1) * config.noise_share) > int(place * config.noise_share)
+    return Attempt(
+        episode=episode,
+        turn=turn,
+        env_id=config.env[environment],
+        seed=config.seed + episode + turn * SEEDS_APART,
+        noise=config.noise if noisy else 0.0,
+    )
+
+
+def collect(config: CollectConfig) -> Path:
+    """Collect `config.episodes` demonstrations into the dataset `config.out` and return its folder.
+
+    Raises:
+        ConfigError, DataError: values or a folder that cannot be used.
+        SimulatorError: the environment cannot be made, or the expert never succeeds.
+    """
+    configuration.check(config)
+    if config.resume and (config.out / INFO).is_file():
+        shutil.rmtree(config.out / STAGING, ignore_errors=True)  # killed between the last rename and cleaning up
+        _same_plan(config, config.out / PLAN)
+        there = Info.load(config.out).total_episodes
+        if there < config.episodes:
+            raise ConfigError(
+                f"{config.out} is finished with {there} episodes and cannot grow to {config.episodes}. Collect the "
+                f"others into a second folder (with --seed {config.seed + there}) and train on both."
+            )
+        _console.print(f"{config.out} is complete: nothing to do.", highlight=False)
+        return config.out
+    check_staging(config.out, config.resume)
+    robot = _examine(config)
+    if config.resume and not finished(config.out / STAGING):  # nothing to continue: no plan to keep to
+        drop_staging(config.out)
+    staging = open_staging(config.out, config.resume)
+    _same_plan(config, staging / PLAN)
+    configuration.dump(config, staging / PLAN)
+    try:
+        run = _Run(config, staging, robot)
+        run.complete()
+    except BaseException as error:
+        done = len(finished(staging))
+        if isinstance(error, KeyboardInterrupt):
+            _console.print(f"{done} of {config.episodes} episodes are finished.", highlight=False)
+        if not done:
+            drop_staging(config.out)
+        raise
+    shutil.copy(staging / PLAN, config.out / PLAN)
+    run.write_failures(config.out / FAILURES)
+    with _console.status("writing the dataset"):
+        finalise(config.out, range(config.episodes))
+    run.summarise()
+    return config.out
+
+
+class _Run:
+    """The episodes that are done and those to do, and what went wrong on the way."""
+
+    def __init__(self, config: CollectConfig, staging: Path, robot: RobotSpec) -> None:
+        self.config, self.staging = config, staging
+        self.done = {number for number in finished(staging) if number < config.episodes}
+        self.failures = _read_failures(staging / FAILURES, config.episodes)
+        turns = Counter(failure["episode"] for failure in self.failures)
+        self.todo = [attempt(config, n, turns[n]) for n in range(config.episodes) if n not in self.done]
+        self.solved = sum(self._about(number)["success"] for number in self.done)
+        self.frames = 0  # of this run
+        self.start = time.monotonic()
+        self._deaths: Counter[Attempt] = Counter()
+        for number in sorted(self.done)[:1]:
+            about = self._about(number)
+            _check_same_robot(config.env[0], robot.to_dict(), about["env_id"], about["robot"])
+
+    def complete(self) -> None:
+        """Make all episodes that are missing."""
+        if not self.todo:
+            return
+        job = Job(
+            staging=self.staging,
+            adapter=self.config.adapter,
+            keep_all=self.config.keep == "all",
+            executed_actions=self.config.noise > 0 or ":" in self.config.adapter.expert,
+        )
+        count = min(self.config.workers or machine.cores(), len(self.todo))
+        with Pool(count, job) as pool, Progress(self.config.episodes, "episodes", done=len(self.done)) as progress:
+            while self.todo or pool.busy:
+                pool.assign(self.todo)
+                for tried, outcome in pool.outcomes():
+                    self._account(tried, outcome)
+                    if outcome.kind == "kept":
+                        progress.advance(self.describe())
+
+    def write_failures(self, path: Path) -> None:
+        """Those failures that made the dataset what it is, in an order that does not depend on timing."""
+        if not self.failures:
+            return
+        ordered = sorted(self.failures, key=lambda failure: (failure["episode"], failure["turn"]))
+        path.write_text("".join(json.dumps(failure) + "\n" for failure in ordered))
+
+    def summarise(self) -> None:
+        seconds = time.monotonic() - self.start
+        rate = (
+            f", {self.frames} frames in {seconds:.0f} s ({self.frames / seconds:.0f} per second)" if self.frames else ""
+        )
+        _console.print(
+            f"{self.config.out}: {len(self.done)} episodes{rate}; {self._share()} of the expert's episodes succeeded.",
+            highlight=False,
+        )
+        errors = [failure for failure in self.failures if failure["kind"] != "failed"]
+        if errors:
+            _console.print(
+                f"{len(errors)} attempts ended in an error and were replaced; the last: {errors[-1]['message']} "
+                f"(all of them: {self.config.out / FAILURES})",
+                highlight=False,
+            )
+
+    def describe(self) -> str:
+        """Rate and success so far, for the progress bar."""
+        return f"{self.frames / (time.monotonic() - self.start):.0f} frames/s, {self._share()} succeeded"
+
+    def _share(self) -> str:
+        tried = len(self.done) + len(self.failures)
+        return f"{self.solved / tried:.0%}" if tried else "-"
+
+    def _about(self, number: int) -> dict[str, Any]:
+        return read_json(self.staging / EPISODE.format(number) / "episode.json")
+
+    def _account(self, tried: Attempt, outcome: Outcome) -> None:
+        if outcome.error is not None:
+            raise outcome.error
+        if outcome.kind == "kept":
+            self.done.add(tried.episode)
+            self.solved += outcome.success
+            self.frames += outcome.frames
+            return
+        if outcome.kind == "died" and not self._deaths[tried]:
+            self._deaths[tried] += 1  # killed from outside, perhaps: the same seed deserves a second chance
+            self.todo.insert(0, tried)
+            return
+        failure = dataclasses.asdict(tried) | {"kind": outcome.kind, "message": outcome.message}
+        self.failures.append(failure)
+        with (self.staging / FAILURES).open("a") as file:
+            file.write("\n" + json.dumps(failure))  # on a line of its own, whatever a killed process has left
+        self._give_up_if_hopeless(tried, outcome)
+        self.todo.insert(0, attempt(self.config, tried.episode, tried.turn + 1))
+
+    def _give_up_if_hopeless(self, tried: Attempt, outcome: Outcome) -> None:
+        if any(attempt(self.config, number, 0).env_id == tried.env_id for number in self.done):
+            if tried.turn + 1 < TRIES:
+                return
+            raise SimulatorError(
+                f"episode {tried.episode} ({tried.env_id!r}) failed with {TRIES} seeds; {outcome.message}"
+            )
+        here = [failure for failure in self.failures if failure["env_id"] == tried.env_id]
+        if len(here) >= BROKEN and all(failure["kind"] != "failed" for failure in here):
+            raise SimulatorError(
+                f"environment {tried.env_id!r}: all of the first {len(here)} episodes ended in an error; the last one "
+                f"(seed {tried.seed}): {outcome.message}"
+            )
+        if len(here) >= HOPELESS:
+            raise SimulatorError(
+                f"environment {tried.env_id!r}: the expert solved none of the first {len(here)} episodes. Is "
+                f"{self.config.adapter.success!r} (adapter.success) where the environment reports success, and is "
+                "adapter.max_steps long enough? `--keep all` keeps failures, too."
+            )
+
+
+def _examine(config: CollectConfig) -> RobotSpec:
+    """The robot of all environments; each is made once, so that what is wrong shows before anything is written."""
+    robots: dict[str, RobotSpec] = {}
+    for env_id in dict.fromkeys(config.env):
+        env = simulator.make(env_id, config.adapter)
+        try:
+            env.make_expert()
+        finally:
+            env.close()
+        robots[env_id] = env.robot
+        _check_same_robot(env_id, env.robot.to_dict(), config.env[0], robots[config.env[0]].to_dict())
+    return robots[config.env[0]]
+
+
+def _check_same_robot(env_id: str, robot: dict[str, Any], first_id: str, first: dict[str, Any]) -> None:
+    if robot != first:
+        different = [key for key in robot if robot[key] != first[key]]
+        raise SimulatorError(
+            f"{env_id!r} and {first_id!r} cannot share a dataset; they differ in {', '.join(different)}. "
+            "Collect them into two datasets and train on both."
+        )
+
+
+def _same_plan(config: CollectConfig, path: Path) -> None:
+    """An interrupted collection is continued with the values it was started with, but for how long and how fast."""
+    if not path.is_file():
+        return
+    free = ("episodes", "workers", "resume", "out")
+    before = configuration.to_dict(configuration.load(CollectConfig, path))
+    now = configuration.to_dict(config)
+    for key, value in before.items():
+        if key not in free and value != now[key]:
+            raise ConfigError(
+                f"{config.out} was started with {key} = {value}, not {now[key]}. Continue with the same values, or "
+                "choose another folder."
+            )
+
+
+def _read_failures(path: Path, episodes: int) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    failures = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):  # empty, or cut short by a kill
+            failures.append(json.loads(line))
+    return [failure for failure in failures if failure["episode"] < episodes]

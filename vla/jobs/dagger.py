@@ -1,0 +1,296 @@
+"""`vla dagger`: demonstrations of the states that the policy itself gets into (DAgger; Ross et al. 2011).
+
+Owns: the rounds, when they end, and what they cost and brought. Round 0 is behaviour cloning. Every later round rolls
+in the last policy with the expert at its side (`vla.training.dagger_rollouts`), trains that policy further (or a new
+one) on the demonstrations of all rounds, and evaluates it. Every stage is a job of its own; what is finished in the
+output folder is not done again. It does not know how roll-ins are played, policies trained or results computed.
+
+    round-0/data, train, rollout     as `vla collect`, `vla train` and `vla rollout` leave them; likewise round-1, ...
+    round-1/trials                   what the last policy could do alone, if roll-ins are shared out by that
+    bc-4/...                         behaviour cloning on the budget of rounds 0 to 4
+    dagger.json, dagger.png          success against the number of labels
+    dagger.yaml                      the values that this folder was made with
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.rule import Rule
+from rich.table import Table
+
+from vla import config as configuration
+from vla.config import CollectConfig, DaggerConfig, RolloutConfig, TrainConfig
+from vla.config.training import ROUNDS_APART
+from vla.data.format import INFO, Info, write_json
+from vla.data.pictures import ACCENT, INK, LINE, SOFT, WARN
+from vla.data.reader import Demonstrations
+from vla.errors import ConfigError
+from vla.evaluation import results
+from vla.evaluation.comparison import compare
+from vla.jobs.collect import collect
+from vla.jobs.rollout import rollout
+from vla.jobs.train import train
+from vla.policy import Policy
+from vla.simulation import adapter as simulator
+from vla.training.dagger_rollouts import first_seed, roll_in, scenes_of
+
+FILE, PICTURE, SETTINGS = "dagger.json", "dagger.png", "dagger.yaml"
+FREE = ("rounds", "labels", "target", "compare_bc", "device", "resume", "out")  # may change when a run is resumed
+KEY = "dagger"  # all rounds share their statistics: one robot, one meaning of every action token
+
+_console = Console()
+
+
+def dagger(config: DaggerConfig) -> dict[str, Any]:
+    """Run the rounds and return what `dagger.json` holds: per round labels, optimizer steps and closed-loop success.
+
+    Raises:
+        ConfigError, DataError, SimulatorError: values, a folder or an environment that cannot be used.
+    """
+    _check(config)
+    _claim(config)
+    rounds: list[dict[str, Any]] = []
+    info: dict[str, Any] = {"rounds": rounds, "stopped": None}
+    while info["stopped"] is None:
+        row = _round(config, rounds)
+        if row is not None:
+            rounds.append(row)
+        info["stopped"] = _enough(config, rounds) if row is not None else "nothing to label"
+        _write(config, info)
+    if config.compare_bc and len(rounds) > 1:
+        info["bc"] = _behaviour_cloning(config, rounds)
+        info["comparison"] = compare(rounds[-1]["report"], info["bc"]["report"])
+        _write(config, info)
+    _print(info, config.out)
+    return info
+
+
+def _round(config: DaggerConfig, before: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """One round: demonstrations, training, evaluation. None: there was nothing to label."""
+    number = len(before)
+    folder = config.out / f"round-{number}"
+    title = f"expert drives {config.beta**number:.0%} of the roll-ins" if number else "behaviour cloning"
+    _console.print(Rule(f"round {number}: {title}", align="left"))
+    steps = config.train.steps if not number or config.finetune_steps is None else config.finetune_steps
+    if number:
+        last = before[-1]
+        new = [folder / "data"]
+        if not (new[0] / INFO).is_file():
+            failures = _failures(config, number, last["policy"]) if config.trials else None
+            if failures and not any(failures):
+                return None
+            student = Policy.from_pretrained(last["policy"], config.device)
+            if roll_in(config, number, student, new[0], scenes_of(config, number, failures)) is None:
+                return None
+        data = [*map(Path, last["data"]), *new]
+        backbone, done = (last["policy"], last["optimizer_steps"]) if config.warm_start else (None, 0)
+    else:
+        new = data = list(config.data) or [_demonstrate(config, folder / "data", config.demonstrations, config.seed)]
+        backbone, done = None, 0
+    successes = [episode.success for root in new for episode in Demonstrations(root).episodes]
+    row = {
+        "round": number,
+        "beta": config.beta**number,
+        "episodes": len(successes),
+        "pc_success_of_episodes": None if None in successes else 100 * successes.count(True) / len(successes),
+        "labels": sum(Info.load(root).total_frames for root in data),
+        "optimizer_steps": done + steps,
+    }
+    return row | _learn(config, folder, data, backbone, steps)
+
+
+def _failures(config: DaggerConfig, number: int, policy: str) -> list[int]:
+    """How often the policy alone has no success in each environment, in scenes of this round."""
+    place = config.out / f"round-{number}" / "trials"
+    tried = _evaluate(config, policy, place, config.trials, first_seed(config, number))["per_episode"]
+    failed = [episode["env_id"] for episode in tried if not episode["success"]]
+    return [failed.count(env_id) for env_id in config.env]
+
+
+def _behaviour_cloning(config: DaggerConfig, rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the same labels and optimizer steps bring when the expert drives alone: more of round 0's demonstrations.
+
+    One training run on all of them from the start, where DAgger saw its first ones first: if that matters, it favours
+    this side. So do the labels, which are whole episodes and therefore at least as many.
+    """
+    _console.print(Rule("behaviour cloning on the same budget", align="left"))
+    first, last = rounds[0], rounds[-1]
+    folder = config.out / f"bc-{last['round']}"
+    data, labels, seed = list(map(Path, first["data"])), first["labels"], config.seed + ROUNDS_APART
+    while labels < last["labels"]:
+        # How many episodes hold so many frames is known for certain only once they are there.
+        episodes = math.ceil((last["labels"] - labels) * first["episodes"] / first["labels"])
+        data.append(_demonstrate(config, folder / f"data-{len(data)}", episodes, seed))
+        labels, seed = labels + Info.load(data[-1]).total_frames, seed + episodes
+    row = {"labels": labels, "optimizer_steps": last["optimizer_steps"]}
+    return row | _learn(config, folder, data, None, last["optimizer_steps"])
+
+
+def _demonstrate(config: DaggerConfig, out: Path, episodes: int, seed: int) -> Path:
+    """Successful episodes of the expert alone."""
+    if not (out / INFO).is_file():
+        collect(
+            CollectConfig(
+                config.env,
+                out,
+                episodes,
+                seed,
+                noise=config.noise,
+                noise_share=config.noise_share,
+                resume=out.exists(),
+                adapter=config.adapter,
+            )
+        )
+    return out
+
+
+def _learn(
+    config: DaggerConfig, folder: Path, data: Sequence[Path], backbone: str | None, steps: int
+) -> dict[str, Any]:
+    """Train on `data`, from the policy `backbone` or as the configuration says, and evaluate what comes out."""
+    run, report = folder / "train", folder / "rollout"
+    if not (run / "policy").is_dir():
+        train(_training(config, run, data, backbone, steps), conclude=False)
+    info = _evaluate(config, str(run), report, config.eval_episodes, config.eval_seed, videos=1)
+    shown = ("n_episodes", "n_successes", "pc_success", "pc_success_ci95")
+    places = {"data": list(map(str, data)), "policy": str(run), "report": str(report)}
+    return {key: info["overall"][key] for key in shown} | places
+
+
+def _evaluate(
+    config: DaggerConfig, policy: str, report: Path, episodes: int, seed: int, videos: int = 0
+) -> dict[str, Any]:
+    """Results of a policy alone, so many episodes per environment."""
+    if results.is_finished(report):
+        return results.read(report)
+    return rollout(
+        RolloutConfig(
+            policy,
+            config.env,
+            episodes,
+            seed,
+            config.n_envs,
+            videos=videos,
+            out=report,
+            device=config.device,
+            adapter=config.adapter,
+        )
+    )
+
+
+def _training(config: DaggerConfig, run: Path, data: Sequence[Path], backbone: str | None, steps: int) -> TrainConfig:
+    started = (run / "config.yaml").is_file()
+    if not started:  # killed while it wrote its first files
+        shutil.rmtree(run, ignore_errors=True)
+    model = config.train.model
+    if backbone is not None:  # it has its vision tower; how it reads and writes actions stays as configured
+        model = dataclasses.replace(model, backbone=backbone, vision=(), image_size=None)
+    # The seed stays: it also decides which episodes are held out, and none of them may have been trained on before.
+    return dataclasses.replace(
+        config.train,
+        data=tuple(data),
+        unnorm_keys=(KEY,) * len(data),
+        out=run,
+        model=model,
+        steps=steps,
+        resume=started,
+    )
+
+
+def _enough(config: DaggerConfig, rounds: Sequence[dict[str, Any]]) -> str | None:
+    """Why no further round follows; None when one does."""
+    if rounds[-1]["pc_success"] >= 100 * config.target:
+        return "target"
+    if config.labels is not None and rounds[-1]["labels"] >= config.labels:
+        return "labels"
+    return "rounds" if len(rounds) > config.rounds else None
+
+
+def _check(config: DaggerConfig) -> None:
+    """Refuse what could only fail hours later."""
+    configuration.check(config)
+    for folder in config.data:
+        Info.load(folder)
+    for env_id in config.env:
+        env = simulator.make(env_id, config.adapter)
+        env.make_expert()
+        env.close()
+
+
+def _claim(config: DaggerConfig) -> None:
+    """Make `out` this job's folder, or go on in it; ConfigError when it holds something else or other settings."""
+    path = config.out / SETTINGS
+    if path.is_file():
+        if not config.resume:
+            raise ConfigError(f"{config.out} holds a run already. --resume continues it; --out names another folder.")
+        before = configuration.to_dict(configuration.load(DaggerConfig, path))
+        now = configuration.to_dict(config)
+        changed = [key for key in before if key not in FREE and before[key] != now[key]]
+        if changed:
+            raise ConfigError(
+                f"{config.out} was started with other values of {', '.join(changed)} ({path}). Pass the same, or "
+                "choose another --out."
+            )
+    elif config.out.exists() and any(config.out.iterdir()):
+        raise ConfigError(f"{config.out} holds something else. Choose another --out.")
+    config.out.mkdir(parents=True, exist_ok=True)
+    configuration.dump(dataclasses.replace(config, resume=False), path)
+
+
+def _write(config: DaggerConfig, info: dict[str, Any]) -> None:
+    write_json(config.out / FILE, info | {"config": configuration.to_dict(config)})
+    _draw(info).savefig(config.out / PICTURE, dpi=150, facecolor="white")
+
+
+def _print(info: dict[str, Any], out: Path) -> None:
+    table = Table(title=f"DAgger: ended by {info['stopped']}", title_justify="left")
+    for column in ("", "expert", "episodes", "solved", "labels", "steps", "success (95 %)"):
+        table.add_column(column, justify="right" if column else "left")
+    for row in info["rounds"]:
+        solved = row["pc_success_of_episodes"]
+        made = (f"{row['beta']:.0%}", str(row["episodes"]), "-" if solved is None else f"{solved:.0f} %")
+        table.add_row(f"round {row['round']}", *made, *_cells(row))
+    if "bc" in info:
+        table.add_row("BC alone", "100%", "-", "-", *_cells(info["bc"]))
+    _console.print(table)
+    if "comparison" in info:
+        _console.print(info["comparison"]["words"], highlight=False)
+    _console.print(f"picture: {out / PICTURE}", soft_wrap=True, highlight=False)
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    low, high = row["pc_success_ci95"]
+    return str(row["labels"]), str(row["optimizer_steps"]), f"{row['pc_success']:.0f} % ({low:.0f} to {high:.0f})"
+
+
+def _draw(info: dict[str, Any]) -> Figure:
+    """Success with its interval against the number of labels; behaviour cloning's line begins at round 0, too."""
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    axis = figure.subplots()
+    lines = [("DAgger", info["rounds"], ACCENT)]
+    if "bc" in info:
+        lines.append(("behaviour cloning", [info["rounds"][0], info["bc"]], WARN))
+    for name, rows, colour in lines:
+        success = np.array([row["pc_success"] for row in rows])
+        low, high = np.array([row["pc_success_ci95"] for row in rows]).T
+        spread = np.maximum([success - low, high - success], 0)  # rounding may leave -1e-15
+        labels = [row["labels"] for row in rows]
+        axis.errorbar(labels, success, spread, color=colour, label=name, lw=1.6, marker="o", ms=4, capsize=3)
+    axis.set_ylim(-3, 103)
+    axis.set_title("closed-loop success (95 % intervals)", fontsize=9.5, color=INK, loc="left")
+    axis.set_xlabel("frames labelled by the expert", fontsize=8.5, color=SOFT)
+    axis.set_ylabel("%", fontsize=8.5, color=SOFT)
+    axis.tick_params(labelsize=8, colors=SOFT)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.spines[["left", "bottom"]].set_color(LINE)
+    axis.legend(frameon=False, fontsize=8, labelcolor=SOFT)
+    return figure

@@ -1,0 +1,242 @@
+"""`vla deploy`: a policy on a simulated robot, or on recorded demonstrations, in real time.
+
+Owns: the episodes of a deployment and their record. The loop is `vla.control`'s, the live page `vla.control.page`'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import signal
+import statistics
+import sys
+import threading
+import time
+import webbrowser
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from vla import config as configuration
+from vla.config import AdapterConfig, DeployConfig
+from vla.control.black_box import BlackBox
+from vla.control.console import Station
+from vla.control.controller import Controller
+from vla.control.page import page, serve_in_thread
+from vla.control.robots.recorded import ReplayRobot
+from vla.control.robots.sim import SimRobot
+from vla.policy import ChunkPolicy
+from vla.serving import client
+from vla.spec import RobotSpec
+from vla.support import machine
+from vla.support.statistics import percentiles, wilson
+
+FILE = "deploy.json"
+_NO_LIMIT = 2**31  # steps
+_REMEMBERED = 10_000  # episodes, where nobody says how many: a deployment may last for weeks
+
+
+def deploy(config: DeployConfig) -> dict[str, Any]:
+    """Play the episodes in real time, print and write what happened.
+
+    Raises:
+        VLAError: before the first episode, when policy, robot and configuration do not fit.
+        KeyboardInterrupt: stopped; the robot holds, and finished episodes are written.
+    """
+    configuration.check(config)
+    policy = client.load(
+        config.policy, config.device, config.unnorm_key, config.n_action_steps, connect_s=config.connect_s
+    )
+    records: deque[dict[str, Any]] = deque(maxlen=_REMEMBERED)
+    # A thread that wants to run may have to wait this long for Python's lock: less than the jitter that matters.
+    sys.setswitchinterval(0.0005)
+    with (
+        _robot(config) as robot,
+        Controller(robot, policy, config.control) as controller,
+        _black_box(config, controller),
+        _held_by_signals(controller) as check,
+        _live_page(config, controller, robot.spec, policy) as station,
+    ):
+        config.out.mkdir(parents=True, exist_ok=True)
+        configuration.dump(config, config.out / "config.yaml")
+        try:
+            seeds = robot.episodes if isinstance(robot, ReplayRobot) else itertools.count(config.seed)
+            for seed in itertools.islice(seeds, config.episodes):
+                robot.reset(seed)
+                controller.safety.forget()
+                if station is not None:
+                    station.begin(seed, robot.instruction)
+                record = controller.run(robot.instruction, config.seconds)
+                check()
+                if isinstance(robot, ReplayRobot):
+                    record["agreement"] = robot.agreement()
+                if station is not None:
+                    record["person"] = station.end(record["success"])
+                records.append({"seed": seed, "instruction": robot.instruction} | record)
+                print(_line(records[-1]), flush=True)
+                while station is not None and station.waiting():
+                    check()
+                    time.sleep(0.02)
+        finally:
+            info = _summarise(records) | {"machine": machine.describe(), "episodes": list(records)}
+            (config.out / FILE).write_text(json.dumps(info, indent=1))
+    _print(info)
+    return info
+
+
+def _robot(config: DeployConfig) -> SimRobot | ReplayRobot:
+    if config.replay is not None:
+        return ReplayRobot(config.replay, config.control.hz)
+    return SimRobot(config.env, _adapter(config), config.control.hz)
+
+
+def _adapter(config: DeployConfig) -> AdapterConfig:
+    """A person needs more time to tell the robot something than an environment gives a policy: where scenes follow each
+    other until somebody stops them, only `config.seconds` limits one. A given number of episodes end as usual."""
+    if config.ui and config.episodes is None and config.adapter.max_steps is None:
+        return dataclasses.replace(config.adapter, max_steps=_NO_LIMIT)
+    return config.adapter
+
+
+@contextlib.contextmanager
+def _black_box(config: DeployConfig, controller: Controller) -> Iterator[None]:
+    if not config.control.black_box_s:
+        yield
+        return
+    box = BlackBox(config.out / "blackbox", config.control.black_box_s, controller.hz)
+    controller.listeners.append(box.add)
+    try:
+        yield
+    finally:
+        box.close()
+        if box.problem is not None:
+            print(f"the black box is not complete: {box.problem}", flush=True)
+        if box.files:
+            print(
+                f"the seconds before a fault (its name says which) are in {', '.join(map(str, box.files))}", flush=True
+            )
+
+
+@contextlib.contextmanager
+def _live_page(
+    config: DeployConfig, controller: Controller, spec: RobotSpec, policy: ChunkPolicy
+) -> Iterator[Station | None]:
+    """Serve what a person sees and can do, where `config.ui` asks for it."""
+    if not config.ui:
+        yield None
+        return
+    station = Station(
+        controller, spec, policy, f"{config.policy} on {config.replay or config.env.partition(':')[2] or config.env}"
+    )
+    with serve_in_thread(page(station, config.host), config.host, config.port) as address:
+        print(f"live page: {address}", flush=True)
+        if os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
+            webbrowser.open(address)
+        controller.listeners.append(station.listen)
+        yield station
+
+
+@contextlib.contextmanager
+def _held_by_signals(controller: Controller) -> Iterator[Callable[[], None]]:
+    """Ctrl-C and SIGTERM end the run at its next tick, with the hold command; only then, when what is yielded is
+    called, they do what they did before. A second one does so at once.
+
+    A signal that is ignored stays ignored: shells have the jobs that a script starts in the background (`vla deploy &`)
+    ignore SIGINT, because Ctrl-C is meant for the foreground."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+    caught: list[int] = []
+    before: dict[int, Any] = {}
+
+    def restore() -> None:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        controller.stop()
+        if caught:
+            restore()
+            signal.raise_signal(signum)
+        caught.append(signum)
+
+    def check() -> None:
+        if caught:
+            restore()
+            signal.raise_signal(caught[0])
+
+    heard = [signum for signum in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(signum) is not signal.SIG_IGN]
+    if signal.SIGINT not in heard:
+        print(f"SIGINT is ignored, as in every background job of a script; `kill {os.getpid()}` stops this", flush=True)
+    before = {signum: signal.signal(signum, stop) for signum in heard}
+    try:
+        yield check
+    finally:
+        restore()
+
+
+def _line(record: dict[str, Any]) -> str:
+    what = "success" if record["success"] else "no success"
+    if record.get("person"):
+        what += f" (a person: {', '.join(record['person'])})"
+    if "agreement" in record:
+        what = "differs from the demonstration by " + ", ".join(f"{k} {v:.2g}" for k, v in record["agreement"].items())
+    decode = record["decode_ms"]
+    thinking = f"decoding {statistics.median(decode):.0f} ms" if decode else "no chunk"
+    notes = "".join(f", {count} x {reason}" for reason, count in record["interventions"].items())
+    return f"{record['instruction']!r}: {what} after {record['commands']} commands, {thinking}{notes}"
+
+
+def _summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    # A success or failure that a person had a hand in says nothing about the policy.
+    alone = [record for record in records if not record.get("person")]
+    successes, total = sum(record["success"] for record in alone), len(alone)
+    ticks = sum(record["commands"] + record["skipped"] for record in records)
+    interventions: Counter[str] = Counter()
+    for record in records:
+        interventions.update(record["interventions"])
+    timings = {
+        name: [ms for record in records for ms in record[name]]
+        for name in ("lateness_ms", "first_action_ms", "decode_ms")
+    }
+    return {
+        "successes": successes,
+        "n_episodes": total,
+        "n_guided": len(records) - total,
+        "interval": wilson(successes, total),
+        "ticks": ticks,
+        "missed": sum(record["missed"] for record in records) / max(ticks, 1),
+        **{name: percentiles(values) if values else None for name, values in timings.items()},
+        "jerk": sum(record["jerk"] for record in records) / max(len(records), 1),
+        "interventions": dict(interventions),
+        "errors": sum(len(record["errors"]) for record in records),
+    }
+
+
+def _print(info: dict[str, Any]) -> None:
+    table = Table(show_header=False)
+    low, high = (100 * limit for limit in info["interval"])
+    guided = f"; {info['n_guided']} in which a person had a hand are not counted" if info["n_guided"] else ""
+    rows = {
+        "success": f"{info['successes']}/{info['n_episodes']} (95 % interval {low:.0f} to {high:.0f}){guided}",
+        "ticks": f"{info['ticks']}, {100 * info['missed']:.2f} % of the deadlines missed",
+        "lateness of a command": _spread(info["lateness_ms"]),
+        "until the first action": _spread(info["first_action_ms"]),
+        "until the whole chunk": _spread(info["decode_ms"]),
+        "interventions": ", ".join(f"{count} x {reason}" for reason, count in info["interventions"].items()) or "none",
+        "mean jerk of the commands": f"{info['jerk']:.3f}",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def _spread(ms: dict[str, float] | None) -> str:
+    return "none" if ms is None else f"p50 {ms['p50']:.1f} ms, p99 {ms['p99']:.1f}, at most {ms['max']:.1f}"

@@ -1,0 +1,281 @@
+"""`vla doctor`: what is wrong with this machine, and the command that fixes it.
+
+Owns: the judgement of what `vla.support.machine` and `vla.simulation.probes` find. Every finding is ok, warn (works,
+but slower or not everywhere) or fail (something needed does not work), and names the fix. It knows no policies, data
+or environments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+from packaging.requirements import Requirement
+from rich.console import Console
+
+from vla.config import DoctorConfig
+from vla.support import machine
+
+GL_BACKENDS = {"darwin": ("cgl",), "win32": ("wgl",)}.get(sys.platform, ("egl", "osmesa", "glfw"))
+GL_PACKAGES = {
+    "egl": "apt-get install -y libegl1 libegl-mesa0 libgl1-mesa-dri",
+    "osmesa": "apt-get install -y libosmesa6",
+}
+LOCKS = Path(__file__).parent.parent / "locks"
+PROBE_TIMEOUT_S = 60
+GIB = 2**30
+Status = Literal["ok", "warn", "fail"]
+STYLES: dict[Status, str] = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One line of the report; `fix` is empty when there is nothing to fix."""
+
+    name: str
+    status: Status
+    says: str
+    fix: str = ""
+
+
+def doctor(config: DoctorConfig) -> bool:
+    """Print the findings; True when nothing needed fails."""
+    findings = []
+    console = Console(highlight=False, soft_wrap=True)
+    for finding in examine(config.out):
+        findings.append(finding)
+        if not config.json:
+            console.print(f"[{STYLES[finding.status]}]{finding.status:<5}[/] {finding.name:<11} ", end="")
+            console.print(finding.says, markup=False)
+            if finding.fix:
+                console.print(f"{'':<17} fix: {finding.fix}", markup=False)
+    healthy = all(finding.status != "fail" for finding in findings)
+    if config.json:
+        print(json.dumps({"ok": healthy, "findings": [dataclasses.asdict(finding) for finding in findings]}, indent=2))
+    return healthy
+
+
+def examine(folder: Path) -> Iterator[Finding]:
+    """All findings, the quick ones first; the trials run side by side meanwhile."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    with ThreadPoolExecutor(machine.cores()) as pool:  # more at once would measure each other
+        torch = pool.submit(probe, "torch")
+        pictures = {gl: pool.submit(probe, "render", {"MUJOCO_GL": gl}) for gl in GL_BACKENDS}
+        video = pool.submit(probe, "video")
+        yield python_version(sys.version_info[:3])
+        yield from packages(importlib.metadata.requires("vla") or [], machine.version)
+        yield tested(locked(), machine.version)
+        yield processor(machine.cores(), machine.cpu_quota(), load, os.environ.get("OMP_NUM_THREADS"))
+        yield from memory()
+        yield disk(folder)
+        yield rendering(_results(pictures), os.environ)
+        yield encoding(video.result())
+        yield torch_build(torch.result(), has_nvidia=shutil.which("nvidia-smi") is not None, flags=machine.cpu_flags())
+        yield embedded_policy()
+
+
+def probe(name: str, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Run one of `vla.simulation.probes`; its facts, or {"error": why it failed}."""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "vla.simulation.probes", name],
+            env={**os.environ, **(environment or {})},
+            capture_output=True,
+            text=True,
+            timeout=PROBE_TIMEOUT_S,
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"no answer within {PROBE_TIMEOUT_S} s"}
+    if done.returncode < 0:
+        return {"error": f"the process crashed (signal {-done.returncode})"}
+    if done.returncode:
+        # Clean-up code may complain after the real error: the first exception's line is the cause.
+        lines = [line for line in done.stderr.splitlines() if line and not line.startswith((" ", "Traceback"))]
+        return {"error": lines[0] if lines else f"exit code {done.returncode}"}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def python_version(version: tuple[int, ...]) -> Finding:
+    text = ".".join(map(str, version))
+    if version < (3, 11):
+        return Finding("python", "fail", f"{text}; 3.11 or newer is needed", "uv venv --python 3.11")
+    return Finding("python", "ok", text)
+
+
+def packages(requirements: list[str], installed: Any) -> Iterator[Finding]:
+    """Installed versions against the bounds that the package states, and neighbours that break it."""
+    found, wrong, pins = [], [], []
+    for line in requirements:
+        requirement = Requirement(line)
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        version = installed(requirement.name)
+        if version is None or not requirement.specifier.contains(version, prereleases=True):
+            wrong.append(f"{requirement.name} {version or 'is missing'} (needs {requirement.specifier})")
+            pins.append(f"'{requirement.name}{requirement.specifier}'")
+        else:
+            found.append(requirement.name)
+    if wrong:
+        yield Finding("packages", "fail", "; ".join(wrong), f"pip install {' '.join(pins)}")
+    else:
+        yield Finding("packages", "ok", f"{len(found)} packages within their bounds")
+    if installed("opencv-python-headless"):
+        yield Finding(
+            "opencv",
+            "fail" if installed("opencv-python") else "warn",
+            "opencv-python-headless is installed: it overwrites files of opencv-python",
+            "pip uninstall -y opencv-python-headless opencv-python && pip install opencv-python",
+        )
+    torch, torchvision = installed("torch"), installed("torchvision")
+    if torch and torchvision and ("+cpu" in torch) != ("+cpu" in torchvision):
+        yield Finding(
+            "torchvision",
+            "fail",
+            f"torchvision {torchvision} does not belong to torch {torch}: transformers fails when it imports it",
+            "pip uninstall -y torchvision",
+        )
+
+
+def locked() -> list[Requirement]:
+    """The exact versions that the tests ran with, for this Python and platform, from `vla/locks`."""
+    lines = [line for path in sorted(LOCKS.glob("*.txt")) for line in path.read_text().splitlines()]
+    found = [Requirement(line.removesuffix("\\")) for line in lines if line and not line.startswith(("#", " "))]
+    return [requirement for requirement in found if requirement.marker is None or requirement.marker.evaluate()]
+
+
+def tested(locks: list[Requirement], installed: Any) -> Finding:
+    """Installed versions against those that the tests ran with."""
+    versions = {lock.name: installed(lock.name) for lock in locks}
+    differing = [lock for lock in locks if versions[lock.name] and not lock.specifier.contains(versions[lock.name])]
+    if not differing:
+        return Finding("versions", "ok", "every package has the version that was tested")
+    names = ", ".join(f"{lock.name} {versions[lock.name]} (tested {str(lock.specifier)[2:]})" for lock in differing)
+    # A build of torch for another device is a reason to differ; a reader decides.
+    return Finding(
+        "versions",
+        "warn",
+        f"not the versions that were tested: {names}",
+        f"scripts/setup, or pip install {' '.join(map(str, differing))}",
+    )
+
+
+def processor(cores: int, quota: float | None, load: float, threads: str | None) -> Finding:
+    """Cores, and whether torch's one thread per core will be slow: threads that wait for each other lose far more than
+    their share when another program or a container's limit takes cores away (12 times, measured on two cores)."""
+    says = f"{machine.cpu_model()}, {cores} cores" + (f", OMP_NUM_THREADS={threads}" if threads else "")
+    if not threads and quota is not None and quota < cores:
+        return Finding(
+            "processor",
+            "warn",
+            f"{says}, of which this container may use {quota:g}: torch computes slowly with one thread per core",
+            f"export OMP_NUM_THREADS={max(1, int(quota))}",
+        )
+    if not threads and load > 0.5 * cores:
+        return Finding(
+            "processor",
+            "warn",
+            f"{says}, but other programs keep {load:.1f} of them busy: torch computes slowly with one thread per core",
+            f"end them, or export OMP_NUM_THREADS={max(1, int(cores - load))}",
+        )
+    return Finding("processor", "ok", says)
+
+
+def memory() -> Iterator[Finding]:
+    """Main memory, and the shared memory that data workers use (a container has 64 MiB unless asked otherwise)."""
+    free = machine.free_memory()
+    if free is not None:
+        says = f"{free / GIB:.1f} GiB free"
+        if free < 2 * GIB:
+            yield Finding(
+                "memory", "warn", f"{says}; training wants about 4", "use a smaller --batch-size and --workers 0"
+            )
+        else:
+            yield Finding("memory", "ok", says)
+    shared = Path("/dev/shm")
+    if shared.is_dir() and (size := shutil.disk_usage(shared).total) < GIB / 4:
+        yield Finding(
+            "shared mem",
+            "warn",
+            f"/dev/shm has {size / 2**20:.0f} MiB: workers that load data can run out of it",
+            "docker run --shm-size=2g ..., or --workers 0",
+        )
+
+
+def disk(folder: Path) -> Finding:
+    """Whether `folder` (or the nearest parent that exists) can be written to and has room."""
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+    try:
+        with tempfile.NamedTemporaryFile(dir=place):
+            free = shutil.disk_usage(place).free / GIB
+    except OSError as error:
+        return Finding("disk", "fail", f"cannot write to {place}: {error.strerror}", "choose another place with --out")
+    status: Status = "fail" if free < 0.5 else "warn" if free < 5 else "ok"
+    return Finding("disk", status, f"{free:.1f} GiB free at {place}", "" if status == "ok" else "free some space")
+
+
+def rendering(trials: Mapping[str, Mapping[str, Any]], environment: Mapping[str, str]) -> Finding:
+    """Which GL backend draws; "fail" when the one that would be used does not."""
+    default = "glfw" if "glfw" in trials and environment.get("DISPLAY") else next(iter(trials))
+    chosen = environment.get("MUJOCO_GL") or default
+    working = [gl for gl, trial in trials.items() if "error" not in trial]
+    says = "; ".join(
+        f"{gl} {trial['frames_per_s']:.0f} frames/s" if gl in working else f"{gl} does not work"
+        for gl, trial in trials.items()
+    )
+    if chosen in working:
+        return Finding("rendering", "ok", f"{says}; in use: {chosen} on {trials[chosen]['renderer']}")
+    reason = trials[chosen]["error"] if chosen in trials else f"MUJOCO_GL={chosen} is not one of {', '.join(trials)}"
+    if working:
+        return Finding("rendering", "fail", f"{says}. {chosen}: {reason}", f"export MUJOCO_GL={working[0]}")
+    return Finding("rendering", "fail", f"no GL backend works. {chosen}: {reason}", GL_PACKAGES["egl"])
+
+
+def encoding(trial: Mapping[str, Any]) -> Finding:
+    if "error" in trial:
+        return Finding(
+            "video", "fail", f"x264 through PyAV: {trial['error']}", "pip install --force-reinstall av opencv-python"
+        )
+    return Finding("video", "ok", f"x264 encodes {trial['frames_per_s']:.0f} frames/s")
+
+
+def torch_build(trial: Mapping[str, Any], has_nvidia: bool, flags: set[str]) -> Finding:
+    """What policies run on."""
+    if "error" in trial:
+        return Finding("torch", "fail", trial["error"], "pip install --force-reinstall torch")
+    speed = f"{trial['gflops']:.0f} GFLOP/s in float32"
+    if trial["device"] != "cpu":
+        bf16 = "bf16" if trial["bf16"] else "no native bf16"
+        return Finding("torch", "ok", f"{trial['version']} on {trial['gpu'] or trial['device']}, {bf16}, {speed}")
+    native = [
+        name for name, flag in (("AVX-512", "avx512f"), ("bf16", "avx512_bf16"), ("AMX", "amx_bf16")) if flag in flags
+    ]
+    says = f"{trial['version']} on the CPU, {trial['threads']} threads, {speed}"
+    says += f", {' + '.join(native)}" if native else ""
+    if has_nvidia:
+        why = "its driver does not work" if trial["cuda_build"] else "this torch is built for the CPU"
+        fix = "nvidia-smi" if trial["cuda_build"] else "pip install --force-reinstall torch"
+        return Finding("torch", "warn", f"{says}. There is an NVIDIA GPU, but {why}", fix)
+    return Finding("torch", "ok", says)
+
+
+def embedded_policy() -> Finding:
+    folder = Path(__file__).parent.parent / "pretrained" / "nano"
+    if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
+        return Finding("policy", "ok", "the embedded policy `nano` is there")
+    return Finding(
+        "policy", "warn", "the embedded policy `nano` is missing; --backbone nano-init works", "reinstall vla"
+    )
+
+
+def _results(trials: Mapping[str, Future[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    return {name: trial.result() for name, trial in trials.items()}

@@ -1,0 +1,117 @@
+"""`vla quickstart`: the main job end to end, in the order in which a person would do it.
+
+Owns: the sequence collect -> rollout (zero-shot) -> train (LoRA) -> rollout, and its settings. Every step is the verb
+of that name; what is finished in the output folder is not done again. It has no logic of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.rule import Rule
+
+from vla import config
+from vla.config import (
+    AugmentConfig,
+    CollectConfig,
+    LoraConfig,
+    ModelConfig,
+    QuickstartConfig,
+    RolloutConfig,
+    TrainConfig,
+)
+from vla.data.format import INFO
+from vla.errors import ConfigError
+from vla.evaluation import results
+from vla.jobs.collect import collect
+from vla.jobs.rollout import rollout
+from vla.jobs.train import seconds_per_step, train
+
+# Rollouts use seeds that no demonstration has.
+UNSEEN = 100_000
+SETTINGS = "quickstart.yaml"
+
+
+def quickstart(cfg: QuickstartConfig) -> Path:
+    """Run the whole job and return the path of the report."""
+    config.check(cfg)
+    start = time.monotonic()
+    _claim(cfg)
+    demos, run = cfg.out / "demonstrations", cfg.out / "train"
+    console = Console()
+
+    console.print(Rule(f"1/4  {cfg.demonstrations} demonstrations of {cfg.env}", align="left"))
+    if not (demos / INFO).is_file():
+        collect(CollectConfig((cfg.env,), demos, cfg.demonstrations, noise=0.5, resume=demos.exists()))
+
+    console.print(Rule("2/4  the embedded backbone, which has never seen this task", align="left"))
+    before = _rollout(cfg, "nano", cfg.out / "before")
+
+    console.print(Rule("3/4  LoRA fine-tuning", align="left"))
+    if not (run / "policy").is_dir():
+        train(_training(cfg, demos, run), conclude=False)
+
+    console.print(Rule("4/4  the fine-tuned policy on unseen seeds", align="left"))
+    after = _rollout(cfg, str(run), cfg.out / "after", compare=cfg.out / "before")
+
+    report = cfg.out / "after" / "report.html"
+    console.print(Rule(align="left"))
+    for name, info in (("zero-shot", before), ("fine-tuned", after)):
+        console.print(f"{name:>10}: {_words(info)}")
+    console.print(f"{'time':>10}: {(time.monotonic() - start) / 60:.1f} minutes")
+    console.print(f"{'report':>10}: {report.resolve()}", soft_wrap=True)
+    return report
+
+
+def _claim(cfg: QuickstartConfig) -> None:
+    """Make `out` this job's folder, or go on in it if it is; ConfigError when it belongs to something else."""
+    settings = cfg.out / SETTINGS
+    same = dataclasses.replace(cfg, fresh=False)
+    if settings.is_file() and cfg.fresh:
+        for name in ("demonstrations", "before", "train", "after"):
+            shutil.rmtree(cfg.out / name, ignore_errors=True)
+    elif settings.is_file():
+        if config.load(QuickstartConfig, settings) != same:
+            raise ConfigError(f"{cfg.out} was made with other settings ({settings}). Give --fresh, or another --out.")
+    elif cfg.out.exists() and any(cfg.out.iterdir()):
+        raise ConfigError(f"{cfg.out} holds something else. Choose another --out.")
+    cfg.out.mkdir(parents=True, exist_ok=True)
+    config.dump(same, settings)
+
+
+def _training(cfg: QuickstartConfig, demos: Path, run: Path) -> TrainConfig:
+    if (run / "config.yaml").is_file():
+        return dataclasses.replace(config.load(TrainConfig, run / "config.yaml"), resume=True)
+    training = TrainConfig(
+        data=(demos,),
+        out=run,
+        model=ModelConfig(backbone="nano"),
+        # The embedded vision tower is small and has seen few things: let it learn new ones.
+        lora=LoraConfig(train_vision=True),
+        # The cameras are fixed: shifting pictures would only blur where things are.
+        augment=AugmentConfig(shift=0.0),
+        batch_size=32,
+        save_every=200,
+        eval_every=200,
+    )
+    steps = int(60 * cfg.minutes / seconds_per_step(training))
+    # A machine that is much faster gains nothing from more steps; a slower one still has to learn.
+    return dataclasses.replace(training, steps=max(cfg.min_steps, min(steps, 4000)))
+
+
+def _rollout(cfg: QuickstartConfig, policy: str, out: Path, compare: Path | None = None) -> dict[str, Any]:
+    if results.is_finished(out):
+        return results.read(out)
+    return rollout(RolloutConfig(policy, (cfg.env,), cfg.episodes, seed=UNSEEN, out=out, compare=compare))
+
+
+def _words(info: dict[str, Any]) -> str:
+    overall = info["overall"]
+    low, high = overall["pc_success_ci95"]
+    rate = f"{overall['pc_success']:.0f} % success over {overall['n_episodes']} episodes"
+    return f"{rate} (95 % interval {low:.0f} to {high:.0f})"

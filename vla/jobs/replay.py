@@ -1,0 +1,231 @@
+"""`vla replay`: send recorded actions back to the environment they came from.
+
+Owns: whether the recording, the environment and the action conventions still fit together. If the recorded actions do
+not solve the task any more, no policy that imitates them will. It does not know policies.
+
+A dataset may come from anyone, so the modules that it names (in its environment ids and in `collect.yaml`) are never
+imported. Modules come from the command line and from files that it names, and from this package.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from vla import config as configuration
+from vla.config import AdapterConfig, CollectConfig, ReplayConfig
+from vla.data.format import PLAN
+from vla.data.reader import Demonstrations, Episode
+from vla.errors import DataError, SimulatorError
+from vla.simulation import adapter as simulator
+
+FILE = "replay.json"
+SAME = 1e-3  # share of a state entry's range up to which two states count as the same
+
+
+@dataclasses.dataclass(frozen=True)
+class Replay:
+    """One episode, replayed.
+
+    Attributes:
+        success: after the last action; `recorded_success` says what the dataset claims (None: nothing).
+        steps: actions sent.
+        drift: the largest difference between a replayed and the recorded state, as a share of that state entry's range
+            over the dataset; None without states.
+        drift_at: the first frame at which they differed by more than `SAME`; None if they never did.
+        drift_in: the state entry that differed most.
+        early_end: whether the environment ended the episode before the recording did.
+    """
+
+    episode: int
+    env_id: str
+    seed: int
+    instruction: str
+    success: bool
+    recorded_success: bool | None
+    steps: int
+    drift: float | None
+    drift_at: int | None
+    drift_in: str | None
+    early_end: bool
+
+
+def replay(config: ReplayConfig) -> bool:
+    """Replay the first `config.episodes` episodes, print what happened, and return whether all went as recorded.
+
+    Where the configuration's adapter says nothing but `module`, the rest is that of the dataset's collection.
+
+    Raises:
+        DataError: the dataset cannot be read, or does not say which environment and seed its episodes had.
+        SimulatorError: the environment cannot be made.
+        SpecError: the environment does not fit the recording.
+    """
+    configuration.check(config)
+    demos = Demonstrations(config.data)
+    episodes = demos.episodes[: config.episodes]
+    collected = _collected_with(config.data)
+    adapter = _adapter(config.adapter, collected)
+    results: list[Replay] = []
+    notes: dict[str, None] = {}  # what differs from the recording, each once
+    env: simulator.SimulatedRobot | None = None
+    try:
+        for episode in track(episodes, "replaying", console=Console(stderr=True), transient=True):
+            env_id = config.env or _recorded_env(demos, episode, adapter, collected.module)
+            if env is None or env.env_id != env_id:
+                if env is not None:
+                    env.close()
+                env = simulator.make(env_id, adapter)
+                recorded = dataclasses.replace(demos.robot, cameras=())  # actions and states are all that is compared
+                recorded.check_fits(env.robot, f"environment {env_id!r}", "the recording", ("names", "rate"))
+            if episode.env_id is not None and _bare(env_id) != _bare(episode.env_id):
+                note = f"The demonstrations were recorded in {_bare(episode.env_id)!r}, not in {_bare(env_id)!r}."
+                notes[note] = None
+            results.append(_replay(env, demos, episode))
+    finally:
+        if env is not None:
+            env.close()
+    hint = explain(results)
+    _print(Console(), results, [*notes, hint] if hint else [*notes])
+    if config.out is not None:
+        config.out.mkdir(parents=True, exist_ok=True)
+        summary = {
+            "data": str(config.data),
+            "pc_success": 100 * float(np.mean([result.success for result in results])),
+            "notes": [*notes],
+            "hint": hint,
+            "per_episode": [dataclasses.asdict(result) for result in results],
+        }
+        (config.out / FILE).write_text(json.dumps(summary, indent=2) + "\n")
+    return all(_as_recorded(result) for result in results)
+
+
+def explain(results: Sequence[Replay]) -> str:
+    """What the outcome means and where to look; "" when all went as recorded."""
+    wrong = [result for result in results if not _as_recorded(result)]
+    if not wrong:
+        return ""
+    drifted = [result for result in wrong if result.drift_at is not None]
+    at_start = [result for result in drifted if result.drift_at == 0]
+    if len(at_start) * 2 > len(wrong):
+        return (
+            "The very first state already differs: the environment starts elsewhere. It ignores its seed, has other "
+            "arguments than in the recording, or has changed since."
+        )
+    if len(drifted) * 2 > len(wrong):
+        where = int(np.median([result.drift_at for result in drifted]))
+        return (
+            f"The states agree at first and part at about frame {where}: the actions do something else now. Compare "
+            "the action space, its units, the gripper's polarity, the control rate and the simulator's version. "
+            "A noisy expert's recording can only be replayed if it has `executed_action`."
+        )
+    if any(result.early_end for result in wrong):
+        return "The environment ends the episodes early: is adapter.max_steps below the recorded lengths?"
+    if all(result.drift is None for result in wrong):
+        return "The dataset has no states, so it cannot be told where the replay departs from the recording."
+    return (
+        "The states agree, but the task is not solved: success is defined differently now, depends on something that "
+        "the state does not show, or adapter.success names the wrong entry of `info`."
+    )
+
+
+def _replay(env: simulator.SimulatedRobot, demos: Demonstrations, episode: Episode) -> Replay:
+    recorded = demos.actions if demos.executed_actions is None else demos.executed_actions
+    states = None if demos.states is None else demos.states[episode.rows]
+    seen: list[np.ndarray] = []
+    steps, over = 0, False
+    # Without a recorded seed the scene is another one; the drift will show it.
+    observation, info = env.reset(seed=episode.seed if episode.seed is not None else episode.index)
+    success = info["is_success"]
+    for action in recorded[episode.rows]:
+        if over:
+            break
+        seen.append(np.asarray(observation.get("agent_pos", ()), np.float32))
+        observation, _, terminated, truncated, info = env.step(action)
+        success, over, steps = info["is_success"], terminated or truncated, steps + 1
+    drift, drift_at, drift_in = None, None, None
+    if states is not None:
+        assert demos.states is not None
+        spread = np.maximum(np.ptp(demos.states, axis=0), 1e-6)
+        difference = np.abs(np.stack(seen) - states[: len(seen)]) / spread
+        drift, entry = float(difference.max()), int(difference.max(0).argmax())
+        if drift > SAME:
+            drift_at = int(np.argmax((difference > SAME).any(1)))
+            drift_in = demos.robot.state_names[entry]
+    return Replay(
+        episode=episode.index,
+        env_id=env.env_id,
+        seed=episode.seed if episode.seed is not None else episode.index,
+        instruction=episode.instruction,
+        success=success,
+        recorded_success=episode.success,
+        steps=steps,
+        drift=drift,
+        drift_at=drift_at,
+        drift_in=drift_in,
+        early_end=steps < episode.length,
+    )
+
+
+def _collected_with(root: Path) -> AdapterConfig:
+    """The adapter of the dataset's collection; the default where nothing is known of one."""
+    plan = root / PLAN
+    return configuration.load(CollectConfig, plan).adapter if plan.is_file() else AdapterConfig()
+
+
+def _adapter(given: AdapterConfig, collected: AdapterConfig) -> AdapterConfig:
+    """The adapter to replay with. Of what a dataset says, no module is taken over."""
+    if dataclasses.replace(given, module=None) != AdapterConfig():
+        return given
+    return dataclasses.replace(collected, module=given.module, expert="env")
+
+
+def _recorded_env(demos: Demonstrations, episode: Episode, adapter: AdapterConfig, collected_module: str | None) -> str:
+    """The id that the episode was recorded with, as far as a dataset is to be followed."""
+    if episode.env_id is None:
+        raise DataError(
+            f"{demos.root}: episode {episode.index} does not say which environment it is from. Name it: `--env <id>`."
+        )
+    module, _, name = episode.env_id.rpartition(":")
+    module = module or collected_module or ""
+    if module.partition(".")[0] == simulator.OWN:
+        return f"{module}:{name}"
+    if module and adapter.module is None and name not in gym.registry:
+        raise SimulatorError(
+            f"{demos.root} was recorded in {name!r} of the module {module!r}. A module that a dataset names is not "
+            f"imported. If you know it and have it, name it: `vla replay --data {demos.root} --module <module>`."
+        )
+    return name
+
+
+def _bare(env_id: str) -> str:
+    return env_id.rpartition(":")[2]
+
+
+def _as_recorded(result: Replay) -> bool:
+    return result.success or result.recorded_success is False
+
+
+def _print(console: Console, results: Sequence[Replay], remarks: Sequence[str]) -> None:
+    table = Table(title=", ".join(dict.fromkeys(result.env_id for result in results)), title_justify="left", box=None)
+    for name in ("episode", "seed", "steps", "success", "drift", "instruction"):
+        table.add_column(name, no_wrap=name != "instruction")
+    for result in results:
+        outcome = "[green]yes[/]" if result.success else "no, as recorded" if _as_recorded(result) else "[red]no[/]"
+        drift = "" if result.drift is None else "none"
+        if result.drift_at is not None:
+            drift = f"{result.drift:.1%} {result.drift_in}, from frame {result.drift_at}"
+        row = (result.episode, result.seed, result.steps, outcome, drift, result.instruction)
+        table.add_row(*map(str, row))
+    console.print(table)
+    solved = sum(result.success for result in results)
+    console.print(f"\n{solved} of {len(results)} replayed episodes succeeded.", highlight=False)
+    for remark in remarks:
+        console.print(remark, highlight=False, markup=False)

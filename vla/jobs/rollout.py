@@ -1,0 +1,302 @@
+"""`vla rollout`: evaluate a policy closed loop on environments x seeds.
+
+Owns: the queue of episodes, the loop that decodes one batch for all environments that need a chunk, and what happens
+when an episode fails or the run is stopped. Processes are `vla.simulation.pool`'s, numbers `vla.evaluation.results`',
+the page `vla.evaluation.report`'s.
+
+The loop goes in rounds: fill free slots from the queue, decode one batch, execute `n_action_steps` of each chunk. The
+batches therefore do not depend on timing: the same seeds give the same results.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import time
+import warnings
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vla import config as configuration
+from vla.config import RolloutConfig
+from vla.errors import ConfigError, SimulatorError
+from vla.evaluation import report, results
+from vla.evaluation.comparison import common_environments, compare
+from vla.evaluation.results import Episode
+from vla.policy.session import Memory
+from vla.simulation.pool import Description, Fault, Pool, Start, Stretch
+from vla.spec import RobotSpec
+from vla.support import machine
+from vla.support.progress import Progress
+
+if TYPE_CHECKING:
+    from vla.policy import ChunkPolicy
+
+VIDEOS = "videos"
+
+
+def rollout(config: RolloutConfig, policy: ChunkPolicy | None = None) -> dict[str, Any]:
+    """Evaluate `policy` (default: the one that the configuration names) and write the report folder.
+
+    Returns:
+        What `eval_info.json` holds.
+    Raises:
+        VLAError: before the first episode, when the configuration, the policy and the environments do not fit; after
+            the results are written, when every episode was a fault.
+        KeyboardInterrupt: stopped. This and any error of the policy come after what was finished is written, marked
+            `"interrupted": true`.
+    """
+    _check(config)
+    baseline = results.read(config.compare) if config.compare else None
+    if baseline is not None:
+        common_environments(config.env, [episode["env_id"] for episode in baseline["per_episode"]])
+    episodes = [
+        Episode(i * config.episodes + k, env_id, config.seed + k)
+        for i, env_id in enumerate(config.env)
+        for k in range(config.episodes)
+    ]
+    with Pool(min(config.n_envs, len(episodes)), config.adapter) as pool:
+        descriptions = _describe(pool, config.env)
+        identity = (
+            {"path": None, "sha256": None} if policy else {"path": config.policy, "sha256": hash_of(config.policy)}
+        )
+        policy = policy or _load(config)
+        for env_id, description in descriptions.items():
+            robot = RobotSpec.from_dict(description.robot)
+            policy.robot.check_fits(robot, f"environment {env_id!r}", tolerated=("names", "rate"))
+        steps = policy.n_action_steps if config.n_action_steps is None else config.n_action_steps
+        if not 1 <= steps <= policy.horizon:
+            raise ConfigError(f"n_action_steps must be between 1 and the horizon {policy.horizon}, got {steps}.")
+        _prepare(config)
+        run = _Run(pool, policy, episodes, steps, config)
+        stopped: BaseException | None = None
+        try:
+            run.play()
+        except (KeyboardInterrupt, Exception) as error:  # raised again once the finished episodes are written
+            stopped = error
+    info = results.evaluate(run.finished, run.seconds) | {
+        "decode_latency": results.latency(run.forwards),
+        "interrupted": stopped is not None,
+        "n_episodes_asked": len(episodes),
+        "policy": identity,
+        "n_action_steps": steps,
+        "machine": {
+            **machine.describe(),
+            "gl": descriptions[config.env[0]].gl,
+            "device": str(getattr(policy, "device", "cpu")),
+        },
+        "config": configuration.to_dict(config),
+        "command": f"vla rollout --config {config.out / 'config.yaml'} --overwrite",
+    }
+    if baseline is not None and stopped is None:
+        info["comparison"] = compare(info, baseline)
+    results.write(info, config.out)
+    report.write(info, config.out)
+    print(report.summary(info, config.out))
+    if stopped is not None:
+        raise stopped
+    if all(episode.fault for episode in run.finished):
+        raise SimulatorError(f"every episode failed in the environment; the first: {run.finished[0].fault}")
+    return info
+
+
+class _Run:
+    """The rounds of one evaluation. `finished` is in the order of the queue; `forwards` is (batch size, seconds)."""
+
+    def __init__(
+        self, pool: Pool, policy: ChunkPolicy, episodes: Sequence[Episode], n_action_steps: int, config: RolloutConfig
+    ) -> None:
+        self._pool, self._policy, self._n_action_steps, self._config = pool, policy, n_action_steps, config
+        self._queue = deque(episodes)
+        self._running: dict[int, Episode] = {}  # by slot
+        self._views: dict[int, Start | Stretch] = {}  # by slot: the last that was seen of its episode
+        self._memories: dict[int, Memory] = {}  # by slot: what its episode carries from chunk to chunk
+        self._failures: collections.Counter[str] = collections.Counter()  # by environment id: failures on video
+        self._done: list[Episode] = []
+        self._progress = Progress(len(episodes), "episodes")
+        self.forwards: list[tuple[int, float]] = []
+        self.seconds = 0.0
+
+    @property
+    def finished(self) -> list[Episode]:
+        return sorted(self._done, key=lambda episode: episode.episode_ix)
+
+    def play(self) -> None:
+        """Play all episodes. When an exception ends it, unfinished episodes are forgotten."""
+        start = time.monotonic()
+        try:
+            with self._progress:
+                while self._queue or self._running:
+                    self._fill()
+                    self._act(self._decode())
+        finally:
+            self.seconds = time.monotonic() - start
+
+    def _fill(self) -> None:
+        """Start the next episodes in the free slots."""
+        requests = {}
+        for slot in range(len(self._pool)):
+            if slot not in self._running and self._queue:
+                self._running[slot] = episode = self._queue.popleft()
+                self._memories[slot] = Memory()
+                record = self._wants_first(episode) or self._wants_failure(episode)
+                requests[slot] = ("reset", episode.env_id, episode.seed, record)
+        failed: dict[int, str | None] = {}
+        for slot, reply in self._pool.exchange(requests).items():
+            if isinstance(reply, Fault):
+                failed[slot] = f"at reset: {reply.message}"
+                continue
+            episode, self._views[slot] = self._running[slot], reply
+            episode.instruction, episode.image_hash = reply.instruction, reply.image_hash
+        self._finish(failed)
+
+    def _decode(self) -> dict[int, np.ndarray]:
+        """One chunk [H, D] for every running episode, in one forward."""
+        slots = sorted(self._running)
+        if not slots:
+            return {}
+        views = [self._views[slot] for slot in slots]
+        start = time.perf_counter()
+        chunks = self._policy.predict_chunks(
+            [view.observation for view in views],
+            [view.instruction for view in views],
+            [self._memories[slot] for slot in slots],
+        )
+        seconds = time.perf_counter() - start
+        self.forwards.append((len(slots), seconds))
+        for slot in slots:
+            self._memories[slot].advance(self._n_action_steps)
+            self._running[slot].n_chunks += 1
+            self._running[slot].decode_ms.append(1e3 * seconds)
+        return dict(zip(slots, np.asarray(chunks), strict=True))
+
+    def _act(self, chunks: dict[int, np.ndarray]) -> None:
+        """Execute the first actions of each chunk, and finish the episodes that end."""
+        requests = {slot: ("run", chunk[: self._n_action_steps]) for slot, chunk in chunks.items()}
+        ended: dict[int, str | None] = {}
+        for slot, reply in self._pool.exchange(requests).items():
+            episode = self._running[slot]
+            if isinstance(reply, Fault):
+                when = f"after step {episode.length}" if reply.step is None else f"at step {reply.step}"
+                ended[slot] = f"{when}: {reply.message}"
+                continue
+            self._views[slot] = reply
+            _account(episode, reply)
+            if reply.terminated or reply.truncated:
+                ended[slot] = None
+        self._finish(ended)
+
+    def _finish(self, ended: dict[int, str | None]) -> None:
+        """Take the episodes of these slots (slot -> fault) out of the loop, and fetch the videos worth keeping."""
+        clips = {}
+        for slot, fault in ended.items():
+            episode = self._running[slot]
+            if fault is not None:
+                episode.fault, episode.success = fault, False
+            elif self._wants_first(episode):
+                clips[slot] = ("clip", self._policy.robot.control_hz)
+            elif not episode.success and self._wants_failure(episode):
+                clips[slot] = ("clip", self._policy.robot.control_hz)
+                self._failures[episode.env_id] += 1
+        videos = self._pool.exchange(clips)
+        for slot in ended:
+            episode, video = self._running.pop(slot), videos.get(slot)
+            if isinstance(video, Fault):
+                warnings.warn(f"no video of {episode.env_id}, seed {episode.seed}: {video.message}", stacklevel=2)
+            elif video:
+                episode.video_path = _save_clip(self._config.out, episode, video)
+            self._done.append(episode)
+            self._progress.advance(f"{sum(e.success for e in self._done) / len(self._done):.0%} success")
+
+    def _wants_first(self, episode: Episode) -> bool:
+        return episode.seed - self._config.seed < self._config.videos
+
+    def _wants_failure(self, episode: Episode) -> bool:
+        return self._failures[episode.env_id] < self._config.videos
+
+
+def _account(episode: Episode, stretch: Stretch) -> None:
+    """Add what a chunk brought to the record of its episode."""
+    episode.max_reward = max(stretch.rewards + [episode.max_reward] * (episode.length > 0))
+    episode.sum_reward += sum(stretch.rewards)
+    episode.length += len(stretch.rewards)
+    episode.success, episode.truncated = stretch.success, stretch.truncated
+    episode.success_ever |= stretch.ever
+    episode.reached = episode.reached if stretch.reached is None else stretch.reached
+    episode.target = stretch.target
+
+
+def _check(config: RolloutConfig) -> None:
+    """Refuse what cannot work before anything is loaded."""
+    configuration.check(config)
+    if results.is_finished(config.out) and not config.overwrite:
+        raise ConfigError(f"{config.out} already holds a rollout report. Choose another --out, or give --overwrite.")
+    ours = {results.FILE, report.FILE, VIDEOS, "config.yaml"}
+    found = {path.name for path in config.out.iterdir()} if config.out.is_dir() else set()
+    if found - ours or (found == {"config.yaml"} and not _killed(config.out)):
+        raise ConfigError(f"{config.out} holds something else ({sorted(found)[0]}, ...). Choose another --out.")
+
+
+def _killed(folder: Path) -> bool:
+    """Whether the lone config.yaml there is what an evaluation has left that was killed before it wrote results."""
+    try:
+        configuration.load(RolloutConfig, folder / "config.yaml")
+    except ConfigError:
+        return False
+    return True
+
+
+def _prepare(config: RolloutConfig) -> None:
+    """The report folder, with the resolved configuration and without anything of an earlier report."""
+    config.out.mkdir(parents=True, exist_ok=True)
+    for stale in [config.out / results.FILE, config.out / report.FILE, *(config.out / VIDEOS).glob("*.mp4")]:
+        stale.unlink(missing_ok=True)
+    configuration.dump(config, config.out / "config.yaml")
+
+
+def _describe(pool: Pool, env_ids: Sequence[str]) -> dict[str, Description]:
+    """Make every environment once, side by side: a wrong name shows now, not an hour into the run."""
+    descriptions: dict[str, Description] = {}
+    for first in range(0, len(env_ids), len(pool)):
+        batch = env_ids[first : first + len(pool)]
+        replies = pool.exchange({slot: ("make", env_id) for slot, env_id in enumerate(batch)})
+        for slot, env_id in enumerate(batch):
+            if isinstance(replies[slot], Fault):
+                message = replies[slot].message
+                raise SimulatorError(message if replies[slot].expected else f"environment {env_id!r}: {message}")
+            descriptions[env_id] = replies[slot]
+    return descriptions
+
+
+def _load(config: RolloutConfig) -> ChunkPolicy:
+    from vla.serving import client
+
+    return client.load(config.policy, config.device, config.unnorm_key, config.n_action_steps, config.decoding)
+
+
+def _save_clip(out: Path, episode: Episode, video: bytes) -> str:
+    """Write a video and return its path inside the report folder."""
+    name = episode.env_id.rpartition(":")[2].replace("/", "-")
+    path = Path(VIDEOS) / f"{name}-seed{episode.seed}-{episode.outcome}.mp4"
+    (out / VIDEOS).mkdir(exist_ok=True)
+    (out / path).write_bytes(video)
+    return path.as_posix()
+
+
+def hash_of(policy: str) -> str | None:
+    """sha256 of every file of a checkpoint folder, names included; None for one that is not on this disk."""
+    from vla.model.build import find_checkpoint
+
+    folder = find_checkpoint(policy)
+    if folder is None:
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(file for file in folder.rglob("*") if file.is_file()):
+        digest.update(path.relative_to(folder).as_posix().encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()

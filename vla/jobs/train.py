@@ -1,0 +1,417 @@
+"""`vla train` and `vla pretrain`: demonstrations in, a policy out.
+
+Owns: the steps of a training run, from checking its data to exporting the merged policy, and the layout of a run
+folder (config.yaml, metrics.jsonl, curves.png, checkpoint-N/, policy/, adapter/). The loop is `vla.training.trainer`'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import json
+import os
+import shlex
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers.utils import logging as transformers_logging
+
+from vla import config
+from vla.config import TrainConfig
+from vla.data.reader import Demonstrations
+from vla.data.samples import ChunkSamples, Mixture, split_episodes
+from vla.errors import ConfigError, DataError, VLAError
+from vla.model import lora
+from vla.model.build import DataFacts, build_policy
+from vla.model.modeling import VLAForActionPrediction
+from vla.model.processing import VLAProcessor
+from vla.policy import checkpoint
+from vla.simulation.adapter import make
+from vla.support.machine import cpu_flags
+from vla.training import trainer
+from vla.transforms.normalize import compute_statistics
+
+VALIDATION_FRAMES = 512
+SETTINGS = "config.yaml"
+DATA = "data.json"  # fingerprints of the datasets a run was started with
+
+
+def pretrain(cfg: TrainConfig) -> Path:
+    """Train all weights: `train` with method "full", from an untrained network unless another backbone is named."""
+    model = dataclasses.replace(cfg.model, backbone=cfg.model.backbone or "nano-init")
+    return train(dataclasses.replace(cfg, method="full", model=model))
+
+
+def train(cfg: TrainConfig, conclude: bool = True) -> Path:
+    """Run one training job and return the run folder, in whose `policy/` the (merged) policy lies.
+
+    Args:
+        conclude: print where everything is and what to run next.
+    Raises:
+        ConfigError, DataError, CheckpointError: what is wrong, before anything is written.
+    """
+    config.check(cfg)
+    resume_from = None if cfg.dry_run else _check_output(cfg)
+    if cfg.dry_run:
+        return _dry_run(cfg)
+    job, demos = _prepare(cfg)
+    if not cfg.resume and job.args.should_save:
+        cfg.out.mkdir(parents=True, exist_ok=True)
+        (cfg.out / DATA).write_text(json.dumps(_fingerprints(cfg)))
+        config.dump(cfg, cfg.out / SETTINGS)
+    try:
+        with job.graceful():
+            job.train(resume_from_checkpoint=resume_from)
+    except Exception:
+        if job.args.should_save and not cfg.resume and not job.state.global_step:
+            _forget_start(cfg.out)
+        raise
+    if job.args.should_save:
+        _export(job.model, job.collator.processor, cfg)
+        trainer.plot_metrics(cfg.out)
+        if conclude:
+            print(_conclusion(cfg, demos), flush=True)
+    job.accelerator.wait_for_everyone()  # a process that leaves while another still works aborts the other
+    job.accelerator.end_training()
+    return cfg.out
+
+
+def seconds_per_step(cfg: TrainConfig, steps: int = 4) -> float:
+    """How long an optimizer step of this job takes on this machine, measured on `steps` steps; writes nothing."""
+    ends = _Ends()
+    job, _ = _prepare(dataclasses.replace(cfg, steps=steps + 1, report_to="none", dry_run=True), quiet=True)
+    job.add_callback(ends)
+    job.train()
+    return (ends.times[-1] - ends.times[0]) / steps  # from the first one's end on: it allocates and compiles
+
+
+def _prepare(cfg: TrainConfig, quiet: bool = False) -> tuple[trainer.VLATrainer, list[Demonstrations]]:
+    """Everything of a job but its steps: trainer (with network and samples) and data. A dry run's trainer writes
+    nothing."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    demos = [Demonstrations(folder) for folder in cfg.data]
+    facts, keys = _facts(cfg, demos)
+    set_seed(cfg.seed)
+    network, processor = build_policy(cfg.model, facts)
+    cameras, size, horizon = processor.robot.cameras, network.config.image_size, network.config.horizon
+    for env_id in cfg.rollout_env:
+        with contextlib.closing(make(env_id, cfg.adapter)) as env:
+            processor.robot.check_fits(env.robot, f"environment {env_id!r}", tolerated=("names", "rate"))
+    sources = [ChunkSamples(demo, cameras, size, horizon, i) for i, demo in enumerate(demos)]
+    splits = [split_episodes(demo, cfg.val_fraction, cfg.seed) for demo in demos]
+    draws = cfg.steps * cfg.batch_size * cfg.grad_accum * int(os.environ.get("WORLD_SIZE", "1"))
+    mixture = Mixture(sources, [split[0] for split in splits], cfg.weights, cfg.seed, draws, cfg.augment)
+    validation = _validation(sources, [split[1] for split in splits])
+    model = _trainable(network, cfg)
+    arguments = _arguments(cfg, validate=bool(validation))
+    if not quiet and arguments.process_index == 0:
+        _summary(cfg, demos, model, processor)
+    if arguments.n_gpu > 1:
+        # One process drives one device: torch's own DataParallel would change what a batch is.
+        print(f"using one of {arguments.n_gpu} GPUs; `accelerate launch -m vla.cli train ...` uses all.")
+        arguments._n_gpu = 1
+    if arguments.device.type == "cuda":
+        # The kernel that torch prefers on Hopper gives NaN gradients for masked sequences of some lengths
+        # (https://github.com/pytorch/pytorch/issues/196678).
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    if arguments.device.type == "cpu":
+        # For sequences this short a plain softmax is faster than the fused kernel's backward pass (measured, 1.25x).
+        network.set_attn_implementation("eager")
+    callbacks: list[TrainerCallback] = []
+    if not cfg.dry_run:
+        callbacks += [trainer.Metrics(cfg.out), trainer.ShowProgress()]
+        callbacks += [_Rollouts(cfg, processor)] if cfg.rollout_every else []
+    collator = trainer.Collator(processor, keys, pad_to=_static_length(cfg, demos, processor))
+    try:
+        return trainer.VLATrainer(model, arguments, mixture, collator, validation, callbacks), demos
+    except (ImportError, RuntimeError, ValueError) as error:
+        if cfg.report_to != "none" and "install" in str(error):
+            raise ConfigError(f"report_to {cfg.report_to!r}: {error}") from None
+        raise
+
+
+def _fingerprints(cfg: TrainConfig) -> dict[str, str]:
+    return {str(folder): Demonstrations(folder).fingerprint for folder in cfg.data}
+
+
+def _check_output(cfg: TrainConfig) -> str | None:
+    """The checkpoint to resume from; ConfigError when the folder's state and `resume` do not fit."""
+    last = trainer.last_checkpoint(cfg.out)
+    if cfg.resume:
+        if last is None and (cfg.out / SETTINGS).is_file():
+            return None  # stopped before its first checkpoint: start again
+        if last is None:
+            raise ConfigError(f"nothing to resume in {cfg.out}: it holds no training run.")
+        if (cfg.out / DATA).is_file() and json.loads((cfg.out / DATA).read_text()) != _fingerprints(cfg):
+            raise ConfigError(f"cannot resume {cfg.out}: its data has changed since it was started. Start another run.")
+        before = config.load(TrainConfig, cfg.out / SETTINGS)
+        same = dataclasses.replace(before, resume=cfg.resume, out=cfg.out, dry_run=cfg.dry_run)
+        changed = [f.name for f in dataclasses.fields(cfg) if getattr(same, f.name) != getattr(cfg, f.name)]
+        if changed:
+            raise ConfigError(
+                f"cannot resume {cfg.out}: {', '.join(changed)} differ from its config.yaml. Pass the same values "
+                f"(`--config {cfg.out}/config.yaml --resume`) or start another run with --out."
+            )
+        return last
+    if not cfg.dry_run and cfg.out.exists() and any(cfg.out.iterdir()):
+        hint = "--resume continues the run in it; " if last else ""
+        raise ConfigError(f"{cfg.out} is not empty. {hint}--out names another folder.")
+    return None
+
+
+def _facts(cfg: TrainConfig, demos: list[Demonstrations]) -> tuple[DataFacts, list[str]]:
+    """What the datasets decide, and the unnorm_key of each; datasets with the same key share their statistics."""
+    keys = list(cfg.unnorm_keys) or [demo.root.resolve().name for demo in demos]
+    if len(keys) != len(demos) or (not cfg.unnorm_keys and len(set(keys)) < len(keys)):
+        raise ConfigError(f"unnorm_keys: give one name per dataset, {len(demos)} in all; got {keys}.")
+    first = demos[0].robot
+    for demo in demos[1:]:
+        ours, theirs = first.to_dict(), demo.robot.to_dict()
+        differing = [name for name in ours if name != "cameras" and ours[name] != theirs[name]]
+        if differing:
+            raise DataError(
+                f"{demos[0].root} and {demo.root} were recorded with different robots: "
+                + "; ".join(f"{name} {ours[name]} and {theirs[name]}" for name in differing)
+                + ". A mixture needs one robot."
+            )
+    shared = tuple(name for name in first.cameras if all(name in demo.robot.cameras for demo in demos))
+    statistics: dict[str, dict[str, Any]] = {}
+    for key in dict.fromkeys(keys):
+        group = [demo for demo, own in zip(demos, keys, strict=True) if own == key]
+        states = [demo.states for demo in group if demo.states is not None]
+        statistics[key] = {
+            "action": compute_statistics(np.concatenate([demo.actions for demo in group])),
+            "state": compute_statistics(np.concatenate(states)) if states else None,
+            "num_frames": sum(demo.num_frames for demo in group),
+            "num_episodes": sum(len(demo.episodes) for demo in group),
+        }
+    if first.cameras and not shared:
+        raise DataError(f"the datasets share no camera: {', '.join(f'{d.root}: {d.robot.cameras}' for d in demos)}.")
+    actions = {
+        key: np.concatenate([d.actions for d, own in zip(demos, keys, strict=True) if own == key]) for key in keys
+    }
+    return DataFacts(dataclasses.replace(first, cameras=shared), statistics, actions), keys
+
+
+def _validation(sources: list[ChunkSamples], frames: list[np.ndarray]) -> list[Any]:
+    """At most VALIDATION_FRAMES samples, spread evenly over the held-out episodes of all datasets."""
+    pairs = [(source, int(frame)) for source, indices in zip(sources, frames, strict=True) for frame in indices]
+    places = np.linspace(0, len(pairs) - 1, min(len(pairs), VALIDATION_FRAMES)).round().astype(int)
+    return [source[frame] for source, frame in (pairs[place] for place in places)]
+
+
+def _trainable(network: VLAForActionPrediction, cfg: TrainConfig) -> torch.nn.Module:
+    if cfg.method == "lora":
+        return lora.attach(network, cfg.lora)
+    if cfg.model.freeze_vision:
+        network.vision_towers.requires_grad_(False)
+    return network
+
+
+def _static_length(cfg: TrainConfig, demos: list[Demonstrations], processor: VLAProcessor) -> int | None:
+    """A compiled network needs one sequence length: that of the longest instruction."""
+    if not cfg.compile:
+        return None
+    return max(len(processor.prefix_ids(task)) for demo in demos for task in demo.tasks)
+
+
+def _arguments(cfg: TrainConfig, validate: bool) -> TrainingArguments:
+    return TrainingArguments(
+        # The Trainer makes its folder at once; a dry run must not leave one.
+        output_dir=tempfile.gettempdir() if cfg.dry_run else str(cfg.out),
+        max_steps=cfg.steps,
+        per_device_train_batch_size=cfg.batch_size,
+        per_device_eval_batch_size=cfg.batch_size,
+        gradient_accumulation_steps=cfg.grad_accum,
+        learning_rate=cfg.learning_rate,
+        weight_decay=cfg.weight_decay,
+        warmup_steps=cfg.warmup_steps,
+        lr_scheduler_type="cosine",
+        max_grad_norm=cfg.max_grad_norm,
+        adam_beta2=0.95,
+        use_cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
+        bf16=bf16(cfg.precision),
+        torch_compile=cfg.compile,
+        dataloader_num_workers=cfg.workers,
+        dataloader_drop_last=True,
+        remove_unused_columns=False,
+        eval_strategy="steps" if validate and not cfg.dry_run else "no",
+        eval_steps=cfg.eval_every,
+        save_strategy="no" if cfg.dry_run else "steps",
+        save_steps=cfg.save_every,
+        save_total_limit=cfg.keep_checkpoints,
+        logging_steps=cfg.log_every,
+        logging_nan_inf_filter=False,
+        report_to=cfg.report_to,
+        seed=cfg.seed,
+        data_seed=cfg.seed,
+        label_names=["labels"],
+        disable_tqdm=True,
+    )
+
+
+def bf16(precision: str) -> bool:
+    """Whether to compute in bfloat16: "auto" does where the hardware multiplies it natively."""
+    if precision != "auto":
+        return precision == "bf16"
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(cpu_flags() & {"amx_bf16", "avx512_bf16"})
+
+
+def _summary(cfg: TrainConfig, demos: list[Demonstrations], model: torch.nn.Module, processor: VLAProcessor) -> None:
+    parameters = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    tokenizer, horizon = processor.action_tokenizer, processor.config.horizon
+    table = Table(title=f"vla {'train' if cfg.method == 'lora' else 'pretrain'}", show_header=False, title_style="bold")
+    still = [name for i, name in enumerate(processor.robot.action_names) if i not in tokenizer.to_dict()["active"]]
+    rows = {
+        "data": ", ".join(f"{d.root} ({len(d.episodes)} episodes, {d.num_frames} frames)" for d in demos),
+        "cameras": f"{', '.join(processor.robot.cameras)} at {processor.config.image_size} px",
+        "state": _state_row(processor),
+        "chunk": f"[{horizon}, {processor.robot.action_dim}] as {tokenizer.n_tokens} tokens of {tokenizer.vocab_size}",
+        "left out": ", ".join(still) + " (never move in this data)" if still else "nothing",
+        "prefix": f"{len(processor.prefix_ids(demos[0].tasks[0]))} tokens for {demos[0].tasks[0]!r}",
+        "parameters": f"{parameters:,}, {trainable:,} trained ({100 * trainable / parameters:.1f} %)",
+        "memory": f"{(4 * parameters + 12 * trainable) / 2**30:.2f} GiB for weights, gradients and optimizer",
+        "steps": f"{cfg.steps} of {cfg.batch_size * cfg.grad_accum} samples",
+        "precision": "bf16" if bf16(cfg.precision) else "float32",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console().print(table)
+    for note in _left_out(processor, demos):
+        Console().print(f"[bold yellow]note[/]: {escape(note)}", highlight=False, soft_wrap=True)
+
+
+def _state_row(processor: VLAProcessor) -> str:
+    if not processor.config.use_state:
+        return "not used (use_state is off)"
+    return ", ".join(processor.robot.state_names) or "none: the data has no observation.state"
+
+
+def _left_out(processor: VLAProcessor, demos: list[Demonstrations]) -> list[str]:
+    """What the datasets hold but the policy is not given, where one would expect that it is."""
+    notes = [f"{d.root}: depth images are left out: {', '.join(d.info.depth)}." for d in demos if d.info.depth]
+    for demo in demos:
+        if processor.config.use_state and demo.states is None:
+            similar = (
+                f" Rename or join one of these to use it: {', '.join(demo.info.unread)}." if demo.info.unread else ""
+            )
+            notes.append(
+                f"{demo.root} has no feature observation.state, so the policy gets no state.{similar} "
+                "(`--no-use-state` says that this is meant.)"
+            )
+    return notes
+
+
+def _dry_run(cfg: TrainConfig) -> Path:
+    """One optimizer step, as training takes it; writes nothing."""
+    job, _ = _prepare(dataclasses.replace(cfg, steps=1, log_every=1, report_to="none"))
+    job.train()
+    loss, tokenizer = job.state.log_history[0]["loss"], job.collator.processor.action_tokenizer
+    if job.args.process_index == 0:
+        batch = job.collator([job.train_dataset[i] for i in range(cfg.batch_size)])
+        shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in batch.items())
+        guess = f"a guess among the {tokenizer.vocab_size} action tokens has {np.log(tokenizer.vocab_size):.3f}"
+        print(f"dry run: one step, loss {loss:.3f} ({guess}), {shapes}")
+        if torch.cuda.is_available():
+            print(f"dry run: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of GPU memory at the peak")
+        print("dry run: everything fits together; nothing was written")
+    return cfg.out
+
+
+def _forget_start(run: Path) -> None:
+    """Remove what a run wrote that failed before its first step: the corrected command begins in the same folder."""
+    for name in (SETTINGS, DATA, trainer.METRICS):
+        (run / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # what else is in it is not ours
+        run.rmdir()
+
+
+def _conclusion(cfg: TrainConfig, demos: list[Demonstrations]) -> str:
+    """Where the results are, and the command that evaluates the policy."""
+    env_ids = dict.fromkeys(e.env_id for demo in demos for e in demo.episodes if e.env_id)
+    command = ["vla", "rollout", "--policy", str(cfg.out), "--env", *(env_ids or ["<environment id>"])]
+    places = {"policy": cfg.out / "policy", "metrics": cfg.out / trainer.METRICS, "curves": cfg.out / trainer.CURVES}
+    lines = [f"{name + ':':<9}{place}" for name, place in places.items() if place.exists()]
+    return "\n".join([*lines, f"{'next:':<9}{shlex.join(command)}"])
+
+
+def _export(model: Any, processor: VLAProcessor, cfg: TrainConfig) -> None:
+    """The policy of the finished run: merged weights in `policy/`, for LoRA the adapter beside it."""
+    if isinstance(model, peft.PeftModel):
+        with checkpoint.atomic_folder(cfg.out / "adapter") as scratch:
+            model.save_pretrained(scratch)
+        model = lora.merge(model)
+    card = (
+        f"\n# Action-token policy\n\nTrained by `vla` ({cfg.method}) on {', '.join(d.name for d in cfg.data)}: "
+        f"{cfg.steps} steps of {cfg.batch_size * cfg.grad_accum} samples, from `{cfg.model.backbone or 'nano'}`.\n\n"
+        f"Cameras {', '.join(processor.robot.cameras)}; actions {', '.join(processor.robot.action_names)} at "
+        f"{processor.robot.control_hz:g} Hz; chunks of {processor.config.horizon}, "
+        f"{processor.config.n_action_steps} executed.\n"
+    )
+    checkpoint.save(model, processor, cfg.out / "policy", card)
+
+
+class _Ends(TrainerCallback):
+    """When each optimizer step ended, in seconds."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+
+
+class _Rollouts(TrainerCallback):
+    """Closed-loop evaluation of the network as it is, every `rollout_every` steps. One that fails is reported, and
+    training goes on."""
+
+    def __init__(self, cfg: TrainConfig, processor: VLAProcessor) -> None:
+        self.cfg, self.processor = cfg, processor
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step % self.cfg.rollout_every or not state.is_world_process_zero:
+            return
+        try:
+            overall = self._evaluate(model, args, state.global_step)["overall"]
+            print(f"step {state.global_step}: closed-loop success {overall['pc_success']:.0f} %", flush=True)
+        except Exception as error:  # of an environment, its renderer, a full disk: hours of training are worth more
+            what = str(error) if isinstance(error, VLAError) else f"{type(error).__name__}: {error}"
+            print(f"step {state.global_step}: no closed-loop evaluation: {what}", file=sys.stderr, flush=True)
+        finally:
+            model.train()
+            gc.collect()  # the policy's engine has its own copy of the weights, and refers to itself
+
+    def _evaluate(self, model: Any, args: TrainingArguments, step: int) -> dict[str, Any]:
+        from vla.jobs.rollout import rollout
+        from vla.policy import Policy
+
+        network = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+        key = next(iter(network.config.statistics))
+        return rollout(
+            config.RolloutConfig(
+                env=self.cfg.rollout_env,
+                episodes=self.cfg.rollout_episodes,
+                out=self.cfg.out / f"rollout-{step}",
+                videos=1,
+                overwrite=True,
+                adapter=self.cfg.adapter,
+            ),
+            Policy(network, self.processor, device=str(args.device), unnorm_key=key),
+        )

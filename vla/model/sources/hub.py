@@ -1,0 +1,190 @@
+"""Pretrained parts from folders and from the Hugging Face hub: configurations, text tokenizers, weights, and what an
+image processor does to pixels.
+
+Owns: reading them such that nothing is guessed. What is absent, damaged, quantised, pickled or made for something else
+is refused in words before anything is trained; weights come from safetensors only. It does not know what a policy
+is made of.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+from vla.errors import CheckpointError, ConfigError
+from vla.model.modeling import tower_features
+from vla.support.locations import missing_folder
+
+# Mean and standard deviation that the families of vision towers are trained with.
+_MEAN_STD = {
+    "siglip": ([0.5] * 3, [0.5] * 3),
+    "clip": ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
+    "dinov2": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. CheckpointError when it cannot be read, is cut short or holds something else."""
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error}. It is damaged or was copied incompletely; copy it again."
+        ) from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} should hold a JSON object, got {type(values).__name__}.")
+    return values
+
+
+def load_config(name: str, what: str) -> PreTrainedConfig:
+    """The configuration of a model that is not quantised. ConfigError."""
+    config = _load(AutoConfig, name, what)
+    if method := getattr(config, "quantization_config", None):
+        method = method.get("quant_method", "unknown") if isinstance(method, dict) else type(method).__name__
+        raise ConfigError(
+            f"{what} {name!r} is quantised ({method}); training starts from full weights. Name the original model."
+        )
+    # How attention is computed is this machine's matter; a checkpoint could name code to download.
+    config._attn_implementation = None
+    return config
+
+
+def load_tokenizer(name: str, vocab_size: int) -> PreTrainedTokenizerBase:
+    """The text tokenizer of a language model, padding with a token that the model has. ConfigError."""
+    tokenizer = _load(AutoTokenizer, name, "text tokenizer")
+    if tokenizer.pad_token_id is None or not 0 <= tokenizer.pad_token_id < vocab_size:
+        # Padding is masked, so that any token will do.
+        others = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id, 0)
+        known = next(token for token in others if token is not None and 0 <= token < vocab_size)
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(known)
+    return tokenizer
+
+
+def load_model(auto: Any, name: str, what: str, config: PreTrainedConfig, foreign: bool = False) -> Any:
+    """A model in float32 whose weights are exactly those that `config` describes. ConfigError.
+
+    Args:
+        auto: transformers' auto class.
+        foreign: the folder may hold other models' weights as well, as a SigLIP's holds a text tower.
+    """
+    options = {"dtype": torch.float32, "use_safetensors": True}
+    options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}  # they are refused below, by name
+    model, info = _load(auto, name, what, config=config, **options)
+    if foreign:
+        own = {key.split(".")[0] for key in model.state_dict()} | {"vision_model"}
+        info["unexpected_keys"] = [key for key in info["unexpected_keys"] if key.split(".")[0] in own]
+    if problem := misfit(info):
+        raise ConfigError(
+            f"{what} {name!r}: its weights do not fit its config.json ({problem}). Missing weights would be random: "
+            "is the folder complete, and of this model alone?"
+        )
+    return model
+
+
+def misfit(info: dict[str, Any]) -> str | None:
+    """What transformers' loading info says about weights that do not fit, with some of their names; None if all do."""
+    for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if keys := info.get(what):
+            some = ", ".join(sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys)[:3])
+            return f"{what.replace('_', ' ')}: {some}{', ...' if len(keys) > 3 else ''}"
+    return None
+
+
+def check_tower(name: str, vision: PreTrainedConfig, image_size: int, layer: int) -> None:
+    """ConfigError unless a tower turns images [B, 3, image_size, image_size] into at least one token per patch. Run
+    without weights, so that it costs no time."""
+    if getattr(vision, "num_channels", 3) != 3:
+        raise ConfigError(f"vision tower {name!r} takes images of {vision.num_channels} channels, not RGB.")
+    try:
+        with torch.device("meta"), torch.no_grad():
+            images = torch.zeros(2, 3, image_size, image_size)
+            shape = tuple(tower_features(AutoModel.from_config(vision).eval(), images, layer).shape)
+    except Exception as error:  # a foreign model's forward can raise anything
+        raise ConfigError(
+            f"vision tower {name!r} ({vision.model_type}) does not take images of {image_size}: {_first_line(error)}"
+        ) from error
+    patches = (image_size // vision.patch_size) ** 2
+    if len(shape) != 3 or shape[0] != 2 or shape[1] < patches or shape[2] != vision.hidden_size:
+        raise ConfigError(
+            f"vision tower {name!r} ({vision.model_type}) gives features {list(shape)} for two images, not [2, "
+            f"{patches}, {vision.hidden_size}]. SigLIP, DINOv2 and CLIP towers do."
+        )
+
+
+def image_statistics(name: str, vision: PreTrainedConfig) -> tuple[list[float], list[float]]:
+    """Mean and std, three values each, that normalise images scaled to [0, 1] as the tower's image processor does;
+    those of its family, with a warning, where the folder has no image processor."""
+    stored = _image_processor(name)
+    if any(stored.get(option) for option in ("offset", "rescale_offset", "do_flip_channel_order")):
+        raise ConfigError(
+            f"vision tower {name!r}: its image processor shifts or flips channels, which is not done here."
+        )
+    if not stored.get("do_normalize", True):
+        mean, std = [0.0] * 3, [1.0] * 3
+    elif "image_mean" in stored and "image_std" in stored:
+        mean, std = _three(stored["image_mean"], name, "image_mean"), _three(stored["image_std"], name, "image_std")
+    else:
+        family = next((family for family in _MEAN_STD if family in vision.model_type), "siglip")
+        warnings.warn(
+            f"vision tower {name!r} comes without image_mean and image_std; those of {family} are used.", stacklevel=2
+        )
+        mean, std = _MEAN_STD[family]
+    # (p f - mean) / std = (p / 255 - mean / 255 f) / (std / 255 f) for pixels p and a rescale factor f.
+    factor = 255 * stored.get("rescale_factor", 1 / 255) if stored.get("do_rescale", True) else 255.0
+    if not factor > 0 or min(std) <= 0:
+        raise ConfigError(f"vision tower {name!r}: rescale_factor and image_std must be positive.")
+    if abs(factor - 1) < 1e-6:
+        return list(mean), list(std)
+    return [value / factor for value in mean], [value / factor for value in std]
+
+
+def _image_processor(name: str) -> dict[str, Any]:
+    """An image processor's settings: from processor_config.json, else from preprocessor_config.json; else empty."""
+    for file in ("processor_config.json", "preprocessor_config.json"):
+        path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+        stored = read_json(Path(path)) if path else {}
+        if file == "processor_config.json":
+            stored = stored.get("image_processor") or {}
+        if stored:
+            return stored
+    return {}
+
+
+def _three(values: Any, name: str, field: str) -> list[float]:
+    numbers = [values] * 3 if isinstance(values, (int, float)) else values
+    if not isinstance(numbers, Iterable) or len(numbers := list(numbers)) != 3:
+        raise ConfigError(f"vision tower {name!r}: {field} should be three numbers, got {values!r}.")
+    return [float(number) for number in numbers]
+
+
+def _load(auto: Any, name: str, what: str, **kwargs: Any) -> Any:
+    if problem := missing_folder(name):
+        raise ConfigError(f"{what} {name!r}: {problem}")
+    try:
+        return auto.from_pretrained(name, **kwargs)
+    except Exception as error:  # of a foreign folder transformers and its formats can raise anything
+        if not Path(name).exists() and "connect" in str(error):
+            raise ConfigError(
+                f"{what} {name!r}: there is no such folder here, and the Hugging Face hub could not be reached (no "
+                "connection, or HF_HUB_OFFLINE is set). Download it first, or name a folder."
+            ) from error
+        pickled = list(Path(name).glob("*.bin")) and not list(Path(name).glob("*.safetensors"))
+        remedy = (
+            "Its weights are in pickle files, which can run code and are not read; save them as safetensors."
+            if pickled
+            else "Expected the embedded 'nano', a checkpoint folder of this package, or a folder or hub id that "
+            "transformers can load."
+        )
+        raise ConfigError(f"cannot load {what} {name!r}: {_first_line(error)}\n{remedy}") from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,126 @@
+"""Checkpoints on disk: one folder that is a whole policy.
+
+Owns: the folder layout (config.json, model.safetensors, text tokenizer, model card), writing it so that a folder with
+the final name is always complete, and finding one by name. It does not know training state (the trainer keeps that
+beside it) nor how to decode.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers.utils import logging as transformers_logging
+
+from vla.errors import CheckpointError, VLAError
+from vla.model.build import check_room, find_checkpoint, load_checkpoint, read_config
+from vla.model.configuration import VLAConfig
+from vla.model.modeling import VLAForActionPrediction
+from vla.model.processing import VLAProcessor
+from vla.model.sources.hub import read_json
+from vla.spec import RobotSpec
+from vla.support.locations import check_policy
+
+# Beside `robot`, `statistics` and `action_tokenizer`, which VLAConfig itself demands.
+REQUIRED = ("normalization", "prompt", "layout", "image_size", "use_state", "horizon", "n_action_steps")
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """A scratch folder that becomes `target` when the block ends without an error (replacing what was there)."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for left in target.parent.glob(f".{target.name}-*"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        scratch.chmod(0o755)
+        yield scratch
+        for file in scratch.rglob("*"):
+            if file.is_file():
+                file.chmod(0o644)  # safetensors makes files that only their owner may read
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        if target.exists():
+            previous = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
+            target.rename(previous / target.name)
+            scratch.rename(target)
+            shutil.rmtree(previous)
+        else:
+            scratch.rename(target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def save(network: VLAForActionPrediction, processor: VLAProcessor, folder: Path, card: str = "") -> None:
+    """Write a whole policy to `folder`, atomically."""
+    network.generation_config.use_cache = True  # training switches it off, and `generate` would follow
+    with atomic_folder(folder) as scratch:
+        network.save_pretrained(scratch)
+        processor.save_pretrained(scratch)
+        (scratch / "README.md").write_text(_FRONT_MATTER + card)
+
+
+def load(name: str, dtype: torch.dtype = torch.float32) -> tuple[VLAForActionPrediction, VLAProcessor]:
+    """Load a policy by "nano", run folder, checkpoint folder or hub id.
+
+    Raises:
+        CheckpointError: nothing there, not one of this package's policies, or incomplete (says what is missing).
+    """
+    transformers_logging.disable_progress_bar()  # a policy loads in a second
+    folder = find_checkpoint(name) or _from_hub(name)
+    config = _checked_config(folder)
+    network, tokenizer = load_checkpoint(folder, config, dtype)
+    return network.eval(), VLAProcessor(config, tokenizer)
+
+
+def _checked_config(folder: Path) -> VLAConfig:
+    """config.json, checked: nothing that decides what an action means may come from a default of this version."""
+    values = read_json(folder / "config.json")
+    missing = [name for name in REQUIRED if name not in values]
+    robot = values.get("robot")
+    if isinstance(robot, dict):
+        missing += [f"robot.{field.name}" for field in dataclasses.fields(RobotSpec) if field.name not in robot]
+    if missing:
+        raise CheckpointError(
+            f"{folder}/config.json has no {', '.join(missing)}: without that this checkpoint's actions cannot be "
+            "interpreted. Add it from the run that trained it."
+        )
+    config = read_config(folder)
+    try:
+        config.check_policy()
+        check_room(config, str(folder))
+    except VLAError:
+        raise
+    except Exception as error:  # values of any type may stand in a file
+        raise CheckpointError(f"{folder}/config.json does not describe a policy: {error}") from error
+    return config
+
+
+def _from_hub(name: str) -> Path:
+    if (Path(name) / "metrics.jsonl").is_file():
+        raise CheckpointError(f"the run in {name} has no policy yet; finish it with `vla train ... --resume`.")
+    if Path(name).exists():
+        raise CheckpointError(
+            f"{name} is not a policy of this package: no config.json with model_type 'vla' in it or in {name}/policy. "
+            "Give the run folder of `vla train`, or its policy folder."
+        )
+    check_policy(name)
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"no policy {name!r}: neither a folder nor reachable on the hub ({error}).") from None
+
+
+_FRONT_MATTER = """---
+library_name: vla
+pipeline_tag: robotics
+tags: [vision-language-action, action-tokens]
+---
+"""

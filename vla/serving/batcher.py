@@ -1,0 +1,143 @@
+"""One policy, many clients.
+
+Owns: the queue of requests in front of the policy, and the thread in which it decodes: whoever waits when it is free is
+decoded together. It does not know protocols.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import queue
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+
+from vla.errors import ServerError
+from vla.policy import Policy, Prediction
+from vla.serving.requests import Request
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """The prediction for one request (a batch of one), and the seconds that its batch took."""
+
+    prediction: Prediction
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    request: Request
+    loop: asyncio.AbstractEventLoop
+    future: asyncio.Future[Answer]
+
+
+class Batcher:
+    """Answers requests in the order in which they come.
+
+    Args:
+        on_batch: called with the size of every batch.
+    """
+
+    def __init__(
+        self, policy: Policy, max_batch: int, max_queue: int, on_batch: Callable[[int], None] = lambda size: None
+    ) -> None:
+        self.policy, self._max_batch, self._max_queue, self._on_batch = policy, max_batch, max_queue, on_batch
+        self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._by_key: dict[str, Policy] = {}
+        self._thread = threading.Thread(target=self._serve, daemon=True, name="vla-batcher")
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait."""
+        return self._queue.qsize()
+
+    async def answer(self, request: Request) -> Answer:
+        """Wait for the answer.
+
+        Raises:
+            ServerError: too many requests wait already.
+            VLAError: this request cannot be answered.
+            Exception: whatever the policy raised.
+        """
+        if self.waiting >= self._max_queue:
+            raise ServerError(f"{self.waiting} requests wait already; try again later.")
+        self._policy_for(request)  # a wrong key is the client's own error, and no reason to wait
+        loop = asyncio.get_running_loop()
+        job = _Job(request, loop, loop.create_future())
+        self._queue.put(job)
+        return await job.future
+
+    def close(self) -> None:
+        """End when everything that waits is decoded."""
+        self._queue.put(None)
+        self._thread.join(timeout=30)
+
+    def _policy_for(self, request: Request) -> Policy:
+        key = request.unnorm_key or self.policy.unnorm_key
+        if key not in self._by_key:
+            self._by_key[key] = self.policy.for_key(key)
+        return self._by_key[key]
+
+    def _serve(self) -> None:
+        while True:
+            jobs = [self._queue.get()]
+            with contextlib.suppress(queue.Empty):
+                while len(jobs) < self._max_batch:
+                    jobs.append(self._queue.get_nowait())
+            batches = defaultdict(list)
+            for job in jobs:
+                # One who has gone away is not answered.
+                if job is not None and not job.future.cancelled():
+                    batches[self._policy_for(job.request)].append(job)
+            for policy, batch in batches.items():
+                self._decode(policy, batch)
+            if None in jobs:
+                return
+
+    def _decode(self, policy: Policy, jobs: list[_Job]) -> None:
+        begun = time.perf_counter()
+        requests = [job.request for job in jobs]
+        try:
+            prediction = policy.predict(
+                [request.observation for request in requests],
+                [request.instruction for request in requests],
+                [request.memory for request in requests],
+            )
+        except Exception as error:
+            if len(jobs) > 1:  # one of them is to blame, not all
+                for job in jobs:
+                    self._decode(policy, [job])
+                return
+            for job in jobs:
+                _settle(job, job.future.set_exception, error)
+            return
+        self._on_batch(len(jobs))
+        seconds = time.perf_counter() - begun
+        for row, job in enumerate(jobs):
+            _settle(job, job.future.set_result, Answer(_row(prediction, row), seconds))
+
+
+def _row(prediction: Prediction, row: int) -> Prediction:
+    """One request's part of a batch."""
+    here = slice(row, row + 1)
+    return Prediction(
+        prediction.chunks[here],
+        prediction.ids[here],
+        prediction.log_probs[here],
+        prediction.entropy[here],
+        prediction.forwards,
+    )
+
+
+def _settle(job: _Job, settle: Callable, value: object) -> None:
+    def call() -> None:
+        if not job.future.done():
+            settle(value)
+
+    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        job.loop.call_soon_threadsafe(call)

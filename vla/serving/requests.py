@@ -1,0 +1,198 @@
+"""What a client sends, as an observation.
+
+Owns: how the keys of existing clients (openpi's LIBERO, DROID and ALOHA forms, OpenVLA's and OpenVLA-OFT's, and this
+package's own `{"pixels": ..., "agent_pos": ..., "prompt": ...}`) become the cameras, the state and the instruction of a
+policy. It does not know how requests travel or what answers them.
+
+A policy's cameras are found by name (the last part of a key: "observation/wrist_image" is no name of a camera, but
+"images/front" is "front"). What is left is unambiguous when one picture of a hand ("wrist" in its name) or one other
+picture is left on either side. Whatever else there is must be said with `keys`. A batch of
+one observation is read as that observation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from vla.config import KeysConfig
+from vla.errors import SpecError
+from vla.policy.session import Memory
+from vla.spec import Observation, RobotSpec
+from vla.transforms.images import ImageFormat
+from vla.transforms.prompt import text
+
+_STATES = (
+    ("agent_pos",),
+    ("observation/state",),
+    ("observation/joint_position", "observation/gripper_position"),
+    ("state",),
+)
+_PROMPTS = ("prompt", "instruction", "task", "language_instruction")
+_SMALLEST = 8  # pixels on a side of an image
+# No client needs more. Names are joined and listed in errors; all in a batch wait for the longest instruction.
+_DEEPEST, _KEYS, _LONGEST_KEY, _LONGEST_PROMPT = 4, 256, 200, 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One observation to answer.
+
+    Attributes:
+        memory: what the client's episode carries from chunk to chunk.
+    """
+
+    observation: Observation
+    instruction: str
+    unnorm_key: str | None = None
+    memory: Memory = dataclasses.field(default_factory=Memory)
+
+
+def read(values: Any, robot: RobotSpec, horizon: int, keys: KeysConfig, memory: Memory | None = None) -> Request:
+    """Understand a decoded request; SpecError says what is missing or ambiguous, and what there is.
+
+    `memory` is that of the client's connection: for clients that send none of their own."""
+    if not isinstance(values, Mapping):
+        raise SpecError(f"a request is a map of keys and values, got {type(values).__name__}.")
+    flat = dict(_flatten(values))
+    observation: dict[str, Any] = {"pixels": _pictures(flat, robot, keys)}
+    if robot.state_dim:
+        observation["agent_pos"] = _state(flat, robot, keys)
+    robot.check_observation(observation)
+    unnorm_key = values.get("unnorm_key")
+    if isinstance(unnorm_key, bytes):
+        unnorm_key = unnorm_key.decode("utf-8", "replace")
+    if unnorm_key is not None and not isinstance(unnorm_key, str):
+        raise SpecError(f"unnorm_key must be a text, got {type(unnorm_key).__name__}.")
+    memory = _memory(values, horizon, robot.action_dim) or memory or Memory()
+    return Request(observation, _prompt(flat, keys), unnorm_key, memory)
+
+
+def _flatten(tree: Mapping[Any, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
+    if len(tree) > _KEYS or len(path) >= _DEEPEST:
+        raise SpecError(f"a request has at most {_KEYS} keys in each map and {_DEEPEST} maps in each other.")
+    for key, value in tree.items():
+        if len(str(key)) > _LONGEST_KEY:
+            raise SpecError(f"keys have at most {_LONGEST_KEY} characters.")
+        if isinstance(value, Mapping):
+            yield from _flatten(value, (*path, str(key)))
+        else:
+            yield "/".join((*path, str(key))), value
+
+
+def _pictures(flat: dict[str, Any], robot: RobotSpec, keys: KeysConfig) -> dict[str, np.ndarray]:
+    found = {key: array for key, value in flat.items() if (array := _array(value)) is not None}
+    chosen: dict[str, str] = {}
+    for camera in robot.cameras:
+        named = _coloured_first(found, [key for key in found if key.rpartition("/")[2] == camera])
+        if camera in keys.images:
+            chosen[camera] = keys.images[camera]
+        elif len(named) == 1:
+            chosen[camera] = named[0]
+    for hand in (False, True):
+        cameras = [camera for camera in robot.cameras if camera not in chosen and _of_hand(camera) == hand]
+        rest = [key for key in found if key not in chosen.values() and _of_hand(key) == hand]
+        left = _coloured_first(found, rest)
+        if len(cameras) == len(left) == 1:
+            chosen[cameras[0]] = left[0]
+        elif cameras:
+            raise SpecError(
+                f"no picture can be told to be camera {cameras[0]!r}; the request has "
+                f"{', '.join(map(repr, found)) or 'no pictures (arrays of three axes)'}. "
+                + (
+                    _encoded(flat)
+                    or f"Say which key is which camera when the server starts: --images {cameras[0]} KEY."
+                )
+            )
+    missing = [key for key in chosen.values() if key not in found]
+    if missing:
+        has = ", ".join(map(repr, found)) or "none"
+        raise SpecError(f"the request has no picture {missing[0]!r}; it has {has}. {_encoded(flat)}".rstrip())
+    return {camera: ImageFormat.of(found[key], key).convert(found[key], key) for camera, key in chosen.items()}
+
+
+def _coloured_first(found: dict[str, np.ndarray], keys: list[str]) -> list[str]:
+    """Those of three axes; where there are none, those of two, which may be grey images, depth maps or matrices."""
+    return [key for key in keys if found[key].ndim > 2] or keys
+
+
+def _array(value: Any) -> np.ndarray | None:
+    """What may be an image: an array, or nested lists as plain JSON has them, of a batch of one its only image. None
+    for all else."""
+    if isinstance(value, list) and value and isinstance(value[0], list):
+        try:
+            value = np.asarray(value)
+        except ValueError:  # ragged
+            return None
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "biuf":
+        return None
+    if value.ndim == 4 and len(value) == 1:
+        value = value[0]
+    grey = value.ndim == 2 and min(value.shape) >= _SMALLEST
+    return value if value.size and (value.ndim in (3, 4) or grey) else None
+
+
+def _encoded(flat: dict[str, Any]) -> str:
+    """What to do about images that were sent as files; "" where there are none."""
+    for key, value in flat.items():
+        if isinstance(value, bytes | str) and value[:4] in (
+            b"\xff\xd8\xff\xe0",
+            b"\xff\xd8\xff\xe1",
+            b"\x89PNG",
+            "/9j/",
+            "iVBO",
+        ):
+            return f"{key!r} is a JPEG or PNG file: send its pixels, as an array [height, width, 3] of uint8."
+    return ""
+
+
+def _of_hand(name: str) -> bool:
+    return "wrist" in name or "hand" in name
+
+
+def _state(flat: dict[str, Any], robot: RobotSpec, keys: KeysConfig) -> np.ndarray:
+    for names in (keys.state,) if keys.state else _STATES:
+        if all(name in flat for name in names):
+            try:
+                return np.concatenate([np.ravel(np.asarray(flat[name], np.float32)) for name in names])
+            except (TypeError, ValueError, OverflowError):
+                raise SpecError(f"the state {', '.join(names)} must be numbers.") from None
+    raise SpecError(
+        f"the request has no state; {robot.state_dim} entries ({', '.join(robot.state_names)}) are expected under "
+        f"{' or '.join(' + '.join(names) for names in ((keys.state,) if keys.state else _STATES))}."
+    )
+
+
+def _prompt(flat: dict[str, Any], keys: KeysConfig) -> str:
+    for name in (keys.prompt,) if keys.prompt else _PROMPTS:
+        if name in flat:
+            said = flat[name]
+            said = text(said[0] if isinstance(said, list | tuple) and len(said) == 1 else said)
+            if said is None:
+                raise SpecError(f"{name!r} must be a text, got {type(flat[name]).__name__}.")
+            if len(said) > _LONGEST_PROMPT:
+                raise SpecError(f"{name!r} has {len(said)} characters; at most {_LONGEST_PROMPT} are read.")
+            return said
+    raise SpecError(f"the request has no instruction; it is expected under {keys.prompt or ' or '.join(_PROMPTS)}.")
+
+
+def _memory(values: Mapping[Any, Any], horizon: int, action_dim: int) -> Memory | None:
+    draft, committed, trust = (values.get(f"vla/{name}", 0) for name in ("draft", "committed", "trust"))
+    if "vla/draft" not in values:
+        return None
+    expected = (horizon, action_dim)
+    if not isinstance(draft, np.ndarray) or draft.shape != expected or not np.isfinite(draft).all():
+        got = f"shape {list(draft.shape)}" if isinstance(draft, np.ndarray) else type(draft).__name__
+        raise SpecError(f"vla/draft must be an array of finite actions {list(expected)}, got {got}.")
+    if not isinstance(committed, int | np.integer) or not 0 <= committed < horizon:
+        raise SpecError(f"vla/committed must be between 0 and {horizon - 1}, got {committed!r}.")
+    if not isinstance(trust, int | float | np.number) or not 0 <= trust <= 1:
+        raise SpecError(f"vla/trust must be between 0 and 1, got {trust!r}.")
+    memory = Memory()
+    draft = draft.astype(np.float32)
+    memory.remember(draft)
+    memory.commit(draft[:committed], float(trust))
+    return memory

@@ -1,0 +1,496 @@
+"""Any Gymnasium environment, seen through this package's eyes.
+
+Owns: making an environment by id, and the wrapper that turns its observations, infos and description into an
+`Observation`, an instruction, a success flag and a `RobotSpec`, as an `AdapterConfig` says. Every job that runs an
+environment (collect, replay, rollout, ...) goes through here, and here alone is imported what a configuration names.
+It does not know the environments themselves (they are found through Gymnasium's registry) nor any policy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+
+from vla.config import AdapterConfig
+from vla.errors import SimulatorError, SpecError, VLAError, unknown
+from vla.spec import RobotSpec
+from vla.transforms.images import ImageFormat
+from vla.transforms.prompt import text
+
+OWN = "envs"  # the package of this project's environments
+LONGEST = 20_000  # steps of an episode in an environment that sets no limit itself
+
+
+class Expert(Protocol):
+    """A source of demonstrations. `label`, where there is one, is the clean action for the state `act` last saw."""
+
+    def act(self) -> np.ndarray: ...
+
+
+def make(env_id: str, adapter: AdapterConfig | None = None, render: bool = False) -> SimulatedRobot:
+    """Make the environment `env_id` ("vla/PickUp-v0", "module:Id-v0", ...) and adapt it.
+
+    Args:
+        adapter: where the environment keeps what; None fits this package's environments.
+        render: also make `render()` return an RGB picture (for videos).
+    Raises:
+        SimulatorError: unknown id, an environment that cannot start, or one that lacks what the adapter names.
+        SpecError: what the adapter names is there, but is not an image, a state or a robot.
+    """
+    adapter = adapter or AdapterConfig()
+    # The renderer reads this when `mujoco` is first imported; without a display only EGL and OSMesa work.
+    if not os.environ.get("DISPLAY") and sys.platform == "linux":
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    full_id = resolve(env_id, adapter)
+    kwargs = dict(adapter.kwargs)
+    if render or "render()" in adapter.images.values():
+        kwargs.setdefault("render_mode", "rgb_array")
+    if adapter.max_steps is not None:
+        kwargs["max_episode_steps"] = adapter.max_steps
+    try:
+        env = gym.make(full_id, disable_env_checker=True, **kwargs)
+    except gym.error.Error as error:
+        raise SimulatorError(f"cannot make environment {env_id!r}: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise SimulatorError(f"cannot make environment {env_id!r} with {kwargs} (adapter.kwargs): {error}") from error
+    except Exception as error:
+        raise _failure(env_id, error) from error
+    try:
+        return SimulatedRobot(env, env_id, adapter)
+    except Exception as error:
+        with contextlib.suppress(Exception):
+            env.close()
+        raise error if isinstance(error, VLAError) else _failure(env_id, error) from error
+
+
+class SimulatedRobot(gym.Wrapper):
+    """An environment whose observations follow the package's convention.
+
+    Attributes:
+        env_id: the id it was made from.
+        robot: its RobotSpec.
+    `reset` and `step` return infos that always hold "instruction" (str) and "is_success" (bool).
+
+    Raises (all methods):
+        SimulatorError, SpecError: what the environment returns is not what it was when it was made, or cannot be read.
+    """
+
+    def __init__(self, env: gym.Env, env_id: str, adapter: AdapterConfig) -> None:
+        super().__init__(env)
+        self.env_id, self.adapter = env_id, adapter
+        observation, info = self._reset(seed=0)
+        self._images = dict(adapter.images) or {name: f"pixels.{name}" for name in _cameras(observation, env_id)}
+        for camera in adapter.flip:
+            if camera not in self._images:
+                raise SimulatorError(unknown("camera in `flip`", camera, self._images))
+        self._formats: dict[str, ImageFormat] = {}
+        self._state_dim: int | None = None
+        adapted = self._adapt(observation)
+        self.observation_space = _space_of(adapted)
+        self.robot = self._describe(adapted)
+        self.robot.check_observation(adapted)
+        self._said = self._instruction(info)
+        self._solved: bool | None = None  # None: no step of this episode has said so far
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
+        observation, info = self._reset(seed=seed, options=options)
+        self._said, self._solved = self._instruction(info), None
+        info = {**info, "instruction": self._said, "is_success": self._success(info, over=False)}
+        self._solved = None
+        return self._adapt(observation), info
+
+    def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
+        self.robot.check_action(action)
+        space = self.env.action_space
+        assert isinstance(space, spaces.Box)
+        action = within(np.asarray(action, np.float64), space).astype(space.dtype)
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        if not isinstance(info, Mapping):
+            raise SimulatorError(f"environment {self.env_id!r}: info must be a dict, got {type(info).__name__}.")
+        if "instruction" in info:
+            self._said = self._instruction(info)
+        terminated = bool(self._number("terminated", terminated))
+        truncated = bool(self._number("truncated", truncated))
+        solved = self._success(info, over=terminated or truncated)
+        info = {**info, "instruction": self._said, "is_success": solved}
+        return self._adapt(observation), self._number("the reward", reward), terminated, truncated, info
+
+    def check_length(self, steps: int) -> None:
+        """SimulatorError for an episode that does not end in an environment that sets no limit itself."""
+        limit = self.env.spec.max_episode_steps if self.env.spec is not None else None
+        if steps >= LONGEST and limit is None:
+            raise SimulatorError(f"environment {self.env_id!r}: no end after {LONGEST} steps. Set adapter.max_steps.")
+
+    def make_expert(self, noise: float = 0.0, seed: int = 0) -> Expert:
+        """The source of demonstrations that the adapter names, for this environment's current and future episodes.
+
+        Only an environment's own expert knows `noise`.
+        """
+        source = self.adapter.expert
+        if source == "random":
+            return _RandomExpert(self.env.action_space, seed)
+        maker = self._expert_maker(source)
+        try:
+            expert = maker(noise=noise, seed=seed) if source == "env" else maker(self.env, seed)
+        except Exception as error:
+            raise SimulatorError(f"expert {source!r} failed to start: {type(error).__name__}: {error}") from error
+        if not callable(getattr(expert, "act", None)):
+            raise SimulatorError(
+                f"expert {source!r} is {type(expert).__name__}; an object with `act() -> action` is expected."
+            )
+        return expert
+
+    def _expert_maker(self, source: str) -> Callable[..., Expert]:
+        if source == "env":
+            if self.env.has_wrapper_attr("make_expert"):
+                return self.env.get_wrapper_attr("make_expert")
+            raise SimulatorError(
+                f"environment {self.env_id!r} has no expert of its own. Name one in the adapter: "
+                '`expert: "module:callable"` (called with the environment and a seed), or `expert: random`.'
+            )
+        module, _, name = source.partition(":")
+        try:
+            return getattr(_import(module), name)
+        except Exception as error:
+            raise SimulatorError(
+                f"cannot load expert {source!r} ('env', 'random' or 'module:callable' is expected): {error}"
+            ) from None
+
+    def _reset(self, **arguments: Any) -> tuple[Any, Mapping[str, Any]]:
+        result = self.env.reset(**arguments)
+        if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)):
+            raise SimulatorError(
+                f"environment {self.env_id!r}: reset() must return (observation, info), got {type(result).__name__}. "
+                "An environment of the old Gym API needs a wrapper."
+            )
+        return result
+
+    def _adapt(self, observation: Any) -> dict[str, Any]:
+        pixels = {camera: self._image(observation, camera, path) for camera, path in self._images.items()}
+        adapted: dict[str, Any] = {"pixels": pixels}
+        if self.adapter.state:
+            state = np.concatenate([self._part_of_state(observation, path) for path in self.adapter.state])
+            if self._state_dim not in (None, len(state)):
+                raise SimulatorError(
+                    f"environment {self.env_id!r}: the state {', '.join(self.adapter.state)} has {len(state)} entries, "
+                    f"at first it had {self._state_dim}. A state keeps its size."
+                )
+            self._state_dim = len(state)
+            with np.errstate(over="ignore"):  # infinite then, which the check of the observation refuses
+                adapted["agent_pos"] = state.astype(np.float32)
+        return adapted
+
+    def _image(self, observation: Any, camera: str, path: str) -> np.ndarray:
+        """A copy, because the environment may draw its next image into the same memory."""
+        value = self._render(camera) if path == "render()" else self._read(observation, path, "images")
+        image = self._array(value, "images", path)
+        if camera not in self._formats:
+            try:
+                self._formats[camera] = ImageFormat.of(image, camera, _bounds(self.env, path))
+            except SpecError as error:
+                raise SpecError(
+                    f"environment {self.env_id!r}, adapter.images, {path!r}: {error} The observation has: "
+                    f"{_shapes(observation)}."
+                ) from None
+        image = self._formats[camera].convert(image, camera)
+        return np.ascontiguousarray(image[::-1, ::-1]) if camera in self.adapter.flip else image
+
+    def _render(self, camera: str) -> Any:
+        image = self.env.render()
+        if image is None or isinstance(image, list | str):
+            what = "nothing" if image is None else "text" if isinstance(image, str) else "a list of images"
+            raise SimulatorError(
+                f"environment {self.env_id!r}, camera {camera!r}: render() returned {what} in render_mode "
+                f"{self.env.render_mode!r}. Set `kwargs: {{render_mode: rgb_array}}` in the adapter."
+            )
+        return image
+
+    def _part_of_state(self, observation: Any, path: str) -> np.ndarray:
+        values = self._array(self._read(observation, path, "state"), "state", path)
+        if values.dtype.kind not in "biuf":
+            raise SimulatorError(
+                f"environment {self.env_id!r}, adapter.state: {path!r} holds {values.dtype} values, not numbers."
+            )
+        return values.ravel()
+
+    def _read(self, observation: Any, path: str, field: str) -> Any:
+        try:
+            found = _look_up(observation, path)
+        except KeyError:
+            found = {}
+        if _is_nested(found):
+            fix = "`state: []` is for a policy without proprioception." if field == "state" else ""
+            message = unknown("path into the observation", path, dict(_leaves(observation)), fix)
+            raise SimulatorError(f"environment {self.env_id!r}, adapter.{field}: {message}")
+        return found
+
+    def _array(self, value: Any, field: str, path: str) -> np.ndarray:
+        try:
+            return np.asarray(value)
+        except Exception as error:
+            raise SimulatorError(
+                f"environment {self.env_id!r}, adapter.{field}: {path!r} is not an array ({error}). Convert it to "
+                "numpy in a wrapper."
+            ) from error
+
+    def _instruction(self, info: Mapping[str, Any]) -> str:
+        if self.adapter.instruction is not None:
+            return self.adapter.instruction
+        stated = info.get("instruction")
+        if stated is None and self.env.has_wrapper_attr("task_description"):
+            stated = self.env.get_wrapper_attr("task_description")
+        said = text(stated)
+        if said is None and stated is not None:
+            raise SimulatorError(
+                f"environment {self.env_id!r} states {stated!r} as its instruction, which is not a text; give one in "
+                "the adapter: `instruction: push the T`."
+            )
+        if said is None or not said.strip():
+            raise SimulatorError(
+                f"environment {self.env_id!r} states no instruction; give one in the adapter: "
+                "`instruction: push the T`."
+            )
+        return said
+
+    def _success(self, info: Mapping[str, Any], over: bool) -> bool:
+        """Whether the task is solved, as last said in this episode; until an environment says anything, it is not.
+
+        Many environments report success in the last step only. One that does not even do so is an error.
+        """
+        path = self.adapter.success
+        try:
+            value = _look_up(info, path)
+        except KeyError:
+            value = None
+        if value is not None and not _is_nested(value):
+            flags = self._array(value, "success", path)
+            if flags.dtype.kind not in "biuf" or not flags.size or np.isnan(flags).any():
+                raise SimulatorError(
+                    f"environment {self.env_id!r}, adapter.success: {path!r} is {value!r}; a flag or a number is "
+                    "expected (success: at least 0.5). Name another entry, or translate it in a wrapper."
+                )
+            self._solved = bool(np.all(flags >= 0.5))
+        if over and self._solved is None:
+            message = unknown("path into the info of a step", path, dict(_leaves(info)))
+            raise SimulatorError(
+                f"environment {self.env_id!r}, adapter.success: {message} An episode has ended and none of its steps "
+                "had such an entry."
+            )
+        return bool(self._solved)
+
+    def _number(self, what: str, value: Any) -> float:
+        array = np.asarray(value)
+        if array.size != 1 or array.dtype.kind not in "biuf":
+            batch = " A batch of environments? Make a single one." if array.size > 1 else ""
+            raise SimulatorError(
+                f"environment {self.env_id!r}: {what} must be one number or flag, got {value!r}.{batch}"
+            )
+        return float(array.item())
+
+    def _describe(self, observation: Mapping[str, Any]) -> RobotSpec:
+        space = self.env.action_space
+        if not isinstance(space, spaces.Box) or len(space.shape) != 1:
+            raise SimulatorError(
+                f"environment {self.env_id!r}: a vector of real actions is needed, got {space}. {_remedy(space)}"
+            )
+        dims = {"state_names": len(observation.get("agent_pos", ())), "action_names": space.shape[0]}
+        described: dict[str, Any] = {
+            "cameras": list(observation["pixels"]),
+            "control_hz": float(self.env.metadata.get("render_fps") or 10.0),
+        }
+        described |= {key: [f"{key.removesuffix('_names')}_{i}" for i in range(size)] for key, size in dims.items()}
+        stated = self.env.get_wrapper_attr("robot") if self.env.has_wrapper_attr("robot") else None
+        if isinstance(stated, Mapping):  # else an attribute that means something else
+            described |= {key: value for key, value in stated.items() if key != "cameras"}
+        if len(described["state_names"]) != dims["state_names"]:  # the adapter chose other entries than the environment
+            described["state_names"] = [f"state_{i}" for i in range(dims["state_names"])]
+        described |= self.adapter.robot
+        for key, size in dims.items():
+            if len(described[key]) != size:
+                raise SimulatorError(
+                    f"environment {self.env_id!r}: {key} lists {len(described[key])} names "
+                    f"({', '.join(map(str, described[key]))}) for {size} entries; correct it in adapter.robot."
+                )
+        return RobotSpec.from_dict(described)
+
+
+class _RandomExpert:
+    """Uniformly random actions: a stand-in that exercises the pipeline on an environment without an expert."""
+
+    def __init__(self, space: gym.Space, seed: int) -> None:
+        if not isinstance(space, spaces.Box):
+            raise SimulatorError(f"random demonstrations need a Box action space, got {space}.")
+        low, high = np.maximum(space.low, -1e3), np.minimum(space.high, 1e3)
+        rng = np.random.default_rng(seed)
+        self._draw: Callable[[], Any]
+        if space.dtype.kind == "f":
+            self._draw = functools.partial(rng.uniform, low, high)
+        else:  # every whole number alike, the limits included
+            self._draw = functools.partial(rng.integers, low.astype(int), high.astype(int), endpoint=True)
+
+    def act(self) -> np.ndarray:
+        return self._draw().astype(np.float32)
+
+
+def within(action: np.ndarray, space: spaces.Box) -> np.ndarray:
+    """`action` within the limits of `space`, and to the nearest whole numbers where it takes integers."""
+    action = np.clip(action, space.low, space.high)
+    return action if space.dtype.kind == "f" else np.rint(action)
+
+
+def resolve(env_id: str, adapter: AdapterConfig) -> str:
+    """The registered id, after importing the module that registers it; a readable error for one that no module does."""
+    module, _, name = env_id.rpartition(":")
+    module = module or adapter.module or (OWN if name.startswith("vla") else "")
+    if module:
+        try:
+            _import(module)
+        except Exception as error:
+            raise SimulatorError(
+                f"environment {env_id!r}: cannot import {module!r} ({error}). Install the package that provides it, or "
+                "run this command in the folder where the module is."
+            ) from error
+    if name in gym.registry:
+        return name
+    fix = "An environment of another package needs `adapter.module` (or the id written module:Id)."
+    family = name.rpartition("/")[0]
+    kin = [known for known in gym.registry if family and known.rpartition("/")[0] == family]
+    if kin:
+        raise SimulatorError(unknown("environment", name, kin, fix))
+    with contextlib.suppress(Exception):  # so that a forgotten "vla/" is recognised
+        importlib.import_module(OWN)
+    near = difflib.get_close_matches(name, gym.registry, n=3, cutoff=0.6)
+    hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+    raise SimulatorError(f"unknown environment {name!r}.{hint} {fix}")
+
+
+def _import(module: str) -> ModuleType:
+    """Import what a configuration names; files in the working directory count, after everything that is installed."""
+    here = Path.cwd()
+    finder = next((f for f in sys.meta_path if isinstance(f, _WorkingDirectory) and f.folder == here), None)
+    if finder is None:
+        finder = _WorkingDirectory(here)
+        sys.meta_path.append(finder)
+    finder.named.add(module.partition(".")[0])
+    return importlib.import_module(module)
+
+
+class _WorkingDirectory(MetaPathFinder):
+    """Finds modules in a folder when nothing that is installed has their name.
+
+    On `sys.path` the folder would come before editable installs, and any folder in it would pass for a package:
+    `datasets/`, full of recordings, for the library of that name that others look for. Here a folder without
+    `__init__.py` counts only where a configuration names it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.named: set[str] = set()
+
+    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(name, [str(self.folder)]) if path is None else None
+        return spec if spec is not None and (spec.loader is not None or name in self.named) else None
+
+
+def _failure(env_id: str, error: Exception) -> SimulatorError:
+    return SimulatorError(
+        f"environment {env_id!r} failed to start: {type(error).__name__}: {error}. "
+        "`vla doctor` says whether rendering works on this machine."
+    )
+
+
+def _cameras(observation: Any, env_id: str) -> list[str]:
+    pixels = observation.get("pixels") if isinstance(observation, Mapping) else None
+    if not isinstance(pixels, Mapping):
+        raise SimulatorError(
+            f'environment {env_id!r} has no observation["pixels"][camera]; say in the adapter where its images are, '
+            f'e.g. `images: {{top: pixels}}` or `images: {{top: "render()"}}`. Its observation has: '
+            f"{_shapes(observation)}."
+        )
+    return list(map(str, pixels))
+
+
+def _shapes(observation: Any) -> str:
+    return ", ".join(f"{path!r} {list(np.shape(value))}" for path, value in _leaves(observation))
+
+
+def _remedy(space: gym.Space) -> str:
+    """What to do about an action space that is not a vector."""
+    if isinstance(space, spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
+        return "Choices have neither order nor size: wrap the environment so that it takes a Box."
+    if isinstance(space, spaces.Dict | spaces.Tuple):
+        return "Flatten it with gymnasium.wrappers.TransformAction, spaces.unflatten and spaces.flatten_space."
+    if isinstance(space, spaces.Box) and len(space.shape) == 2:
+        return "Of a batch of environments make a single one; else flatten it with gymnasium.wrappers.TransformAction."
+    return "Wrap the environment so that it takes a Box of one dimension."
+
+
+def _bounds(env: gym.Env, path: str) -> tuple[float, float] | None:
+    """Lowest and highest value of what the observation space has at `path`, None where that is not a Box of floats."""
+    try:
+        space = _look_up(env.observation_space, path)
+    except (AttributeError, KeyError):  # no space, no such part, or an image from `render()`
+        return None
+    if not isinstance(space, spaces.Box) or space.dtype.kind != "f":
+        return None
+    return float(space.low.min()), float(space.high.max())
+
+
+def _children(tree: Any) -> Iterator[tuple[str, Any]]:
+    """(name, part) of a mapping, a tuple or a list, or of a space of them."""
+    if isinstance(tree, Mapping):
+        yield from ((str(key), child) for key, child in tree.items())
+    elif isinstance(tree, tuple | list | spaces.Tuple):
+        names = getattr(tree, "_fields", None) or map(str, range(len(tree)))
+        yield from zip(names, tree, strict=True)
+
+
+def _look_up(tree: Any, path: str) -> Any:
+    """The part of `tree` that a dotted path names, "" for all of it; KeyError if there is none. Keys may have dots."""
+    if not path:
+        return tree
+    for name, child in _children(tree):
+        if path == name:
+            return child
+        if path.startswith(f"{name}."):
+            with contextlib.suppress(KeyError):
+                return _look_up(child, path[len(name) + 1 :])
+    raise KeyError(path)
+
+
+def _is_nested(tree: Any) -> bool:
+    """Whether `tree` is a mapping, or a tuple or list of arrays or such; one of numbers alone is a vector."""
+    if isinstance(tree, tuple | list):
+        return any(getattr(child, "ndim", 0) or _is_nested(child) for child in tree)
+    return isinstance(tree, Mapping)
+
+
+def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted path, value) of everything in nested mappings, tuples and lists; the path of a leaf alone is ''."""
+    if not _is_nested(tree):
+        yield path, tree
+        return
+    for name, child in _children(tree):
+        yield from _leaves(child, f"{path}.{name}" if path else name)
+
+
+def _space_of(value: Any) -> spaces.Space:
+    if isinstance(value, Mapping):
+        return spaces.Dict({key: _space_of(child) for key, child in value.items()})
+    if value.dtype == np.uint8:
+        return spaces.Box(0, 255, value.shape, np.uint8)
+    return spaces.Box(-np.inf, np.inf, value.shape, value.dtype)

@@ -1,0 +1,276 @@
+"""Environments in processes of their own.
+
+Owns: one environment per process, moved a chunk at a time, and the promise that whatever happens in there (an
+exception, a crash, a hang, a kill) comes back as a `Fault` while the others go on. It does not know policies, the order
+of episodes or results.
+
+A request goes out to many workers at once and all replies are awaited (`Pool.exchange`), so what a run computes does
+not depend on which process happened to be faster.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import math
+import multiprocessing
+import signal
+import time
+from collections.abc import Mapping
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+from vla.config import AdapterConfig
+from vla.errors import SimulatorError, VLAError
+from vla.simulation import adapter as simulator
+from vla.simulation.clips import Recorder
+from vla.spec import Observation
+from vla.support import machine
+
+PATIENCE_S = 300.0  # a request that takes longer is a hang
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What an environment says about itself: its RobotSpec as a dict, and the GL that draws it."""
+
+    robot: dict[str, Any]
+    gl: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """The first moment of an episode; `image_hash` tells whether two machines draw the same pictures."""
+
+    observation: Observation
+    instruction: str
+    image_hash: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Stretch:
+    """What came of executing (the first part of) a chunk.
+
+    Attributes:
+        observation: after the last action.
+        rewards: one per executed action.
+        success: state after the last action; `ever`: at any moment of the stretch.
+        reached: the last thing that the environment said was acted on (info["reached"]), None when it said nothing.
+        target: the thing that the instruction names (info["target"]), likewise.
+    """
+
+    observation: Observation
+    instruction: str
+    rewards: list[float]
+    success: bool
+    ever: bool
+    terminated: bool
+    truncated: bool
+    reached: int | str | None
+    target: int | str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """Why a request has no answer.
+
+    Attributes:
+        expected: an error that this package explains: the message is enough.
+        step: the step of the episode that raised it, from 1; None when that is not known (the process is gone).
+    """
+
+    message: str
+    expected: bool = False
+    step: int | None = None
+
+
+class Pool:
+    """`size` workers; a context manager that leaves no process behind.
+
+    Args:
+        host: what answers requests in a worker; a subclass of `Host` may know more of them.
+    """
+
+    def __init__(
+        self, size: int, adapter: AdapterConfig, patience_s: float = PATIENCE_S, host: type[Host] | None = None
+    ) -> None:
+        self._adapter, self._patience_s, self._host = adapter, patience_s, host or Host
+        # Never a plain fork: it copies GL contexts and locks of this process and hangs. A fork server is a clean,
+        # single-threaded process that has done the imports once.
+        method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+        self._context = multiprocessing.get_context(method)
+        if method == "forkserver":
+            self._context.set_forkserver_preload(["vla.simulation.pool"])
+        self._workers = [_Worker(self._context, adapter, self._host) for _ in range(size)]
+
+    def __len__(self) -> int:
+        return len(self._workers)
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._workers:
+            worker.close()
+        for worker in self._workers:
+            worker.stop()
+
+    def exchange(self, requests: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:
+        """Send each worker its request and await all replies; a worker that failed replies with a `Fault`.
+
+        Requests and their replies: ("make", env_id) -> Description; ("reset", env_id, seed, record) -> Start;
+        ("run", actions [n, D]) -> Stretch; ("clip", fps) -> mp4 bytes.
+        """
+        deadline = time.monotonic() + self._patience_s
+        for slot, request in requests.items():
+            self._workers[slot].send(request)
+        replies = {slot: self._workers[slot].receive(deadline) for slot in requests}
+        for slot in requests:
+            if not self._workers[slot].alive:
+                self._workers[slot].stop()
+                self._workers[slot] = _Worker(self._context, self._adapter, self._host)
+        return replies
+
+
+class _Worker:
+    """This process's end of a worker."""
+
+    def __init__(self, context: Any, adapter: AdapterConfig, host: type[Host]) -> None:
+        self._pipe, theirs = context.Pipe()
+        arguments = (theirs, adapter, host)
+        self._process = context.Process(target=_serve, args=arguments, daemon=True, name="vla-environment")
+        self._process.start()
+        theirs.close()
+        self.alive = True
+
+    def send(self, request: tuple[Any, ...]) -> None:
+        with contextlib.suppress(OSError):  # a dead worker is found by `receive`, which can say how it died
+            self._pipe.send(request)
+
+    def receive(self, deadline: float) -> Any:
+        try:
+            if self._pipe.poll(max(0.0, deadline - time.monotonic())):
+                return self._pipe.recv()
+            fault = "the environment did not answer in time (it hangs); its process was ended"
+        except (EOFError, OSError):
+            self._process.join(timeout=5)
+            code = self._process.exitcode
+            how = f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
+            fault = f"the environment's process died ({how})"
+        self.alive = False
+        return Fault(fault)
+
+    def close(self) -> None:
+        """Let it go: an idle worker leaves by itself."""
+        self._pipe.close()
+
+    def stop(self) -> None:
+        """Make sure that it is gone."""
+        self.close()
+        self._process.join(timeout=2 if self.alive else 0)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+
+def _serve(pipe: Connection, adapter: AdapterConfig, kind: type[Host]) -> None:
+    """A worker's whole life: answer requests until the other end is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    host = kind(adapter)
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            verb, *arguments = pipe.recv()
+            try:
+                reply = getattr(host, verb)(*arguments)
+            except Exception as error:
+                known = isinstance(error, VLAError)
+                message = str(error) if known else f"{type(error).__name__}: {error}"
+                reply = Fault(message, known, host.steps if verb == "run" else None)
+                host.abandon()
+            pipe.send(reply)
+    host.abandon()
+
+
+class Host:
+    """One environment at a time, and the recording of its episode. Its methods are the requests that a worker answers.
+
+    Attributes:
+        env: the environment that is made; None before the first and after a failure.
+        steps: begun in this episode.
+    """
+
+    def __init__(self, adapter: AdapterConfig) -> None:
+        self._adapter = adapter
+        self._recorder: Recorder | None = None
+        self.env: simulator.SimulatedRobot | None = None
+        self.steps = 0
+
+    def make(self, env_id: str) -> Description:
+        env = self._ready(env_id)  # making it has drawn a picture: the GL can be asked for its name
+        return Description(env.robot.to_dict(), machine.gl())
+
+    def reset(self, env_id: str, seed: int, record: bool) -> Start:
+        observation, info = self._ready(env_id).reset(seed=seed)
+        self._recorder = Recorder() if record else None
+        self.steps = 0
+        if self._recorder:
+            self._recorder.add(observation)
+        images = hashlib.sha256(b"".join(np.ascontiguousarray(i).tobytes() for i in observation["pixels"].values()))
+        return Start(observation, info["instruction"], images.hexdigest()[:16])
+
+    def run(self, actions: np.ndarray) -> Stretch:
+        env = self.env
+        if env is None:
+            raise SimulatorError("there is no episode to go on with: reset comes first.")
+        rewards: list[float] = []
+        ever, reached = False, None
+        for action in actions:
+            self.steps += 1
+            observation, reward, terminated, truncated, info = env.step(action)
+            if not math.isfinite(reward):
+                raise SimulatorError(f"environment {env.env_id!r} gave the reward {reward}.")
+            rewards.append(reward)
+            ever |= info["is_success"]
+            now = _label(info.get("reached"))
+            reached = reached if now in (None, -1) else now
+            if self._recorder:
+                self._recorder.add(observation)
+            if terminated or truncated:
+                break
+            env.check_length(self.steps)
+        return Stretch(
+            observation=observation,
+            instruction=info["instruction"],
+            rewards=rewards,
+            success=info["is_success"],
+            ever=ever,
+            terminated=terminated,
+            truncated=truncated,
+            reached=reached,
+            target=_label(info.get("target")),
+        )
+
+    def clip(self, fps: float) -> bytes:
+        return self._recorder.mp4(fps) if self._recorder else b""
+
+    def abandon(self) -> None:
+        """Forget an environment that failed; closing it may fail as well, which changes nothing."""
+        env, self.env = self.env, None
+        with contextlib.suppress(Exception):
+            if env is not None:
+                env.close()
+
+    def _ready(self, env_id: str) -> simulator.SimulatedRobot:
+        if self.env is None or self.env.env_id != env_id:
+            self.abandon()
+            self.env = simulator.make(env_id, self._adapter)
+        return self.env
+
+
+def _label(value: Any) -> int | str | None:
+    """A number or name of a thing in the scene; None for everything else that an environment may mean by the entry."""
+    value = value.item() if isinstance(value, np.generic) else value
+    return value if isinstance(value, int | str) and not isinstance(value, bool) else None

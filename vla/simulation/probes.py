@@ -1,0 +1,91 @@
+"""Things that can only be found out by trying, each in a process of its own: `python -m vla.simulation.probes <name>`.
+
+Owns: the trials behind `vla doctor` that may crash the process that makes them (a GL driver, a mismatched binary) or
+that import something heavy. A probe prints one JSON object; whatever else it does is a failure. It does not judge:
+`vla.jobs.doctor` does.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+SCENE = """
+<mujoco>
+  <visual><quality shadowsize="0" offsamples="0"/></visual>
+  <worldbody>
+    <light pos="0 0 2" castshadow="false"/>
+    <geom type="plane" size="1 1 .1" rgba=".7 .7 .7 1"/>
+    <geom type="box" size=".1 .1 .1" pos="0 0 .1" rgba=".8 .1 .1 1"/>
+    <geom type="sphere" size=".1" pos=".3 0 .1" rgba=".1 .1 .8 1"/>
+    <camera name="eye" pos="0 -1 1" xyaxes="1 0 0 0 .7 .7"/>
+  </worldbody>
+</mujoco>
+"""
+
+
+def render() -> dict[str, Any]:
+    """Draw a small MuJoCo scene with the backend in MUJOCO_GL: the renderer's name and 96 px frames per second."""
+    import mujoco
+
+    from vla.support import machine
+
+    model = mujoco.MjModel.from_xml_string(SCENE)
+    data = mujoco.MjData(model)
+    mujoco.mj_forward(model, data)
+    renderer = mujoco.Renderer(model, 96, 96)
+    renderer.update_scene(data, "eye")
+    if renderer.render().std() < 1:
+        raise RuntimeError("the picture is empty")
+    frames, start = 0, time.perf_counter()
+    while time.perf_counter() - start < 0.25:
+        renderer.update_scene(data, "eye")
+        renderer.render()
+        frames += 1
+    rate = frames / (time.perf_counter() - start)
+    return machine.gl() | {"frames_per_s": rate}
+
+
+def torch() -> dict[str, Any]:
+    """What the installed torch computes on, and how fast a float32 matrix product is there."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    facts = {
+        "version": torch.__version__,
+        "cuda_build": torch.version.cuda,
+        "device": device,
+        "gpu": None,
+        "bf16": False,
+    }
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        facts |= {
+            "gpu": f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB",
+            "bf16": torch.cuda.is_bf16_supported(including_emulation=False),
+        }
+    matrix = torch.randn(1024, 1024, device=device)
+    (matrix @ matrix).sum().item()
+    start = time.perf_counter()
+    (matrix @ matrix @ matrix @ matrix).sum().item()
+    return facts | {"gflops": 3 * 2 * 1024**3 / (time.perf_counter() - start) / 1e9, "threads": torch.get_num_threads()}
+
+
+def video() -> dict[str, Any]:
+    """Encode a short clip with x264 through PyAV."""
+    import numpy as np
+
+    from vla.simulation.clips import encode
+
+    frames = [np.full((96, 96, 3), i, np.uint8) for i in range(60)]
+    start = time.perf_counter()
+    size = len(encode(frames, 20))
+    return {"bytes": size, "frames_per_s": len(frames) / (time.perf_counter() - start)}
+
+
+PROBES = {"render": render, "torch": torch, "video": video}
+
+if __name__ == "__main__":
+    print(json.dumps(PROBES[sys.argv[1]]()))

@@ -1,0 +1,1 @@
+"""Training: batches, the training loop, and the rollouts that DAgger labels."""

@@ -1,0 +1,334 @@
+"""The training loop: transformers' Trainer, with checkpoints that cannot be half-written and metrics of actions.
+
+Owns: what differs from the stock Trainer: batches in draw order, atomic checkpoints, validation by token accuracy and
+un-normalised error per action entry, a metrics file with its plot, and stopping on request. Devices, precision,
+gradient accumulation and data parallelism are the Trainer's and accelerate's. It does not know where samples come from
+or what the run is for.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import SequentialSampler
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
+
+from vla.data.samples import Sample
+from vla.errors import TrainingError
+from vla.model.processing import VLAProcessor
+from vla.support.progress import Progress, duration
+
+METRICS = "metrics.jsonl"
+CURVES = "curves.png"
+LINE_EVERY_S = 30.0  # between two lines of a log
+
+
+class Collator:
+    """Samples -> model inputs: the processor's prefix, the chunk's tokens as suffix and as labels."""
+
+    def __init__(self, processor: VLAProcessor, unnorm_keys: Sequence[str], pad_to: int | None = None) -> None:
+        self.processor, self.unnorm_keys, self.pad_to = processor, list(unnorm_keys), pad_to
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
+        keys = [self.unnorm_keys[sample.source] for sample in samples]
+        suffix = np.stack([self.processor.encode_actions(s.chunk, key) for s, key in zip(samples, keys, strict=True)])
+        states = np.stack([self.processor.state(s.state, key) for s, key in zip(samples, keys, strict=True)])
+        learn = self.processor.action_tokenizer.token_mask(np.stack([sample.valid for sample in samples]))
+        batch = self.processor(
+            [s.images for s in samples], [s.instruction for s in samples], states, suffix, pad_to=self.pad_to
+        )
+        return batch | {"labels": torch.from_numpy(np.where(learn, suffix, -100))}
+
+
+class VLATrainer(Trainer):
+    """Trainer over a `Mixture`.
+
+    Args:
+        validation: samples to validate on; empty skips validation.
+        collator: also used for validation.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        args: TrainingArguments,
+        train_dataset: Any,
+        collator: Collator,
+        validation: Sequence[Sample],
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=list(validation) or None,
+            data_collator=collator,
+            # A checkpoint is a whole policy: its text tokenizer lies beside the weights.
+            processing_class=collator.processor.tokenizer,
+            callbacks=list(callbacks),
+        )
+        # The loss is a mean over samples, so that of accumulated batches is the mean of theirs.
+        self.model_accepts_loss_kwargs = False
+        self.collator, self.validation = collator, validation
+        self._staging: str | None = None
+        self._stop = StopOnRequest()
+        self.add_callback(self._stop)
+        self.remove_callback(PrinterCallback)
+
+    @contextmanager
+    def graceful(self) -> Iterator[None]:
+        """While inside, the first Ctrl-C or SIGTERM is a request: it is raised at the end, after the checkpoint."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before: dict[int, Any] = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+
+        def note(number: int, frame: Any) -> None:
+            signal.signal(number, before[number])
+            try:
+                handler = before[number]
+                handler(number, frame) if callable(handler) else signal.default_int_handler(number, frame)
+            except KeyboardInterrupt as stop:
+                self._stop.requested = stop
+                print("\nstopping after this step; the checkpoint can be resumed ...", flush=True)
+
+        for number in before:
+            signal.signal(number, note)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        self._stop.agree(self.args)  # it may have come after the last step
+        if self._stop.requested is not None:
+            raise self._stop.requested
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        # A sample is a function of its draw number, so order is all that there is to keep.
+        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._staging or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Save to a scratch folder and rename it: a checkpoint with its final name is complete."""
+        run = Path(self.args.output_dir)
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self._staging = str(run / ".saving")
+        if self.args.should_save:
+            shutil.rmtree(self._staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            staging, self._staging = self._staging, None
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            for file in Path(staging, name).rglob("*"):
+                if file.is_file():
+                    with file.open("rb") as handle:
+                        os.fsync(handle.fileno())
+            if (run / name).exists():
+                _remove(run / name)
+            Path(staging, name).rename(run / name)
+            shutil.rmtree(staging)
+            for folder in sort_checkpoints(str(run))[: -(self.args.save_total_limit or 1)]:
+                _remove(Path(folder))
+        self.accelerator.wait_for_everyone()
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Teacher-forced validation: loss, token accuracy, and mean absolute error per action entry in its own unit."""
+        metrics = {f"eval_{name}": value for name, value in self._validate().items()}
+        self.log(metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @torch.no_grad()
+    def _validate(self) -> dict[str, float]:
+        model, processor = self.model.eval(), self.collator.processor
+        tokenizer, begin = processor.action_tokenizer, processor.config.action_token_begin
+        losses, correct, total = [], 0, 0
+        errors, valid = [], []
+        size = self.args.per_device_eval_batch_size
+        for start in range(0, len(self.validation), size):
+            samples = self.validation[start : start + size]
+            inputs = self._prepare_inputs(self.collator(samples))
+            with self.compute_loss_context_manager():
+                outputs = model(**inputs)
+            logits = outputs.logits[..., begin : begin + tokenizer.vocab_size].float()
+            predicted, labels = logits.argmax(-1).cpu().numpy() + begin, inputs["labels"].cpu().numpy()
+            losses.append(float(outputs.loss) * len(samples))
+            correct += int(((predicted == labels) & (labels >= 0)).sum())
+            total += int((labels >= 0).sum())
+            for sample, ids in zip(samples, predicted, strict=True):
+                chunk = processor.decode_actions(ids, self.collator.unnorm_keys[sample.source])
+                errors.append(np.abs(chunk - sample.chunk))
+                valid.append(sample.valid)
+        model.train()
+        per_entry = np.concatenate(errors)[np.concatenate(valid)].mean(0)
+        named = zip(processor.robot.action_names, per_entry, strict=True)
+        return {
+            "loss": sum(losses) / len(self.validation),
+            "token_accuracy": correct / max(total, 1),
+        } | {f"l1/{name}": float(error) for name, error in named}
+
+
+class Metrics(TrainerCallback):
+    """Appends what the Trainer logs to `metrics.jsonl`; on resuming drops what lies after the checkpoint.
+
+    Raises:
+        TrainingError: the loss is not a number. The weights are not either then, and would be saved as a policy.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.path = run / METRICS
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            kept = [row for row in read_metrics(self.path) if row["step"] <= state.global_step]
+            scratch = self.path.with_suffix(".partial")
+            scratch.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            scratch.replace(self.path)
+
+    def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and logs and "train_runtime" not in logs:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+        for name in ("loss", "train_loss"):  # the second at the end, over all steps: also those after the last log
+            if not math.isfinite(loss := (logs or {}).get(name, 0.0)):
+                raise TrainingError(
+                    f"the loss is {loss} at step {state.global_step}: training has diverged. Start again in "
+                    "another --out with a lower --learning-rate or more --warmup-steps."
+                )
+
+
+class ShowProgress(TrainerCallback):
+    """How far a run is, with the latest loss and validation: a bar in a terminal, lines in a log file."""
+
+    def __init__(self) -> None:
+        self._notes: dict[str, str] = {}
+        self._progress: Progress | None = None  # the bar
+        self._told = -math.inf  # when the last line was written
+        self._begun = (0, 0.0)  # step and time
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        if state.global_step:
+            print(f"resuming at step {state.global_step} of {state.max_steps}", flush=True)
+        self._begun = state.global_step, time.monotonic()
+        if sys.stderr.isatty():
+            self._progress = Progress(state.max_steps, "steps", done=state.global_step)
+            self._progress.__enter__()
+
+    def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        for name, label in (("loss", "loss"), ("eval_token_accuracy", "validation accuracy")):
+            if name in (logs or {}):
+                self._notes[name] = f"{label} {logs[name]:.3f}"
+        if state.is_world_process_zero and not sys.stdout.isatty():
+            now, over = time.monotonic(), "train_runtime" in (logs or {})
+            if self._notes and (now - self._told >= LINE_EVERY_S or over):
+                self._told = now
+                print(self._line(state.global_step, state.max_steps, now), flush=True)
+
+    def _line(self, step: int, steps: int, now: float) -> str:
+        per_second = (step - self._begun[0]) / max(now - self._begun[1], 1e-9)
+        left = f", {duration((steps - step) / per_second)} left" if per_second and step < steps else ""
+        return f"step {step} of {steps}: {', '.join(self._notes.values())}{left}"
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._progress:
+            self._progress.advance(", ".join(self._notes.values()) or "first steps")
+
+    def on_train_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._progress:
+            self._progress.__exit__(None, None, None)
+
+
+class StopOnRequest(TrainerCallback):
+    """Finish the step, save a checkpoint, stop, once `requested` is set."""
+
+    def __init__(self) -> None:
+        self.requested: BaseException | None = None
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        self.agree(args)
+        if self.requested is not None:
+            control.should_save = control.should_training_stop = True
+
+    def agree(self, args: TrainingArguments) -> None:
+        """What one process was asked for holds for all. They see a signal in different steps, or only one of them gets
+        it, and all must stop in the same step; none may take what is half trained for finished."""
+        if args.world_size > 1:
+            flag = torch.tensor(int(self.requested is not None), device=args.device)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+            if flag and self.requested is None:
+                self.requested = KeyboardInterrupt("another process was asked to stop")
+
+
+def _remove(checkpoint: Path) -> None:
+    """Delete a checkpoint; killed half-way, what is left of it no longer has a checkpoint's name."""
+    doomed = checkpoint.with_name(".removing")
+    shutil.rmtree(doomed, ignore_errors=True)
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def last_checkpoint(run: Path) -> str | None:
+    """The newest complete checkpoint in a run folder."""
+    return get_last_checkpoint(str(run)) if run.is_dir() else None
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a `metrics.jsonl`; a last line cut off by a kill is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def plot_metrics(run: Path) -> Path | None:
+    """Draw loss and token accuracy from `metrics.jsonl` to `curves.png`."""
+    rows = read_metrics(run / METRICS)
+    if not any("loss" in row for row in rows):
+        return None
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
+    for axis, names in ((left, ("loss", "eval_loss")), (right, ("eval_token_accuracy",))):
+        for name in names:
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            if points:
+                style = {"linewidth": 1.2} if name == "loss" else {"linewidth": 2, "marker": "o", "markersize": 3}
+                label = {"loss": "training", "eval_loss": "validation", "eval_token_accuracy": "validation"}[name]
+                axis.plot(*zip(*points, strict=True), label=label, **style)
+        axis.set_xlabel("optimizer step")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        if axis.lines:
+            axis.legend(frameon=False)
+    left.set_title("cross-entropy of action tokens")
+    right.set_title("token accuracy, teacher-forced")
+    figure.savefig(run / CURVES, dpi=130)
+    plt.close(figure)
+    return run / CURVES

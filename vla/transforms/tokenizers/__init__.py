@@ -1,0 +1,1 @@
+"""Action tokenizers: normalised action chunks to token rows and back."""

@@ -1,0 +1,158 @@
+"""One token per action entry: its bin.
+
+Owns: uniform bins, quantile bins, and OpenVLA's bins (exactly: 256 edges, 255 centres, reversed ids). A chunk [H, D]
+becomes its entries action by action, in the order of the dimensions. Dimensions that never move can be left out
+(`active`): they cost no tokens and decode to 0, which un-normalises to their constant.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from vla.transforms.tokenizers.base import ActionTokenizer
+
+
+class _Bins(ActionTokenizer):
+    """What the three have in common: entries are tokens; only value <-> id differs."""
+
+    def __init__(self, horizon: int, action_dim: int, n_bins: int, active: Sequence[int] | None = None) -> None:
+        if horizon < 1 or action_dim < 1 or n_bins < 2:
+            raise ValueError(f"need horizon >= 1, action_dim >= 1, n_bins >= 2; got {horizon}, {action_dim}, {n_bins}.")
+        self.horizon, self.action_dim, self.vocab_size = horizon, action_dim, n_bins
+        self.active = list(range(action_dim)) if active is None else [int(dim) for dim in active]
+        if not self.active or sorted(set(self.active)) != self.active or self.active[-1] >= action_dim:
+            raise ValueError(f"active must name dimensions of 0..{action_dim - 1} in order, got {self.active}.")
+        self.tokens_per_action = len(self.active)
+        self.n_tokens = horizon * self.tokens_per_action
+
+    def encode(self, chunks: np.ndarray) -> np.ndarray:
+        chunks = np.asarray(chunks, np.float64)
+        if chunks.shape[-2:] != (self.horizon, self.action_dim):
+            raise ValueError(f"expected chunks [..., {self.horizon}, {self.action_dim}], got {chunks.shape}.")
+        if not np.isfinite(chunks).all():
+            raise ValueError("a chunk holds values that are not finite.")
+        ids = self._to_ids(np.clip(chunks[..., self.active], -1.0, 1.0))
+        return ids.reshape(*chunks.shape[:-2], self.n_tokens)
+
+    def decode(self, ids: np.ndarray) -> np.ndarray:
+        ids = self.check_ids(ids)
+        return self._chunks(self._to_values(ids.reshape(*ids.shape[:-1], -1, len(self.active))))
+
+    def expect(self, probabilities: np.ndarray) -> np.ndarray:
+        by_action = probabilities.reshape(*probabilities.shape[:-2], -1, len(self.active), self.vocab_size)
+        return self._chunks((by_action * self.centres()).sum(-1))
+
+    def _chunks(self, values: np.ndarray) -> np.ndarray:
+        """Values [..., n, n active] -> chunks [..., n, D]; 0 where nothing ever moves."""
+        chunks = np.zeros((*values.shape[:-1], self.action_dim), np.float32)
+        chunks[..., self.active] = values
+        return chunks
+
+    def token_mask(self, valid: np.ndarray) -> np.ndarray:
+        return np.repeat(np.asarray(valid, bool), len(self.active), axis=-1)
+
+    def centres(self) -> np.ndarray:
+        """float32 [n active, vocab_size]: the value each id stands for, per active dimension."""
+        ids = np.broadcast_to(np.arange(self.vocab_size)[:, None], (self.vocab_size, len(self.active)))
+        return self._to_values(ids).T.astype(np.float32)
+
+    @abstractmethod
+    def _to_ids(self, values: np.ndarray) -> np.ndarray:
+        """Clipped values [..., n active] -> ids of the same shape."""
+
+    @abstractmethod
+    def _to_values(self, ids: np.ndarray) -> np.ndarray:
+        """Ids [..., n active] -> bin centres of the same shape."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "horizon": self.horizon,
+            "action_dim": self.action_dim,
+            "n_bins": self.vocab_size,
+            "active": self.active,
+        }
+
+
+class UniformBins(_Bins):
+    """`n_bins` equal bins on [-1, 1]; an odd number has a centre at exactly 0. Round trip within 1 / n_bins."""
+
+    name = "uniform"
+
+    def _to_ids(self, values: np.ndarray) -> np.ndarray:
+        ids = np.floor((values + 1) * (self.vocab_size / 2)).astype(np.int64)
+        return np.minimum(ids, self.vocab_size - 1)
+
+    def _to_values(self, ids: np.ndarray) -> np.ndarray:
+        return (2 * ids + 1) / self.vocab_size - 1
+
+
+class OpenVLABins(_Bins):
+    """OpenVLA's tokenizer, id for id: 256 edges on [-1, 1], 255 centres, the highest value at the lowest id.
+
+    With `d = digitize(a, linspace(-1, 1, 256))` in 1..256, OpenVLA's id is `vocab_size - d`; ours counts from the first
+    action row (id 31744 of a vocabulary of 32000), so `id = 256 - d`. Two ids (d = 255 and 256) share the last centre.
+    """
+
+    name = "openvla"
+
+    def __init__(self, horizon: int, action_dim: int, n_bins: int = 256, active: Sequence[int] | None = None) -> None:
+        super().__init__(horizon, action_dim, n_bins, active)
+        self._edges = np.linspace(-1.0, 1.0, n_bins)
+        self._centres = (self._edges[:-1] + self._edges[1:]) / 2
+
+    def _to_ids(self, values: np.ndarray) -> np.ndarray:
+        return self.vocab_size - np.digitize(values, self._edges)
+
+    def _to_values(self, ids: np.ndarray) -> np.ndarray:
+        return self._centres[np.clip(self.vocab_size - ids - 1, 0, self.vocab_size - 2)]
+
+
+class QuantileBins(_Bins):
+    """Bins of equal population per dimension: fine where actions are frequent, coarse where they are rare.
+
+    A value goes to the nearest centre.
+
+    Attributes:
+        values: float [n active, n_bins], the increasing centres.
+    """
+
+    name = "quantile"
+
+    def __init__(
+        self,
+        horizon: int,
+        action_dim: int,
+        n_bins: int,
+        values: Sequence[Sequence[float]],
+        active: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(horizon, action_dim, n_bins, active)
+        self.values = np.asarray(values, np.float64)
+        if self.values.shape != (len(self.active), n_bins) or (np.diff(self.values, axis=1) <= 0).any():
+            raise ValueError(f"values must be [{len(self.active)}, {n_bins}] and increase; got {self.values.shape}.")
+        self._edges = (self.values[:, :-1] + self.values[:, 1:]) / 2
+
+    @classmethod
+    def fit(cls, actions: np.ndarray, horizon: int, n_bins: int, active: Sequence[int] | None = None) -> QuantileBins:
+        """Centres at the quantiles (k + 1/2) / n_bins of normalised actions [N, D]."""
+        dims = list(range(actions.shape[-1]) if active is None else active)
+        shares = (np.arange(n_bins) + 0.5) / n_bins
+        values = np.quantile(np.clip(actions, -1, 1), shares, axis=0).T[dims]
+        # Repeated actions would give equal centres; blending in a little of the uniform grid keeps them apart.
+        values = 0.99 * values + 0.01 * (2 * shares - 1)
+        return cls(horizon, actions.shape[-1], n_bins, values.tolist(), active)
+
+    def _to_ids(self, values: np.ndarray) -> np.ndarray:
+        columns = [np.searchsorted(edges, values[..., i], side="right") for i, edges in enumerate(self._edges)]
+        return np.stack(columns, axis=-1)
+
+    def _to_values(self, ids: np.ndarray) -> np.ndarray:
+        return np.stack([centres[ids[..., i]] for i, centres in enumerate(self.values)], axis=-1)
+
+    def to_dict(self) -> dict[str, Any]:
+        return super().to_dict() | {"values": self.values.tolist()}
