@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from tests.forked import Process
+from tests.jobs.test_collect import same_files
 from tests.pointworld import ENV_ID, PointWorld
-from tests.test_collect import same_files
 from vla import config as configuration
 from vla.config import AdapterConfig, CollectConfig, DaggerConfig, TrainConfig
 from vla.config.training import ROUNDS_APART

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from envs.metaworld_sets import SETS
-from tests.test_rollout import Slider
+from tests.jobs.test_rollout import Slider
 from vla import cli
 from vla import config as configuration
 from vla.config import AdapterConfig, BenchmarkConfig

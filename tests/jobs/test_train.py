@@ -130,7 +130,7 @@ def test_two_processes_learn_what_one_does_with_twice_the_batch(demos, tmp_path)
     (tmp_path / "datasets" / "squares").symlink_to(demos, target_is_directory=True)
     values = {"data": ["datasets/squares"], "out": "double", "method": "full", "batch_size": 4, "steps": 6}
     config.dump(small(**values), tmp_path / "my.yaml")
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
     line = re.search(r"^accelerate launch (-m vla\.cli train --config my\.yaml)", readme, re.M)
     # On CPUs accelerate starts several processes only where it is told that they are for GPUs.
     two = "--multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0 --mixed_precision no"

@@ -276,7 +276,7 @@ def test_pusht_as_configured():
 
     from vla.config import CollectConfig, load
 
-    config = load(CollectConfig, Path(__file__).parent.parent / "configs" / "collect" / "pusht.yaml")
+    config = load(CollectConfig, Path(__file__).parents[2] / "configs" / "collect" / "pusht.yaml")
     env = simulator.make(config.env[0], config.adapter)
     observation, info = env.reset(seed=0)
     env.robot.check_observation(observation)

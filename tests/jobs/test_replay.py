@@ -59,7 +59,7 @@ def test_errors(data):
         replay(ReplayConfig(data=data, episodes=0))
     with pytest.raises(SimulatorError, match="unknown environment"):
         replay(ReplayConfig(data=data, env="tests.pointworld:test/None-v0"))
-    anonymous = Path(__file__).parent / "data/fixtures/lerobot_av1"
+    anonymous = Path(__file__).parents[1] / "data/fixtures/lerobot_av1"
     with pytest.raises(DataError, match="--env"):
         replay(ReplayConfig(data=anonymous))
     with pytest.raises(SpecError, match=r"the recording's action has 6 entries .*has 3 \(dx, dy, gripper\)"):
