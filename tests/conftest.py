@@ -11,6 +11,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from vla.config import ModelConfig
 from vla.model.build import DataFacts, build_policy
@@ -20,6 +21,11 @@ from vla.transforms.normalize import compute_statistics
 # A job that a script starts in the background ignores Ctrl-C, and so would the programs that tests stop with it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# How fast examples are made and tried says something about the machine only.
+slow = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+settings.register_profile("any machine", deadline=None, suppress_health_check=slow)
+settings.load_profile("any machine")
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.data.recordings import ROBOT, path_of, record
@@ -24,7 +24,7 @@ from vla.spec import RobotSpec
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12)
 @given(
     state_dim=st.integers(0, 3),
     action_dim=st.integers(1, 8),

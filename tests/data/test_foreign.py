@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.data.recordings import ROBOT
@@ -90,7 +90,7 @@ def encode(path, times, fps=10, codec="libx264", pixels="yuv420p", container="mp
 # Times and keys
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10)
 @given(data=st.data(), jitter=st.floats(-0.1, 0.1))
 def test_frames_taken_out_of_the_tables_but_not_out_of_the_video(tmp_path_factory, data, jitter):
     """Whichever rows are left, and however their clock jitters, each has the image of its own time."""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vla.data.video import VideoReader, VideoWriter, concatenate, describe
@@ -31,7 +31,7 @@ def write(path: Path, numbers: range, fps: float, size: tuple[int, int] = (32, 8
     return path
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12)
 @given(
     lengths=st.lists(st.integers(1, 17), min_size=1, max_size=5),
     fps=st.sampled_from([5, 7, 10, 12.5, 15, 20, 29.97, 30, 50, 60]),

@@ -84,7 +84,7 @@ def test_tokens_equal_generate(policy, observations, size):
     assert len(different) > 2  # the networks do look at what they are shown
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(window=st.integers(1, 40), wrong=st.lists(st.integers(0, 15), max_size=5), seed=st.integers(0, 3))
 def test_no_draft_and_no_window_changes_a_token(facts, observations, window, wrong, seed):
     torch.manual_seed(0)

@@ -9,7 +9,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import MaxLengthCriteria, StoppingCriteriaList
 
@@ -438,7 +438,7 @@ def test_committed_actions_count_as_long_as_they_are_believed(nano, observations
 
 
 @given(seed=st.integers(0, 10_000), window=st.integers(1, 8))
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15)
 def test_what_is_committed_in_one_row_is_no_matter_of_the_others(nano, observations, seed, window):
     """One client's robot must not act otherwise because another's is decoded beside it."""
     network, processor = nano

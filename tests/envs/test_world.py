@@ -28,7 +28,7 @@ ANGLES = st.tuples(*[st.floats(-0.5, 0.5)] * 3)
 POINT = st.tuples(*[st.floats(0, 1)] * 3)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(POINT, st.just((0.0, 0.0, 0.0)) | ANGLES)
 def test_inverse_kinematics_reaches_the_whole_box(point: tuple[float, ...], angles: tuple[float, ...]) -> None:
     """Upright everywhere; tilted wherever objects are."""
