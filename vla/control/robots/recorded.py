@@ -30,8 +30,8 @@ class Sent:
 
 
 class ReplayRobot:
-    """A `Robot`: one episode after the other, each begun by `reset`. Frame k is due at start + k / hz, and for one
-    period. Use it as a context manager, as a `SimRobot`.
+    """A `Robot`: one episode after the other, each loaded by `reset`. An episode starts with the first observation or
+    command after that; frame k is due at start + k / hz, for one period. Use it as a context manager, as a `SimRobot`.
 
     All pictures of an episode are decoded beforehand and kept in memory (640 x 480 is 0.9 MB per frame and camera).
 
@@ -61,7 +61,7 @@ class ReplayRobot:
         self.instruction, self.demonstrated = "", np.zeros((0, self.spec.action_dim), np.float32)
         self.sent: list[Sent] = []
         self._observations: list[dict[str, Any]] = []
-        self._start = 0.0
+        self._start: float | None = None  # of the episode; None until somebody looks
         self._latest: Reading | None = None
 
     def __enter__(self) -> ReplayRobot:
@@ -70,8 +70,8 @@ class ReplayRobot:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def reset(self, episode: int) -> Reading:
-        """Begin to play an episode; its first frame, which is due now. DataError where there is none of that index."""
+    def reset(self, episode: int) -> None:
+        """Load an episode. DataError where there is none of that index."""
         data, known = self._data, {found.index: found for found in self._data.episodes}
         if episode not in known:
             raise DataError(f"{data.root}: {unknown('episode', episode, known)}")
@@ -84,12 +84,12 @@ class ReplayRobot:
             | ({} if states is None else {"agent_pos": states[k]})
             for k in range(found.length)
         ]
-        self._start, self._latest, self.sent = time.monotonic(), None, []
-        return self.observe()
+        self._start, self._latest, self.sent = None, None, []
 
     def observe(self) -> Reading:
         """The frame that is due. After the last frame's period it is over (and no success: a replay cannot succeed)."""
         tick = self._tick(time.monotonic())
+        assert self._start is not None
         due, over = self._start + tick / self._hz, tick >= len(self._observations)
         if self._latest is None or self._latest.time != due:
             # What is the same frame is the same reading: it is judged once.
@@ -118,4 +118,5 @@ class ReplayRobot:
         return {name: float(value) for name, value in zip(self.spec.action_names, difference, strict=True)}
 
     def _tick(self, now: float) -> int:
+        self._start = now if self._start is None else self._start
         return math.floor((now - self._start) * self._hz)
