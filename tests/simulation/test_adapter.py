@@ -189,7 +189,7 @@ def test_experts():
 
 
 def test_an_expert_in_the_working_directory_is_found(tmp_path, monkeypatch):
-    (tmp_path / "my_own_expert.py").write_text("from tests.test_simulator import Right as expert\n")
+    (tmp_path / "my_own_expert.py").write_text("from tests.simulation.test_adapter import Right as expert\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [path for path in sys.path if path])
     monkeypatch.setattr("sys.meta_path", list(sys.meta_path))
@@ -202,7 +202,7 @@ def test_the_working_directory_never_hides_what_is_installed(tmp_path, monkeypat
         (tmp_path / name).write_text("raise ImportError('from the working directory')\n")
     (tmp_path / "datasets_of_mine").mkdir()
     (tmp_path / "my_namespace").mkdir()
-    (tmp_path / "my_namespace" / "inner.py").write_text("from tests.test_simulator import Right as expert\n")
+    (tmp_path / "my_namespace" / "inner.py").write_text("from tests.simulation.test_adapter import Right as expert\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [path for path in sys.path if path])
     monkeypatch.setattr("sys.meta_path", list(sys.meta_path))
