@@ -1,0 +1,51 @@
+"""Files that version 0.1.0 wrote before its modules moved still load, and mean what they meant."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from vla import config
+from vla.data.reader import Demonstrations
+from vla.jobs.collect import collect
+from vla.policy import Policy
+
+FIXTURES = Path(__file__).parent / "data" / "fixtures"
+
+
+def test_a_dataset_is_what_collecting_it_today_gives(tmp_path):
+    old = FIXTURES / "demonstrations_0_1_0"
+    demos = Demonstrations(old)
+    assert [episode.instruction for episode in demos.episodes] and demos.num_frames == 10
+    again = dataclasses.replace(config.load(config.CollectConfig, old / "collect.yaml"), out=tmp_path / "today")
+    today = Demonstrations(collect(again))
+    assert [e.instruction for e in today.episodes] == [e.instruction for e in demos.episodes]
+    np.testing.assert_array_equal(today.actions, demos.actions)
+    np.testing.assert_array_equal(today.states, demos.states)
+
+
+def test_a_checkpoint_decodes_the_same_tokens():
+    policy = Policy.from_pretrained(str(FIXTURES / "checkpoint_0_1_0"), device="cpu")
+    image = (np.arange(32 * 32 * 3) % 251).astype(np.uint8).reshape(32, 32, 3)
+    observation = {"pixels": {"front": image}, "agent_pos": np.array([0.25, -1.0], np.float32)}
+    expected = json.loads((FIXTURES / "checkpoint_0_1_0_expected.json").read_text())
+    predicted = policy.predict([observation] * 2, ["go to the red goal", "close it"])
+    assert predicted.ids.tolist() == expected["ids"]
+    np.testing.assert_allclose(predicted.chunks, expected["chunks"], atol=1e-6)
+
+
+@pytest.mark.parametrize("path", sorted((FIXTURES / "configs_0_1_0").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_configuration_is_read(path):
+    """Fields may have been added; those that it has keep their values."""
+    cls = getattr(config, f"{path.stem.capitalize()}Config")
+    old = yaml.safe_load(path.read_text())
+    assert merged(config.to_dict(config.load(cls, path)), old) == config.to_dict(config.load(cls, path))
+
+
+def merged(values: dict, changes: dict) -> dict:
+    assert changes.keys() <= values.keys()
+    both = {key: merged(values[key], new) if isinstance(new, dict) and new else new for key, new in changes.items()}
+    return values | both
