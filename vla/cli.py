@@ -47,7 +47,7 @@ VERBS = {
     "pretrain": Verb("TrainConfig", "vla.jobs.train:pretrain", "train all weights of a policy"),
     "rollout": Verb("RolloutConfig", "vla.jobs.rollout:rollout", "evaluate a policy closed loop and write a report"),
     "deploy": Verb("DeployConfig", "vla.jobs.deploy:deploy", "run a policy on a simulated robot in real time"),
-    "serve": Verb("ServeConfig", "vla.serving.server:serve", "serve a policy to OpenVLA's and openpi's robot clients"),
+    "serve": Verb("ServeConfig", "vla.jobs.serve:serve", "serve a policy to OpenVLA's and openpi's robot clients"),
     "dagger": Verb(
         "DaggerConfig", "vla.jobs.dagger:dagger", "roll out a policy, have an expert label its states, train, repeat"
     ),

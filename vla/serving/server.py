@@ -1,6 +1,6 @@
-"""`vla serve`: a policy behind a socket.
+"""The HTTP server of a policy: uvicorn's settings, an orderly stop, and the metadata that clients receive.
 
-Owns: the process: load, listen, stop in good order. The protocols are `app`'s.
+It does not know the protocols (`vla.serving.app`).
 """
 
 from __future__ import annotations
@@ -8,8 +8,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import logging
-import os
 import socket
 import sys
 from typing import Any
@@ -19,42 +17,10 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from vla import __version__
-from vla.config import ServeConfig, check
-from vla.errors import ConfigError
+from vla.config import ServeConfig
 from vla.policy import Policy
 from vla.serving.app import PolicyApp
-from vla.serving.batcher import Batcher
-from vla.support.sockets import BACKLOG, listen
-
-
-def serve(config: ServeConfig) -> None:
-    """Serve until Ctrl-C or SIGTERM; requests that are being answered then still are.
-
-    Raises:
-        ConfigError: the address cannot be listened on, half of a TLS pair is missing, or chunks are to be averaged.
-        VLAError: the policy cannot be loaded.
-    """
-    check(config)
-    for path in (config.certificate, config.private_key):
-        if path is not None and not path.is_file():
-            raise ConfigError(f"there is no file {path}.")
-    logging.basicConfig(format="%(asctime)s %(message)s")
-    policy = Policy.from_pretrained(
-        config.policy, config.device, config.unnorm_key, config.n_action_steps, config.decoding
-    )
-    listener = listen(config.host, config.port)
-    policy.warm_up()
-    app = None
-    batcher = Batcher(policy, config.max_batch, config.max_queue, lambda size: app.metrics.batch(size) if app else None)
-    app = PolicyApp(batcher, config, describe(policy), os.environ.get("VLA_API_KEY") or None)
-    secure = "s" if config.certificate else ""
-    host, port = listener.getsockname()[:2]
-    print(f"serving {config.policy!r} at http{secure}://{host}:{port}/act and ws{secure}://{host}:{port}", flush=True)
-    server = _Server(settings(app, config), app)
-    try:
-        server.run([listener])
-    finally:
-        batcher.close()
+from vla.support.sockets import BACKLOG
 
 
 def describe(policy: Policy) -> dict[str, Any]:
@@ -103,8 +69,8 @@ def settings(app: PolicyApp, config: ServeConfig) -> uvicorn.Config:
     )
 
 
-class _Server(uvicorn.Server):
-    """Answers what has been asked before it closes connections; a signal then has the exit status that it should."""
+class Server(uvicorn.Server):
+    """Answers pending requests before it closes connections."""
 
     def __init__(self, config: uvicorn.Config, app: PolicyApp) -> None:
         super().__init__(config)
