@@ -122,7 +122,7 @@ def test_another_plan_is_not_continued(tmp_path, start):
     wait_for(tmp_path / "set", 2)
     process.kill()
     process.communicate()
-    with pytest.raises(ConfigError, match="started with seed = 0, not 7"):
+    with pytest.raises(ConfigError, match="started with other settings: seed = 0, not 7"):
         collect(config(tmp_path / "set", 2, seed=7, resume=True, kwargs={"delay": 0.01}))
     out = collect(config(tmp_path / "set", 2, resume=True, kwargs={"delay": 0.01}))  # fewer episodes are fine
     assert len(Demonstrations(out).episodes) == 2

@@ -418,9 +418,9 @@ def test_a_state_under_another_name_is_pointed_out(demos, tmp_path, capsys):
 
 
 def test_mistakes_are_explained_before_anything_is_written(demos, unbroken, tmp_path):
-    with pytest.raises(ConfigError, match="--resume continues the run"):
+    with pytest.raises(ConfigError, match="--resume continues it"):
         pretrain(small(data=[demos], out=unbroken))
-    with pytest.raises(ConfigError, match="learning_rate differ"):
+    with pytest.raises(ConfigError, match=r"other settings: learning_rate = .*, not 0\.5"):
         pretrain(small(data=[demos], out=unbroken, resume=True, learning_rate=0.5))
     with pytest.raises(ConfigError, match="nothing to resume"):
         pretrain(small(data=[demos], out=tmp_path / "none", resume=True))

@@ -16,6 +16,7 @@ import numpy as np
 
 from vla.evaluation.results import OUTCOMES
 from vla.support.pages import templates
+from vla.support.run_folder import write_text
 from vla.support.statistics import percentiles
 
 FILE = "report.html"
@@ -24,9 +25,7 @@ MOST_EMBEDDED = 48 * 2**20  # bytes of video in one page
 
 def write(info: Mapping[str, Any], folder: Path) -> Path:
     """Write `report.html` for the results of a run whose videos are in `folder`."""
-    path = folder / FILE
-    path.write_text(render(info, folder), encoding="utf-8")
-    return path
+    return write_text(folder / FILE, render(info, folder))
 
 
 def render(info: Mapping[str, Any], folder: Path) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from vla.errors import DataError
+from vla.support.run_folder import RunFolder
 from vla.support.statistics import percentiles, wilson
 
 FILE = "eval_info.json"
@@ -145,15 +146,12 @@ def task_group(env_id: str) -> str:
 
 def write(info: Mapping[str, Any], folder: Path) -> Path:
     """Write `eval_info.json`, whole or not at all."""
-    path, scratch = folder / FILE, folder / f".{FILE}.part"
-    scratch.write_text(json.dumps(info, indent=2, allow_nan=False) + "\n")
-    return scratch.replace(path)
+    return RunFolder(folder).write_json(FILE, info)
 
 
-def is_finished(folder: Path) -> bool:
-    """Whether `folder` holds the results of a run that was not stopped early."""
-    path = folder / FILE
-    return path.is_file() and '"interrupted": true' not in path.read_text()
+def finished(folder: Path) -> dict[str, Any] | None:
+    """The results in `folder`; None when there are none, or those of a rollout that was stopped early."""
+    return read(folder) if RunFolder(folder).is_finished(FILE) else None
 
 
 def read(run: str | Path) -> dict[str, Any]:

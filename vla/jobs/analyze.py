@@ -9,7 +9,6 @@ where closed-loop errors lead the robot is what `vla rollout` tells.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +26,7 @@ from vla.data.samples import ChunkSamples, Sample
 from vla.decoding import strategies
 from vla.policy import Policy
 from vla.support.progress import Progress
+from vla.support.run_folder import RunFolder
 
 FILE, PICTURE = "exposure.json", "exposure.png"
 _STEPS = 12  # groups of steps in the picture
@@ -58,7 +58,7 @@ def exposure(config: ExposureConfig) -> dict[str, Any]:
         "data": str(config.data),
         "frames": len(chosen),
     }
-    (config.out / FILE).write_text(json.dumps(info, indent=1))
+    RunFolder(config.out).write_json(FILE, info)
     _draw(info).savefig(config.out / PICTURE, dpi=150, facecolor="white")
     _print(info, config.out)
     return info

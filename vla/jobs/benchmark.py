@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
 import re
 import shutil
 import sys
@@ -30,6 +29,7 @@ from vla.evaluation import report, results
 from vla.evaluation.results import Episode
 from vla.jobs.rollout import hash_of, rollout
 from vla.serving import client
+from vla.support.run_folder import RunFolder
 from vla.support.statistics import mean_interval, wilson
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 FILE, TASKS = "benchmark.json", "tasks"
 SETS_MODULE = "envs.metaworld_sets"
 WHOLE = "mt50"  # the set whose tiers are averaged; "mt50/easy" is one of its tiers
-_FREE = {"out", "n_envs", "videos"}  # what may change between two parts of one benchmark
+_FREE = ("n_envs", "videos")  # what may change between two parts of one benchmark
 _KEPT = [field.name for field in dataclasses.fields(Episode) if field.name != "decode_ms"]
 
 Counts = tuple[int, int]  # successes, episodes
@@ -88,12 +88,11 @@ def benchmark(config: BenchmarkConfig, policy: ChunkPolicy | None = None) -> dic
         "policy": {"path": config.policy, "sha256": None if policy else hash_of(config.policy)},
         "config": configuration.to_dict(config),
     }
-    _claim(config.out, asked)
-    configuration.dump(config, config.out / "config.yaml")
+    _claim(RunFolder(config.out, config, free=_FREE), asked)
     try:
         for number, env_id in enumerate(env_ids, 1):
             folder = config.out / _place(env_id)
-            info = _finished(folder)
+            info = results.finished(folder)
             if info and not _faults(info):
                 continue
             print(f"task {number} of {len(env_ids)}: {env_id}", file=sys.stderr, flush=True)
@@ -162,38 +161,23 @@ def _task_sets() -> Mapping[str, Sequence[str]]:
         raise SimulatorError(f"cannot import {SETS_MODULE!r} ({error}). `vla doctor` says what is wrong.") from error
 
 
-def _claim(out: Path, asked: Mapping[str, Any]) -> None:
-    """Begin `out`; ConfigError when there is something in it, but for an earlier part of what is `asked` for."""
-    if not out.is_dir() or not any(out.iterdir()):
-        out.mkdir(parents=True, exist_ok=True)
-        _write(out, asked)
-        return
-    try:
-        before = json.loads((out / FILE).read_text())
-        policy, values = before["policy"], before["config"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ConfigError(f"{out} holds something else than a benchmark. Choose another --out.") from None
-    if not any((out / TASKS).glob(f"*/{results.FILE}")):  # nothing was played: it was a wrong policy or adapter
-        _write(out, asked)
-        return
-    changed = [key for key, value in asked["config"].items() if key not in _FREE and value != values.get(key)]
-    if not changed and policy != asked["policy"]:
-        changed = [f"policy (the files of {policy['path']} are not the ones that were measured)"]
-    if changed:
+def _claim(folder: RunFolder, asked: Mapping[str, Any]) -> None:
+    """Start or continue a benchmark in `folder`; ConfigError when what it holds was measured in another way."""
+    played = any((folder.path / TASKS).glob(f"*/{results.FILE}"))  # if none was, the policy or the adapter was wrong
+    folder.check(resume=True, has_results=played)
+    if played and folder.read_json(FILE).get("policy") != asked["policy"]:
         raise ConfigError(
-            f"{out} holds a benchmark with another {', '.join(changed)}: the parts would not belong together. "
-            "Choose another --out."
+            f"{folder.path} holds a benchmark of another policy (the files of {asked['policy']['path']} are not the "
+            "ones that were measured). Choose another --out."
         )
+    folder.begin()
+    if not played:
+        folder.write_json(FILE, asked)
 
 
 def _place(env_id: str) -> Path:
     """Where in the benchmark's folder the rollout of a task is."""
     return Path(TASKS) / env_id.rpartition("/")[2]
-
-
-def _finished(folder: Path) -> dict[str, Any] | None:
-    """The results of a task that was played to its end."""
-    return results.read(folder) if results.is_finished(folder) else None
 
 
 def _faults(info: Mapping[str, Any]) -> int:
@@ -212,7 +196,7 @@ def _conclude(
     sets: Mapping[str, Sequence[str]],
 ) -> dict[str, Any]:
     """Write and print what follows from the tasks that are finished, as they lie in their folders."""
-    infos = {env_id: info for env_id in env_ids if (info := _finished(config.out / _place(env_id)))}
+    infos = {env_id: info for env_id in env_ids if (info := results.finished(config.out / _place(env_id)))}
     tasks = {env_id: info["per_task"][0] for env_id, info in infos.items()}
     scores = score({env_id: (task["n_successes"], task["n_episodes"]) for env_id, task in tasks.items()}, sets)
     summary = {
@@ -229,7 +213,7 @@ def _conclude(
         "published": [entry._asdict() | {"tiers": entry.tiers and list(entry.tiers)} for entry in PUBLISHED],
         "machine": next((info["machine"] for info in infos.values()), None),
     }
-    _write(config.out, summary)
+    RunFolder(config.out).write_json(FILE, summary)
     if infos:
         whole = _merge(infos, summary) | {
             "benchmark": scores | {"published": summary["published"]},
@@ -299,13 +283,6 @@ def _print(summary: Mapping[str, Any], out: Path) -> None:
             table.add_row(name, *(f"{rate:.1f}" for rate in tiers or ()), *[""] * (0 if tiers else 4), f"{average:.1f}")
         Console().print(table)
     print(f"report: {out / report.FILE}")
-
-
-def _write(out: Path, values: Mapping[str, Any]) -> None:
-    """Write `benchmark.json`, whole or not at all."""
-    scratch = out / f".{FILE}.part"
-    scratch.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n")
-    scratch.replace(out / FILE)
 
 
 def _tier(env_id: str, sets: Mapping[str, Sequence[str]]) -> str:

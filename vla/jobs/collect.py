@@ -32,8 +32,10 @@ from vla.simulation.experts import Attempt, Job, Outcome, Pool
 from vla.spec import RobotSpec
 from vla.support import machine
 from vla.support.progress import Progress
+from vla.support.run_folder import RunFolder, write_text
 
 FAILURES = "failures.jsonl"  # one line per attempt that was not kept
+FREE = ("episodes", "workers")  # may change when a collection is resumed
 
 SEEDS_APART = 1_000_000  # between the seed of an episode and those of its next tries: no two episodes share one
 HOPELESS = 50  # failures in an environment, without one success, after which no further seed is tried
@@ -67,7 +69,7 @@ def collect(config: CollectConfig) -> Path:
     configuration.check(config)
     if config.resume and (config.out / INFO).is_file():
         shutil.rmtree(config.out / STAGING, ignore_errors=True)  # killed between the last rename and cleaning up
-        _same_plan(config, config.out / PLAN)
+        RunFolder(config.out, config, PLAN, FREE).check_settings()
         there = Info.load(config.out).total_episodes
         if there < config.episodes:
             raise ConfigError(
@@ -81,8 +83,9 @@ def collect(config: CollectConfig) -> Path:
     if config.resume and not finished(config.out / STAGING):  # nothing to continue: no plan to keep to
         drop_staging(config.out)
     staging = open_staging(config.out, config.resume)
-    _same_plan(config, staging / PLAN)
-    configuration.dump(config, staging / PLAN)
+    plan = RunFolder(config.out, config, f"{STAGING}/{PLAN}", FREE)
+    plan.check_settings()
+    plan.begin()
     try:
         run = _Run(config, staging, robot)
         run.complete()
@@ -142,7 +145,7 @@ class _Run:
         if not self.failures:
             return
         ordered = sorted(self.failures, key=lambda failure: (failure["episode"], failure["turn"]))
-        path.write_text("".join(json.dumps(failure) + "\n" for failure in ordered))
+        write_text(path, "".join(json.dumps(failure) + "\n" for failure in ordered))
 
     def summarise(self) -> None:
         seconds = time.monotonic() - self.start
@@ -233,21 +236,6 @@ def _check_same_robot(env_id: str, robot: dict[str, Any], first_id: str, first: 
             f"{env_id!r} and {first_id!r} cannot share a dataset; they differ in {', '.join(different)}. "
             "Collect them into two datasets and train on both."
         )
-
-
-def _same_plan(config: CollectConfig, path: Path) -> None:
-    """An interrupted collection is continued with the values it was started with, but for how long and how fast."""
-    if not path.is_file():
-        return
-    free = ("episodes", "workers", "resume", "out")
-    before = configuration.to_dict(configuration.load(CollectConfig, path))
-    now = configuration.to_dict(config)
-    for key, value in before.items():
-        if key not in free and value != now[key]:
-            raise ConfigError(
-                f"{config.out} was started with {key} = {value}, not {now[key]}. Continue with the same values, or "
-                "choose another folder."
-            )
 
 
 def _read_failures(path: Path, episodes: int) -> list[dict[str, Any]]:

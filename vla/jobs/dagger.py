@@ -30,10 +30,9 @@ from rich.table import Table
 from vla import config as configuration
 from vla.config import CollectConfig, DaggerConfig, RolloutConfig, TrainConfig
 from vla.config.training import ROUNDS_APART
-from vla.data.format import INFO, Info, write_json
+from vla.data.format import INFO, Info
 from vla.data.pictures import ACCENT, INK, LINE, SOFT, WARN
 from vla.data.reader import Demonstrations
-from vla.errors import ConfigError
 from vla.evaluation import results
 from vla.evaluation.comparison import compare
 from vla.jobs.collect import collect
@@ -41,10 +40,11 @@ from vla.jobs.rollout import rollout
 from vla.jobs.train import train
 from vla.policy import Policy
 from vla.simulation import adapter as simulator
+from vla.support.run_folder import RunFolder
 from vla.training.dagger_rollouts import first_seed, roll_in, scenes_of
 
 FILE, PICTURE, SETTINGS = "dagger.json", "dagger.png", "dagger.yaml"
-FREE = ("rounds", "labels", "target", "compare_bc", "device", "resume", "out")  # may change when a run is resumed
+FREE = ("rounds", "labels", "target", "compare_bc", "device")  # may change when a run is resumed
 KEY = "dagger"  # all rounds share their statistics: one robot, one meaning of every action token
 
 _console = Console()
@@ -57,7 +57,7 @@ def dagger(config: DaggerConfig) -> dict[str, Any]:
         ConfigError, DataError, SimulatorError: values, a folder or an environment that cannot be used.
     """
     _check(config)
-    _claim(config)
+    RunFolder(config.out, config, SETTINGS, FREE).claim(config.resume)
     rounds: list[dict[str, Any]] = []
     info: dict[str, Any] = {"rounds": rounds, "stopped": None}
     while info["stopped"] is None:
@@ -170,9 +170,7 @@ def _evaluate(
     config: DaggerConfig, policy: str, report: Path, episodes: int, seed: int, videos: int = 0
 ) -> dict[str, Any]:
     """Results of a policy alone, so many episodes per environment."""
-    if results.is_finished(report):
-        return results.read(report)
-    return rollout(
+    return results.finished(report) or rollout(
         RolloutConfig(
             policy,
             config.env,
@@ -226,28 +224,8 @@ def _check(config: DaggerConfig) -> None:
         env.close()
 
 
-def _claim(config: DaggerConfig) -> None:
-    """Make `out` this job's folder, or go on in it; ConfigError when it holds something else or other settings."""
-    path = config.out / SETTINGS
-    if path.is_file():
-        if not config.resume:
-            raise ConfigError(f"{config.out} holds a run already. --resume continues it; --out names another folder.")
-        before = configuration.to_dict(configuration.load(DaggerConfig, path))
-        now = configuration.to_dict(config)
-        changed = [key for key in before if key not in FREE and before[key] != now[key]]
-        if changed:
-            raise ConfigError(
-                f"{config.out} was started with other values of {', '.join(changed)} ({path}). Pass the same, or "
-                "choose another --out."
-            )
-    elif config.out.exists() and any(config.out.iterdir()):
-        raise ConfigError(f"{config.out} holds something else. Choose another --out.")
-    config.out.mkdir(parents=True, exist_ok=True)
-    configuration.dump(dataclasses.replace(config, resume=False), path)
-
-
 def _write(config: DaggerConfig, info: dict[str, Any]) -> None:
-    write_json(config.out / FILE, info | {"config": configuration.to_dict(config)})
+    RunFolder(config.out).write_json(FILE, info | {"config": configuration.to_dict(config)})
     _draw(info).savefig(config.out / PICTURE, dpi=150, facecolor="white")
 
 

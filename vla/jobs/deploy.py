@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-import json
 import os
 import signal
 import statistics
@@ -36,6 +35,7 @@ from vla.policy import ChunkPolicy
 from vla.serving import client
 from vla.spec import RobotSpec
 from vla.support import machine
+from vla.support.run_folder import RunFolder
 from vla.support.statistics import percentiles, wilson
 
 FILE = "deploy.json"
@@ -64,8 +64,9 @@ def deploy(config: DeployConfig) -> dict[str, Any]:
         _held_by_signals(controller) as check,
         _live_page(config, controller, robot.spec, policy) as station,
     ):
-        config.out.mkdir(parents=True, exist_ok=True)
-        configuration.dump(config, config.out / "config.yaml")
+        folder = RunFolder(config.out, config)
+        folder.begin()
+        interrupted = True
         try:
             seeds = robot.episodes if isinstance(robot, ReplayRobot) else itertools.count(config.seed)
             for seed in itertools.islice(seeds, config.episodes):
@@ -84,9 +85,14 @@ def deploy(config: DeployConfig) -> dict[str, Any]:
                 while station is not None and station.waiting():
                     check()
                     time.sleep(0.02)
+            interrupted = False
         finally:
-            info = _summarise(records) | {"machine": machine.describe(), "episodes": list(records)}
-            (config.out / FILE).write_text(json.dumps(info, indent=1))
+            info = _summarise(records) | {
+                "interrupted": interrupted,
+                "machine": machine.describe(),
+                "episodes": list(records),
+            }
+            folder.write_json(FILE, info)
     _print(info)
     return info
 

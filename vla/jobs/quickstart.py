@@ -26,11 +26,11 @@ from vla.config import (
     TrainConfig,
 )
 from vla.data.format import INFO
-from vla.errors import ConfigError
 from vla.evaluation import results
 from vla.jobs.collect import collect
 from vla.jobs.rollout import rollout
 from vla.jobs.train import seconds_per_step, train
+from vla.support.run_folder import RunFolder
 
 # Rollouts use seeds that no demonstration has.
 UNSEEN = 100_000
@@ -69,19 +69,15 @@ def quickstart(cfg: QuickstartConfig) -> Path:
 
 
 def _claim(cfg: QuickstartConfig) -> None:
-    """Make `out` this job's folder, or go on in it if it is; ConfigError when it belongs to something else."""
-    settings = cfg.out / SETTINGS
-    same = dataclasses.replace(cfg, fresh=False)
-    if settings.is_file() and cfg.fresh:
+    """Start or continue in `out`; with `fresh`, remove what an earlier quickstart made there."""
+    remedy = "give --fresh, or choose another --out"
+    folder = RunFolder(cfg.out, dataclasses.replace(cfg, fresh=False), SETTINGS, remedy=remedy)
+    if cfg.fresh and folder.settings_file.is_file():
         for name in ("demonstrations", "before", "train", "after"):
             shutil.rmtree(cfg.out / name, ignore_errors=True)
-    elif settings.is_file():
-        if config.load(QuickstartConfig, settings) != same:
-            raise ConfigError(f"{cfg.out} was made with other settings ({settings}). Give --fresh, or another --out.")
-    elif cfg.out.exists() and any(cfg.out.iterdir()):
-        raise ConfigError(f"{cfg.out} holds something else. Choose another --out.")
-    cfg.out.mkdir(parents=True, exist_ok=True)
-    config.dump(same, settings)
+        folder.begin()
+    else:
+        folder.claim(resume=True)
 
 
 def _training(cfg: QuickstartConfig, demos: Path, run: Path) -> TrainConfig:
@@ -105,9 +101,9 @@ def _training(cfg: QuickstartConfig, demos: Path, run: Path) -> TrainConfig:
 
 
 def _rollout(cfg: QuickstartConfig, policy: str, out: Path, compare: Path | None = None) -> dict[str, Any]:
-    if results.is_finished(out):
-        return results.read(out)
-    return rollout(RolloutConfig(policy, (cfg.env,), cfg.episodes, seed=UNSEEN, out=out, compare=compare))
+    return results.finished(out) or rollout(
+        RolloutConfig(policy, (cfg.env,), cfg.episodes, seed=UNSEEN, out=out, compare=compare)
+    )
 
 
 def _words(info: dict[str, Any]) -> str:

@@ -10,7 +10,6 @@ imported. Modules come from the command line and from files that it names, and f
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from vla.data.format import PLAN
 from vla.data.reader import Demonstrations, Episode
 from vla.errors import DataError, SimulatorError
 from vla.simulation import adapter as simulator
+from vla.support.run_folder import RunFolder
 
 FILE = "replay.json"
 SAME = 1e-3  # share of a state entry's range up to which two states count as the same
@@ -95,7 +95,6 @@ def replay(config: ReplayConfig) -> bool:
     hint = explain(results)
     _print(Console(), results, [*notes, hint] if hint else [*notes])
     if config.out is not None:
-        config.out.mkdir(parents=True, exist_ok=True)
         summary = {
             "data": str(config.data),
             "pc_success": 100 * float(np.mean([result.success for result in results])),
@@ -103,7 +102,7 @@ def replay(config: ReplayConfig) -> bool:
             "hint": hint,
             "per_episode": [dataclasses.asdict(result) for result in results],
         }
-        (config.out / FILE).write_text(json.dumps(summary, indent=2) + "\n")
+        RunFolder(config.out).write_json(FILE, summary)
     return all(_as_recorded(result) for result in results)
 
 

@@ -32,6 +32,7 @@ from vla.simulation.pool import Description, Fault, Pool, Start, Stretch
 from vla.spec import RobotSpec
 from vla.support import machine
 from vla.support.progress import Progress
+from vla.support.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from vla.policy import ChunkPolicy
@@ -233,29 +234,21 @@ def _account(episode: Episode, stretch: Stretch) -> None:
 def _check(config: RolloutConfig) -> None:
     """Refuse what cannot work before anything is loaded."""
     configuration.check(config)
-    if results.is_finished(config.out) and not config.overwrite:
+    folder = RunFolder(config.out, config)
+    if folder.is_finished(results.FILE) and not config.overwrite:
         raise ConfigError(f"{config.out} already holds a rollout report. Choose another --out, or give --overwrite.")
-    ours = {results.FILE, report.FILE, VIDEOS, "config.yaml"}
-    found = {path.name for path in config.out.iterdir()} if config.out.is_dir() else set()
-    if found - ours or (found == {"config.yaml"} and not _killed(config.out)):
-        raise ConfigError(f"{config.out} holds something else ({sorted(found)[0]}, ...). Choose another --out.")
-
-
-def _killed(folder: Path) -> bool:
-    """Whether the lone config.yaml there is what an evaluation has left that was killed before it wrote results."""
-    try:
-        configuration.load(RolloutConfig, folder / "config.yaml")
-    except ConfigError:
-        return False
-    return True
+    foreign = folder.entries() - {folder.settings, results.FILE, report.FILE, VIDEOS}
+    if foreign:
+        raise folder.holds_something_else(min(foreign))
+    if not (config.out / results.FILE).is_file():
+        folder.read_settings()  # a rollout that was killed leaves its own; other jobs also write a config.yaml
 
 
 def _prepare(config: RolloutConfig) -> None:
-    """The report folder, with the resolved configuration and without anything of an earlier report."""
-    config.out.mkdir(parents=True, exist_ok=True)
+    """Create the report folder and remove the files of an earlier report."""
     for stale in [config.out / results.FILE, config.out / report.FILE, *(config.out / VIDEOS).glob("*.mp4")]:
         stale.unlink(missing_ok=True)
-    configuration.dump(config, config.out / "config.yaml")
+    RunFolder(config.out, config).begin()
 
 
 def _describe(pool: Pool, env_ids: Sequence[str]) -> dict[str, Description]:

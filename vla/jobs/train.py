@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import json
 import os
 import shlex
 import sys
@@ -39,6 +38,7 @@ from vla.model.processing import VLAProcessor
 from vla.policy import checkpoint
 from vla.simulation.adapter import make
 from vla.support.machine import cpu_flags
+from vla.support.run_folder import RunFolder
 from vla.training import trainer
 from vla.transforms.normalize import compute_statistics
 
@@ -62,14 +62,14 @@ def train(cfg: TrainConfig, conclude: bool = True) -> Path:
         ConfigError, DataError, CheckpointError: what is wrong, before anything is written.
     """
     config.check(cfg)
-    resume_from = None if cfg.dry_run else _check_output(cfg)
     if cfg.dry_run:
         return _dry_run(cfg)
+    folder = RunFolder(cfg.out, cfg, SETTINGS)
+    resume_from = _check_output(folder)
     job, demos = _prepare(cfg)
-    if not cfg.resume and job.args.should_save:
-        cfg.out.mkdir(parents=True, exist_ok=True)
-        (cfg.out / DATA).write_text(json.dumps(_fingerprints(cfg)))
-        config.dump(cfg, cfg.out / SETTINGS)
+    if resume_from is None and job.args.should_save:
+        folder.begin()
+        folder.write_json(DATA, _fingerprints(cfg))
     try:
         with job.graceful():
             job.train(resume_from_checkpoint=resume_from)
@@ -146,29 +146,15 @@ def _fingerprints(cfg: TrainConfig) -> dict[str, str]:
     return {str(folder): Demonstrations(folder).fingerprint for folder in cfg.data}
 
 
-def _check_output(cfg: TrainConfig) -> str | None:
-    """The checkpoint to resume from; ConfigError when the folder's state and `resume` do not fit."""
-    last = trainer.last_checkpoint(cfg.out)
-    if cfg.resume:
-        if last is None and (cfg.out / SETTINGS).is_file():
-            return None  # stopped before its first checkpoint: start again
-        if last is None:
-            raise ConfigError(f"nothing to resume in {cfg.out}: it holds no training run.")
-        if (cfg.out / DATA).is_file() and json.loads((cfg.out / DATA).read_text()) != _fingerprints(cfg):
-            raise ConfigError(f"cannot resume {cfg.out}: its data has changed since it was started. Start another run.")
-        before = config.load(TrainConfig, cfg.out / SETTINGS)
-        same = dataclasses.replace(before, resume=cfg.resume, out=cfg.out, dry_run=cfg.dry_run)
-        changed = [f.name for f in dataclasses.fields(cfg) if getattr(same, f.name) != getattr(cfg, f.name)]
-        if changed:
-            raise ConfigError(
-                f"cannot resume {cfg.out}: {', '.join(changed)} differ from its config.yaml. Pass the same values "
-                f"(`--config {cfg.out}/config.yaml --resume`) or start another run with --out."
-            )
-        return last
-    if not cfg.dry_run and cfg.out.exists() and any(cfg.out.iterdir()):
-        hint = "--resume continues the run in it; " if last else ""
-        raise ConfigError(f"{cfg.out} is not empty. {hint}--out names another folder.")
-    return None
+def _check_output(folder: RunFolder) -> str | None:
+    """The checkpoint to resume from, None to start at step 0; ConfigError when the folder and `resume` do not fit."""
+    cfg, last = folder.config, trainer.last_checkpoint(folder.path)
+    if cfg.resume and last is None and not folder.settings_file.is_file():
+        raise ConfigError(f"nothing to resume in {cfg.out}: it holds no training run.")
+    folder.check(cfg.resume, has_results=last is not None)
+    if last and (cfg.out / DATA).is_file() and folder.read_json(DATA) != _fingerprints(cfg):
+        raise ConfigError(f"cannot resume {cfg.out}: its data has changed since it was started. Start another run.")
+    return last
 
 
 def _facts(cfg: TrainConfig, demos: list[Demonstrations]) -> tuple[DataFacts, list[str]]:

@@ -31,6 +31,7 @@ from vla.data.samples import Sample
 from vla.errors import TrainingError
 from vla.model.processing import VLAProcessor
 from vla.support.progress import Progress, duration
+from vla.support.run_folder import write_text
 
 METRICS = "metrics.jsonl"
 CURVES = "curves.png"
@@ -200,9 +201,7 @@ class Metrics(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             kept = [row for row in read_metrics(self.path) if row["step"] <= state.global_step]
-            scratch = self.path.with_suffix(".partial")
-            scratch.write_text("".join(json.dumps(row) + "\n" for row in kept))
-            scratch.replace(self.path)
+            write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs and "train_runtime" not in logs:
