@@ -185,7 +185,7 @@ def test_the_wall_clock_means_nothing(bench, policy, monkeypatch, safe_and_on_ti
 def test_hold_and_resume_while_it_runs(bench, policy, monkeypatch):
     real, drafts = policy.predict, []
     with Controller(bench, policy, ControlConfig(hz=HZ, injected_latency_s=0.1)) as controller:
-        monkeypatch.setattr(policy, "predict", lambda o, i, m, *on: (drafts.append(m[0].draft), real(o, i, m, *on))[1])
+        monkeypatch.setattr(policy, "predict", lambda o, i, m, *on: (drafts.append(m[0]), real(o, i, m, *on))[1])
         states = []
         controller.listeners.append(lambda moment: states.append(controller.state.value))
         at(controller, 10, controller.hold)
@@ -200,9 +200,7 @@ def test_hold_and_resume_while_it_runs(bench, policy, monkeypatch):
 def test_a_new_instruction_counts_from_the_next_chunk_on(bench, policy, monkeypatch):
     real, told = policy.predict, []
     with Controller(bench, policy, ControlConfig(hz=HZ)) as controller:
-        monkeypatch.setattr(
-            policy, "predict", lambda o, i, m, *on: (told.append((i[0], m[0].draft)), real(o, i, m, *on))[1]
-        )
+        monkeypatch.setattr(policy, "predict", lambda o, i, m, *on: (told.append((i[0], m[0])), real(o, i, m, *on))[1])
         at(controller, 12, lambda: setattr(controller, "instruction", "push"))
         controller.run("reach", seconds=1.5)
     words = [word for word, _ in told]

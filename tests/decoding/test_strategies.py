@@ -4,6 +4,7 @@ The policy of these tests has one action of four entries with five bins: 625 chu
 logits after every possible beginning; distributions, nuclei, beams and penalties are then computed from it by hand.
 """
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -20,7 +21,8 @@ from vla.decoding.strategies import generate, teacher_forced
 from vla.errors import ConfigError
 from vla.model.build import build_policy
 from vla.policy import Policy
-from vla.policy.session import Memory
+from vla.policy.session import Draft, Session, predict
+from vla.transforms.chunks import ensemble_chunks
 
 BINS, ENTRIES = 5, 4
 
@@ -185,7 +187,7 @@ def test_seeds_reproduce_and_leave_the_callers_random_state_alone(small, observa
 
     def chunks(seed):
         policy = Policy(network, processor, decoding=DecodingConfig(temperature=1.0, sampling_seed=seed))
-        return np.stack([policy.predict_chunks(observation, words) for _ in range(2)])
+        return np.stack([policy.predict(observation, words).chunks for _ in range(2)])
 
     torch.manual_seed(11)
     before = torch.get_rng_state()
@@ -195,7 +197,7 @@ def test_seeds_reproduce_and_leave_the_callers_random_state_alone(small, observa
     assert (first != chunks(100)).any() and (first[0] != first[1]).any()
     # A twin's draws are not those of the policy again: together they draw what one alone would.
     policy = Policy(network, processor, decoding=DecodingConfig(temperature=1.0))
-    drawn = [one.predict_chunks(observation, words) for one in (policy, policy.for_key("demo"))]
+    drawn = [one.predict(observation, words).chunks for one in (policy, policy.for_key("demo"))]
     np.testing.assert_array_equal(np.stack(drawn), first)
 
 
@@ -203,7 +205,7 @@ def test_sampling_on_one_device_seeds_no_other(small, observations, monkeypatch)
     """Nobody else's generator could be put back: `torch.manual_seed` seeds every device."""
     monkeypatch.setattr(torch, "manual_seed", lambda seed: 1 / 0)
     network, processor, _, _ = small
-    Policy(network, processor, decoding=DecodingConfig(temperature=1.0)).predict_chunks(observations(1), ["reach"])
+    Policy(network, processor, decoding=DecodingConfig(temperature=1.0)).predict(observations(1), ["reach"])
 
 
 def test_a_policy_says_how_sure_it_was(small, observations):
@@ -243,34 +245,35 @@ def test_expected_value_is_the_mean_of_the_bin_centres(small, observations):
 
 def test_ensembles_average_what_was_said_about_the_same_moment():
     """Chunks of five actions, executed 2, 1, 3 and 2 at a time, against the definition moment by moment."""
-    rng, coefficient, memory, now = np.random.default_rng(0), 0.3, Memory(), 0
+    rng, coefficient, draft, now = np.random.default_rng(0), 0.3, Draft(np.zeros((5, 3))), 0
     said: dict[int, list[np.ndarray]] = {}  # absolute moment -> distributions, oldest first
     for executed in (2, 1, 3, 2, 5, 1):
         new = rng.dirichlet(np.ones(7), size=(5, 3))
         for h in range(5):
             said.setdefault(now + h, []).append(new[h])
-        averaged = memory.ensemble(new, coefficient)
+        draft = dataclasses.replace(draft, past=(*draft.past, new))
+        averaged = ensemble_chunks(draft.past, coefficient)
         for h in range(5):
             weights = [np.exp(-coefficient * i) for i in range(len(said[now + h]))]
             target = sum(w * p for w, p in zip(weights, said[now + h], strict=True)) / sum(weights)
             np.testing.assert_allclose(averaged[h], target)
-        memory.advance(executed)
+        draft = draft.after(executed)
         now += executed
     assert max(map(len, said.values())) >= 3
 
 
 @pytest.mark.parametrize("value", ["mode", "mean"])
 def test_ensembling_in_a_policy(nano, observations, value):
-    """The second chunk is the average of two; a new memory starts from nothing."""
+    """The second chunk is the average of two; a new session starts from nothing."""
     network, processor = nano
     policy = Policy(network, processor, decoding=DecodingConfig(ensemble=0.0, readout=value))
     first, second = observations(2)
-    plain = [Policy(network, processor).score([o], ["reach"], Policy(network, processor).predict_chunks([o], ["reach"]))
+    plain = [Policy(network, processor).score([o], ["reach"], Policy(network, processor).predict([o], ["reach"]).chunks)
              for o in (first, second)]  # fmt: skip
-    memory = Memory()
-    policy.predict([first], ["reach"], [memory])
-    memory.advance(1)
-    together = policy.predict([second], ["reach"], [memory])
+    session = Session("reach")
+    predict(policy, [session], [first])
+    session.advance(1)
+    together = predict(policy, [session], [second])
     np.testing.assert_array_equal(together.ids, plain[1].ids)
 
     def distribution(prediction, observation):
@@ -319,7 +322,7 @@ def test_actions_leave_before_the_chunk_is_decoded(nano, observations, decoding)
         hook.remove()
         policy._engine._forward = forward
     assert 1 <= len(passes) <= 4  # tokens of one action of four
-    again = Policy(network, processor, decoding=decoding).predict_chunks(observations(1), ["reach"])[0]
+    again = Policy(network, processor, decoding=decoding).predict(observations(1), ["reach"]).chunks[0]
     np.testing.assert_array_equal(again, chunk)
 
 
@@ -341,11 +344,11 @@ def test_max_actions_decodes_the_first_actions_only(nano, observations):
         part = Policy(network, processor, n_action_steps=2, decoding=config).predict(observations(3), ["reach"] * 3)
         np.testing.assert_array_equal(part.chunks, whole.chunks[:, :2])
     policy = Policy(network, processor, n_action_steps=2, decoding=DecodingConfig(max_actions=2))
-    memory, whole = Memory(), Policy(network, processor)
+    session, whole = Session("reach"), Policy(network, processor)
     for observation in observations(3):  # each from what the chunk before left over
-        (found,) = policy.predict([observation], ["reach"], [memory]).ids
+        (found,) = predict(policy, [session], [observation]).ids
         np.testing.assert_array_equal(found, whole.predict([observation], ["reach"]).ids[0, : len(found)])
-        memory.advance(1)
+        session.advance(1)
     with pytest.raises(ConfigError, match="4 actions are executed, but max_actions is 2"):
         Policy(network, processor, n_action_steps=4, decoding=DecodingConfig(max_actions=2))
 
@@ -375,12 +378,30 @@ def test_what_cannot_be_streamed_is_refused(nano, observations):
     assert Policy(*nano, device="cpu").streams
 
 
-def test_what_was_committed_to_a_prediction_that_failed_is_no_matter_of_the_next():
-    memory = Memory()
-    memory.remember(np.zeros((4, 2), np.float32))
-    memory.commit(np.ones((2, 2), np.float32))
-    memory.advance(0)
-    assert memory.committed == 0
+def test_predicting_changes_neither_its_drafts_nor_the_policy(nano, observations):
+    """The same call twice is the same prediction; a given prefix is not carried over to the next draft."""
+    network, processor = nano
+    policy = Policy(network, processor, decoding=DecodingConfig(ensemble=0.1))
+    first = policy.predict(observations(1), ["reach"])
+    draft = first.next_draft[0].after(1)
+    draft = draft.given(first.chunks[0][1:3])
+    steps, past = draft.steps.copy(), [chunk.copy() for chunk in draft.past]
+    again = [policy.predict(observations(1, seed=3), ["reach"], [draft]) for _ in range(2)]
+    for name in ("chunks", "ids", "log_probs", "entropy"):
+        np.testing.assert_array_equal(*(getattr(prediction, name) for prediction in again))
+    np.testing.assert_array_equal(draft.steps, steps)
+    np.testing.assert_array_equal(draft.past, past)
+    assert len(again[0].next_draft[0].past) == 2 and again[0].next_draft[0].prefix is None
+    assert draft.after(0).prefix is None
+
+
+def test_a_draft_in_tokens_is_the_draft_in_actions(nano, observations):
+    network, processor = nano
+    policy = Policy(network, processor)
+    prediction = policy.predict(observations(1), ["reach"])
+    for executed in range(6):
+        tokens, actions = (d.after(executed) for d in (prediction.next_draft[0], Draft(prediction.chunks[0])))
+        assert torch.equal(policy.draft_ids([tokens]), policy.draft_ids([actions]))
 
 
 @pytest.mark.parametrize(
@@ -393,12 +414,9 @@ def test_a_chunk_continues_the_committed_actions(nano, observations, decoding):
     network, processor = nano
     policy, begin = Policy(network, processor, decoding=decoding), network.config.action_token_begin
     drafts = processor.decode_actions(np.random.default_rng(0).integers(0, 31, (3, 16)) + begin)
-    memories = [Memory() for _ in range(3)]
-    for memory, draft, count in zip(memories, drafts, (2, 1, 0), strict=True):
-        memory.remember(draft)
-        memory.commit(draft[:count])
+    conditioned = [Draft(draft).given(draft[:count]) for draft, count in zip(drafts, (2, 1, 0), strict=True)]
     batch = processor.observe(observations(3), ["reach"] * 3)
-    ids = policy.predict(observations(3), ["reach"] * 3, memories).ids
+    ids = policy.predict(observations(3), ["reach"] * 3, conditioned).ids
     given = processor.encode_actions(drafts)
     for row, count in enumerate((8, 4, 0)):
         np.testing.assert_array_equal(ids[row, :count], given[row, :count])

@@ -20,7 +20,7 @@ def sample(observation, chunk, valid=4):
 
 def test_a_demonstrator_who_does_what_the_policy_does_leaves_no_error(nano, observations):
     policy = Policy(*nano)
-    chunks = policy.predict_chunks(observations(6), ["reach"] * 6)
+    chunks = policy.predict(observations(6), ["reach"] * 6).chunks
     found = measure(policy, [sample(o, c, valid=3) for o, c in zip(observations(6), chunks, strict=True)])
     assert not found.forced.any() and not found.free.any()
     np.testing.assert_array_equal(found.learned, np.tile(np.arange(16) < 12, (6, 1)))

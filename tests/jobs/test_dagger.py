@@ -20,9 +20,15 @@ from vla.data.staging import finished
 from vla.errors import ConfigError, DataError, SimulatorError
 from vla.jobs.collect import collect
 from vla.jobs.dagger import dagger
+from vla.policy import Prediction
+from vla.policy.session import Draft
 from vla.simulation import adapter as simulator
 from vla.training import dagger_rollouts as rollin
 from vla.training.dagger_rollouts import scenes_of
+
+
+def prediction(chunks: np.ndarray) -> Prediction:
+    return Prediction(chunks, *np.zeros((3, len(chunks), 1)), 1, tuple(map(Draft, chunks)))
 
 
 class Wanderer:
@@ -36,12 +42,12 @@ class Wanderer:
         self.batches: list[int] = []
         self._stop_at = stop_at
 
-    def predict_chunks(self, observations, instructions, memories=None):
+    def predict(self, observations, instructions, drafts=None):
         if len(self.batches) == self._stop_at:
             raise KeyboardInterrupt
         self.batches.append(len(observations))
-        assert len(memories) == len(instructions) == len(observations)
-        return np.stack([self.plan(o["agent_pos"]) for o in observations]) + 1e-4 * len(observations)
+        assert len(drafts) == len(instructions) == len(observations)
+        return prediction(np.stack([self.plan(o["agent_pos"]) for o in observations]) + 1e-4 * len(observations))
 
     def plan(self, state: np.ndarray) -> np.ndarray:
         ahead = np.arange(1, self.horizon + 1, dtype=np.float32)[:, None]
@@ -144,7 +150,7 @@ def test_beta_1_gives_the_experts_own_trajectories(tmp_path):
 
 def test_beta_0_executes_the_students_actions(tmp_path):
     student = Wanderer()
-    student.predict_chunks = lambda seen, *_: np.stack([student.plan(o["agent_pos"]) for o in seen])
+    student.predict = lambda seen, *_: prediction(np.stack([student.plan(o["agent_pos"]) for o in seen]))
     demos = Demonstrations(roll_in(settings(beta=0.0), 1, student, tmp_path / "rolled"))
     for executed, _, states in blocks(demos):
         assert np.array_equal(executed, np.clip(student.plan(states[0])[: len(executed)], -1, 1))

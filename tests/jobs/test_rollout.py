@@ -17,6 +17,8 @@ from vla import config as configuration
 from vla.config import AdapterConfig, RolloutConfig, TrainConfig
 from vla.errors import CheckpointError, ConfigError, DataError, SimulatorError, SpecError
 from vla.jobs.rollout import rollout
+from vla.policy import Prediction
+from vla.policy.session import Draft
 from vla.simulation.pool import Fault, Pool
 from vla.spec import RobotSpec
 
@@ -32,12 +34,13 @@ class Slider:
         self.instructions: set[str] = set()
         self._direction, self._stop_at, self._error = direction, stop_at, error
 
-    def predict_chunks(self, observations, instructions, memories=None):
+    def predict(self, observations, instructions, drafts=None):
         if len(self.batches) == self._stop_at:
             raise self._error
         self.batches.append(len(observations))
         self.instructions |= set(instructions)
-        return np.stack([self._plan(observation) for observation in observations])
+        chunks = np.stack([self._plan(observation) for observation in observations])
+        return Prediction(chunks, *np.zeros((3, len(chunks), 1)), 1, tuple(map(Draft, chunks)))
 
     def _plan(self, observation) -> np.ndarray:
         goal = place(int(observation["pixels"]["front"][0, :, 0].argmax())) * self._direction

@@ -12,7 +12,6 @@ from vla.decoding.engine import Engine
 from vla.errors import ConfigError
 from vla.model.build import NANO, build_policy
 from vla.policy import Policy
-from vla.policy.session import Memory
 
 TASKS = ("Reach", "Push", "PickUp", "PickPlace", "Stack", "PressButton", "OpenDrawer", "CloseDrawer")
 
@@ -45,7 +44,7 @@ def test_both_engines_equal_generate(policy, scenes):
     """Sixteen at a time and one by one; drafts are the chunk before, or nothing at the start of a scene."""
     observations, instructions = scenes
     sixteen, single = Engine(policy.network), Engine(policy.network)
-    previous = policy.draft([Memory()])[0]
+    previous = policy.draft_ids([None])[0]
     for start in range(0, len(observations), 16):
         chosen = slice(start, start + 16)
         batch = policy.processor.observe(observations[chosen], instructions[chosen])
@@ -71,8 +70,8 @@ def test_generate_one_by_one_is_generate_sixteen_at_a_time(policy, scenes):
 
 def test_instructions_change_what_is_done(policy, scenes):
     observations, _ = scenes
-    red = policy.predict_chunks(observations[:20], ["reach the red cube"] * 20)
-    blue = policy.predict_chunks(observations[:20], ["reach the blue cube"] * 20)
+    red = policy.predict(observations[:20], ["reach the red cube"] * 20).chunks
+    blue = policy.predict(observations[:20], ["reach the blue cube"] * 20).chunks
     assert (red != blue).any()
 
 

@@ -17,7 +17,7 @@ from vla.config import ControlConfig, DecodingConfig
 from vla.control.controller import Controller
 from vla.errors import ConfigError, ServerError
 from vla.policy import Policy
-from vla.policy.session import Memory
+from vla.policy.session import Draft, Session, predict
 from vla.serving import client, wire
 from vla.serving.client import RemotePolicy
 from vla.serving.server import describe
@@ -46,13 +46,14 @@ def test_it_is_the_policy_that_is_served(serving, observations):
 
 def test_committed_actions_travel(serving, observations):
     with serving() as served:
-        (observation,), memories = observations(1), (Memory(), Memory())
-        chunks = []
-        for policy, memory in zip((RemotePolicy(served.ws), served.policy), memories, strict=True):
-            memory.remember(np.linspace(-0.5, 0.5, 28, dtype=np.float32).reshape(4, 7))
-            memory.committed = 2
-            chunks.append(policy.predict_chunks([observation], ["go"], [memory])[0])
-            assert memory.draft is not None
+        (observation,) = observations(1)
+        steps = np.linspace(-0.5, 0.5, 28, dtype=np.float32).reshape(4, 7)
+        predictions = [
+            policy.predict([observation], ["go"], [Draft(steps).given(steps[:2])])
+            for policy in (RemotePolicy(served.ws), served.policy)
+        ]
+        assert all(len(prediction.next_draft[0]) == 4 for prediction in predictions)
+        chunks = [prediction.chunks[0] for prediction in predictions]
         np.testing.assert_array_equal(*chunks)
         np.testing.assert_allclose(chunks[0][:2, 0], [-0.5, -0.24], atol=0.1)
 
@@ -60,9 +61,9 @@ def test_committed_actions_travel(serving, observations):
 def test_a_server_that_decodes_in_part_is_given_whole_drafts(serving, policy, observations):
     policy.decoding, policy.n_action_steps = DecodingConfig(max_actions=2), 2
     with serving() as served:
-        remote, memory = RemotePolicy(served.ws), Memory()
+        remote, session = RemotePolicy(served.ws), Session("go")
         for observation in observations(3):
-            found = remote.predict([observation], ["go"], [memory]).chunks
+            found = predict(remote, [session], [observation]).chunks
             np.testing.assert_array_equal(found, served.policy.predict([observation], ["go"]).chunks)
             assert found.shape == (1, 2, 7)
 

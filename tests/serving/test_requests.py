@@ -108,8 +108,8 @@ def test_every_form_of_the_rest_is_the_same_observation(robot, change, field):
 
 def test_a_draft_may_come_with_numpys_numbers(robot):
     draft = {"vla/draft": np.zeros((4, 7)), "vla/committed": np.int64(2), "vla/trust": np.float32(0.5)}
-    memory = read(FORMS["own"] | draft, robot, 4, NONE).memory
-    assert (memory.committed, memory.trust) == (2, 0.5) and type(memory.trust) is float
+    read_draft = read(FORMS["own"] | draft, robot, 4, NONE).draft
+    assert (len(read_draft.prefix), read_draft.threshold) == (2, 0.5) and type(read_draft.threshold) is float
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)

@@ -30,15 +30,15 @@ import numpy as np
 
 from vla.config import ControlConfig, check
 from vla.control.black_box import Moment
-from vla.control.buffer import SEAMS, ChunkBuffer
+from vla.control.buffer import ChunkBuffer
 from vla.control.clock import Rate
 from vla.control.inference import Answer, Inference
 from vla.control.observation_monitor import Watch, state_of
 from vla.control.robot import Reading, Robot
 from vla.control.safety import SafetyFilter
-from vla.errors import ConfigError, SpecError
+from vla.errors import SpecError
 from vla.policy import ChunkPolicy
-from vla.policy.session import Memory
+from vla.policy.session import Session
 
 _KEPT = 1000  # commands and errors that a run remembers
 #: Where in the robot's period commands leave. Its pictures are taken at 0: later is more time to think about them. At 1
@@ -71,8 +71,6 @@ class Controller:
 
     def __init__(self, robot: Robot, policy: ChunkPolicy, config: ControlConfig) -> None:
         check(config)
-        if config.seam not in SEAMS:
-            raise ConfigError(f"seam must be one of {', '.join(SEAMS)}, got {config.seam!r}.")
         ours, theirs = policy.robot, robot.spec
         self.hz = theirs.control_hz if config.hz is None else config.hz
         # A rate that was asked for is meant.
@@ -235,34 +233,34 @@ class Controller:
 
         A policy that is far away is waited for instead: asked when the last of `n_action_steps` actions is about to be
         executed, it answers to where the robot is, not to where it was two plans ago."""
-        if run.asked is None or run.asked_at == -math.inf or run.instruction != self.instruction:
+        if run.asked is None or run.asked_at == -math.inf or run.session.instruction != self.instruction:
             return True
         pace = self._near and tick - run.asked >= self._policy.n_action_steps
         return pace or run.buffer.ahead(tick) <= (self._needed if self._near else 1)
 
     def _is_new(self, run: _Run, reading: Reading) -> bool:
         """Whether a chunk for this picture can be another one than the last."""
-        return reading.time > run.asked_at or run.instruction != self.instruction
+        return reading.time > run.asked_at or run.session.instruction != self.instruction
 
     def _ask(self, run: _Run, reading: Reading, tick: int) -> None:
         """Ask for a chunk; `tick` is the next to be commanded."""
         instruction = self.instruction
-        if run.instruction != instruction:
-            run.memory, run.instruction = Memory(), instruction  # the old plan is for another task
+        if run.session.instruction != instruction:
+            run.session = Session(instruction)  # the old draft is for another task
             run.buffer.new_task()
         now = time.monotonic()
         due = max(now, run.rate.deadline(tick))
         # The tick that the picture is of: it may be an older one.
         seen = max(tick - math.floor((due - reading.time) * self.hz), run.asked or 0)
         if run.asked is not None:
-            run.memory.advance(seen - run.asked - (run.waited(run.asked, seen) if run.fresh else run.shift))
+            run.session.advance(seen - run.asked - (run.waited(run.asked, seen) if run.fresh else run.shift))
         run.ask(seen, reading.time)
-        if self._config.seam == "committed" and run.memory.draft is not None:
+        draft = run.session.draft
+        if self._config.seam == "committed" and draft is not None:
             passing = max(0, math.ceil((now + self._inference.latency - run.rate.deadline(tick)) * self.hz))
-            plan = run.plan(seen, min(tick + passing - seen, len(run.memory.draft) - 1), tick)
-            if len(plan):
-                run.memory.commit(plan, self._config.trust)
-        self._inference.request(seen, reading.observation, instruction, run.memory)
+            plan = run.plan(seen, min(tick + passing - seen, len(draft) - 1), tick)
+            draft = draft.given(plan, self._config.trust) if len(plan) else draft
+        self._inference.request(seen, reading.observation, instruction, draft)
 
     @property
     def _waits_for_somebody(self) -> bool:
@@ -315,9 +313,9 @@ class _Run:
     """The moving parts and the record of one run."""
 
     def __init__(self, rate: Rate, buffer: ChunkBuffer) -> None:
-        self.rate, self.buffer, self.memory = rate, buffer, Memory()
-        self.instruction: str | None = None  # of the last request
-        self.asked: int | None = None  # tick of the last request's observation; the memory stands there
+        self.rate, self.buffer = rate, buffer
+        self.session = Session()  # its instruction is that of the last request
+        self.asked: int | None = None  # tick of the last request's observation; the session's draft begins there
         self.asked_at = -math.inf  # when that was taken
         self.heard_at = -math.inf  # when something of the answer to it came; before, when the observation was taken
         self.fresh = True  # whether never more than `max_age_s` went by without anything
@@ -365,6 +363,8 @@ class _Run:
             self.shift = self.waited(answer.tick, now) if self.fresh else self.shift
             first = answer.tick + self.shift
             self.end = now - first + executed if self.end is None else self.end
+            if answer.prediction is not None:
+                self.session.draft = answer.prediction.next_draft[0]
             self.buffer.put(answer.actions[: self.end], first, now, answer.more)
 
     def waited(self, first: int, end: int) -> int:
@@ -386,7 +386,8 @@ class _Run:
     def forget(self) -> None:
         """Give up the plan: what comes after a hold begins anew."""
         self.buffer.clear()
-        self.memory, self.asked, self.asked_at, self.begun = Memory(), None, -math.inf, False
+        self.session = Session(self.session.instruction)
+        self.asked, self.asked_at, self.begun = None, -math.inf, False
 
     def report(self) -> dict[str, Any]:
         return {

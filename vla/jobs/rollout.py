@@ -27,7 +27,7 @@ from vla.errors import ConfigError, SimulatorError
 from vla.evaluation import report, results
 from vla.evaluation.comparison import common_environments, compare
 from vla.evaluation.results import Episode
-from vla.policy.session import Memory
+from vla.policy.session import Session, predict
 from vla.simulation.pool import Description, Fault, Pool, Start, Stretch
 from vla.spec import RobotSpec
 from vla.support import machine
@@ -115,7 +115,7 @@ class _Run:
         self._queue = deque(episodes)
         self._running: dict[int, Episode] = {}  # by slot
         self._views: dict[int, Start | Stretch] = {}  # by slot: the last that was seen of its episode
-        self._memories: dict[int, Memory] = {}  # by slot: what its episode carries from chunk to chunk
+        self._sessions: dict[int, Session] = {}  # by slot
         self._failures: collections.Counter[str] = collections.Counter()  # by environment id: failures on video
         self._done: list[Episode] = []
         self._progress = Progress(len(episodes), "episodes")
@@ -143,7 +143,7 @@ class _Run:
         for slot in range(len(self._pool)):
             if slot not in self._running and self._queue:
                 self._running[slot] = episode = self._queue.popleft()
-                self._memories[slot] = Memory()
+                self._sessions[slot] = Session()
                 record = self._wants_first(episode) or self._wants_failure(episode)
                 requests[slot] = ("reset", episode.env_id, episode.seed, record)
         failed: dict[int, str | None] = {}
@@ -160,20 +160,20 @@ class _Run:
         slots = sorted(self._running)
         if not slots:
             return {}
-        views = [self._views[slot] for slot in slots]
-        start = time.perf_counter()
-        chunks = self._policy.predict_chunks(
-            [view.observation for view in views],
-            [view.instruction for view in views],
-            [self._memories[slot] for slot in slots],
+        for slot in slots:
+            self._sessions[slot].instruction = self._views[slot].instruction
+        sessions, observations = zip(
+            *((self._sessions[slot], self._views[slot].observation) for slot in slots), strict=True
         )
+        start = time.perf_counter()
+        chunks = predict(self._policy, sessions, observations).chunks
         seconds = time.perf_counter() - start
         self.forwards.append((len(slots), seconds))
         for slot in slots:
-            self._memories[slot].advance(self._n_action_steps)
+            self._sessions[slot].advance(self._n_action_steps)
             self._running[slot].n_chunks += 1
             self._running[slot].decode_ms.append(1e3 * seconds)
-        return dict(zip(slots, np.asarray(chunks), strict=True))
+        return dict(zip(slots, chunks, strict=True))
 
     def _act(self, chunks: dict[int, np.ndarray]) -> None:
         """Execute the first actions of each chunk, and finish the episodes that end."""

@@ -1,8 +1,9 @@
 """Policy: observations in, actions out.
 
-Owns: the run-time object that every job uses: it holds a network and its processor, decodes action chunks for a batch
-of observations as its `DecodingConfig` says, can tell how sure it was, and hands out one action at a time through the
-only action queue there is. It does not know environments, clocks or robots' drivers.
+Owns: the interface of all policies (`ChunkPolicy`) and the network behind it (`Policy`), which decodes a batch of
+action chunks by its `DecodingConfig` and reports their likelihood. Predicting is stateless: what one chunk leaves for
+the next is in `Prediction.next_draft`, and `vla.policy.session` carries it through an episode. It does not know
+environments, clocks or robot drivers.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import copy
 import dataclasses
 import itertools
 import warnings
-from collections import deque
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -29,34 +29,14 @@ from vla.errors import ConfigError
 from vla.model.modeling import VLAForActionPrediction
 from vla.model.processing import VLAProcessor
 from vla.policy import checkpoint
-from vla.policy.session import Memory
+from vla.policy.session import Draft, Session
 from vla.spec import Observation, RobotSpec
-from vla.transforms.chunks import completed
-
-
-class ActionQueue:
-    """Actions of a chunk that are still to be executed, in order."""
-
-    def __init__(self) -> None:
-        self._actions: deque[np.ndarray] = deque()
-
-    def push(self, chunk: np.ndarray) -> None:
-        """Replace what is left by the actions of `chunk` [n, D]."""
-        self._actions = deque(chunk)
-
-    def pop(self) -> np.ndarray:
-        return self._actions.popleft()
-
-    def clear(self) -> None:
-        self._actions.clear()
-
-    def __len__(self) -> int:
-        return len(self._actions)
+from vla.transforms.chunks import completed, ensemble_chunks
 
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """A batch of chunks, and how sure the policy was of them.
+    """A batch of chunks and their confidence.
 
     Attributes:
         chunks: float32 [B, H, D], un-normalised; fewer than H actions when decoding was stopped early.
@@ -64,7 +44,8 @@ class Prediction:
         log_probs: float32 [B, T], log p(a_t | x, a_<t) over the action rows, by the network itself: before temperature,
             penalties and cuts.
         entropy: float32 [B, T], of the same distributions, in nats.
-        forwards: passes through the decoder that it took.
+        forwards: forward passes of the decoder.
+        next_draft: for each episode the draft of its next chunk, before any action of this one has run.
     """
 
     chunks: np.ndarray
@@ -72,22 +53,35 @@ class Prediction:
     log_probs: np.ndarray
     entropy: np.ndarray
     forwards: int
+    next_draft: tuple[Draft, ...]
 
     @property
     def log_likelihood(self) -> np.ndarray:
         """log p(a_1..a_T | x) of each chunk, float32 [B]."""
         return self.log_probs.sum(-1)
 
+    def row(self, index: int) -> Prediction:
+        """One observation's part of the batch."""
+        here = slice(index, index + 1)
+        return Prediction(
+            self.chunks[here],
+            self.ids[here],
+            self.log_probs[here],
+            self.entropy[here],
+            self.forwards,
+            self.next_draft[here],
+        )
+
 
 class ChunkPolicy(abc.ABC):
-    """Whatever predicts chunks: a network here (`Policy`) or one behind a server (`vla.serving.client.RemotePolicy`).
+    """A policy that predicts chunks: a network here (`Policy`) or behind a server (`vla.serving.client.RemotePolicy`).
 
     Attributes:
         robot: the RobotSpec that it was trained for.
         horizon: actions per chunk, H.
         n_action_steps: actions of a chunk that `act` executes before it predicts the next.
-        unnorm_key: whose statistics un-normalise the actions.
-        image_size: side of the square picture that the network sees, in pixels; observations may have any size.
+        unnorm_key: key of the statistics that un-normalise the actions.
+        image_size: side of the square image that the network reads, in pixels; observations may have any size.
     """
 
     robot: RobotSpec
@@ -96,22 +90,16 @@ class ChunkPolicy(abc.ABC):
     unnorm_key: str
     image_size: int
 
-    def __init__(self) -> None:
-        self._forget()
-
-    def _forget(self) -> None:
-        """Be between episodes."""
-        self._queue, self._memory = ActionQueue(), Memory()
-        self._instruction: str | None = None
+    _session: Session | None = None  # the episode of `reset` and `act`
 
     @property
     @abc.abstractmethod
     def action_limits(self) -> tuple[np.ndarray, np.ndarray]:
-        """Lowest and highest value of each action entry that a token can say, float [D], in the robot's units."""
+        """Lowest and highest value of each action entry that tokens can encode, float [D], in the robot's units."""
 
     @property
     def streams(self) -> bool:
-        """Whether `predict` can hand over a chunk's actions one by one, and gains time by it."""
+        """Whether `predict` can pass on a chunk's actions one by one and saves time by it."""
         return False
 
     @abc.abstractmethod
@@ -119,53 +107,40 @@ class ChunkPolicy(abc.ABC):
         self,
         observations: Sequence[Observation],
         instructions: Sequence[str],
-        memories: Sequence[Memory] | None = None,
+        drafts: Sequence[Draft | None] | None = None,
         on_action: Callable[[int, np.ndarray], None] | None = None,
     ) -> Prediction:
-        """Chunks for a batch of observations, and how sure the policy was of them.
+        """Chunks for a batch of observations and their confidence. Stateless: nothing is kept for the next call.
 
         Args:
-            memories: one per episode, which this call updates; the caller tells them what is executed
-                (`Memory.advance`).
-            on_action: is called with (index, action [D], un-normalised) as soon as an action is decoded, while the rest
-                of the chunk is still to come; for one observation.
+            drafts: of each episode, `next_draft` of its last prediction, advanced by the executed actions
+                (`Draft.after`); None at the start of an episode.
+            on_action: called with (index, action [D], un-normalised) as soon as an action is decoded, while the rest of
+                the chunk is still being decoded; for one observation.
         Raises:
             ConfigError: actions cannot be streamed.
         """
 
     def reset(self, instruction: str) -> None:
-        """Start an episode: forget queued actions, take the instruction."""
-        self._forget()
-        self._instruction = instruction
+        """Start an episode."""
+        self._session = Session(instruction)
 
     def act(self, observation: Observation) -> np.ndarray:
-        """The next action, float32 [D]; predicts a new chunk when the executed part of the last one is used up."""
-        if self._instruction is None:
+        """The next action of the episode, float32 [D]; predicts a new chunk after every `n_action_steps` actions."""
+        if self._session is None:
             raise ConfigError("call policy.reset(instruction) before policy.act(observation).")
-        if not len(self._queue):
-            chunk = self.predict_chunks([observation], [self._instruction], [self._memory])[0]
-            self._queue.push(chunk[: self.n_action_steps])
-        self._memory.advance(1)
-        return self._queue.pop()
+        return self._session.act(self, observation)
 
     def predict_chunk(self, observation: Observation, instruction: str | None = None) -> np.ndarray:
-        """The chunk for one observation, float32 [H, D]."""
-        instruction = self._instruction if instruction is None else instruction
+        """The chunk for one observation, float32 [H, D]; by default for the instruction of `reset`."""
+        if instruction is None and self._session is not None:
+            instruction = self._session.instruction
         if instruction is None:
             raise ConfigError("give an instruction, or call policy.reset(instruction) first.")
-        return self.predict_chunks([observation], [instruction])[0]
-
-    def predict_chunks(
-        self,
-        observations: Sequence[Observation],
-        instructions: Sequence[str],
-        memories: Sequence[Memory] | None = None,
-    ) -> np.ndarray:
-        """`predict` for whom the actions are enough: float32 [B, H, D], un-normalised."""
-        return self.predict(observations, instructions, memories).chunks
+        return self.predict([observation], [instruction]).chunks[0]
 
     def warm_up(self, batch_size: int = 1, instruction: str = "warm up") -> None:
-        """Decode one chunk of a blank observation, so that the first real one is as fast as the others."""
+        """Decode one chunk of a blank observation, so that the first real chunk is as fast as the others."""
         size, robot = self.image_size, self.robot
         blank = {
             "pixels": {camera: np.zeros((size, size, 3), np.uint8) for camera in robot.cameras},
@@ -194,7 +169,6 @@ class Policy(ChunkPolicy):
         n_action_steps: int | None = None,
         decoding: DecodingConfig = GREEDY,
     ) -> None:
-        super().__init__()
         check(decoding)
         self.device = choose_device(device)
         self.network = network.to(self.device).eval()
@@ -208,7 +182,7 @@ class Policy(ChunkPolicy):
         if decoding.max_actions is not None and decoding.max_actions < self.n_action_steps:
             raise ConfigError(f"{self.n_action_steps} actions are executed, but max_actions is {decoding.max_actions}.")
         if self.processor.action_tokenizer.tokens_per_action is None and decoding != GREEDY:
-            raise ConfigError("this policy's tokens speak about several actions at once; it decodes greedily only.")
+            raise ConfigError("this policy's tokens span several actions; it decodes greedily only.")
         self.unnorm_key = network.config.unnorm_key(unnorm_key)
         self._draws = itertools.count(1)  # sampled batches, of all twins: each has a seed of its own
         try:
@@ -237,68 +211,63 @@ class Policy(ChunkPolicy):
 
     @property
     def action_limits(self) -> tuple[np.ndarray, np.ndarray]:
-        """Lowest and highest value of each action entry that a token can say, float [D], in the robot's units."""
+        """Lowest and highest value of each action entry that tokens can encode, float [D], in the robot's units."""
         ends = np.stack([-np.ones(self.robot.action_dim), np.ones(self.robot.action_dim)])
         low, high = self.processor.unnormalize(ends, self.unnorm_key)
         return np.minimum(low, high), np.maximum(low, high)
 
     @property
     def streams(self) -> bool:
-        """Whether `predict` can hand over a chunk's actions one by one, and gains time by it: on a GPU, a chunk is one
-        graph and comes at once."""
+        """Whether `predict` can pass on a chunk's actions one by one and saves time by it. On CUDA it does not: a chunk
+        is one graph."""
         by_action = self.processor.action_tokenizer.tokens_per_action is not None
         return by_action and self._final_by_token and self.device.type != "cuda"
 
     @property
     def _final_by_token(self) -> bool:
-        """Whether a decoded token says what will be executed, whatever follows."""
+        """Whether a decoded token is final: what follows does not change its action."""
         config = self.decoding
         return config.num_beams == 1 and config.readout != "mean" and config.ensemble is None
 
     def for_key(self, unnorm_key: str | None) -> Policy:
-        """The same policy with other statistics, in an episode of its own; the network is shared, not copied."""
+        """The same policy with other statistics and no episode; the network is shared, not copied."""
         twin = copy.copy(self)
         twin.unnorm_key = self.network.config.unnorm_key(unnorm_key)
-        twin._forget()
+        twin._session = None
         return twin
 
     def predict(
         self,
         observations: Sequence[Observation],
         instructions: Sequence[str],
-        memories: Sequence[Memory] | None = None,
+        drafts: Sequence[Draft | None] | None = None,
         on_action: Callable[[int, np.ndarray], None] | None = None,
         stopping: StoppingCriteriaList | None = None,
     ) -> Prediction:
-        """Chunks for a batch of observations.
+        """Chunks for a batch of observations, as in `ChunkPolicy.predict`.
 
         Args:
-            memories: one per episode, which this call updates; the caller tells them what is executed
-                (`Memory.advance`). They make greedy decoding faster without changing it, carry temporal ensembling, and
-                say which actions are committed.
-            on_action: is called with (index, action [D], un-normalised) as soon as an action is decoded, while the rest
-                of the chunk is still to come; for one observation.
-            stopping: transformers' criteria, asked after every token; the chunks end with the last whole action.
+            drafts: make greedy decoding faster without changing a token, carry temporal ensembling, and give the prefix
+                that a chunk is conditioned on.
+            stopping: transformers' criteria, evaluated after every token; chunks end with the last whole action.
         Raises:
             SpecError: an observation does not fit the robot.
-            ConfigError: actions cannot be streamed as this policy decodes.
+            ConfigError: this policy's decoding cannot stream actions, or its tokens cannot be given as a prefix.
         """
         batch = self.processor.observe(observations, instructions, self.unnorm_key)
-        memories = [Memory() for _ in observations] if memories is None else memories
-        decoded = self.decode(batch, memories, self._streamer(on_action, len(observations)), stopping)
+        drafts = [None] * len(observations) if drafts is None else drafts
+        decoded = self.decode(batch, drafts, self._streamer(on_action, len(observations)), stopping)
         size = self.processor.action_tokenizer.tokens_per_action
         if size is not None and decoded.ids.shape[1] % size:
             whole = decoded.ids.shape[1] // size * size
             decoded = Decoded(decoded.ids[:, :whole], decoded.logits[:, :whole], decoded.forwards)
         prediction = self._describe(decoded)
         if self.decoding.ensemble is not None or self.decoding.readout == "mean":
-            prediction = dataclasses.replace(prediction, chunks=self._averaged(decoded, memories))
-        for memory, chunk in zip(memories, prediction.chunks, strict=True):
-            memory.remember(chunk)
+            prediction = self._average(prediction, decoded, drafts)
         return prediction
 
     def score(self, observations: Sequence[Observation], instructions: Sequence[str], chunks: np.ndarray) -> Prediction:
-        """What the policy says about given chunks [B, H, D]: their tokens' probabilities, in one forward."""
+        """The likelihood of given chunks [B, H, D], in one forward."""
         batch = self.processor.observe(observations, instructions, self.unnorm_key)
         ids = torch.from_numpy(self.processor.encode_actions(np.asarray(chunks), self.unnorm_key))
         return self._describe(strategies.teacher_forced(self.network, batch, ids))
@@ -306,26 +275,21 @@ class Policy(ChunkPolicy):
     def decode(
         self,
         batch: dict[str, torch.Tensor],
-        memories: Sequence[Memory] | None = None,
+        drafts: Sequence[Draft | None] | None = None,
         streamer: ActionStreamer | None = None,
         stopping: StoppingCriteriaList | None = None,
     ) -> Decoded:
         """Tokens for prefix tensors from the processor: by the engine where they are greedy's, else by `generate`."""
-        memories = [Memory() for _ in batch["input_ids"]] if memories is None else memories
-        n_tokens, draft = strategies.count_tokens(self.network, self.decoding), self.draft(memories)
-        size = self.processor.action_tokenizer.tokens_per_action
-        if any(memory.committed for memory in memories) and size is None:
-            raise ConfigError("this policy's tokens speak about several actions at once; none can be committed.")
-        counts = torch.tensor([memory.committed * (size or 0) for memory in memories])
-        trust = torch.tensor([memory.trust for memory in memories])
-        committed = Commitment(counts, trust) if bool(counts.any()) else None
+        drafts = [None] * len(batch["input_ids"]) if drafts is None else drafts
+        n_tokens, ids = strategies.count_tokens(self.network, self.decoding), self.draft_ids(drafts)
+        committed = self._prefix(drafts)
         if self.decoding.greedy and self._engine is not None and self._reaches(batch):
             if stopping is None and (self.device.type == "cpu" or committed is not None):
-                return self._engine.parallel(batch, draft[:, :n_tokens], streamer, committed)
+                return self._engine.parallel(batch, ids[:, :n_tokens], streamer, committed)
             if committed is None:
                 return self._engine.stepwise(batch, n_tokens, streamer, stopping)
         seed = self.decoding.sampling_seed + next(self._draws)
-        given = None if committed is None else (draft, committed)
+        given = None if committed is None else (ids, committed)
         return strategies.generate(self.network, batch, self.decoding, seed, streamer, stopping, given)
 
     def _reaches(self, batch: dict[str, torch.Tensor]) -> bool:
@@ -339,42 +303,70 @@ class Policy(ChunkPolicy):
             )
         return fits
 
-    def draft(self, memories: Sequence[Memory]) -> torch.Tensor:
-        """Ids int64 [B, T] of the drafts in `memories`; the middle action row where there is none."""
-        config, tokenizer = self.network.config, self.processor.action_tokenizer
-        ids = np.full((len(memories), tokenizer.n_tokens), config.action_token_begin + tokenizer.vocab_size // 2)
-        for row, memory in enumerate(memories):
-            if memory.draft is not None and len(memory.draft):
-                known = self.processor.encode_actions(completed(memory.draft, self.horizon), self.unnorm_key)
-                ids[row, : len(known)] = known
+    def draft_ids(self, drafts: Sequence[Draft | None]) -> torch.Tensor:
+        """The drafts' tokens, int64 [B, T], ids of the model's vocabulary, their prefixes first; the middle action row
+        where there is no draft."""
+        tokenizer = self.processor.action_tokenizer
+        middle = self.network.config.action_token_begin + tokenizer.vocab_size // 2
+        ids = np.full((len(drafts), tokenizer.n_tokens), middle)
+        for row, draft in zip(ids, drafts, strict=True):
+            if draft is not None and len(draft):
+                steps = completed(draft.steps, self.horizon)
+                row[:] = self._encode(steps) if steps.dtype.kind == "f" else steps.ravel()
+            if draft is not None and draft.prefix is not None and len(draft.prefix):
+                given = self._encode(completed(draft.prefix, self.horizon))
+                n_given = len(draft.prefix) * (tokenizer.tokens_per_action or 0)
+                row[:n_given] = given[:n_given]
         return torch.from_numpy(ids)
+
+    def _encode(self, chunk: np.ndarray) -> np.ndarray:
+        return self.processor.encode_actions(chunk, self.unnorm_key)
+
+    def _prefix(self, drafts: Sequence[Draft | None]) -> Commitment | None:
+        """How many first tokens of each draft are given; None where none is."""
+        size = self.processor.action_tokenizer.tokens_per_action
+        lengths = [0 if draft is None or draft.prefix is None else len(draft.prefix) for draft in drafts]
+        if not any(lengths):
+            return None
+        if size is None:
+            raise ConfigError("this policy's tokens span several actions; it cannot be given a prefix of actions.")
+        thresholds = [0.0 if draft is None else draft.threshold for draft in drafts]
+        return Commitment(torch.tensor(lengths) * size, torch.tensor(thresholds))
 
     def _describe(self, decoded: Decoded) -> Prediction:
         ids = decoded.ids.cpu().numpy()
+        chunks = self.processor.decode_actions(ids, self.unnorm_key)
+        size = self.processor.action_tokenizer.tokens_per_action
+        steps = chunks if size is None else ids.reshape(len(ids), -1, size)
         return Prediction(
-            chunks=self.processor.decode_actions(ids, self.unnorm_key),
+            chunks=chunks,
             ids=ids,
             log_probs=decoded.log_probs(self.network.config.action_token_begin).cpu().numpy(),
             entropy=decoded.entropy.cpu().numpy(),
             forwards=decoded.forwards,
+            next_draft=tuple(map(Draft, steps)),
         )
 
-    def _averaged(self, decoded: Decoded, memories: Sequence[Memory]) -> np.ndarray:
-        """Chunks [B, n, D] from distributions instead of tokens: their mean, their average over chunks, or both."""
-        probabilities = decoded.distribution.exp().cpu().numpy()
-        size = self.processor.action_tokenizer.tokens_per_action
-        assert size is not None  # __init__ has seen to it
+    def _average(self, prediction: Prediction, decoded: Decoded, drafts: Sequence[Draft | None]) -> Prediction:
+        """Chunks from distributions instead of tokens: their mean, their average over chunks, or both."""
+        probabilities, following = decoded.distribution.exp().cpu().numpy(), prediction.next_draft
         if self.decoding.ensemble is not None:
-            by_action = probabilities.reshape(len(probabilities), -1, size, probabilities.shape[-1])
-            averaged = [m.ensemble(p, self.decoding.ensemble) for m, p in zip(memories, by_action, strict=True)]
+            by_action = probabilities.reshape(*prediction.chunks.shape[:2], -1, probabilities.shape[-1])
+            following = tuple(
+                dataclasses.replace(new, past=(*(() if old is None else old.past), distribution))
+                for new, old, distribution in zip(following, drafts, by_action, strict=True)
+            )
+            averaged = [ensemble_chunks(draft.past, self.decoding.ensemble) for draft in following]
             probabilities = np.stack(averaged).reshape(probabilities.shape)
         if self.decoding.readout == "mean":
-            return self.processor.expected_actions(probabilities, self.unnorm_key)
-        ids = probabilities.argmax(-1) + self.network.config.action_token_begin
-        return self.processor.decode_actions(ids, self.unnorm_key)
+            chunks = self.processor.expected_actions(probabilities, self.unnorm_key)
+        else:
+            ids = probabilities.argmax(-1) + self.network.config.action_token_begin
+            chunks = self.processor.decode_actions(ids, self.unnorm_key)
+        return dataclasses.replace(prediction, chunks=chunks, next_draft=following)
 
     def _streamer(self, on_action: Callable[[int, np.ndarray], None] | None, size: int) -> ActionStreamer | None:
-        """What hands actions over while others are decoded; ConfigError where an action is not final by then."""
+        """The streamer that passes on decoded actions; ConfigError where they may still change."""
         if on_action is None:
             return None
         tokens = self.processor.action_tokenizer.tokens_per_action

@@ -1,67 +1,89 @@
-"""What one episode carries from chunk to chunk.
+"""One episode of a policy, from instruction to instruction.
 
-Owns: the draft of the next chunk (what the last one still says, the last action held), and temporal ensembling: several
-chunks that speak about the same moment, averaged. It does not know how chunks are decoded or executed; whoever executes
-actions says how many (`advance`).
+Owns: the `Draft` that one chunk leaves for the next, and the `Session` that carries it through an episode together with
+the instruction and the queue of actions still to execute. It does not know how chunks are decoded.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections import deque
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import numpy as np
 
+from vla.spec import Observation
 from vla.transforms.chunks import remainder
 
+if TYPE_CHECKING:
+    from vla.policy.policy import ChunkPolicy, Prediction
 
-class Memory:
-    """One per episode; pass it to `Policy.predict` and call `advance` as actions are executed.
+
+@dataclasses.dataclass(frozen=True)
+class Draft:
+    """What one chunk leaves for the next chunk of its episode.
 
     Attributes:
-        draft: guess of the next chunk, float32 [H, D] in the robot's units; None at the start of an episode.
-        committed: so many first actions of `draft` will be executed whatever comes (they are, while the next chunk is
-            decoded): the next chunk begins with them and continues them,
-        trust: as long as the network gives their tokens at least this share of its best token's probability.
+        steps: guess of the next chunk, one row per action: its tokens, int64 [n, tokens_per_action], ids of the model's
+            vocabulary; or the action itself, float32 [n, D] in the robot's units, where no tokenizer is at hand (a
+            client) or tokens span several actions.
+        prefix: prefix conditioning, float32 [k, D] in the robot's units: actions that execute while the next chunk is
+            decoded, which therefore begins with them and continues them; None: nothing is given.
+        threshold: acceptance threshold: the chunk follows `prefix` while the network gives each of its tokens at least
+            this share of the best token's probability.
+        past: temporal ensembling: distributions of earlier chunks, oldest first, [actions ahead, tokens_per_action,
+            rows] each.
     """
 
-    def __init__(self) -> None:
-        self.draft: np.ndarray | None = None
-        self.committed, self.trust = 0, 0.0
-        self._past: list[
-            np.ndarray
-        ] = []  # per earlier chunk, oldest first: probabilities [actions ahead, entries, rows]
+    steps: np.ndarray
+    prefix: np.ndarray | None = None
+    threshold: float = 0.0
+    past: tuple[np.ndarray, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def after(self, executed: int) -> Draft:
+        """The draft once `executed` more actions have run; its last action is repeated."""
+        steps = remainder(self.steps, min(executed, len(self)))
+        return Draft(steps, past=tuple(chunk[executed:] for chunk in self.past if len(chunk) > executed))
+
+    def given(self, prefix: np.ndarray, threshold: float = 0.0) -> Draft:
+        """The same draft, conditioned on a prefix of actions [k, D], k < n."""
+        assert len(prefix) < len(self)
+        return dataclasses.replace(self, prefix=prefix, threshold=threshold)
+
+
+class Session:
+    """The state of one episode.
+
+    Attributes:
+        instruction: the task; None before the first.
+        draft: of the next chunk; None at the start of an episode.
+    """
+
+    def __init__(self, instruction: str | None = None) -> None:
+        self.instruction = instruction
+        self.draft: Draft | None = None
+        self._queue: deque[np.ndarray] = deque()
 
     def advance(self, executed: int) -> None:
-        """So many actions of the last chunk were executed. What was committed of the next one is a matter of then."""
-        self.committed = 0
-        if self.draft is not None and executed:
-            self.draft = remainder(self.draft, min(executed, len(self.draft)))
-        self._past = [chunk[executed:] for chunk in self._past if len(chunk) > executed]
+        """Shift the draft by `executed` actions."""
+        self.draft = None if self.draft is None else self.draft.after(executed)
 
-    def commit(self, actions: np.ndarray, trust: float = 0.0) -> None:
-        """`actions` [n, D] are executed whatever comes; the draft must be that of a chunk already."""
-        assert self.draft is not None and len(actions) < len(self.draft)
-        self.draft = np.concatenate([actions, self.draft[len(actions) :]])
-        self.committed, self.trust = len(actions), trust
+    def act(self, policy: ChunkPolicy, observation: Observation) -> np.ndarray:
+        """The next action, float32 [D]; predicts a chunk whenever `n_action_steps` actions of the last one have run."""
+        if not self._queue:
+            self._queue.extend(predict(policy, [self], [observation]).chunks[0][: policy.n_action_steps])
+        self.advance(1)
+        return self._queue.popleft()
 
-    def remember(self, chunk: np.ndarray) -> None:
-        """Take `chunk` [H, D] as the last one; nothing of it is committed yet."""
-        self.draft, self.committed = chunk, 0
 
-    def ensemble(self, probabilities: np.ndarray, coefficient: float) -> np.ndarray:
-        """Average the distributions of a new chunk with those of earlier chunks about the same moments.
-
-        Weights are exp(-coefficient * i), i = 0 for the oldest chunk that speaks about a moment (temporal ensembling,
-        Zhao et al. 2023, ACT; there of actions, here of distributions over bins): positive trusts the old, 0 trusts
-        all alike, negative trusts the new.
-
-        Args:
-            probabilities: [actions, entries, rows] of the new chunk; kept for the chunks to come.
-        Returns:
-            The averages, of the same shape.
-        """
-        self._past.append(probabilities)
-        averaged = np.empty_like(probabilities)
-        for moment in range(len(probabilities)):
-            votes = np.stack([chunk[moment] for chunk in self._past if moment < len(chunk)])
-            weights = np.exp(-coefficient * np.arange(len(votes)))
-            averaged[moment] = np.tensordot(weights / weights.sum(), votes, axes=1)
-        return averaged
+def predict(policy: ChunkPolicy, sessions: Sequence[Session], observations: Sequence[Observation]) -> Prediction:
+    """One chunk for each of several episodes, as one batch; every session takes its next draft."""
+    instructions = [session.instruction or "" for session in sessions]
+    prediction = policy.predict(observations, instructions, [session.draft for session in sessions])
+    for session, draft in zip(sessions, prediction.next_draft, strict=True):
+        session.draft = draft
+    return prediction

@@ -35,7 +35,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from vla.config import ServeConfig
 from vla.errors import ServerError, VLAError
-from vla.policy.session import Memory
+from vla.policy.session import Draft
 from vla.serving import requests, wire
 from vla.serving.batcher import Answer, Batcher
 from vla.serving.metrics import Metrics
@@ -120,7 +120,7 @@ class PolicyApp:
             encoded = isinstance(values, dict) and set(values) == {"encoded"}
             if encoded:
                 values = await _decode(wire.from_json, values["encoded"])
-            answer = await _unless_left(self._answer(values, Memory(), len(body)), request.receive)
+            answer = await _unless_left(self._answer(values, None, len(body)), request.receive)
         except ClientDisconnect:
             return Response(status_code=499)  # nobody reads it
         except Exception as error:
@@ -165,7 +165,8 @@ class PolicyApp:
 
     async def _requests(self, socket: WebSocket) -> None:
         plain = socket.query_params.get("errors") == "plain"
-        memory, total_ms = Memory(), None
+        draft: Draft | None = None
+        total_ms = None
         mail = _Mail(socket)
         while True:
             message = await mail.receive()
@@ -178,7 +179,7 @@ class PolicyApp:
                 if message.get("bytes") is None:
                     raise wire.WireError("a request is a binary message (msgpack), got text.")
                 values = await _decode(wire.from_msgpack, message["bytes"])
-                answer = await _unless_left(self._answer(values, memory, len(message["bytes"])), mail.peek)
+                answer = await _unless_left(self._answer(values, draft, len(message["bytes"])), mail.peek)
             except ClientDisconnect:
                 return
             except Exception as error:
@@ -190,9 +191,8 @@ class PolicyApp:
                 await socket.send_text(text)
                 await socket.close(1011, _OPENPI_REASON)
                 return
-            memory.advance(
-                self._batcher.policy.n_action_steps
-            )  # stock clients do not say how many; a right guess is a draft
+            # Stock clients do not send how many actions they execute; this is the likely number.
+            draft = answer.prediction.next_draft[0].after(self._batcher.policy.n_action_steps)
             reply = _openpi_reply(answer, values.get("vla/details") is True)
             reply["server_timing"] = {"infer_ms": 1e3 * (time.perf_counter() - begun)}
             if total_ms is not None:
@@ -204,12 +204,12 @@ class PolicyApp:
                 await socket.close(1001, "the server is going down.")
                 return
 
-    async def _answer(self, values: Any, memory: Memory, size: int) -> Answer:
-        """`memory` is that of the connection; what the request, of `size` bytes, says of its own counts more."""
+    async def _answer(self, values: Any, draft: Draft | None, size: int) -> Answer:
+        """The answer to a request of `size` bytes; `draft` is the connection's, unless the request has its own."""
         policy = self._batcher.policy
         if self.draining:
             raise ServerError("the server is going down.")
-        read = functools.partial(requests.read, values, policy.robot, policy.horizon, self._config.keys, memory)
+        read = functools.partial(requests.read, values, policy.robot, policy.horizon, self._config.keys, draft)
         request = await asyncio.to_thread(read) if size > _LARGE else read()
         self._active += 1
         try:

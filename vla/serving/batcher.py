@@ -1,7 +1,7 @@
 """One policy, many clients.
 
-Owns: the queue of requests in front of the policy, and the thread in which it decodes: whoever waits when it is free is
-decoded together. It does not know protocols.
+Owns: the queue of requests in front of the policy and the thread that decodes: requests that are queued when the thread
+becomes idle form one batch. It does not know protocols.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Batcher:
 
     @property
     def waiting(self) -> int:
-        """Requests that wait."""
+        """Number of queued requests."""
         return self._queue.qsize()
 
     async def answer(self, request: Request) -> Answer:
@@ -66,14 +66,14 @@ class Batcher:
         """
         if self.waiting >= self._max_queue:
             raise ServerError(f"{self.waiting} requests wait already; try again later.")
-        self._policy_for(request)  # a wrong key is the client's own error, and no reason to wait
+        self._policy_for(request)  # a wrong key is the client's error: refused at once
         loop = asyncio.get_running_loop()
         job = _Job(request, loop, loop.create_future())
         self._queue.put(job)
         return await job.future
 
     def close(self) -> None:
-        """End when everything that waits is decoded."""
+        """Decode what is queued, then end."""
         self._queue.put(None)
         self._thread.join(timeout=30)
 
@@ -91,7 +91,7 @@ class Batcher:
                     jobs.append(self._queue.get_nowait())
             batches = defaultdict(list)
             for job in jobs:
-                # One who has gone away is not answered.
+                # The client is gone.
                 if job is not None and not job.future.cancelled():
                     batches[self._policy_for(job.request)].append(job)
             for policy, batch in batches.items():
@@ -106,10 +106,10 @@ class Batcher:
             prediction = policy.predict(
                 [request.observation for request in requests],
                 [request.instruction for request in requests],
-                [request.memory for request in requests],
+                [request.draft for request in requests],
             )
         except Exception as error:
-            if len(jobs) > 1:  # one of them is to blame, not all
+            if len(jobs) > 1:  # find the request that fails
                 for job in jobs:
                     self._decode(policy, [job])
                 return
@@ -119,19 +119,7 @@ class Batcher:
         self._on_batch(len(jobs))
         seconds = time.perf_counter() - begun
         for row, job in enumerate(jobs):
-            _settle(job, job.future.set_result, Answer(_row(prediction, row), seconds))
-
-
-def _row(prediction: Prediction, row: int) -> Prediction:
-    """One request's part of a batch."""
-    here = slice(row, row + 1)
-    return Prediction(
-        prediction.chunks[here],
-        prediction.ids[here],
-        prediction.log_probs[here],
-        prediction.entropy[here],
-        prediction.forwards,
-    )
+            _settle(job, job.future.set_result, Answer(prediction.row(row), seconds))
 
 
 def _settle(job: _Job, settle: Callable, value: object) -> None:

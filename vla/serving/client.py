@@ -22,7 +22,7 @@ from websockets.sync.client import ClientConnection, connect
 from vla.config import GREEDY, DecodingConfig
 from vla.errors import ConfigError, ServerError, unknown
 from vla.policy import ChunkPolicy, Policy, Prediction
-from vla.policy.session import Memory
+from vla.policy.session import Draft
 from vla.serving import wire
 from vla.spec import Observation, RobotSpec
 from vla.transforms.chunks import completed
@@ -82,7 +82,6 @@ class RemotePolicy(ChunkPolicy):
         api_key: str | None = None,
         on_wait: Callable[[str, float], None] | None = None,
     ) -> None:
-        super().__init__()
         key = api_key or os.environ.get("VLA_API_KEY")
         self._headers = {"Authorization": f"Api-Key {key}"} if key else {}
         self._address, self._deadline_s = address, deadline_s
@@ -109,29 +108,30 @@ class RemotePolicy(ChunkPolicy):
         self,
         observations: Sequence[Observation],
         instructions: Sequence[str],
-        memories: Sequence[Memory] | None = None,
+        drafts: Sequence[Draft | None] | None = None,
         on_action: Callable[[int, np.ndarray], None] | None = None,
     ) -> Prediction:
-        """One request after the other; a server decodes together what comes from different clients."""
+        """One request after the other; the server batches requests of different clients.
+
+        The drafts are actions in the robot's units: a client has no tokenizer."""
         if on_action is not None:
-            raise ConfigError("a served chunk comes as a whole: its actions cannot be streamed.")
-        memories = [Memory() for _ in observations] if memories is None else memories
-        answers = [self._ask(*request) for request in zip(observations, instructions, memories, strict=True)]
+            raise ConfigError("a served chunk arrives as a whole: its actions cannot be streamed.")
+        drafts = [None] * len(observations) if drafts is None else drafts
+        answers = [self._ask(*request) for request in zip(observations, instructions, drafts, strict=True)]
         chunks = np.stack([answer["actions"] for answer in answers])
-        for memory, chunk in zip(memories, chunks, strict=True):
-            memory.remember(chunk)
         details = [answer["vla"] for answer in answers]
         ids, log_probs, entropy = (
             np.stack([part[name] for part in details]) for name in ("ids", "log_probs", "entropy")
         )
-        return Prediction(chunks, ids, log_probs, entropy, max(part["forwards"] for part in details))
+        forwards = max(part["forwards"] for part in details)
+        return Prediction(chunks, ids, log_probs, entropy, forwards, tuple(map(Draft, chunks)))
 
     def close(self) -> None:
         with contextlib.suppress(Exception):  # whatever state it is in
             self._leave.close()
         self._socket = None
 
-    def _ask(self, observation: Observation, instruction: str, memory: Memory) -> dict[str, Any]:
+    def _ask(self, observation: Observation, instruction: str, draft: Draft | None) -> dict[str, Any]:
         request: dict[str, Any] = {
             "pixels": {camera: np.asarray(observation["pixels"][camera]) for camera in self.robot.cameras},
             "prompt": instruction,
@@ -140,13 +140,10 @@ class RemotePolicy(ChunkPolicy):
         }
         if self.robot.state_dim:
             request["agent_pos"] = np.asarray(observation["agent_pos"])
-        if memory.draft is not None:
-            draft = {
-                "draft": completed(memory.draft, self.horizon),
-                "committed": memory.committed,
-                "trust": float(memory.trust),
-            }
-            request |= {f"vla/{name}": value for name, value in draft.items()}
+        if draft is not None:
+            given = np.empty((0, self.robot.action_dim), np.float32) if draft.prefix is None else draft.prefix
+            steps = np.concatenate([given, completed(draft.steps, self.horizon)[len(given) :]])
+            request |= {"vla/draft": steps, "vla/committed": len(given), "vla/trust": float(draft.threshold)}
         answer = self._exchange(wire.to_msgpack(request))
         if "error" in answer:
             raise ServerError(f"{self._address} answered: {answer['error']}")

@@ -20,7 +20,7 @@ import numpy as np
 
 from vla.config import KeysConfig
 from vla.errors import SpecError
-from vla.policy.session import Memory
+from vla.policy.session import Draft
 from vla.spec import Observation, RobotSpec
 from vla.transforms.images import ImageFormat
 from vla.transforms.prompt import text
@@ -42,19 +42,19 @@ class Request:
     """One observation to answer.
 
     Attributes:
-        memory: what the client's episode carries from chunk to chunk.
+        draft: of the next chunk of the client's episode; None at its start.
     """
 
     observation: Observation
     instruction: str
     unnorm_key: str | None = None
-    memory: Memory = dataclasses.field(default_factory=Memory)
+    draft: Draft | None = None
 
 
-def read(values: Any, robot: RobotSpec, horizon: int, keys: KeysConfig, memory: Memory | None = None) -> Request:
-    """Understand a decoded request; SpecError says what is missing or ambiguous, and what there is.
+def read(values: Any, robot: RobotSpec, horizon: int, keys: KeysConfig, draft: Draft | None = None) -> Request:
+    """Read a decoded request; SpecError lists what is missing or ambiguous and what was sent.
 
-    `memory` is that of the client's connection: for clients that send none of their own."""
+    `draft` is the connection's, for clients that send none."""
     if not isinstance(values, Mapping):
         raise SpecError(f"a request is a map of keys and values, got {type(values).__name__}.")
     flat = dict(_flatten(values))
@@ -67,8 +67,8 @@ def read(values: Any, robot: RobotSpec, horizon: int, keys: KeysConfig, memory: 
         unnorm_key = unnorm_key.decode("utf-8", "replace")
     if unnorm_key is not None and not isinstance(unnorm_key, str):
         raise SpecError(f"unnorm_key must be a text, got {type(unnorm_key).__name__}.")
-    memory = _memory(values, horizon, robot.action_dim) or memory or Memory()
-    return Request(observation, _prompt(flat, keys), unnorm_key, memory)
+    sent = _draft(values, horizon, robot.action_dim)
+    return Request(observation, _prompt(flat, keys), unnorm_key, draft if sent is None else sent)
 
 
 def _flatten(tree: Mapping[Any, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
@@ -179,7 +179,8 @@ def _prompt(flat: dict[str, Any], keys: KeysConfig) -> str:
     raise SpecError(f"the request has no instruction; it is expected under {keys.prompt or ' or '.join(_PROMPTS)}.")
 
 
-def _memory(values: Mapping[Any, Any], horizon: int, action_dim: int) -> Memory | None:
+def _draft(values: Mapping[Any, Any], horizon: int, action_dim: int) -> Draft | None:
+    """The draft that a client sends: actions in the robot's units, because it has no tokenizer."""
     draft, committed, trust = (values.get(f"vla/{name}", 0) for name in ("draft", "committed", "trust"))
     if "vla/draft" not in values:
         return None
@@ -191,8 +192,5 @@ def _memory(values: Mapping[Any, Any], horizon: int, action_dim: int) -> Memory 
         raise SpecError(f"vla/committed must be between 0 and {horizon - 1}, got {committed!r}.")
     if not isinstance(trust, int | float | np.number) or not 0 <= trust <= 1:
         raise SpecError(f"vla/trust must be between 0 and 1, got {trust!r}.")
-    memory = Memory()
-    draft = draft.astype(np.float32)
-    memory.remember(draft)
-    memory.commit(draft[:committed], float(trust))
-    return memory
+    steps = draft.astype(np.float32)
+    return Draft(steps).given(steps[:committed], float(trust))

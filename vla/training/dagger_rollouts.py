@@ -32,7 +32,7 @@ from vla.data.packing import finalise
 from vla.data.staging import finished, open_staging
 from vla.data.writer import EpisodeRecorder
 from vla.errors import SimulatorError
-from vla.policy.session import Memory
+from vla.policy.session import Session, predict
 from vla.simulation.adapter import Expert
 from vla.simulation.experts import EXPERT_SEED, consult, executable
 from vla.simulation.pool import Fault, Host, Pool, Start, Stretch
@@ -152,7 +152,7 @@ class _Trial:
         self.episode = episode
         self.env_id = scene[0]
         self.seed = scene[1] + TURNS_APART * turn
-        self.memory = Memory()
+        self.session = Session()
         # Not the numbers that lay out the scene, which the seed alone would give.
         self._coins = np.random.default_rng([self.seed, 1])
         self._beta = config.beta**number
@@ -225,14 +225,13 @@ class _Wave:
         chunks = dict.fromkeys(self._views, np.zeros((steps, self._student.robot.action_dim), np.float32))
         asked = [slot for slot in self._views if not overruled[slot].all()]
         if asked:
-            decoded = self._student.predict_chunks(
-                [self._views[slot].observation for slot in asked],
-                [self._views[slot].instruction for slot in asked],
-                [self._trials[slot].memory for slot in asked],
-            )
-            chunks |= dict(zip(asked, np.asarray(decoded)[:, :steps], strict=True))
+            for slot in asked:
+                self._trials[slot].session.instruction = self._views[slot].instruction
+            sessions = [self._trials[slot].session for slot in asked]
+            prediction = predict(self._student, sessions, [self._views[slot].observation for slot in asked])
+            chunks |= dict(zip(asked, prediction.chunks[:, :steps], strict=True))
         for slot in self._views:
-            self._trials[slot].memory.advance(steps)
+            self._trials[slot].session.advance(steps)
         return {slot: ("drive", chunks[slot], overruled[slot], self._trials[slot].asked) for slot in self._views}
 
     def _exchange(self, requests: dict[int, tuple[Any, ...]]) -> None:

@@ -1,15 +1,42 @@
-"""Arithmetic of action chunks [H, D]. It does not know tokens or robots."""
+"""Arithmetic of action chunks [H, ...]: actions, their tokens or their distributions. It does not know robots."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 
 
 def remainder(chunk: np.ndarray, executed: int) -> np.ndarray:
-    """What a chunk still says after its first `executed` actions, the last one held: a draft of the next chunk."""
+    """A chunk [H, ...] after its first `executed` rows, its last row repeated to length H."""
     return np.concatenate([chunk[executed:], np.repeat(chunk[-1:], executed, axis=0)])
 
 
 def completed(chunk: np.ndarray, length: int) -> np.ndarray:
-    """A chunk that was decoded in part, its last action held until it has `length` actions."""
+    """A partly decoded chunk, its last row repeated to `length`."""
     return np.concatenate([chunk, np.repeat(chunk[-1:], length - len(chunk), axis=0)])
+
+
+def ensemble(votes: Sequence[np.ndarray], coefficient: float) -> np.ndarray:
+    """Temporal ensembling (Zhao et al. 2023, ACT): the average of all predictions for one step.
+
+    Weights are exp(-coefficient * i), i = 0 for the oldest prediction: a positive coefficient favours old predictions,
+    0 none, a negative one new predictions.
+
+    Args:
+        votes: predictions for the same step, oldest first, all of one shape: actions [D], or distributions over bins.
+    Returns:
+        The average, in the dtype of the votes.
+    """
+    weights = np.exp(-coefficient * np.arange(len(votes)))
+    return np.average(votes, axis=0, weights=weights).astype(votes[-1].dtype)
+
+
+def ensemble_chunks(chunks: Sequence[np.ndarray], coefficient: float) -> np.ndarray:
+    """Temporal ensembling of chunks [n, ...] that begin at the same step, oldest first; as long as the newest."""
+    return np.stack(
+        [
+            ensemble([chunk[step] for chunk in chunks if step < len(chunk)], coefficient)
+            for step in range(len(chunks[-1]))
+        ]
+    )
