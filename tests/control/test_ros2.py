@@ -249,7 +249,7 @@ def test_before_the_first_command_to_hold_is_to_stay_where_the_joints_are(monkey
     node.hear("/joint_states", joints({"shoulder": 0.7, "elbow": 0.4, "grip": 0.8}))
     np.testing.assert_allclose(robot.spec.hold_action(None), [0.7, 0.4, -1.0], atol=1e-6)
     node.hear("/joint_states", joints({"shoulder": float("nan"), "elbow": 0.4, "grip": 0.8}))
-    assert np.isnan(robot.observe().observation["agent_pos"][0])  # for `Watch` to judge
+    assert np.isnan(robot.observe().observation["agent_pos"][0])  # for the monitor to judge
     np.testing.assert_allclose(robot.spec.hold_action(None), [0.7, 0.4, -1.0], atol=1e-6)
     robot.command(np.array([0.6, 0.4, 1.0], np.float32))
     np.testing.assert_allclose(robot.spec.hold_action(None), [0.6, 0.4, 1.0])

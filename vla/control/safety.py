@@ -2,7 +2,7 @@
 
 Owns: the limits of a command, the emergency stop, and the count of every intervention with its reason. Whatever comes
 in, what goes out is finite, in range, no jump, and not the answer to something the robot saw long ago. It does not know
-where actions come from or what is wrong with a reading (`watch` does).
+where actions come from or what is wrong with a reading (`observation_monitor` does).
 """
 
 from __future__ import annotations

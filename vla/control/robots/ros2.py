@@ -48,8 +48,9 @@ import numpy as np
 
 from vla.config import ControlConfig, from_dict, load
 from vla.config.files import STRICT
-from vla.control.black_box import BlackBox, Moment
+from vla.control.black_box import BlackBox
 from vla.control.controller import Controller
+from vla.control.events import StepEvent
 from vla.control.robot import Reading
 from vla.errors import ConfigError, SpecError, VLAError, unknown
 from vla.policy import ChunkPolicy
@@ -402,12 +403,12 @@ class Pilot:
             safety = self.controller.safety
             (safety.emergency_stop if self._stopped else safety.release)()
 
-    def _listen(self, moment: Moment) -> None:
+    def _listen(self, event: StepEvent) -> None:
         self._problem = ""
         self._commands += 1
-        self._ticks.append((moment.lateness_s, moment.fault, moment.reasons))
-        if moment.decoding is not None and "error" not in moment.decoding:
-            self._decode_ms.append(moment.decoding["ms"])
+        self._ticks.append((event.lateness_s, event.fault, event.reasons))
+        if event.decoding is not None and "error" not in event.decoding:
+            self._decode_ms.append(event.decoding["ms"])
 
     def _instruct(self, message: Any) -> None:
         if not message.data.strip():
