@@ -134,7 +134,8 @@ class Controller:
                 self._stopping = False
 
     def _control(self, first: Reading, seconds: float) -> dict[str, Any]:
-        self.safety.begin(state_of(first, self._robot.spec))
+        reference = getattr(self._robot, "hold_reference", lambda: None)()  # drivers need not have it
+        self.safety.begin(state_of(first, self._robot.spec), reference)
         before = self.safety.interventions.copy()
         elapsed = math.ceil((time.monotonic() - first.time) * self.hz)
         rate = Rate(self.hz, start=first.time + (elapsed + _PHASE) / self.hz)
