@@ -1,4 +1,6 @@
-"""A stand-in for the part of rclpy and of the message packages that `vla.control.robots.ros2` uses.
+"""A stand-in for the part of rclpy and of the message packages that `vla.control.robots.ros2*` use.
+
+Importing it installs it in `sys.modules`: import it before them.
 
 Written from rclpy's sources (Humble to Rolling), so that names, arguments and what callbacks may return are the real
 ones where it matters: exceptions in transitions are swallowed, lifecycle publishers are silent unless active, best
@@ -398,8 +400,15 @@ def try_shutdown() -> None:
     Context.alive = False
 
 
-def install(monkeypatch: Any, **overrides: Any) -> None:
-    """Put the packages in place; `overrides` are the parameter file's values."""
+def start(monkeypatch: Any, **overrides: Any) -> None:
+    """A ROS without nodes, not initialised; `overrides` are the parameter file's values."""
+    monkeypatch.setattr(Context, "alive", False)
+    monkeypatch.setattr(Context, "overrides", overrides)
+    monkeypatch.setattr(Context, "nodes", [])
+
+
+def install() -> None:
+    """Put the packages in place, for modules that import them."""
     packages = {
         "rclpy": {"init": init, "ok": lambda: Context.alive, "try_shutdown": try_shutdown},
         "rclpy.callback_groups": (MutuallyExclusiveCallbackGroup,),
@@ -419,7 +428,7 @@ def install(monkeypatch: Any, **overrides: Any) -> None:
     for name, content in packages.items():
         module = types.ModuleType(name)
         vars(module).update(content if isinstance(content, dict) else {found.__name__: found for found in content})
-        monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(Context, "alive", False)
-    monkeypatch.setattr(Context, "overrides", overrides)
-    monkeypatch.setattr(Context, "nodes", [])
+        sys.modules[name] = module
+
+
+install()

@@ -9,14 +9,15 @@ import cv2
 import numpy as np
 import pytest
 
-from vla.control.black_box import BlackBox, Moment
+from vla.control.black_box import BlackBox
+from vla.control.events import StepEvent
 from vla.control.robot import Reading
 
 
-def moment(tick: int, reasons: tuple[str, ...] = (), decoding: dict | None = None) -> Moment:
+def step(tick: int, reasons: tuple[str, ...] = (), decoding: dict | None = None) -> StepEvent:
     image = np.full((16, 16, 3), (tick % 250, 0, 0), np.uint8)
     observation = {"pixels": {"front": image, "wrist": image}, "agent_pos": np.array([tick, 0.5], np.float32)}
-    return Moment(tick, 0.001, Reading(observation, float(tick)), np.array([0.1, tick]), reasons, decoding)
+    return StepEvent(tick, 0.001, Reading(observation, float(tick)), np.array([0.1, tick]), reasons, decoding)
 
 
 def read(path) -> tuple[list[dict], dict[str, np.ndarray]]:
@@ -29,9 +30,9 @@ def read(path) -> tuple[list[dict], dict[str, np.ndarray]]:
 def test_a_fault_leaves_the_last_seconds_on_disk(tmp_path):
     box = BlackBox(tmp_path / "box", seconds=3.0, hz=10.0)
     for tick in range(50):
-        box.add(moment(tick, ("range",)))
-    box.add(moment(50, decoding={"asked": 48, "ms": 21.0, "entropy": 0.5, "ids": [4, 5]}))
-    box.add(moment(51, ("stale observation",)))
+        box.add(step(tick, ("range",)))
+    box.add(step(50, decoding={"asked": 48, "ms": 21.0, "entropy": 0.5, "ids": [4, 5]}))
+    box.add(step(51, ("stale observation",)))
     box.close()
     (path,) = box.files
     assert path.name.endswith("-stale-observation.zip") and path.parent == tmp_path / "box"
@@ -47,7 +48,7 @@ def test_a_fault_leaves_the_last_seconds_on_disk(tmp_path):
 def test_nothing_is_written_where_nothing_went_wrong(tmp_path):
     box = BlackBox(tmp_path / "box", seconds=3.0, hz=10.0)
     for reason in ("no chunk yet", "on hold", "range", "jump", "velocity", "acceleration", "workspace"):
-        box.add(moment(1, (reason,)))
+        box.add(step(1, (reason,)))
     box.close()
     assert box.files == [] and not (tmp_path / "box").exists()
 
@@ -56,10 +57,10 @@ def test_nothing_is_written_where_nothing_went_wrong(tmp_path):
 def test_an_errors_own_tick_is_in_the_box_and_a_storm_of_faults_is_one_box(tmp_path, end):
     box = BlackBox(tmp_path, seconds=30.0, hz=10.0)
     for tick in range(40):
-        box.add(moment(tick, **end))
+        box.add(step(tick, **end))
     deadline = time.monotonic() + 1.2
     while time.monotonic() < deadline:  # the aftermath passes, and the faults go on
-        box.add(moment(99, **end))
+        box.add(step(99, **end))
         time.sleep(0.05)
     box.end()
     box.close()
@@ -69,7 +70,7 @@ def test_an_errors_own_tick_is_in_the_box_and_a_storm_of_faults_is_one_box(tmp_p
 def test_what_a_faulty_driver_calls_a_picture_does_not_break_it(tmp_path):
     box = BlackBox(tmp_path, seconds=3.0, hz=10.0)
     for observation in ({}, {"pixels": None}, {"pixels": {"front": np.zeros(3)}}, {"pixels": {"front": "?"}}):
-        box.add(Moment(0, 0.0, Reading(observation, 0.0), np.zeros(1), ("malformed picture",), None))
+        box.add(StepEvent(0, 0.0, Reading(observation, 0.0), np.zeros(1), ("malformed image",), None))
     box.close()
     ticks, _ = read(box.files[0])
     assert len(ticks) == 4
@@ -78,11 +79,11 @@ def test_what_a_faulty_driver_calls_a_picture_does_not_break_it(tmp_path):
 def test_pictures_stay_as_long_as_their_ticks_whatever_cameras_do(tmp_path):
     box = BlackBox(tmp_path, seconds=3.0, hz=10.0)
     for tick in range(60):
-        seen = moment(tick)
+        seen = step(tick)
         if tick == 59:
             del seen.reading.observation["pixels"]["wrist"]
         box.add(seen)
-    box.add(moment(60, ("missing camera",)))
+    box.add(step(60, ("missing camera",)))
     box.close()
     ticks, pictures = read(box.files[0])  # which reads every picture that a tick names
     assert len(ticks) == 30 and len(pictures) == 59
@@ -92,14 +93,14 @@ def test_what_cannot_be_kept_or_written_costs_nothing_that_comes_later(tmp_path)
     (tmp_path / "file").touch()
     box = BlackBox(tmp_path / "file" / "box", seconds=0.1, hz=10.0)  # a folder that cannot be
     strange = {"pixels": {"front": np.zeros((0, 8, 3), np.uint8)}, "agent_pos": ["left", "right"]}
-    box.add(Moment(0, 0.0, Reading(strange, 0.0), np.zeros(1), ("underrun",), None))
+    box.add(StepEvent(0, 0.0, Reading(strange, 0.0), np.zeros(1), ("underrun",), None))
     box.end()
     deadline = time.monotonic() + 10
     while box.problem is None and time.monotonic() < deadline:
         time.sleep(0.01)
     assert "NotADirectoryError" in box.problem
     box._folder = tmp_path / "box"  # somebody has mended it
-    box.add(Moment(1, 0.0, Reading(strange, 1.0), np.zeros(1), ("underrun",), None))
+    box.add(StepEvent(1, 0.0, Reading(strange, 1.0), np.zeros(1), ("underrun",), None))
     box.close()
     ticks, _ = read(box.files[0])
     assert ticks[0]["tick"] == 1 and "left" in ticks[0]["state"]
@@ -110,6 +111,6 @@ def test_a_box_that_cannot_keep_up_says_so_and_stays_small(tmp_path, monkeypatch
     monkeypatch.setattr(BlackBox, "_keep", lambda *_: time.sleep(0.01))
     box = BlackBox(tmp_path, seconds=1.0, hz=10.0)
     for tick in range(300):
-        box.add(moment(tick))
+        box.add(step(tick))
     assert box._queue.qsize() <= 100 and "faster than" in box.problem
     box.close()

@@ -60,7 +60,7 @@ def nan(observation):
         (during(10, 40, lambda _: None), "stale observation", 15),
         (during(10, 40, frozen), "frozen camera", 15),
         (during(10, 30, dark), "dark camera", 15),
-        (during(10, 30, small), "picture of another size", 15),
+        (during(10, 30, small), "image of another size", 15),
         (during(10, 30, blind), "missing camera", 15),
         (during(10, 30, nan), "state not finite", 15),
         (lambda observation, tick: observation if tick % 2 else None, None, 0),

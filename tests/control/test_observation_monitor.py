@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vla.config import SafetyConfig
-from vla.control.observation_monitor import Watch
+from vla.control.observation_monitor import ObservationMonitor
 from vla.control.robot import Reading
 from vla.spec import RobotSpec
 
@@ -18,9 +18,9 @@ def observation(**pixels) -> dict:
 
 
 def test_a_good_reading_has_no_fault_until_it_is_old():
-    watch, reading = Watch(SPEC, SafetyConfig(max_age_s=0.5)), Reading(observation(), time=10.0)
-    assert watch.fault(reading, now=10.4) is None
-    assert watch.fault(reading, now=10.6) == "stale observation"
+    monitor, reading = ObservationMonitor(SPEC, SafetyConfig(max_age_s=0.5)), Reading(observation(), time=10.0)
+    assert monitor.fault(reading, now=10.4) is None
+    assert monitor.fault(reading, now=10.6) == "stale observation"
 
 
 @pytest.mark.parametrize(
@@ -29,9 +29,9 @@ def test_a_good_reading_has_no_fault_until_it_is_old():
         ({"pixels": {"front": observation()["pixels"]["front"]}}, "missing camera"),
         ({"pixels": None}, "missing camera"),
         ({}, "missing camera"),
-        (observation(wrist=np.zeros((48, 64), np.uint8)), "malformed picture"),
-        (observation(wrist=np.ones((48, 64, 3), np.float32)), "malformed picture"),
-        (observation(wrist=np.full((24, 32, 3), 99, np.uint8)), "picture of another size"),
+        (observation(wrist=np.zeros((48, 64), np.uint8)), "malformed image"),
+        (observation(wrist=np.ones((48, 64, 3), np.float32)), "malformed image"),
+        (observation(wrist=np.full((24, 32, 3), 99, np.uint8)), "image of another size"),
         (observation(wrist=np.zeros((48, 64, 3), np.uint8)), "dark camera"),
         (observation() | {"agent_pos": np.array([0.0, np.nan])}, "state not finite"),
         (observation() | {"agent_pos": np.zeros(3)}, "state not finite"),
@@ -39,14 +39,14 @@ def test_a_good_reading_has_no_fault_until_it_is_old():
     ],
 )
 def test_every_fault_has_its_name_and_passes_with_it(bad, name):
-    watch = Watch(SPEC, SafetyConfig())
-    assert watch.fault(Reading(observation(), 1.0), 1.0) is None
-    assert watch.fault(Reading(bad, 1.1), 1.1) == name
-    assert watch.fault(Reading(observation(), 1.2), 1.2) is None
+    monitor = ObservationMonitor(SPEC, SafetyConfig())
+    assert monitor.fault(Reading(observation(), 1.0), 1.0) is None
+    assert monitor.fault(Reading(bad, 1.1), 1.1) == name
+    assert monitor.fault(Reading(observation(), 1.2), 1.2) is None
 
 
 def test_a_camera_that_shows_the_same_picture_for_ever_is_frozen_where_that_is_asked_for():
-    careful, easy = Watch(SPEC, SafetyConfig(max_frozen_s=0.35)), Watch(SPEC, SafetyConfig())
+    careful, easy = ObservationMonitor(SPEC, SafetyConfig(max_frozen_s=0.35)), ObservationMonitor(SPEC, SafetyConfig())
     for tick in range(10):
         reading = Reading(observation(), tick * 0.1)
         assert careful.fault(reading, tick * 0.1) == ("frozen camera" if tick > 3 else None)

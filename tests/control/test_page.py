@@ -16,9 +16,9 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from vla.config import ControlConfig
-from vla.control.black_box import Moment
-from vla.control.console import Refused, Station
+from vla.control.console import OperatorConsole, Refused
 from vla.control.controller import Controller
+from vla.control.events import StepEvent
 from vla.control.page import page, serve_in_thread
 from vla.control.robot import Reading
 from vla.errors import ConfigError
@@ -54,28 +54,28 @@ def controller(nano, observations):
 
 
 @pytest.fixture
-def station(controller, nano):
+def console(controller, nano):
     policy = Policy(*nano)
-    station = Station(controller, policy.robot, policy, "nano on a bench")
-    controller.listeners.append(station.listen)
-    return station
+    console = OperatorConsole(controller, policy.robot, policy, "nano on a bench")
+    controller.listeners.append(console.listen)
+    return console
 
 
 @pytest.fixture
-def scene(controller, station):
+def scene(controller, console):
     """A scene that runs in the background."""
-    station.begin(7, "reach")
+    console.begin(7, "reach")
     thread = threading.Thread(target=controller.run, args=("reach", 60.0), daemon=True)
     thread.start()
-    until(lambda: station.status()["ticks"])
+    until(lambda: console.status()["ticks"])
     yield controller
     controller.stop()
     thread.join(timeout=10)
 
 
 @pytest.fixture
-def served(station):
-    with serve_in_thread(page(station), "127.0.0.1", 0) as address:
+def served(console):
+    with serve_in_thread(page(console), "127.0.0.1", 0) as address:
         yield address
 
 
@@ -87,25 +87,25 @@ def until(condition, seconds: float = 20.0):
     return found
 
 
-def moment(tick: int, observation, reasons=(), decoding=None, late: float = 0.001) -> Moment:
+def step(tick: int, observation, reasons=(), decoding=None, late: float = 0.001) -> StepEvent:
     reading = Reading(observation, time.monotonic(), info={"reached": 1, "torque": float("nan")})
-    return Moment(tick, late, reading, np.arange(7, dtype=np.float32), reasons, decoding)
+    return StepEvent(tick, late, reading, np.arange(7, dtype=np.float32), reasons, decoding)
 
 
-def test_what_is_told_is_what_happened(station, observations):
+def test_what_is_told_is_what_happened(console, observations):
     (observation,) = observations(1)
-    assert station.status()["state"] == "starting" and station.picture("front") is None
-    station.begin(7, "reach")
-    station.listen(moment(0, observation, ("no chunk yet",)))
-    station.listen(moment(1, observation, decoding={"asked": 0, "ms": 21.5, "ids": [1], "entropy": 0.1}))
+    assert console.status()["state"] == "starting" and console.picture("front") is None
+    console.begin(7, "reach")
+    console.listen(step(0, observation, ("no chunk yet",)))
+    console.listen(step(1, observation, decoding={"asked": 0, "ms": 21.5, "ids": [1], "entropy": 0.1}))
     for tick in (2, 3, 6):  # two ticks were slept through
-        station.listen(moment(tick, observation, ("underrun",)))
-    station.listen(moment(7, observation, ("jump", "range"), {"asked": 2, "ms": 3.0, "error": "out of memory"}, 0.06))
-    status = json.loads(json.dumps(station.status(), allow_nan=False))
+        console.listen(step(tick, observation, ("underrun",)))
+    console.listen(step(7, observation, ("jump", "range"), {"asked": 2, "ms": 3.0, "error": "out of memory"}, 0.06))
+    status = json.loads(json.dumps(console.status(), allow_nan=False))
     assert [tick["n"] for tick in status["ticks"]] == [1, 2, 3, 4, 5, 6]
     assert [tick["decoded"] for tick in status["ticks"]] == [False, True, False, False, False, False]
     assert status["ticks"][-1]["command"] == list(range(7)) and status["ticks"][-1]["reasons"] == ["jump", "range"]
-    assert station.status(since=5)["ticks"][0]["n"] == 6
+    assert console.status(since=5)["ticks"][0]["n"] == 6
     events = {event["reason"]: event for event in status["events"]}
     assert {name: event["count"] for name, event in events.items()} == {
         "underrun": 3,
@@ -121,94 +121,94 @@ def test_what_is_told_is_what_happened(station, observations):
     assert status["robot"]["info"] == {"reached": 1, "torque": None} and len(status["robot"]["state"]) == 7
 
 
-def test_pictures_are_those_of_the_latest_reading(station, observations):
+def test_pictures_are_those_of_the_latest_reading(console, observations):
     import cv2
 
     first, second = observations(2)
-    station.listen(moment(0, first))
-    picture = station.picture("front")
-    assert station.picture("front") is picture
+    console.listen(step(0, first))
+    picture = console.picture("front")
+    assert console.picture("front") is picture
     image = cv2.imdecode(np.frombuffer(picture, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
     assert image.shape == (96, 96, 3) and np.abs(image - first["pixels"]["front"].astype(int)).mean() < 20
-    station.listen(moment(1, second))
-    assert station.picture("front") is not picture
-    station.listen(moment(2, {"pixels": {"front": np.zeros((4, 0, 3))}, "agent_pos": np.array(["x"])}))
-    assert station.picture("front") is None and station.picture("wrist") is None
-    assert station.status()["robot"]["state"] == []
-    station.listen(moment(3, {"pixels": {"front": np.zeros((720, 1280, 3), np.uint8)}}))
-    assert cv2.imdecode(np.frombuffer(station.picture("front"), np.uint8), cv2.IMREAD_COLOR).shape == (360, 640, 3)
+    console.listen(step(1, second))
+    assert console.picture("front") is not picture
+    console.listen(step(2, {"pixels": {"front": np.zeros((4, 0, 3))}, "agent_pos": np.array(["x"])}))
+    assert console.picture("front") is None and console.picture("wrist") is None
+    assert console.status()["robot"]["state"] == []
+    console.listen(step(3, {"pixels": {"front": np.zeros((720, 1280, 3), np.uint8)}}))
+    assert cv2.imdecode(np.frombuffer(console.picture("front"), np.uint8), cv2.IMREAD_COLOR).shape == (360, 640, 3)
 
 
-def test_a_new_scene_shows_nothing_of_the_one_before(station, observations):
+def test_a_new_scene_shows_nothing_of_the_one_before(console, observations):
     before, after = observations(2)
-    station.begin(7, "reach")
-    station.listen(moment(0, before))
-    assert station.status()["robot"]["info"] == {"reached": 1, "torque": None} and station.picture("front")
-    station.end(False)
-    assert station.status()["robot"] is not None  # a scene that is over is still to be seen
-    station.begin(8, "push")
-    assert station.status()["robot"] is None and station.picture("front") is None
-    station.listen(moment(0, after))
-    assert station.status()["robot"]["state"] and station.picture("front")
+    console.begin(7, "reach")
+    console.listen(step(0, before))
+    assert console.status()["robot"]["info"] == {"reached": 1, "torque": None} and console.picture("front")
+    console.end(False)
+    assert console.status()["robot"] is not None  # a scene that is over is still to be seen
+    console.begin(8, "push")
+    assert console.status()["robot"] is None and console.picture("front") is None
+    console.listen(step(0, after))
+    assert console.status()["robot"]["state"] and console.picture("front")
 
 
-def test_nothing_grows_for_ever(station, observations):
+def test_nothing_grows_for_ever(console, observations):
     (observation,) = observations(1)
-    station.begin(7, "reach")
+    console.begin(7, "reach")
     for tick in range(3000):
-        station.listen(moment(tick, observation, (f"reason {tick % 50}",), {"asked": tick, "ms": 1.0, "ids": []}))
-    status = station.status()
+        console.listen(step(tick, observation, (f"reason {tick % 50}",), {"asked": tick, "ms": 1.0, "ids": []}))
+    status = console.status()
     assert len(status["ticks"]) == 10 * HZ and len(status["timing"]["decode_ms"]) == 300
     assert len(status["events"]) <= 50 and len(json.dumps(status | {"ticks": []})) < 20_000
 
 
-def test_scenes_that_a_person_had_a_hand_in_are_not_counted(station, observations):
+def test_scenes_that_a_person_had_a_hand_in_are_not_counted(console, observations):
     (observation,) = observations(1)
 
     def play(success: bool, *orders) -> list[str]:
-        station.begin(7, "reach")
-        station.listen(moment(0, observation))
+        console.begin(7, "reach")
+        console.listen(step(0, observation))
         for order in orders:
             order()
-        return station.end(success)
+        return console.end(success)
 
     with pytest.raises(Refused, match="no scene is running"):
-        station.instruct("push")
+        console.instruct("push")
     assert play(True) == []
-    assert station.waiting()  # the success is to be seen
-    station.new_scene()
-    assert not station.waiting()
-    assert play(False) == [] and not station.waiting()
-    assert play(True, lambda: station.instruct(" push  it ")) == ["instruction: push it"]
-    assert play(False, station.hold, station.start) == ["hold"]
-    assert play(False, station.new_scene) == ["new scene"]
-    station.hold()
-    assert play(False, station.start) == ["hold"]
+    assert console.waiting()  # the success is to be seen
+    console.new_scene()
+    assert not console.waiting()
+    assert play(False) == [] and not console.waiting()
+    assert play(True, lambda: console.instruct(" push  it ")) == ["instruction: push it"]
+    assert play(False, console.hold, console.start) == ["hold"]
+    assert play(False, console.new_scene) == ["new scene"]
+    console.hold()
+    assert play(False, console.start) == ["hold"]
     with pytest.raises(Refused, match="no scene is running"):
-        station.instruct("push")
-    status = station.status()
+        console.instruct("push")
+    status = console.status()
     assert status["tally"] == {"success": 1, "failure": 1, "guided": 4}
     assert status["outcomes"] == ["success", "failure", "guided", "guided", "guided", "guided"]
     assert status["last"]["person"] == ["hold"] and status["suggestions"] == ["reach", "push it"]
 
 
-def test_a_robot_that_is_held_waits_for_a_person(station, controller):
-    station.begin(7, "reach")
-    station.emergency_stop()
-    assert controller.safety.stopped and station.status()["state"] == "emergency stop"
-    station.end(False)
+def test_a_robot_that_is_held_waits_for_a_person(console, controller):
+    console.begin(7, "reach")
+    console.emergency_stop()
+    assert controller.safety.stopped and console.status()["state"] == "emergency stop"
+    console.end(False)
     with pytest.raises(Refused, match="release it first"):
-        station.start()
-    station.release()
-    assert not controller.safety.stopped and station.status()["state"] == "holding" and station.waiting()
-    station.start()
-    assert not station.waiting()
+        console.start()
+    console.release()
+    assert not controller.safety.stopped and console.status()["state"] == "holding" and console.waiting()
+    console.start()
+    assert not console.waiting()
 
 
 @pytest.mark.parametrize("text", ["", "   ", "x" * 201, "push\x00", "\x1b[31m"])
-def test_an_instruction_is_a_short_text(scene, station, text):
+def test_an_instruction_is_a_short_text(scene, console, text):
     with pytest.raises(Refused, match="1 to 200"):
-        station.instruct(text)
+        console.instruct(text)
 
 
 def test_the_page_needs_nothing_from_elsewhere(served):
@@ -218,7 +218,7 @@ def test_the_page_needs_nothing_from_elsewhere(served):
     assert not re.findall(r"""(?:src|href)\s*=\s*["'](?!data:)|@import|url\(|https?://(?!")""", answer.text)
 
 
-def test_orders_and_pictures_go_over_the_wire(scene, station, served):
+def test_orders_and_pictures_go_over_the_wire(scene, console, served):
     with connect(served.replace("http", "ws") + "/live") as socket:
         hello = json.loads(socket.recv(timeout=10))["robot"]
         assert hello["cameras"] == ["front", "wrist"] and (hello["period_ms"], hello["chunk_ms"]) == (50, 200)
@@ -234,7 +234,7 @@ def test_orders_and_pictures_go_over_the_wire(scene, station, served):
         assert statuses[-1]["state"] == "running" and statuses[-1]["robot"]["info"] == {"reached": 1}
         for order, state in (("hold", "holding"), ("start", "running"), ("stop", "emergency stop")):
             socket.send(json.dumps({"do": order}))
-            until(lambda state=state: station.state == state)
+            until(lambda state=state: console.state == state)
         socket.send(json.dumps({"do": "instruct", "text": "push the button"}))
         until(lambda: scene.instruction == "push the button")
         socket.send(json.dumps({"do": "start"}))
@@ -300,16 +300,16 @@ def test_no_other_web_site_can_drive_the_robot(controller, served):
         assert json.loads(socket.recv(timeout=10))["robot"]
 
 
-def test_a_place_where_nothing_can_listen_says_so(station, served):
+def test_a_place_where_nothing_can_listen_says_so(console, served):
     taken = int(served.rpartition(":")[2])
     for host, port in (("127.0.0.1", taken), ("no.such.host.invalid", 0), ("127.0.0.1", 70000)):
-        with pytest.raises(ConfigError, match="port"), serve_in_thread(page(station), host, port):
+        with pytest.raises(ConfigError, match="port"), serve_in_thread(page(console), host, port):
             pass
 
 
-def test_signals_stay_the_main_threads(station):
+def test_signals_stay_the_main_threads(console):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with serve_in_thread(page(station), "127.0.0.1", 0) as address:
+    with serve_in_thread(page(console), "127.0.0.1", 0) as address:
         assert requests.get(address, timeout=10).ok
         assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 

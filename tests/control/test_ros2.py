@@ -3,6 +3,7 @@
 import array
 import contextlib
 import importlib.util
+import runpy
 import signal
 import sys
 import threading
@@ -19,7 +20,7 @@ import yaml
 from tests.control import fake_ros2 as ros
 from vla.config import ControlConfig, ModelConfig, SafetyConfig, load
 from vla.control.controller import Controller
-from vla.control.robots import ros2
+from vla.control.robots import ros2, ros2_messages, ros2_robot
 from vla.errors import ConfigError, SpecError
 from vla.model.build import DataFacts, build_policy
 from vla.policy import Policy, checkpoint
@@ -102,9 +103,9 @@ def node_of(monkeypatch, nano, tmp_path):
     nodes = []
 
     def make(**parameters):
-        ros.install(monkeypatch, **{k: v for k, v in (usual | parameters).items() if v is not None})
+        ros.start(monkeypatch, **{k: v for k, v in (usual | parameters).items() if v is not None})
         ros.init()
-        nodes.append(ros2.build_node())
+        nodes.append(ros2.PolicyNode())
         return nodes[-1]
 
     yield make
@@ -138,39 +139,39 @@ def test_pictures_are_the_rgb_original(padding):
         ("rgba8", alpha),
         ("bgra8", alpha[..., [2, 1, 0, 3]]),
     ):
-        found = ros2.picture(image(sent, encoding, padding))
+        found = ros2_messages.decode_image(image(sent, encoding, padding))
         np.testing.assert_array_equal(found, picture)
         assert found.flags.c_contiguous and found.flags.writeable
     np.testing.assert_array_equal(
-        ros2.picture(image(picture[..., :1], "mono8", padding)), np.repeat(picture[..., :1], 3, axis=-1)
+        ros2_messages.decode_image(image(picture[..., :1], "mono8", padding)), np.repeat(picture[..., :1], 3, axis=-1)
     )
-    np.testing.assert_array_equal(ros2.uncompressed(compressed(picture)), picture)
+    np.testing.assert_array_equal(ros2_messages.decode_compressed_image(compressed(picture)), picture)
     smooth = cv2.resize(picture, (64, 48))
-    assert np.abs(ros2.uncompressed(compressed(smooth, ".jpg")).astype(int) - smooth).mean() < 12
+    assert np.abs(ros2_messages.decode_compressed_image(compressed(smooth, ".jpg")).astype(int) - smooth).mean() < 12
 
 
 def test_pictures_that_cannot_be_read_are_errors_that_help():
     picture = np.zeros((8, 8, 3), np.uint8)
     with pytest.raises(SpecError, match=r"unknown image encoding '16UC1'.*Valid: 'rgb8', 'bgr8'.*compressed"):
-        ros2.picture(image(picture, "16UC1"))
+        ros2_messages.decode_image(image(picture, "16UC1"))
     short = image(picture)
     short.data = short.data[:-1]
-    with pytest.raises(SpecError, match="191 bytes are no image of 8 x 8 rgb8, step 24"):
-        ros2.picture(short)
-    with pytest.raises(SpecError, match="no image of 8 x 8 rgb8, step 8"):
-        ros2.picture(image(picture[..., :1], "rgb8"))
+    with pytest.raises(SpecError, match="191 bytes are not an image of 8 x 8 rgb8, step 24"):
+        ros2_messages.decode_image(short)
+    with pytest.raises(SpecError, match="not an image of 8 x 8 rgb8, step 8"):
+        ros2_messages.decode_image(image(picture[..., :1], "rgb8"))
     for data in (b"", b"no jpeg"):
         with pytest.raises(SpecError, match=r"'jpeg', \d bytes\) cannot be decoded"):
-            ros2.uncompressed(ros.CompressedImage(format="jpeg", data=array.array("B", data)))
+            ros2_messages.decode_compressed_image(ros.CompressedImage(format="jpeg", data=array.array("B", data)))
 
 
 def test_joints_are_found_by_name():
     message = joints({"b": 2.0, "wheel": 9.0, "a": 1.0})
-    assert ros2.positions(message, ("a", "b")) == {"a": 1.0, "b": 2.0}
+    assert ros2_messages.joint_positions(message, ("a", "b")) == {"a": 1.0, "b": 2.0}
     with pytest.raises(SpecError, match="no position of c, d; it has b, wheel, a"):
-        ros2.positions(message, ("c", "a", "d"))
+        ros2_messages.joint_positions(message, ("c", "a", "d"))
     with pytest.raises(SpecError, match="no position of a; it has none"):
-        ros2.positions(ros.JointState(name=["a"], effort=array.array("d", [1.0])), ("a",))
+        ros2_messages.joint_positions(ros.JointState(name=["a"], effort=array.array("d", [1.0])), ("a",))
 
 
 # The robot.
@@ -178,10 +179,10 @@ def test_joints_are_found_by_name():
 
 def robot_of(monkeypatch, spec: RobotSpec, hz: float = HZ, **parameters):
     """A Ros2Robot on an active node."""
-    ros.install(monkeypatch)
+    ros.start(monkeypatch)
     ros.init()
     node = ros.LifecycleNode("test")
-    robot = ros2.Ros2Robot(node, spec, ros2.Parameters(**parameters), hz)
+    robot = ros2_robot.Ros2Robot(node, spec, ros2_robot.Parameters(**parameters), hz)
     node._enable(True)
     return node, robot
 
@@ -247,15 +248,14 @@ def test_before_the_first_command_to_hold_is_to_stay_where_the_joints_are(monkey
     node.hear("/joint_states", joints({"shoulder": float("nan"), "elbow": 0.4, "grip": 0.8}))
     assert robot.observe() is None and "not finite" in robot.faults["/joint_states"]
     node.hear("/joint_states", joints({"shoulder": 0.7, "elbow": 0.4, "grip": 0.8}))
-    np.testing.assert_allclose(robot.spec.hold_action(None), [0.7, 0.4, -1.0], atol=1e-6)
+    np.testing.assert_allclose(robot.hold_reference(), [0.7, 0.4, -1.0], atol=1e-6)
     node.hear("/joint_states", joints({"shoulder": float("nan"), "elbow": 0.4, "grip": 0.8}))
-    assert np.isnan(robot.observe().observation["agent_pos"][0])  # for `Watch` to judge
-    np.testing.assert_allclose(robot.spec.hold_action(None), [0.7, 0.4, -1.0], atol=1e-6)
+    assert np.isnan(robot.observe().observation["agent_pos"][0])  # for the monitor to judge
+    np.testing.assert_allclose(robot.hold_reference(), [0.7, 0.4, -1.0], atol=1e-6)
     robot.command(np.array([0.6, 0.4, 1.0], np.float32))
-    np.testing.assert_allclose(robot.spec.hold_action(None), [0.6, 0.4, 1.0])
+    np.testing.assert_allclose(robot.hold_reference(), [0.6, 0.4, 1.0])
     robot.forget()
-    np.testing.assert_allclose(robot.spec.hold_action(None), [0.7, 0.4, -1.0], atol=1e-6)
-    np.testing.assert_allclose(robot.spec.hold_action(np.ones(3)), 1.0)
+    np.testing.assert_allclose(robot.hold_reference(), [0.7, 0.4, -1.0], atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -274,7 +274,7 @@ def test_what_does_not_fit_the_robot_is_said(monkeypatch, parameters, message):
 
 
 def test_deltas_are_no_trajectory(monkeypatch, robot):
-    with pytest.raises(ConfigError, match='positions, but these actions are ee_delta: take "array"'):
+    with pytest.raises(ConfigError, match='consists of positions, but these actions are ee_delta: take "array"'):
         robot_of(monkeypatch, robot, cameras=dict.fromkeys(robot.cameras, "/image"))
 
 
@@ -316,7 +316,7 @@ def test_it_drives_by_name_at_the_policys_rate_and_ends_in_hold(active, nano):
     assert actions.shape[1] == spec.action_dim and np.abs(actions[:-1, :3]).max() > 0.01
     np.testing.assert_allclose(actions[-1], spec.hold_action(actions[-2]))
     # The joints came in another order every time.
-    state = node.pilot.robot.observe().observation["agent_pos"]
+    state = node.controller.robot.observe().observation["agent_pos"]
     np.testing.assert_allclose(state, [drivers.at[name] for name in JOINTS], atol=1e-6)
     time.sleep(0.2)
     assert len(node.sent("/commands")) == len(sent)
@@ -372,7 +372,7 @@ def test_messages_that_cannot_be_used_are_told(active):
 
 def test_a_new_instruction_holds_and_stops(active):
     node, _ = active
-    told, controller = [], node.pilot.controller
+    told, controller = [], node.controller.loop
     real = controller._policy.predict
     with mock.patch.object(
         controller._policy, "predict", lambda o, i, m, *on: (told.append(i[0]), real(o, i, m, *on))[1]
@@ -453,12 +453,12 @@ def test_a_wrong_parameter_file_is_a_failure_that_can_be_mended(node_of, paramet
 def test_every_parameter_is_described(node_of):
     node = node_of()
     described = {name for name, descriptor in node.descriptors.items() if descriptor.description}
-    assert described == {field for field in ros2.Parameters.__dataclass_fields__ if field != "cameras"}
+    assert described == {field for field in ros2_robot.Parameters.__dataclass_fields__ if field != "cameras"}
 
 
 def test_a_control_loop_that_breaks_is_told_and_does_not_bring_down_the_node(active):
     node, _ = active
-    with mock.patch.object(node.pilot.robot, "observe", side_effect=RuntimeError("the driver is gone")):
+    with mock.patch.object(node.controller.robot, "observe", side_effect=RuntimeError("the driver is gone")):
         until(lambda: node.diagnose().message == "the control loop ended: the driver is gone")
     np.testing.assert_array_equal(node.sent("/commands")[-1][1].data[:6], 0)
     assert node.diagnose().level == ros.DiagnosticStatus.ERROR
@@ -470,7 +470,7 @@ def test_a_transition_that_fails_for_no_known_reason_lets_everything_go(node_of)
     with mock.patch.object(Controller, "configure", side_effect=RuntimeError("out of memory")):
         assert node.trigger_configure() is ros.TransitionCallbackReturn.ERROR
     assert node.label == "unconfigured" and "out of memory" in node.log[-1][1]
-    assert node.pilot.controller is None and [s.topic for s in node.subscriptions] == ["/vla/instruction"]
+    assert node.controller.loop is None and [s.topic for s in node.subscriptions] == ["/vla/instruction"]
 
 
 def test_the_black_box_is_written_where_it_is_asked_for(node_of, tmp_path):
@@ -489,7 +489,7 @@ def test_the_black_box_is_written_where_it_is_asked_for(node_of, tmp_path):
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_in_hold_while_ros_is_still_up(monkeypatch, node_of, signum):
-    node_of()  # installs the packages
+    node_of()  # writes the policy
     ros.Context.alive, ros.Context.nodes = False, []
     stack, spun, sent = contextlib.ExitStack(), [], []
 
@@ -529,11 +529,13 @@ def test_a_second_signal_that_is_no_echo_ends_at_once(monkeypatch):
         signal.raise_signal(signal.SIGINT)
 
 
-def test_without_ros_it_says_what_to_install(capsys):
-    assert importlib.util.find_spec("rclpy") is None
-    assert ros2.main([]) == 2
+def test_without_ros_it_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "rclpy", None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, "vla.control.robots.ros2")
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("vla.control.robots.ros2", run_name="__main__")
     err = capsys.readouterr().err
-    assert "ROS 2 is missing here (No module named 'rclpy')" in err and "docs.ros.org" in err
+    assert stop.value.code == 2 and err.startswith("vla: ROS 2 is missing") and "docs.ros.org" in err
 
 
 # The files.
@@ -544,12 +546,12 @@ def test_the_parameter_file_drives_the_embedded_policy(monkeypatch):
     flat = {f"{k}.{c}": t for k, v in values.items() if isinstance(v, dict) for c, t in v.items()}
     flat |= {k: v for k, v in values.items() if not isinstance(v, dict)}
     flat |= {"control_config": str(CONFIGS / "ros2-control.yaml"), "device": "cpu", "black_box_dir": ""}
-    ros.install(monkeypatch, **flat)
+    ros.start(monkeypatch, **flat)
     ros.init()
-    node = ros2.build_node()
+    node = ros2.PolicyNode()
     assert node.trigger_configure() is ros.TransitionCallbackReturn.SUCCESS, node.log
     assert {s.topic for s in node.subscriptions} >= {"/front/image_raw", "/wrist/image_raw/compressed", "/hand_states"}
-    _, high = node.pilot.controller._policy.action_limits
+    _, high = node.controller.loop._policy.action_limits
     assert load(ControlConfig, CONFIGS / "ros2-control.yaml").safety.max_velocity["dx"] / HZ < high[0]
     node.trigger_shutdown()
 

@@ -150,6 +150,16 @@ def test_a_run_begins_where_the_robot_is():
     told(deltas.check(None), 0, 0, 0)
 
 
+def test_a_robot_that_knows_where_it_holds_starts_there():
+    safety, deltas = make(delta=False), make()
+    safety.begin(np.zeros(2), reference=np.array([0.7, -0.3, 0.4]))
+    told(safety.check(None), 0.7, -0.3, 0.4)
+    told(safety.check(np.array([0.5, 0.0, 1.0])), 0.5, 0.0, 1.0)
+    told(safety.check(None), 0.5, 0.0, 1.0)  # from now on the last command counts
+    deltas.begin(reference=np.array([9.0, 9.0, 0.3]))
+    told(deltas.check(None), 0.0, 0.0, 0.3)
+
+
 @pytest.mark.parametrize("space", ["ee_delta", "joint_velocity"])
 def test_a_hold_does_not_go_on_moving(space):
     """Where nothing is said of it, deltas and velocities are 0, and a gripper keeps what it holds."""
@@ -158,7 +168,7 @@ def test_a_hold_does_not_go_on_moving(space):
     safety.check(np.array([0.5, 0.5, 0.0]))
     safety.emergency_stop()
     told(safety.check(np.array([0.5, 0.5, 0.0])), 0, 0, 0)
-    with pytest.raises(ConfigError, match="repeats or sets y, which would move it on"):
+    with pytest.raises(ConfigError, match="repeats or sets y, which would keep it moving"):
         SafetyFilter(dataclasses.replace(spec, hold=(0, None, None)), SafetyConfig(), LOW, HIGH)
 
 
@@ -182,7 +192,7 @@ def test_an_emergency_stop_never_moves_a_robot_on(space, gripper, wanted):
 
 @pytest.mark.parametrize("hold", [(0.5, 0, None), (0, None, 0), (-0.1, 0, 0)])
 def test_a_hold_command_that_moves_is_refused(hold):
-    with pytest.raises(ConfigError, match="would move it on"):
+    with pytest.raises(ConfigError, match="would keep it moving"):
         SafetyFilter(dataclasses.replace(SPEC, hold=hold), SafetyConfig(), LOW, HIGH)
 
 

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 
-from vla.control.black_box import Moment
 from vla.control.controller import Controller
+from vla.control.events import StepEvent
 from vla.control.robot import Reading
 from vla.errors import VLAError
 from vla.policy import ChunkPolicy
@@ -72,8 +72,8 @@ class _Event:
     detail: str = ""
 
 
-class Station:
-    """Sees every `Moment` of `controller` once `listen` is among its listeners. All methods are for any thread.
+class OperatorConsole:
+    """Sees every `StepEvent` of `controller` once `listen` is among its listeners. All methods are for any thread.
 
     Args:
         spec: of the robot that is shown.
@@ -104,18 +104,18 @@ class Station:
 
     # What the loop tells ------------------------------------------------------------------------------------------
 
-    def listen(self, moment: Moment) -> None:
+    def listen(self, step: StepEvent) -> None:
         """Take what happened at a tick. In the control loop: constant time, no waiting."""
-        now, decoding = time.monotonic(), moment.decoding or {}
+        now, decoding = time.monotonic(), step.decoding or {}
         self._number += 1
-        self._reading = moment.reading
+        self._reading = step.reading
         # Not the moment itself: its reading holds pictures.
-        self._ticks.append(_Tick(self._number, now, moment.command, moment.reasons, "ids" in decoding))
-        self._lateness.append(moment.lateness_s)
-        self._due += moment.tick - self._tick
-        self._missed += moment.tick - self._tick - 1 + (moment.lateness_s * self._controller.hz > 1)
-        self._tick = moment.tick
-        for reason in moment.reasons:
+        self._ticks.append(_Tick(self._number, now, step.command, step.reasons, "ids" in decoding))
+        self._lateness.append(step.lateness_s)
+        self._due += step.tick - self._tick
+        self._missed += step.tick - self._tick - 1 + (step.lateness_s * self._controller.hz > 1)
+        self._tick = step.tick
+        for reason in step.reasons:
             if reason != _USUAL:
                 self._note(reason, now)
         if "error" in decoding:

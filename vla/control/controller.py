@@ -29,11 +29,11 @@ from typing import Any
 import numpy as np
 
 from vla.config import ControlConfig, check
-from vla.control.black_box import Moment
 from vla.control.buffer import ChunkBuffer
 from vla.control.clock import Rate
+from vla.control.events import StepEvent
 from vla.control.inference import Answer, Inference
-from vla.control.observation_monitor import Watch, state_of
+from vla.control.observation_monitor import ObservationMonitor, state_of
 from vla.control.robot import Reading, Robot
 from vla.control.safety import SafetyFilter
 from vla.errors import SpecError
@@ -66,7 +66,7 @@ class Controller:
         state: see `State`.
         safety: its interventions, and the emergency stop.
         instruction: what the policy is told; may be changed while it runs.
-        listeners: called with every `Moment`, in the loop: they must only hand it over.
+        listeners: called with every `StepEvent`, in the loop: they must only hand it over.
     """
 
     def __init__(self, robot: Robot, policy: ChunkPolicy, config: ControlConfig) -> None:
@@ -80,7 +80,7 @@ class Controller:
         # The cameras that the policy looks at; what others show is none of its business.
         self._seen = dataclasses.replace(theirs, cameras=ours.cameras)
         self.state, self.instruction = State.UNCONFIGURED, ""
-        self.listeners: list[Callable[[Moment], None]] = []
+        self.listeners: list[Callable[[StepEvent], None]] = []
         # Who judges a chunk as a whole must wait for it.
         whole = config.safety.max_entropy is not None
         self._inference = Inference(policy, whole, config.injected_latency_s)
@@ -132,20 +132,21 @@ class Controller:
                 self._stopping = False
 
     def _control(self, first: Reading, seconds: float) -> dict[str, Any]:
-        self.safety.begin(state_of(first, self._robot.spec))
+        reference = getattr(self._robot, "hold_reference", lambda: None)()  # drivers need not have it
+        self.safety.begin(state_of(first, self._robot.spec), reference)
         before = self.safety.interventions.copy()
         elapsed = math.ceil((time.monotonic() - first.time) * self.hz)
         rate = Rate(self.hz, start=first.time + (elapsed + _PHASE) / self.hz)
         run = _Run(rate, ChunkBuffer(self._config.seam, self._robot.spec.gripper_index))
-        watch = Watch(self._seen, self._config.safety)
+        monitor = ObservationMonitor(self._seen, self._config.safety)
         try:
             while run.rate.tick < seconds * self.hz and not self._stopping:
-                self._wait(run, watch)
+                self._wait(run, monitor)
                 reading = self._robot.observe() or first
                 if reading.over:
                     run.success = reading.success
                     break
-                self._tick(run, reading, watch)
+                self._tick(run, reading, monitor)
         except BaseException:
             try:
                 self._end()
@@ -163,7 +164,7 @@ class Controller:
         finally:
             self._drain()
 
-    def _wait(self, run: _Run, watch: Watch) -> None:
+    def _wait(self, run: _Run, monitor: ObservationMonitor) -> None:
         """Sleep until the next tick. When it is time to ask for a chunk, ask as soon as this tick's picture comes (and
         the policy has answered what it was asked before): at the tick it would be older, and the answer a tick later.
         Pictures from before that show the world as the last command found it: what the policy says about them is for
@@ -177,7 +178,7 @@ class Controller:
                 continue  # with what has been taken it may no longer be due
             reading = self._robot.observe()
             awaited = reading is None or reading.time < begins or not self._is_new(run, reading)
-            if reading is None or awaited or watch.fault(reading, time.monotonic()) is not None:
+            if reading is None or awaited or monitor.fault(reading, time.monotonic()) is not None:
                 time.sleep(_GLANCE_S)
             elif reading.over:
                 break
@@ -185,11 +186,11 @@ class Controller:
                 self._ask(run, reading, tick)
         run.rate.wait()
 
-    def _tick(self, run: _Run, reading: Reading, watch: Watch) -> None:
+    def _tick(self, run: _Run, reading: Reading, monitor: ObservationMonitor) -> None:
         """Look, think, check, command: what is there at this moment is what counts."""
         on_hold = self._waits_for_somebody
         self.state = State.HOLDING if on_hold else State.RUNNING
-        fault = watch.fault(reading, time.monotonic())
+        fault = monitor.fault(reading, time.monotonic())
         decoding, run.decoding = run.decoding or self._take(run, run.rate.tick), None
         free = self._inference.busy_since is None
         if on_hold:
@@ -205,9 +206,9 @@ class Controller:
         run.note(command.action, empty=wanted is None)
         if run.rate.tick % max(1, round(self.hz)) == 0:
             gc.collect(1)  # what a second leaves behind is found in microseconds: the rest is frozen
-        moment = Moment(run.rate.tick, run.rate.lateness[-1], reading, command.action, command.reasons, decoding)
+        event = StepEvent(run.rate.tick, run.rate.lateness[-1], reading, command.action, command.reasons, decoding)
         for listener in self.listeners:
-            listener(moment)
+            listener(event)
 
     def _take(self, run: _Run, tick: int) -> dict[str, Any] | None:
         """Take what there is of a chunk, `tick` being the next to be commanded; returns what a black box wants to know

@@ -1,7 +1,7 @@
-"""Whether a reading is fit to act upon.
+"""Whether an observation is fit to act upon.
 
-Owns: what can be wrong with what a robot says (stale, a camera missing, dark, of another size or frozen, a state that
-is not finite), each with the name under which it is counted. It does not know policies or commands.
+Owns: the faults of an observation (stale; a camera missing, malformed, resized, dark or frozen; a state that is not
+finite) and the names under which they are counted. It does not know policies or commands.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ from vla.control.robot import Reading
 from vla.errors import SpecError
 from vla.spec import RobotSpec, check_image
 
-_DARK = 8  # of 255: no pixel of a working camera's picture of a lit room stays below it
+_DARK = 8  # of 255; in a lit room every image of a working camera has a brighter pixel
 
 
 def state_of(reading: Reading, spec: RobotSpec) -> np.ndarray | None:
-    """The state that a robot says it is in, float64 [S]; None when that is no finite state of its size."""
+    """The state in `reading`, float64 [S]; None if it is not finite or not of the robot's size."""
     try:
         state = np.asarray(reading.observation.get("agent_pos", ()), np.float64)
-    except (TypeError, ValueError):  # a driver that says something else
+    except (TypeError, ValueError):  # not numbers at all
         return None
     return state if state.shape == (spec.state_dim,) and np.isfinite(state).all() else None
 
 
-class Watch:
-    """Judges readings in the order in which they come; the first one says how large each camera's picture is."""
+class ObservationMonitor:
+    """Checks readings in order of arrival. The first one sets the size of each camera's images."""
 
     def __init__(self, spec: RobotSpec, config: SafetyConfig) -> None:
         self._spec, self._config = spec, config
         self._shapes: dict[str, tuple[int, ...]] = {}
-        self._changed: dict[str, tuple[np.ndarray, float]] = {}  # camera -> its last new picture, and when
+        self._changed: dict[str, tuple[np.ndarray, float]] = {}  # camera -> its last new image, and its time
         self._judged: tuple[Reading, str | None] | None = None
 
     def fault(self, reading: Reading, now: float) -> str | None:
-        """The name of what is wrong with `reading` at the time `now` (of `time.monotonic`); None: nothing is."""
+        """The name of the fault of `reading` at time `now` (of `time.monotonic`); None without one."""
         if now - reading.time > self._config.max_age_s:
             return "stale observation"
         if self._judged is None or self._judged[0] is not reading:
@@ -53,9 +53,9 @@ class Watch:
             try:
                 check_image(image, camera)
             except SpecError:
-                return "malformed picture"
+                return "malformed image"
             if image.shape != self._shapes.setdefault(camera, image.shape):
-                return "picture of another size"
+                return "image of another size"
             if image.max() < _DARK:
                 return "dark camera"
             if self._frozen(camera, image, reading.time):

@@ -1,4 +1,4 @@
-"""The live page: a `Station` in a browser.
+"""The live page: an `OperatorConsole` in a browser.
 
 Owns: the addresses of the page (`GET /`), of its live connection (websocket `/live`) and of the emergency stop
 (`POST /stop`, so that `curl -X POST` stops the robot too), the messages that go over them, and who may: whoever
@@ -30,7 +30,7 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocket, WebSocketClose, WebSocketDisconnect
 
-from vla.control.console import Station
+from vla.control.console import OperatorConsole
 from vla.errors import ConfigError, VLAError, unknown
 from vla.support.pages import templates
 from vla.support.sockets import listen
@@ -46,7 +46,7 @@ _HEADERS = {
 }
 
 
-def page(station: Station, host: str = "127.0.0.1") -> Starlette:
+def page(console: OperatorConsole, host: str = "127.0.0.1") -> Starlette:
     """The app. `host` is what it will be bound to: beside addresses and this machine's name, what browsers may call
     it."""
     html = templates().get_template("live.html").render()
@@ -55,12 +55,12 @@ def page(station: Station, host: str = "127.0.0.1") -> Starlette:
         return HTMLResponse(html, headers=_HEADERS)
 
     async def stop(_: Request) -> Response:
-        station.emergency_stop()
+        console.emergency_stop()
         return PlainTextResponse("The emergency stop is pressed.\n")
 
     async def live(connection: WebSocket) -> None:
         await connection.accept()
-        tasks = [asyncio.create_task(job(station, connection)) for job in (_show, _obey)]
+        tasks = [asyncio.create_task(job(console, connection)) for job in (_show, _obey)]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             with contextlib.suppress(WebSocketDisconnect):
@@ -101,35 +101,35 @@ def serve_in_thread(app: ASGIApp, host: str, port: int) -> Iterator[str]:
         listener.close()
 
 
-async def _show(station: Station, connection: WebSocket) -> None:
+async def _show(console: OperatorConsole, connection: WebSocket) -> None:
     """Send status and pictures until cancelled. A slow connection gets fewer: each is the latest when it is sent."""
-    await connection.send_text(_message("robot", station.describe()))
+    await connection.send_text(_message("robot", console.describe()))
     shown: dict[str, bytes] = {}
     number = look = 0
     while True:
-        for index, camera in enumerate(station.cameras):
-            picture = station.picture(camera)
+        for index, camera in enumerate(console.cameras):
+            picture = console.picture(camera)
             if picture is not None and shown.get(camera) is not picture:
                 shown[camera] = picture
                 await connection.send_bytes(bytes([index]) + picture)
         if look % _STATUS_EVERY == 0:
-            status = station.status(since=number)
+            status = console.status(since=number)
             number = max((tick["n"] for tick in status["ticks"]), default=number)
             await connection.send_text(_message("status", status))
         look += 1
         await asyncio.sleep(_PERIOD_S)
 
 
-async def _obey(station: Station, connection: WebSocket) -> None:
+async def _obey(console: OperatorConsole, connection: WebSocket) -> None:
     """Carry out orders until the connection is closed."""
     while (message := await connection.receive())["type"] != "websocket.disconnect":
         try:
-            _carry_out(station, message.get("text"))
+            _carry_out(console, message.get("text"))
         except VLAError as error:
             await connection.send_text(_message("error", str(error)))
 
 
-def _carry_out(station: Station, text: str | None) -> None:
+def _carry_out(console: OperatorConsole, text: str | None) -> None:
     try:
         order = json.loads(text or "")
     except (ValueError, RecursionError):
@@ -137,12 +137,12 @@ def _carry_out(station: Station, text: str | None) -> None:
     if not isinstance(order, dict) or not isinstance(order.get("do"), str):
         raise ConfigError('an order looks like {"do": "hold"}.')
     orders: dict[str, Callable[[], None]] = {
-        "start": station.start,
-        "hold": station.hold,
-        "stop": station.emergency_stop,
-        "release": station.release,
-        "new_scene": station.new_scene,
-        "instruct": lambda: station.instruct(str(order.get("text", ""))),
+        "start": console.start,
+        "hold": console.hold,
+        "stop": console.emergency_stop,
+        "release": console.release,
+        "new_scene": console.new_scene,
+        "instruct": lambda: console.instruct(str(order.get("text", ""))),
     }
     if order["do"] not in orders:
         raise ConfigError(unknown("order", order["do"], orders))

@@ -1,12 +1,13 @@
-"""What the controller needs of a robot.
+"""The interface between the controller and a robot.
 
-Owns: the protocol that every driver fulfils, and the reading that it returns. It does not know policies or rates.
+Owns: the protocols that drivers implement, and the reading that they return. It does not know policies or rates.
 """
 
 from __future__ import annotations
 
+import abc
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,12 +17,12 @@ from vla.spec import Observation, RobotSpec
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """The latest observation.
+    """An observation and its time.
 
     Attributes:
         time: when it was taken, in seconds of `time.monotonic`.
         over: the task has ended (simulations know), with `success`.
-        info: whatever else the driver knows, as plain values; nothing depends on it.
+        info: other plain values, for display only.
     """
 
     observation: Observation
@@ -32,16 +33,43 @@ class Reading:
 
 
 class Robot(Protocol):
-    """A driver. None of its methods may block for longer than a small part of a control period."""
+    """A driver: three methods and a `spec`. None of them may block for longer than a small part of a control period.
+
+    A driver may be a subclass, or any object that has the three methods.
+    """
 
     spec: RobotSpec
 
+    @abc.abstractmethod
     def observe(self) -> Reading | None:
-        """The latest reading; None before the first. Asked for up to a thousand times a second: the same object as
-        long as nothing new has come."""
+        """The latest reading; None before the first. Called up to a thousand times per second: it returns the same
+        object until there is a new observation."""
 
+    @abc.abstractmethod
     def command(self, action: np.ndarray) -> None:
-        """Execute `action`, float32 [D] in the robot's units, in the period that begins now."""
+        """Execute `action`, float32 [D] in the units of `spec`, in the control period that begins now."""
 
+    @abc.abstractmethod
     def close(self) -> None:
-        """Leave the robot holding, and let it go."""
+        """Disconnect. The last command was to hold."""
+
+    def hold_reference(self) -> np.ndarray | None:
+        """The action that a hold repeats before the first command, float32 [D]: where the robot is, in the units of its
+        commands. None (the default): the state entries of the same names (`RobotSpec.hold_action`)."""
+        return None
+
+
+class EpisodicRobot(Robot, Protocol):
+    """A robot that can begin an episode by itself: a simulation, a recording, a bench with a reset routine.
+
+    Attributes:
+        instruction: of the current episode.
+        episodes: the episodes that `reset` accepts, in order; None: it accepts any seed.
+    """
+
+    instruction: str
+    episodes: Sequence[int] | None
+
+    @abc.abstractmethod
+    def reset(self, episode: int, /) -> object:
+        """Begin an episode. It depends on its number (or seed) only."""

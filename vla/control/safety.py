@@ -1,8 +1,8 @@
-"""What stands between a policy and a robot.
+"""The safety filter between a policy and a robot.
 
-Owns: the limits of a command, the emergency stop, and the count of every intervention with its reason. Whatever comes
-in, what goes out is finite, in range, no jump, and not the answer to something the robot saw long ago. It does not know
-where actions come from or what is wrong with a reading (`watch` does).
+Owns: the limits of a command, the emergency stop, and the count of interventions by reason. Every command that leaves
+is finite, in range and without jumps, and never the response to an old observation. It does not know where actions come
+from, or the faults of an observation (`observation_monitor` does).
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from vla.spec import RobotSpec
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """What the robot is told, float32 [D], and why it is not what the policy wanted; no reasons: it is."""
+    """A command, float32 [D], and the reasons why it differs from the policy's action; empty: it does not."""
 
     action: np.ndarray
     reasons: tuple[str, ...] = ()
 
 
 class SafetyFilter:
-    """Turns what the policy wants into what the robot is told.
+    """Turns the policy's actions into safe commands.
 
-    Where actions are positions, velocity is the change between two commands.
+    For position actions, velocity is the change between two commands.
 
     Args:
         low, high: per entry, float [D], the range of commands in the robot's units.
         hz: commands per second.
     Attributes:
         interventions: reason -> count.
-        stopped: the emergency stop is pressed; it stays until `release`.
+        stopped: the emergency stop is pressed; it stays pressed until `release`.
     """
 
     def __init__(
@@ -51,7 +51,8 @@ class SafetyFilter:
         self._max_motion_change = period**2 * self._per_entry("max_acceleration", config.max_acceleration)
         self._walls = self._check_workspace(config.workspace)
         self._last: np.ndarray | None = None
-        self._motion = np.zeros(spec.action_dim, np.float32)  # what the last command moved, per period
+        self._reference: np.ndarray | None = None  # what a hold repeats before the first command
+        self._motion = np.zeros(spec.action_dim, np.float32)  # of the last command, per period
         self.interventions: Counter[str] = Counter()
         self.stopped = False
 
@@ -64,13 +65,19 @@ class SafetyFilter:
         self.stopped = False
 
     def forget(self) -> None:
-        """Forget the last command: the world is another one (a simulation was reset)."""
+        """Forget the last command: the robot is elsewhere now (a simulation was reset)."""
         self._last = None
 
-    def begin(self, state: np.ndarray | None = None) -> None:
-        """Start from where the robot is, by its finite state [S], not from where it was last sent; the gripper keeps
-        what it was told, for it may hold something."""
-        place, gripper = self._spec.hold_action(None, state), self._spec.gripper_index
+    def begin(self, state: np.ndarray | None = None, reference: np.ndarray | None = None) -> None:
+        """Start from where the robot is, not from its last command. The gripper keeps its last command: it may hold
+        an object.
+
+        Args:
+            state: finite state [S].
+            reference: `Robot.hold_reference`, [D]; None: `state` says where the robot is.
+        """
+        self._reference = reference
+        place, gripper = self._spec.hold_action(reference, state), self._spec.gripper_index
         if self._last is not None and gripper is not None:
             place[gripper] = self._last[gripper]
         if self._last is not None or not self._spec.action_space.relative:
@@ -85,18 +92,18 @@ class SafetyFilter:
         entropy: float = 0.0,
         missing: str = "underrun",
     ) -> Command:
-        """The command for this tick.
+        """The command for this control step.
 
         Args:
-            action: what the policy wants; None when it has nothing to say.
-            fault: what is wrong with the reading that the robot last gave.
+            action: the policy's action [D]; None if there is none for this step.
+            fault: name of the fault of the latest observation.
             state: the robot's state [S], for the workspace.
             entropy: mean entropy of the chunk's tokens, in nats.
-            missing: the reason to count where `action` is None.
+            missing: the reason to count if `action` is None.
         """
         hold = "emergency stop" if self.stopped else fault or self._why_hold(action, entropy, missing)
         if hold is not None:
-            command = Command(self._spec.hold_action(self._last), (hold,))
+            command = Command(self._hold_action(), (hold,))
         else:
             assert action is not None
             command = self._limited(np.asarray(action, np.float32), state)
@@ -107,7 +114,10 @@ class SafetyFilter:
 
     def hold(self) -> Command:
         """The command that ends a run."""
-        return Command(self._spec.hold_action(self._last))
+        return Command(self._hold_action())
+
+    def _hold_action(self) -> np.ndarray:
+        return self._spec.hold_action(self._reference if self._last is None else self._last)
 
     def _why_hold(self, action: np.ndarray | None, entropy: float, missing: str) -> str | None:
         if action is None:
@@ -119,7 +129,7 @@ class SafetyFilter:
         return None
 
     def _limited(self, action: np.ndarray, state: np.ndarray | None) -> Command:
-        """The range comes first: the other limits lead from there towards the last command or a standstill."""
+        """The range comes first: the other limits move the command towards the last one or a standstill."""
         reasons = []
         for reason, limit in (
             ("range", lambda command: np.clip(command, self._low, self._high)),
@@ -151,7 +161,7 @@ class SafetyFilter:
         return self._with_motion(command, self._motion - change, self._motion + change)
 
     def _with_motion(self, command: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-        """`command` with what it moves in one period clipped; exactly itself where nothing is clipped."""
+        """`command` with its motion per period clipped; unchanged bit for bit where nothing is clipped."""
         motion = self._moved(command)
         clipped = np.clip(motion, low, high)
         origin = np.zeros_like(command) if self._spec.action_space.relative or self._last is None else self._last
@@ -163,7 +173,7 @@ class SafetyFilter:
         return np.zeros_like(command) if self._last is None else command - self._last
 
     def _inside(self, command: np.ndarray, state: np.ndarray | None) -> np.ndarray:
-        """Nothing leads out of the workspace: deltas that point outward are zero at a wall, positions are clipped."""
+        """Keep the robot in its workspace: outward deltas at a wall become zero, positions are clipped."""
         command = command.copy()
         for entry, place, low, high in self._walls:
             if not self._spec.action_space.relative:
@@ -174,7 +184,7 @@ class SafetyFilter:
         return command
 
     def _per_entry(self, name: str, limits: dict[str, float]) -> np.ndarray:
-        """Limits by action entry, float [D]; infinite where there is none."""
+        """Limits by action entry, float [D]; infinite by default."""
         found = np.full(self._spec.action_dim, np.inf, np.float32)
         for entry, limit in limits.items():
             found[self._entry(name, entry)] = limit
@@ -200,16 +210,16 @@ class SafetyFilter:
 
 
 def _check_hold(spec: RobotSpec) -> None:
-    """Refuse to drive a robot that nobody knows how to stop."""
+    """Refuse a robot whose hold command is unknown or would move it."""
     if spec.action_space == "unspecified" and not spec.hold:
         raise ConfigError(
-            "the robot does not say what its actions mean, so nobody knows how to hold it. Describe its action_space "
-            '("joint_position", "ee_delta", ...) or its hold command; for an environment, in adapter.robot.'
+            "the robot's action_space is unspecified and it has no hold command, so it cannot be stopped. State its "
+            'action_space ("joint_position", "ee_delta", ...) or hold command; for an environment, in adapter.robot.'
         )
     gripper = None if spec.gripper_index is None else spec.action_names[spec.gripper_index]
     moving = [n for n, v in zip(spec.action_names, spec.hold, strict=False) if v != 0 and n != gripper]
     if spec.action_space.relative and moving:
         raise ConfigError(
             f"the robot's actions are {spec.action_space}, and its hold command repeats or sets {', '.join(moving)}, "
-            "which would move it on. Hold with 0."
+            "which would keep it moving. Hold with 0."
         )

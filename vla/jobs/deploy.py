@@ -26,7 +26,7 @@ from rich.table import Table
 from vla import config as configuration
 from vla.config import AdapterConfig, DeployConfig
 from vla.control.black_box import BlackBox
-from vla.control.console import Station
+from vla.control.console import OperatorConsole
 from vla.control.controller import Controller
 from vla.control.page import page, serve_in_thread
 from vla.control.robots.recorded import ReplayRobot
@@ -62,7 +62,7 @@ def deploy(config: DeployConfig) -> dict[str, Any]:
         Controller(robot, policy, config.control) as controller,
         _black_box(config, controller),
         _held_by_signals(controller) as check,
-        _live_page(config, controller, robot.spec, policy) as station,
+        _live_page(config, controller, robot.spec, policy) as console,
     ):
         folder = RunFolder(config.out, config)
         folder.begin()
@@ -72,17 +72,17 @@ def deploy(config: DeployConfig) -> dict[str, Any]:
             for seed in itertools.islice(seeds, config.episodes):
                 robot.reset(seed)
                 controller.safety.forget()
-                if station is not None:
-                    station.begin(seed, robot.instruction)
+                if console is not None:
+                    console.begin(seed, robot.instruction)
                 record = controller.run(robot.instruction, config.seconds)
                 check()
                 if isinstance(robot, ReplayRobot):
                     record["agreement"] = robot.agreement()
-                if station is not None:
-                    record["person"] = station.end(record["success"])
+                if console is not None:
+                    record["person"] = console.end(record["success"])
                 records.append({"seed": seed, "instruction": robot.instruction} | record)
                 print(_line(records[-1]), flush=True)
-                while station is not None and station.waiting():
+                while console is not None and console.waiting():
                     check()
                     time.sleep(0.02)
             interrupted = False
@@ -133,20 +133,20 @@ def _black_box(config: DeployConfig, controller: Controller) -> Iterator[None]:
 @contextlib.contextmanager
 def _live_page(
     config: DeployConfig, controller: Controller, spec: RobotSpec, policy: ChunkPolicy
-) -> Iterator[Station | None]:
+) -> Iterator[OperatorConsole | None]:
     """Serve what a person sees and can do, where `config.ui` asks for it."""
     if not config.ui:
         yield None
         return
-    station = Station(
+    console = OperatorConsole(
         controller, spec, policy, f"{config.policy} on {config.replay or config.env.partition(':')[2] or config.env}"
     )
-    with serve_in_thread(page(station, config.host), config.host, config.port) as address:
+    with serve_in_thread(page(console, config.host), config.host, config.port) as address:
         print(f"live page: {address}", flush=True)
         if os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
             webbrowser.open(address)
-        controller.listeners.append(station.listen)
-        yield station
+        controller.listeners.append(console.listen)
+        yield console
 
 
 @contextlib.contextmanager

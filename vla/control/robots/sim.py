@@ -1,8 +1,8 @@
 """A simulated robot in real time.
 
-Owns: an environment in a process of its own whose clock does not wait for anybody: at every tick of its control rate
-the world moves on, with the command that has arrived, or with the robot's hold command. The policy's thinking time
-therefore costs what it costs on a real robot. It does not know policies.
+Owns: an environment in a process of its own that does not wait for the policy: at every tick of its control rate it
+takes a step with the latest command, or with the robot's hold command. Inference latency therefore has the same effect
+as on a real robot. It does not know policies.
 """
 
 from __future__ import annotations
@@ -20,21 +20,23 @@ import numpy as np
 
 from vla.config import AdapterConfig
 from vla.control.clock import Rate
-from vla.control.robot import Reading
+from vla.control.robot import EpisodicRobot, Reading
 from vla.errors import SimulatorError, VLAError
 from vla.simulation import adapter as simulator
 from vla.spec import RobotSpec
 
-_PATIENCE_S = 120.0  # to build a scene and draw its first picture
+_PATIENCE_S = 120.0  # to build a scene and render its first image
 
 
-class SimRobot:
-    """A `Robot`: the environment `env_id`, in real time. Use it as a context manager.
+class SimRobot(EpisodicRobot):
+    """The environment `env_id` in real time. Use it as a context manager.
 
     Attributes:
         spec: its RobotSpec.
-        instruction: what the running episode asks for.
+        instruction: of the current episode.
     """
+
+    episodes = None
 
     def __init__(self, env_id: str, adapter: AdapterConfig | None = None, hz: float | None = None) -> None:
         method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
@@ -59,7 +61,7 @@ class SimRobot:
         self.close()
 
     def reset(self, seed: int) -> Reading:
-        """Begin an episode; its time runs from the returned reading on."""
+        """Begin an episode; its clock starts with the returned reading."""
         self._pipe.send(("reset", seed))
         self.instruction, self._latest = self._answer("began")
         assert self._latest is not None
@@ -91,7 +93,7 @@ class SimRobot:
             self._process.join()
 
     def _answer(self, kind: str) -> Any:
-        """The next message of this kind; readings of the episode before are dropped."""
+        """The next message of this kind; readings of the previous episode are dropped."""
         deadline = time.monotonic() + _PATIENCE_S
         try:
             while self._pipe.poll(max(0.0, deadline - time.monotonic())):
@@ -106,7 +108,7 @@ class SimRobot:
 
 
 class _Outbox:
-    """Sends from a thread of its own: the world must not stop because nobody reads. Of readings the latest wins."""
+    """Sends from a thread of its own: a slow reader never stops the simulation. Only the latest reading is kept."""
 
     def __init__(self, pipe: Connection) -> None:
         self._pipe, self._messages = pipe, deque[tuple[str, Any]]()
@@ -132,7 +134,7 @@ class _Outbox:
 
 def _live(pipe: Connection, env_id: str, adapter: AdapterConfig, hz: float | None) -> None:
     """The process: an episode after every ("reset", seed), until the other end is closed."""
-    for signum in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group; the parent decides
+    for signum in (signal.SIGINT, signal.SIGTERM):  # sent to the whole process group; the parent decides
         signal.signal(signum, signal.SIG_IGN)
     outbox = _Outbox(pipe)
     with contextlib.suppress(EOFError, OSError):
@@ -150,7 +152,7 @@ def _live(pipe: Connection, env_id: str, adapter: AdapterConfig, hz: float | Non
             raise
         except Exception as error:
             outbox.put("error", str(error) if isinstance(error, VLAError) else f"{type(error).__name__}: {error}")
-            pipe.recv()  # until the other end is closed: the message has to get there
+            pipe.recv()  # wait until the other end is closed, so that the message is read
 
 
 def _episode(
@@ -160,7 +162,7 @@ def _episode(
     observation, info = env.reset(seed=seed)
     rate = Rate(hz)
     outbox.put("began", (info["instruction"], Reading(observation, time.monotonic(), info=_plain(info))))
-    rate.wait()  # tick 0 is the first picture
+    rate.wait()  # tick 0 is the first image
     last: np.ndarray | None = None
     while True:
         rate.wait()
@@ -169,11 +171,11 @@ def _episode(
             message = pipe.recv()
             if message[0] == "reset":
                 return message
-            command = message[1]  # the newest: one that came too late for its tick is not made up for
+            command = message[1]  # the newest; a command that missed its tick is dropped
         last = env.robot.hold_action(last) if command is None else command
         observation, _, terminated, truncated, info = env.step(last)
         over = terminated or truncated
-        # The world is what it is at the tick, however long it takes to compute and to draw.
+        # The observation is of the tick, however long the step and the rendering take.
         taken = rate.deadline(rate.tick)
         outbox.put("reading", Reading(observation, taken, over, bool(info["is_success"]), _plain(info)))
         if over:
@@ -181,6 +183,6 @@ def _episode(
 
 
 def _plain(info: dict[str, Any]) -> dict[str, Any]:
-    """What of an environment's info is a number, a flag or a text, as Python values."""
+    """The numbers, flags and texts in an environment's info, as Python values."""
     values = {key: value.item() if isinstance(value, np.generic) else value for key, value in info.items()}
     return {key: value for key, value in values.items() if isinstance(value, bool | int | float | str)}
