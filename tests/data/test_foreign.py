@@ -121,7 +121,7 @@ def test_frames_taken_out_of_the_tables_but_not_out_of_the_video(tmp_path_factor
         (lambda time: time * 0, r"episode 0, frame 1: the timestamp 0\.0000 s is not"),
         (lambda time: time * np.nan, "timestamp nan s"),
         (lambda time: time / 2, r"0\.05 s apart, but meta/info\.json has fps 10"),
-        (lambda time: time + 0.1, "the last timestamp of episode 0 is 0.900 s, but its part of the video"),
+        (lambda time: time + 0.1, "the last timestamp of episode 0 is 0.900 s, but its segment of the video"),
         (lambda time: time + 1.7e9, "the last timestamp of episode 0 is 17"),
     ],
 )
@@ -163,10 +163,10 @@ def test_frame_numbers_that_do_not_start_at_zero(root):
     ("values", "words"),
     [
         ({"length": 0}, "episode 0 has length 0"),
-        ({"length": 10}, "its data file has 9 frames of it. The recording was cut short"),
-        ({"length": 8}, "its data file has 9 frames of it. Correct its length"),
-        ({"data/file_index": 0.5}, "'data/file_index' must be a whole number from 0 on, got 0.5"),
-        ({f"videos/{CAMERA}/from_timestamp": float("nan")}, "must be a time in seconds from 0 on, got nan"),
+        ({"length": 10}, r"its data file has 9 frames\. The recording was cut short"),
+        ({"length": 8}, r"its data file has 9 frames\. Correct its length"),
+        ({"data/file_index": 0.5}, "'data/file_index' must be a whole number >= 0, got 0.5"),
+        ({f"videos/{CAMERA}/from_timestamp": float("nan")}, "must be a time in seconds >= 0, got nan"),
         ({"episode_index": 1}, "lists episode 1 twice"),
     ],
 )
@@ -295,13 +295,13 @@ def test_depth_is_left_out_or_refused(root):
     info = json.loads((root / "meta/info.json").read_text())
     info["features"][CAMERA]["shape"] = [32, 80, 3]
     change_info(root, **info)
-    with pytest.raises(DataError, match=r"holds depth, not colours\. Say so in meta/info\.json"):
+    with pytest.raises(DataError, match=r"is a depth image, not RGB\. Declare it in meta/info\.json"):
         seen(Demonstrations(root))
 
 
 def test_depth_in_a_video(root):
     encode(root / VIDEO, np.arange(24) / 10, codec="ffv1", pixels="gray16le", container="matroska")
-    with pytest.raises(DataError, match="holds depth, not colours"):
+    with pytest.raises(DataError, match="is a depth video, not RGB"):
         seen(Demonstrations(root))
     info = json.loads((root / "meta/info.json").read_text())
     info["features"][CAMERA]["shape"] = [32, 80, 1]
@@ -313,10 +313,10 @@ def test_no_path_leads_out_of_the_dataset(root, tmp_path):
     (tmp_path / "secret.png").write_bytes(png(numbered(3)))
     as_images(root, png)
     change_column(root, CAMERA, pa.array([{"bytes": None, "path": "../secret.png"}] * 24))
-    with pytest.raises(DataError, match=r"'\.\./secret\.png' leads out of the dataset folder"):
+    with pytest.raises(DataError, match=r"'\.\./secret\.png' points outside the dataset folder"):
         seen(Demonstrations(root))
     change_info(root, data_path="../{chunk_index}/{file_index}.parquet")
-    with pytest.raises(DataError, match="leads out of the dataset folder"):
+    with pytest.raises(DataError, match="points outside the dataset folder"):
         Demonstrations(root)
 
 
@@ -356,7 +356,7 @@ def test_images_are_turned_as_the_file_says(tmp_path, matrix, show):
 
 def test_an_odd_angle_is_refused(tmp_path):
     turned(encode(tmp_path / "v.mp4", [0.0]), 1, 1, -1, 1)
-    with pytest.raises(DataError, match="turned by a part of 90 degrees"):
+    with pytest.raises(DataError, match="not a multiple of 90 degrees"):
         VideoReader(tmp_path / "v.mp4", 10).frame(0)
 
 

@@ -99,7 +99,7 @@ IMAGES = {
     "floats in 0..255 by their space": (RGB.astype(np.float32), floats(0, 255), RGB),
     "dark floats in 0..255 by their space": (RGB.astype(np.float32) / 255, floats(0, 255), (RGB > 127).astype(int)),
     "floats beyond 1": (RGB.astype(np.float32), None, r"must be in 0\.\.1, got 0 to 255.*Box\(0, 255\)"),
-    "floats in -1..1": (2 * UNIT - 1, floats(-1, 1), r"in -1\.\.1.*could mean several things"),
+    "floats in -1..1": (2 * UNIT - 1, floats(-1, 1), r"in -1\.\.1.*ambiguous"),
     "floats below 0": (2 * UNIT - 1, None, r"must be in 0\.\.1, got -1"),
     "floats with NaN": (np.full_like(UNIT, np.nan), None, r"must be in 0\.\.1"),
     "int64 beyond 255": (RGB.astype(np.int64) + 1, None, r"must be in 0\.\.255, got 1 to 256"),

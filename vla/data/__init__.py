@@ -1,1 +1,1 @@
-"""Demonstrations on disk: LeRobotDataset v3, written and read."""
+"""Reading and writing demonstrations in the LeRobotDataset v3 format."""

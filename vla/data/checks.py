@@ -1,7 +1,7 @@
-"""What is odd about a dataset: findings that a person should look at before training.
+"""Dataset checks: findings to review before training.
 
-Owns: the checks and their thresholds, on arrays and images alone. It does not know how findings are shown. A finding is
-a suspicion, not a verdict; each says what was seen, and what it usually means.
+Owns: the checks and their thresholds. They use arrays and images only; how findings are displayed is decided elsewhere.
+A finding is a suspicion, not a verdict. It states the observation and its usual cause.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ import numpy as np
 
 from vla.data.reader import Demonstrations, Episode
 
-STILL = 2e-3  # share of an entry's range below which it did not move
-MANY_STILL = 0.25  # share of an episode's frames in which nothing moves
-LONG_PAUSE = 8  # frames at the start or the end of an episode in which nothing moves
-JUMP = 0.25  # share of an entry's range ...
-JUMP_OVER_USUAL = 8.0  # ... and this many times what 99 % of the steps change
-MANY_DUPLICATES = 0.2  # share of images that equal the one before although the robot moved
-DARK, FLAT = 8.0, 3.0  # mean and standard deviation of an image (of 255) that shows nothing
-SHORT, LONG = 0.3, 3.0  # times the median length
+STILL = 2e-3  # changes below this fraction of an entry's range count as no motion
+MANY_STILL = 0.25  # fraction of an episode's frames without motion
+LONG_PAUSE = 8  # frames without motion at the start or the end of an episode
+JUMP = 0.25  # a jump exceeds this fraction of an entry's range ...
+JUMP_OVER_USUAL = 8.0  # ... and this multiple of the 99 % quantile of its frame-to-frame changes
+MANY_DUPLICATES = 0.2  # fraction of images that equal the previous one although the robot moved
+DARK, FLAT = 8.0, 3.0  # mean and standard deviation (0..255) below which an image is black or uniform
+SHORT, LONG = 0.3, 3.0  # multiples of the median episode length
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One suspicion.
+    """One suspected problem.
 
     Attributes:
-        what: a short name, the same for all findings of a kind.
-        detail: what was seen, and what it usually means.
-        episodes: the episodes that it concerns; empty: the dataset.
+        what: short name of the kind of finding.
+        detail: the observation and its usual cause.
+        episodes: indices of the affected episodes; empty if the finding concerns the whole dataset.
     """
 
     what: str
@@ -40,7 +40,7 @@ class Finding:
 
 
 def check(demos: Demonstrations) -> list[Finding]:
-    """All findings that need no images, those that concern the whole dataset first."""
+    """All findings that need no images; those about the whole dataset come first."""
     findings = [*_description(demos), *_entries(demos), *_gripper(demos), *_lengths(demos.episodes), *_repeats(demos)]
     found: dict[str, list[tuple[int, str]]] = defaultdict(list)
     moving, usual = moves(demos), _usual_steps(demos)
@@ -56,31 +56,30 @@ def check_images(camera: str, episode: Episode, images: Sequence[np.ndarray], mo
     """Findings about one camera in one episode.
 
     Args:
-        images: some or all of its frames in order, uint8 [H, W, 3].
-        moved: bool [len(images)]; whether the robot moved since the image before.
+        images: some or all frames of the episode in order, uint8 [H, W, 3].
+        moved: bool [len(images)]; whether the robot moved since the previous image.
     """
     found = []
     dull = [image for image in images if image.mean() < DARK or image.std() < FLAT]
     if dull:
         share = len(dull) / len(images)
-        detail = (
-            f"camera {camera!r}: {share:.0%} of the images are black or of one colour: a cable, a cap, a dead camera."
-        )
+        detail = f"camera {camera!r}: {share:.0%} of the images are black or uniform. Check cable, lens cap and camera."
         found.append(Finding("empty images", detail, (episode.index,)))
     same = [moved[i] and np.array_equal(images[i], images[i - 1]) for i in range(1, len(images))]
     if same and np.mean(same) > MANY_DUPLICATES:
         detail = (
-            f"camera {camera!r}: {np.mean(same):.0%} of the images repeat the one before although the robot moved: "
-            "the camera is slower than the recording, or it hung."
+            f"camera {camera!r}: {np.mean(same):.0%} of the images repeat the previous one although the robot moved. "
+            "The camera is slower than the recording, or it froze."
         )
         found.append(Finding("repeated images", detail, (episode.index,)))
     return found
 
 
 def moves(demos: Demonstrations) -> np.ndarray:
-    """bool [N]: whether anything changed from this frame to the next (True at the last frame of an episode).
+    """bool [N]: whether the robot moves between this frame and the next (True at the last frame of an episode).
 
-    With a state, the robot's entries tell; without one, an action that differs from the last and from zero.
+    Motion is a change of the state. Without a state it is a change of the action or, in a relative action space, an
+    action that is not zero.
     """
     moving = np.ones(demos.num_frames, bool)
     if demos.states is not None:
@@ -96,18 +95,20 @@ def moves(demos: Demonstrations) -> np.ndarray:
 
 
 def _description(demos: Demonstrations) -> Iterator[Finding]:
-    """What the dataset has besides the frames and columns that are read, and where its parts disagree."""
+    """Contents that are not read, and files that contradict each other."""
     info = demos.info
     if info.depth:
-        yield Finding("depth", f"{', '.join(info.depth)}: left out; a policy sees colours only.")
+        yield Finding("depth", f"{', '.join(info.depth)}: left out; a policy takes RGB images only.")
     if demos.states is None:
         similar = f" These columns are not read: {', '.join(info.unread)}." if info.unread else ""
-        yield Finding("no state", f"there is no feature observation.state, so a policy sees images only.{similar}")
+        yield Finding("no state", f"there is no feature observation.state, so a policy gets images only.{similar}")
     if others := [name for name in info.splits or {} if name != "train"]:
-        yield Finding("other splits", f"{', '.join(others)}: all episodes are read; training holds out its own.")
+        yield Finding(
+            "other splits", f"{', '.join(others)}: all episodes are read; training makes its own validation split."
+        )
     if demos.unlisted:
-        detail = f"{demos.unlisted} frames of the data files belong to episodes that meta/episodes does not list."
-        yield Finding("unlisted episodes", detail + " They are not read.")
+        detail = f"{demos.unlisted} frames in the data files belong to episodes that meta/episodes does not list."
+        yield Finding("unlisted episodes", detail + " They are ignored.")
     total = demos.num_frames + demos.unlisted
     if info.total_frames not in (demos.num_frames, total):
         yield Finding("other count", f"meta/info.json counts {info.total_frames} frames; there are {demos.num_frames}.")
@@ -117,8 +118,8 @@ def _description(demos: Demonstrations) -> Iterator[Finding]:
     if gaps:
         yield Finding(
             "time gaps",
-            "by their timestamps, frames are missing. Images are looked up by time, but actions follow each other as "
-            "if nothing was missing.",
+            "the timestamps show that frames are missing. Images are looked up by time, but consecutive actions are "
+            "treated as if no frame were missing.",
             gaps,
         )
     if demos.timing:
@@ -126,7 +127,7 @@ def _description(demos: Demonstrations) -> Iterator[Finding]:
     if demos.renamed:
         yield Finding(
             "other instructions",
-            "meta/episodes has other instructions than meta/tasks.parquet. The latter are used.",
+            "meta/episodes and meta/tasks.parquet give different instructions. Those of meta/tasks.parquet are used.",
             demos.renamed,
         )
 
@@ -136,22 +137,22 @@ def _entries(demos: Demonstrations) -> Iterator[Finding]:
     spread = np.ptp(demos.actions, axis=0)
     constant = spread <= 1e-6 * np.maximum(1.0, np.abs(demos.actions).max(0))
     if constant.all():
-        yield Finding(
-            "constant actions", "no action entry ever changes: the wrong column was recorded, or nothing was."
-        )
+        yield Finding("constant actions", "no action entry ever changes. Was the right column recorded?")
     elif constant.any():
-        yield Finding("constant entries", f"{', '.join(names[constant])} never move: they carry nothing to learn.")
+        yield Finding(
+            "constant entries", f"{', '.join(names[constant])} never move, so there is nothing to learn from them."
+        )
     q01, q99 = np.quantile(demos.actions, [0.01, 0.99], axis=0)
     narrow = ~constant & (q99 - q01 <= 1e-6 * spread)
     if narrow.any():
-        detail = "moves in less than 2 % of the frames; its 1 % and 99 % quantiles say nothing about its range."
+        detail = "moves in less than 2 % of the frames; its 1 % and 99 % quantiles do not describe its range."
         yield Finding("rarely moving entries", f"{', '.join(names[narrow])} {detail}")
     far = ~constant & ~narrow & (spread > 5 * (q99 - q01))
     if far.any():
         worst = spread / np.maximum(q99 - q01, 1e-12)
         listed = ", ".join(f"{names[i]} ({worst[i]:.0f} times)" for i in np.flatnonzero(far))
-        detail = "outliers, or a unit that changed. Normalisation clips them."
-        yield Finding("far outliers", f"values far outside the 1 % to 99 % quantiles: {listed}: {detail}")
+        detail = "These are outliers, or a unit changed. Normalisation clips them."
+        yield Finding("far outliers", f"values far outside the 1 % to 99 % quantiles: {listed}. {detail}")
 
 
 def _gripper(demos: Demonstrations) -> Iterator[Finding]:
@@ -165,14 +166,14 @@ def _gripper(demos: Demonstrations) -> Iterator[Finding]:
     if values.min() < low - margin or values.max() > high + margin:
         yield Finding(
             "gripper out of range",
-            f"{name} goes from {values.min():.3g} to {values.max():.3g}, but open is {robot.gripper_open:g} and closed "
-            f"is {robot.gripper_closed:g}. Correct the robot's description in meta/info.json.",
+            f"{name} ranges from {values.min():.3g} to {values.max():.3g}, but open is {robot.gripper_open:g} and "
+            f"closed is {robot.gripper_closed:g}. Correct the robot's description in meta/info.json.",
         )
     elif np.ptp(values) < 0.6 * (high - low) and np.ptp(values) > 0:
         yield Finding(
             "gripper range",
-            f"{name} goes from {values.min():.3g} to {values.max():.3g}, but open is {robot.gripper_open:g} and closed "
-            f"is {robot.gripper_closed:g}: another convention (0 to 1, or -1 to 1)?",
+            f"{name} ranges from {values.min():.3g} to {values.max():.3g}, but open is {robot.gripper_open:g} and "
+            f"closed is {robot.gripper_closed:g}. Does the data use another convention (0 to 1, or -1 to 1)?",
         )
     middle = (low + high) / 2
     opens = (values > middle) == (robot.gripper_open > middle)
@@ -180,15 +181,16 @@ def _gripper(demos: Demonstrations) -> Iterator[Finding]:
     if len(first) >= 5 and first.mean() < 0.2 and opens.any():
         yield Finding(
             "gripper polarity",
-            f"{1 - first.mean():.0%} of the episodes begin with a closed gripper ({name}). If they do not, open and "
-            f"closed are swapped: open is stated as {robot.gripper_open:g}.",
+            f"{1 - first.mean():.0%} of the episodes begin with a closed gripper ({name}), given that open is "
+            f"{robot.gripper_open:g}. If they begin with an open one, open and closed are swapped.",
         )
     still = tuple(episode.index for episode in demos.episodes if np.ptp(values[episode.rows]) < 0.05 * (high - low))
     if still and len(still) < len(demos.episodes):
         yield Finding("gripper never moves", f"{name} does not change during the episode: was it recorded?", still)
     elif still:
         yield Finding(
-            "gripper never moves", f"{name} does not change in any episode; right only where it is not needed."
+            "gripper never moves",
+            f"{name} does not change in any episode. This is right only if no task needs the gripper.",
         )
 
 
@@ -207,11 +209,11 @@ def _lengths(episodes: Sequence[Episode]) -> Iterator[Finding]:
     failed = tuple(episode.index for episode in episodes if episode.success is False)
     if failed:
         yield Finding(
-            "failures", "recorded as failures. A policy imitates them, too: remove them before training.", failed
+            "failures", "recorded as failures. A policy imitates these too; remove them before training.", failed
         )
     mute = tuple(episode.index for episode in episodes if not episode.instruction.strip())
     if mute:
-        yield Finding("no instruction", "the instruction is empty: the policy cannot know what it is asked for.", mute)
+        yield Finding("no instruction", "the instruction is empty, so the policy cannot know the task.", mute)
 
 
 def _repeats(demos: Demonstrations) -> Iterator[Finding]:
@@ -233,7 +235,7 @@ def _episode(
     if still > MANY_STILL and episode.length > 4:
         yield (
             "pauses",
-            f"nothing moves in {still:.0%} of the frames. A policy learns to stand still from them; cut them out.",
+            f"nothing moves in {still:.0%} of the frames. A policy learns to stand still from them; remove them.",
         )
     else:
         lead, tail = _leading(~moving), _leading(~moving[-2::-1])
@@ -247,27 +249,27 @@ def _episode(
     spread = _range(demos.actions)
     jumps = (change > JUMP * spread) & (change > JUMP_OVER_USUAL * np.maximum(usual, 1e-9))
     if demos.robot.gripper_index is not None:
-        jumps[:, demos.robot.gripper_index] = False  # opening and closing are jumps by nature
+        jumps[:, demos.robot.gripper_index] = False  # opening and closing are legitimate jumps
     if jumps.any():
         frame, entry = np.argwhere(jumps)[0]
         size = change[frame, entry] / spread[entry]
         yield (
             "jumps",
-            f"{names[entry]} changes by {size:.0%} of its range at frame {frame + 1}: lost frames, or a wrapped angle.",
+            f"{names[entry]} changes by {size:.0%} of its range at frame {frame + 1}. Lost frames, or a wrapped angle?",
         )
 
 
 def _usual_steps(demos: Demonstrations) -> np.ndarray:
-    """[D]: how much an action entry changes from frame to frame, 99 % quantile over the dataset."""
+    """[D]: 99 % quantile over the dataset of each action entry's absolute frame-to-frame change."""
     steps = [np.abs(np.diff(demos.actions[episode.rows], axis=0)) for episode in demos.episodes if episode.length > 1]
     return np.quantile(np.concatenate(steps), 0.99, axis=0) if steps else np.zeros(demos.robot.action_dim)
 
 
 def _range(values: np.ndarray) -> np.ndarray:
-    """Per entry, what counts as its full movement; 1e-9 for one that never moves."""
+    """Range of each entry (max - min), at least 1e-9."""
     return np.maximum(np.ptp(values, axis=0), 1e-9)
 
 
 def _leading(flags: np.ndarray) -> int:
-    """How many flags are set before the first that is not."""
+    """Number of leading True values."""
     return int(np.argmin(flags)) if not flags.all() else len(flags)

@@ -1,12 +1,12 @@
-"""LeRobotDataset v3 on disk: where files lie, what `meta/info.json` says, how features describe a robot.
+"""The LeRobotDataset v3 layout: file paths, `meta/info.json`, and the features that describe a robot.
 
-Owns: the paths, the `Info` record, the features of a dataset that this package writes, and the RobotSpec that a dataset
-implies. It does not know how frames are encoded, nor how a dataset is written or read as a whole.
+Owns: the paths, the `Info` record, the features of datasets written by this package, and the RobotSpec derived from a
+dataset. It does not know how frames are encoded, nor how a whole dataset is read or written.
 
-    meta/info.json                                      what the columns are, rates, counts
+    meta/info.json                                      features, frame rate, counts
     meta/stats.json                                     statistics over all frames
     meta/tasks.parquet                                  instruction -> task_index
-    meta/episodes/chunk-000/file-000.parquet            one row per episode: where its frames are
+    meta/episodes/chunk-000/file-000.parquet            one row per episode: location of its frames
     data/chunk-000/file-000.parquet                     one row per frame, many episodes per file
     videos/<camera key>/chunk-000/file-000.mp4          many episodes per file, one after the other
 """
@@ -33,19 +33,19 @@ EPISODES = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 DATA = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 
-#: Where episodes wait until a recording is complete. A folder that has it and no `meta` is not a dataset yet.
+#: Staging folder for the episodes of an unfinished recording. A folder that has it but no `meta` is not a dataset yet.
 STAGING = ".partial"
 
-#: Beside the dataset: the configuration that it was collected with.
+#: The configuration that the dataset was collected with, stored next to it.
 PLAN = "collect.yaml"
 
 ACTION = "action"
-EXECUTED = "executed_action"  # what was sent to the robot, where `action` is the clean label of a noisy expert
+EXECUTED = "executed_action"  # the action sent to the robot, if `action` is the clean label of a noisy expert
 STATE = "observation.state"
 IMAGES = "observation.images."
 DONE, SUCCESS = "next.done", "next.success"
 
-#: Columns that every LeRobotDataset has, besides what the robot sees and does.
+#: Columns of every LeRobotDataset besides observations and actions.
 BOOKKEEPING = {
     "timestamp": {"dtype": "float32", "shape": [1], "names": None},
     "frame_index": {"dtype": "int64", "shape": [1], "names": None},
@@ -57,9 +57,10 @@ BOOKKEEPING = {
 
 @dataclasses.dataclass(frozen=True)
 class Info:
-    """`meta/info.json`. `robot` is this package's addition (a RobotSpec as plain values); LeRobot ignores it.
+    """Contents of `meta/info.json`.
 
-    `features` maps a column or camera key to {"dtype", "shape", "names"}, for a video also "info".
+    `features` maps a column or camera key to {"dtype", "shape", "names"}, and for videos also "info". `robot` is a
+    RobotSpec as plain values, added by this package; LeRobot ignores it.
     """
 
     fps: float
@@ -78,14 +79,14 @@ class Info:
     robot: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values. A whole rate is written as an integer, which is what LeRobot expects."""
+        """Plain JSON values. A whole-numbered fps is written as an integer, as LeRobot expects."""
         values = dataclasses.asdict(self)
         values["fps"] = int(self.fps) if float(self.fps).is_integer() else self.fps
         return {key: value for key, value in values.items() if key != "robot" or value is not None}
 
     @classmethod
     def load(cls, root: Path) -> Info:
-        """Read and check the info of the dataset at `root`; DataError says what is wrong and what to do."""
+        """Read and validate the info of the dataset at `root`. Raises DataError if it is missing or invalid."""
         path = root / INFO
         if not path.is_file():
             raise DataError(_no_dataset(root))
@@ -104,7 +105,7 @@ class Info:
         for key, feature in info.features.items():
             _check_feature(path, key, feature)
         if ACTION not in info.features:
-            raise DataError(f"{path}: there is no feature {ACTION!r} to learn; it has: {', '.join(info.features)}.")
+            raise DataError(f"{path}: there is no feature {ACTION!r} to learn. Features: {', '.join(info.features)}.")
         place = {"chunk_index": 0, "file_index": 0}
         fill(root, info.data_path, **place)
         if len({fill(root, info.video_template, video_key=key, **place) for key in info.video_keys}) < len(
@@ -117,7 +118,7 @@ class Info:
 
     @property
     def cameras(self) -> dict[str, str]:
-        """Camera name -> key of its feature, in the order of the file. Depth images are not cameras."""
+        """Camera name -> feature key, in file order. Depth images are excluded."""
         found: dict[str, str] = {}
         for key, feature in self.features.items():
             if is_image(feature) and key not in self.depth:
@@ -127,12 +128,12 @@ class Info:
 
     @property
     def depth(self) -> list[str]:
-        """Keys of the depth images; they are not read."""
+        """Feature keys of the depth images, which are not read."""
         return [key for key, feature in self.features.items() if is_image(feature) and _declares_depth(feature)]
 
     @property
     def video_keys(self) -> list[str]:
-        """Keys of the cameras whose images are stored as videos."""
+        """Feature keys of the cameras that are stored as videos."""
         return [key for key in self.cameras.values() if self.features[key]["dtype"] == "video"]
 
     @property
@@ -141,7 +142,7 @@ class Info:
 
     @property
     def unread(self) -> list[str]:
-        """Numeric observations that a policy is not given, such as a state under another name than STATE."""
+        """Numeric observations that are not passed to a policy, such as a state with a name other than STATE."""
         return [
             key
             for key, feature in self.features.items()
@@ -152,34 +153,34 @@ class Info:
         ]
 
     def with_depth(self, keys: list[str]) -> Info:
-        """The same, where the images of `keys` are depth, too."""
+        """A copy in which the images of `keys` are also marked as depth."""
         features = {key: {**self.features[key], "info": {"is_depth_map": True}} for key in keys}
         return dataclasses.replace(self, features=self.features | features)
 
     def image_shape(self, camera: str) -> tuple[int, int]:
-        """(height, width) of a camera's images; features may also list the channels first, or no channels."""
+        """(height, width) of a camera's images. The feature's shape may be HWC, CHW or HW."""
         feature = self.features[self.cameras[camera]]
         shape, names = feature["shape"], list(feature.get("names") or ())
         if len(shape) == 2:
             return shape[0], shape[1]
         first, last = shape[0] in (1, 3, 4), shape[2] in (1, 3, 4)
-        if first == last:  # the sizes leave it open; the names may tell
+        if first == last:  # the shape is ambiguous; fall back to the names
             first = len(names) == 3 and str(names[0]).startswith("channel")
         return (shape[1], shape[2]) if first else (shape[0], shape[1])
 
     def channels(self, key: str) -> int:
-        """Channels of an image feature as it declares them."""
+        """Declared number of channels of an image feature."""
         shape = self.features[key]["shape"]
         height, width = self.image_shape(next(name for name, own in self.cameras.items() if own == key))
         return math.prod(shape) // max(height * width, 1)
 
     def describe_robot(self) -> RobotSpec:
-        """The recorded RobotSpec, else one made of the features' names; DataError if it contradicts the features."""
+        """The recorded RobotSpec, or one built from the features' names. DataError if it contradicts the features."""
         cameras = tuple(self.cameras)
         state = _names(self.features[STATE], "state") if STATE in self.features else ()
         action = _names(self.features[ACTION], "action")
         if not action:
-            raise DataError(f"{INFO}: feature {ACTION!r} has shape [0]: there is nothing to learn.")
+            raise DataError(f"{INFO}: feature {ACTION!r} has shape [0], so there is nothing to learn.")
         if self.robot is None:
             return RobotSpec(cameras, state, action, control_hz=float(self.fps))
         try:
@@ -207,12 +208,12 @@ class Info:
 def features_of(
     robot: RobotSpec, image_shapes: Mapping[str, tuple[int, int]], videos: Mapping[str, dict[str, Any]], executed: bool
 ) -> dict[str, dict[str, Any]]:
-    """Features of a dataset of this robot.
+    """Features of a dataset recorded with this robot.
 
     Args:
         image_shapes: camera -> (height, width).
-        videos: camera -> the video's properties (`vla.data.video.describe`).
-        executed: whether frames also hold the executed action.
+        videos: camera -> video properties (`vla.data.video.describe`).
+        executed: whether frames also store the executed action.
     """
     features: dict[str, dict[str, Any]] = {}
     for camera in robot.cameras:
@@ -237,7 +238,7 @@ def is_image(feature: Mapping[str, Any]) -> bool:
 
 
 def fill(root: Path, template: str, **place: Any) -> Path:
-    """The file that a path template of `meta/info.json` names; DataError if it needs other values or leaves `root`."""
+    """The file for a path template of `meta/info.json`. DataError if it needs other fields or points outside `root`."""
     try:
         path = template.format(**place)
     except (KeyError, IndexError, ValueError, AttributeError) as error:
@@ -249,15 +250,15 @@ def fill(root: Path, template: str, **place: Any) -> Path:
 
 
 def inside(root: Path, path: str) -> Path:
-    """`path` below `root`; DataError if it leads elsewhere. Links are followed: the Hub's cache consists of them."""
+    """`path` below `root`. DataError if it points elsewhere. Symbolic links are allowed: the Hub's cache uses them."""
     pure = PurePosixPath(path)
     if ".." in pure.parts or (pure.is_absolute() and not pure.is_relative_to(root.absolute())):
-        raise DataError(f"{root}: the path {path!r} leads out of the dataset folder, so it is not read.")
+        raise DataError(f"{root}: the path {path!r} points outside the dataset folder, so it is not read.")
     return root / path
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; DataError if there is none."""
+    """Read a JSON object from a file. Raises DataError if that fails."""
     try:
         values = json.loads(path.read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -299,7 +300,7 @@ def _declares_depth(feature: Mapping[str, Any]) -> bool:
 
 
 def _names(feature: Mapping[str, Any], what: str) -> tuple[str, ...]:
-    """One name per entry. LeRobot's recorders write a list, {"motors": [...]}, {name: position}, or nothing."""
+    """One name per entry. LeRobot's recorders write a list, {"motors": [...]}, {name: position}, or no names."""
     shape = list(feature["shape"]) or [1]
     if len(shape) != 1:
         raise DataError(f"{INFO}: {what} must be a vector; its shape is {shape}. Flatten it before training.")
@@ -332,7 +333,7 @@ def _no_dataset(root: Path) -> str:
     if (root / STAGING).is_dir():
         return (
             f"{root} holds a recording that was not finished, so it cannot be read yet. "
-            "Continue it with the command that started it and `--resume`."
+            "Continue it: run the command that started it again with `--resume`."
         )
     if not root.is_dir():
         near = sorted(path.parent.parent.name for path in root.parent.glob("*/" + INFO)) if root.parent.is_dir() else []

@@ -1,7 +1,7 @@
-"""Images of a dataset's episodes, from its videos or from its data files.
+"""Reading the images of episodes, from videos or from data files.
 
-Owns: which file holds an episode's images and how they are decoded in order, each file once when episodes are read in
-order. It does not know states, actions or instructions.
+Owns: the mapping from an episode to its image files, and sequential decoding: if episodes are read in order, each file
+is decoded once. It does not know states, actions or instructions.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Row = Mapping[str, Any]  # a row of meta/episodes
 
 
 class FrameStore:
-    """The images of the dataset at `root`. Keeps one video, or one data file's images, open per camera."""
+    """The images of the dataset at `root`. Keeps one open video, or one data file's images, per camera."""
 
     def __init__(self, root: Path, info: v3.Info) -> None:
         self.root, self.info = root, info
@@ -31,17 +31,17 @@ class FrameStore:
         self._images: dict[str, tuple[Path, np.ndarray, pa.ChunkedArray]] = {}  # key -> file, episodes, images
 
     def files(self, rows: Iterable[Row]) -> list[Path]:
-        """All data and video files that hold frames of these episodes."""
+        """All data and video files that contain frames of these episodes."""
         paths = set()
         for row in rows:
             paths |= {self.data_path(row), *(self.video_path(row, key) for key in self.info.video_keys)}
         return sorted(paths)
 
     def frames(self, row: Row, camera: str, steps: np.ndarray) -> Iterator[np.ndarray]:
-        """An episode's images in order, uint8 RGB [height, width, 3]; DataError if the files do not have them.
+        """An episode's images in order, uint8 RGB [height, width, 3]. DataError if the files do not contain them.
 
         Args:
-            steps: when each frame was recorded, in frames since the episode began [length].
+            steps: time of each frame, in frames since the start of the episode [length].
         """
         key = self.info.cameras[camera]
         source = self._from_video(row, key, steps) if key in self.info.video_keys else self._from_table(row, key)
@@ -50,24 +50,24 @@ class FrameStore:
             if image.shape[:2] != expected:
                 raise DataError(
                     f"{self.root}: episode {row['episode_index']}, frame {step}, camera {camera!r}: the image is "
-                    f"{list(image.shape[:2])}, but {v3.INFO} says {list(expected)}. Correct the shape there."
+                    f"{list(image.shape[:2])}, but {v3.INFO} says {list(expected)}. Correct the shape in {v3.INFO}."
                 )
             yield image
 
     def check_span(self, row: Row, steps: np.ndarray) -> None:
-        """DataError if the episode's last frame lies beyond what the episode has of a video."""
+        """Raise DataError if the episode's last frame lies beyond the episode's segment of a video."""
         last = int(steps[-1])
         for key in self.info.video_keys:
             start, end = (row.get(f"videos/{key}/{name}") for name in ("from_timestamp", "to_timestamp"))
-            # Some recorders give the time of the last frame as the end.
+            # Some recorders store the time of the last frame as the end.
             if end is not None and last >= max(round((end - start) * self.info.fps), row["length"]):
                 raise DataError(
                     f"{self.root}: the last timestamp of episode {row['episode_index']} is {last / self.info.fps:.3f} "
-                    f"s, but its part of the video {key!r} has {end - start:.3f} s. Copy the dataset again."
+                    f"s, but its segment of the video {key!r} lasts {end - start:.3f} s. Copy the dataset again."
                 )
 
     def hidden_depth(self, row: Row) -> list[str]:
-        """Keys of cameras with one channel whose images turn out to be depth."""
+        """Feature keys of single-channel cameras whose images are depth but are not declared as such."""
         return [key for key in self.info.cameras.values() if self.info.channels(key) == 1 and self._is_depth(row, key)]
 
     def _is_depth(self, row: Row, key: str) -> bool:
@@ -82,7 +82,7 @@ class FrameStore:
             image = cv2.imdecode(np.frombuffer(self._bytes(first, key), np.uint8), cv2.IMREAD_UNCHANGED)
             return image is not None and image.dtype != np.uint8
         except (DataError, pa.ArrowInvalid, OSError, StopIteration):
-            return False  # reading it will tell what is wrong
+            return False  # reading the images reports the error
 
     def data_path(self, row: Row) -> Path:
         place = {name: row[f"data/{name}"] for name in ("chunk_index", "file_index")}
@@ -132,19 +132,19 @@ class FrameStore:
             yield self._decode(stored.as_py(), what)
 
     def _decode(self, stored: Any, what: str) -> np.ndarray:
-        """An image as uint8 RGB, whether it is stored with alpha, as grey values or as a palette."""
+        """Decode an image to uint8 RGB. It may be stored with an alpha channel, in greyscale or with a palette."""
         data = np.frombuffer(self._bytes(stored, what), np.uint8)
         image = cv2.imdecode(data, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
         if image is not None and image.dtype != np.uint8:
             if image.dtype != np.uint16 or (image == image[..., :1]).all():
-                raise DataError(f"{what}: holds depth, not colours. Say so in {v3.INFO}: {DEPTH_FLAG}.")
+                raise DataError(f"{what}: this is a depth image, not RGB. Declare it in {v3.INFO}: {DEPTH_FLAG}.")
             image = cv2.imdecode(data, cv2.IMREAD_COLOR)
         if image is None:
             raise DataError(f"{what}: the stored image cannot be decoded. Copy the dataset again.")
         return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
     def _bytes(self, stored: Any, what: str) -> bytes:
-        """An encoded image: bytes, {"bytes", "path"}, or the path of a file in the dataset."""
+        """The encoded image, stored as bytes, as {"bytes", "path"}, or as the path of a file in the dataset."""
         data, path = (stored.get("bytes"), stored.get("path")) if isinstance(stored, dict) else (stored, None)
         if isinstance(data, str):
             data, path = None, data
@@ -152,7 +152,7 @@ class FrameStore:
             named = v3.inside(self.root, path)
             data = named.read_bytes() if named.is_file() else None
         if not data:
-            raise DataError(f"{what}: neither the image nor its file is there. Copy the dataset again.")
+            raise DataError(f"{what}: both the image and its file are missing. Copy the dataset again.")
         if not isinstance(data, bytes):
             raise DataError(f"{what}: expected an encoded image (PNG, JPEG), got {type(data).__name__}.")
         return data

@@ -1,10 +1,10 @@
-"""From finished episodes in a staging folder to a LeRobotDataset v3, in one step that either happens or does not.
+"""Packing the staged episodes of a recording into a LeRobotDataset v3, atomically.
 
-Owns: the translation of staged episodes into the files of the format. Everything is written inside the staging folder
-first; `meta` is moved out last, by one rename, and a folder without `meta` is not a dataset. A process killed before
-that rename leaves the episodes as they were. It does not know how episodes are recorded (`writer` does).
+Owns: the conversion of staged episodes into the files of the format. All files are first written inside the staging
+folder. `meta` is moved out last, by one rename, and a folder without `meta` is not a dataset. A process killed before
+that rename leaves the staged episodes unchanged. It does not know how episodes are recorded (see `writer`).
 
-Each data file has one row group per episode, so that a single episode is cheap to read.
+Each data file has one row group per episode, so that reading a single episode is cheap.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ _MB = 1024 * 1024
 
 
 def vector_column(values: np.ndarray) -> pa.Array:
-    """float32 [N, D] as a column: lists of D, or plain numbers when D = 1 (as LeRobot stores them)."""
+    """float32 [N, D] as a column of lists of length D, or of plain numbers if D = 1 (LeRobot's convention)."""
     flat = pa.array(np.ascontiguousarray(values, np.float32).ravel())
     return flat if values.shape[1] == 1 else pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
 
 
 def finalise(root: Path, numbers: Sequence[int] | None = None, robot_type: str | None = None) -> None:
-    """Make the episodes staged in `root` a dataset, in ascending order, numbered from 0.
+    """Pack the episodes staged in `root` into a dataset, in ascending order and renumbered from 0.
 
     Args:
-        numbers: the episodes to take; None takes all.
-        robot_type: LeRobot's name of the robot, if it has one.
+        numbers: the episodes to include; None includes all.
+        robot_type: LeRobot's name for the robot, if it has one.
     Raises:
-        DataError: no episodes, or episodes that do not belong together.
+        DataError: there are no episodes, or they were recorded with different robots or image sizes.
     """
     staging = root / v3.STAGING
     numbers = finished(staging) if numbers is None else sorted(numbers)
@@ -54,7 +54,7 @@ def finalise(root: Path, numbers: Sequence[int] | None = None, robot_type: str |
     packed.mkdir()
     with guard_disk(root):
         _Packing(packed, folders, robot_type).write()
-    for name in ("data", "videos", "meta"):  # `meta` last: it is what makes the folder a dataset
+    for name in ("data", "videos", "meta"):  # `meta` last: only then is the folder a dataset
         shutil.rmtree(root / name, ignore_errors=True)
         if (packed / name).exists():
             (packed / name).rename(root / name)
@@ -62,7 +62,7 @@ def finalise(root: Path, numbers: Sequence[int] | None = None, robot_type: str |
 
 
 class _Packing:
-    """The files of one dataset, written below `out`."""
+    """Writes the files of one dataset below `out`."""
 
     def __init__(self, out: Path, folders: Sequence[Path], robot_type: str | None) -> None:
         self.out, self.folders, self.robot_type = out, folders, robot_type
@@ -72,7 +72,7 @@ class _Packing:
             for key in ("robot", "image_shapes"):
                 if about[key] != first[key]:
                     raise DataError(
-                        f"{folder.name} and {folders[0].name} were recorded with another {key}, so they cannot share "
+                        f"{folder.name} and {folders[0].name} were recorded with different {key}, so they cannot share "
                         f"a dataset: {about[key]} and {first[key]}."
                     )
         self.robot = RobotSpec.from_dict(first["robot"])
@@ -103,7 +103,7 @@ class _Packing:
         v3.write_json(self.out / v3.INFO, info.to_dict())
 
     def _data(self) -> list[pa.Table]:
-        """Write the frames; returns each episode's table."""
+        """Write the data files. Returns the table of each episode."""
         tables: list[pa.Table] = []
         start, files = 0, _Files(v3.Info.data_files_size_in_mb)
         writer: Any = None
@@ -156,7 +156,7 @@ class _Packing:
         return pa.table(columns)
 
     def _videos(self, camera: str) -> dict[str, Any]:
-        """Join the episodes' videos into files of limited size; returns the videos' properties."""
+        """Concatenate the episodes' videos into files of limited size. Returns the video properties."""
         key, fps = v3.IMAGES + camera, self.robot.control_hz
         parts = [folder / f"{camera}.mp4" for folder in self.folders]
         files = _Files(v3.Info.video_files_size_in_mb)
@@ -183,7 +183,7 @@ class _Packing:
         return describe(groups[0][0], fps)
 
     def _statistics(self, tables: Sequence[pa.Table], features: dict[str, dict[str, Any]]) -> None:
-        """Add each episode's statistics to its row, and write those of all frames."""
+        """Add each episode's statistics to its row, and write the statistics of all frames."""
         whole = pa.concat_tables(tables)
         stats: dict[str, Any] = {}
         for key, feature in features.items():
@@ -203,7 +203,7 @@ class _Packing:
         v3.write_json(self.out / v3.STATS, stats)
 
     def _tasks(self) -> None:
-        """The instructions, as the data frame indexed by "task" that pandas users expect."""
+        """Write the instructions so that pandas loads them as a data frame indexed by "task", as LeRobot does."""
         table = pa.table({"task_index": pa.array(range(len(self.tasks)), pa.int64()), "task": self.tasks})
         columns = [("task_index", "int64", "int64"), ("task", "unicode", "object")]
         pandas = {
@@ -228,13 +228,13 @@ def _about(folder: Path) -> dict[str, Any]:
 
 
 class _Files:
-    """Gives each episode its file: a new one when the limit would be passed, a new chunk after 1000 files."""
+    """Assigns episodes to files. A new file starts at the size limit, a new chunk after 1000 files."""
 
     def __init__(self, limit_mb: int) -> None:
         self._limit, self._filled, self._file = limit_mb * _MB, 0, -1
 
     def place(self, size: int) -> tuple[dict[str, int], bool]:
-        """Where an episode of `size` bytes goes, and whether that file is new."""
+        """Chunk and file index for an episode of `size` bytes, and whether that file is new."""
         opened = self._file < 0 or self._filled + size > self._limit
         if opened:
             self._file, self._filled = self._file + 1, 0
@@ -252,7 +252,8 @@ def _numbers(table: pa.Table, key: str) -> np.ndarray:
 
 
 def _episode_schema(row: dict[str, Any]) -> pa.Schema:
-    """Types that do not depend on the values: an episode may lack a seed, and statistics may all be whole numbers."""
+    """Column types of meta/episodes. They do not depend on the values: seeds may be missing, and statistics may be
+    whole numbers."""
     fixed = {"env_id": pa.string(), "seed": pa.int64(), "success": pa.bool_(), "noise": pa.float64()}
     fields = []
     for key, value in row.items():

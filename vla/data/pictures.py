@@ -1,6 +1,6 @@
-"""Pictures of a dataset: what the actions look like, what the cameras see.
+"""Figures of a dataset: action histograms, camera images and episode lengths.
 
-Owns: the figures of `vla inspect`. It computes nothing but what it draws, and does not know where pictures end up.
+Owns: the figures of `vla inspect`. Where they are saved is decided elsewhere.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ INK, SOFT, LINE, ACCENT, WARN = "#16202c", "#5c6b7c", "#dfe4ea", "#0c7d69", "#e0
 MOMENTS = ("start", "25 %", "50 %", "75 %", "end")
 _BARS = 61
 _COLUMNS = 4
-_FEW = 40  # bins whose edges can be told apart in a small chart
-_COMB = 6  # points; height of the comb of bin edges below a chart
+_FEW = 40  # bins; with fewer than this, single edges are visible in a small chart
+_COMB = 6  # points; height of the bin-edge ticks below a chart
 
 
 def action_histograms(demos: Demonstrations, normalizer: Normalizer, bins: int) -> Figure:
-    """One histogram per action entry that ever moves, the tokenizer's bins below, what they clip in colour."""
+    """One histogram per action entry that moves, with the tokenizer's bin edges below and clipped values in colour."""
     names = demos.robot.action_names
     edges = normalizer.unnormalize(np.linspace(-1, 1, bins + 1)[:, None].repeat(len(names), 1))
     moving = np.flatnonzero(~normalizer.constant)
@@ -57,11 +57,12 @@ def action_histograms(demos: Demonstrations, normalizer: Normalizer, bins: int) 
 def camera_strip(
     images: Sequence[Sequence[np.ndarray]], titles: Sequence[str], moments: Sequence[str] = MOMENTS
 ) -> Figure:
-    """A contact sheet: one row per episode, one column per moment.
+    """A contact sheet with one row per episode and one column per moment of the episode.
 
     Args:
         images: [episodes][moments] of uint8 [H, W, 3].
-        titles: what stands beside each row.
+        titles: the label of each row.
+        moments: the column titles.
     """
     height, width = images[0][0].shape[:2]
     cell = 1.55
@@ -91,7 +92,7 @@ def camera_strip(
 
 
 def length_histogram(demos: Demonstrations) -> Figure:
-    """How long the episodes are."""
+    """Histogram of the episode lengths."""
     lengths = np.array([episode.length for episode in demos.episodes])
     figure = Figure(figsize=(6.4, 2.0), layout="constrained")
     axis = figure.subplots()
@@ -122,7 +123,7 @@ def _histogram(axis: Axes, name: str, values: np.ndarray, edges: np.ndarray) -> 
     axis.set_ylim(0.6, max(counts.max() * 1.7, 10))
     for edge in (first, last):
         axis.axvline(edge, color=INK, lw=0.9, ls=(0, (4, 3)))
-    # The bins: a comb below the bars, in points, so that it ends above the labels in a figure of any size.
+    # Bin edges are ticks below the bars. Their height is in points, so they end above the labels at any figure size.
     axis.plot(edges, np.zeros(len(edges)), ls="none", marker=TICKDOWN, ms=_COMB, color=SOFT, clip_on=False,
               mew=0.8 if len(edges) < _FEW else 0.25, transform=axis.get_xaxis_transform())  # fmt: skip
     axis.tick_params(axis="x", pad=_COMB + 3)

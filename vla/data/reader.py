@@ -1,7 +1,7 @@
-"""Demonstrations read from a LeRobotDataset v3: checked once, then plain arrays and frames in order.
+"""Reading demonstrations from a LeRobotDataset v3: validated once, then available as arrays and image iterators.
 
-Owns: what the rest of the package sees of a dataset, whoever recorded it. It does not know how samples are drawn or
-what a policy makes of them. Cameras go by their short name: "front" for `observation.images.front`.
+Owns: the view of a dataset that the rest of the package uses, independent of the recorder. It does not know how samples
+are drawn or used. Cameras have short names: "front" for `observation.images.front`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vla.data.frames import FrameStore
 from vla.errors import DataError, unknown
 from vla.spec import RobotSpec
 
-# Of a large file these bytes at either end are hashed; an mp4's index and a parquet's footer are among them.
+# Bytes hashed at each end of a file. They include the index of an mp4 and the footer of a parquet file.
 _HASHED = 1 << 16
 
 
@@ -29,11 +29,11 @@ class Episode:
     """One demonstration.
 
     Attributes:
-        index: its number in the dataset.
-        length: frames.
-        start: its first frame's row in the arrays of `Demonstrations`.
+        index: episode index in the dataset.
+        length: number of frames.
+        start: row of the first frame in the arrays of `Demonstrations`.
         instructions: the instructions of its frames, in order of appearance (usually one).
-        env_id, seed, success, noise: how it was made; None where the recorder did not say.
+        env_id, seed, success, noise: how the episode was recorded; None if unknown.
     """
 
     index: int
@@ -51,29 +51,33 @@ class Episode:
 
     @property
     def rows(self) -> slice:
-        """Its frames, as rows of the arrays of `Demonstrations`."""
+        """The episode's rows in the arrays of `Demonstrations`."""
         return slice(self.start, self.start + self.length)
 
 
 class Demonstrations:
-    """All episodes of a dataset. N frames, D action entries, S state entries.
+    """All episodes of a dataset, with N frames, D action entries and S state entries in total.
 
     Attributes:
-        root, info, robot: folder, `meta/info.json`, and whom it was recorded with.
+        root: the dataset folder.
+        info: `meta/info.json`.
+        robot: the robot that the dataset was recorded with.
         fps: frames per second.
         tasks: the instructions.
-        episodes: in the order of the arrays.
-        actions: float32 [N, D]; the actions to learn.
-        executed_actions: float32 [N, D], what was sent to the robot; None where that is `actions`.
-        states: float32 [N, S], or None.
-        task_index: int64 [N], into `tasks`.
-        steps: int64 [N], when each frame was recorded, in frames since its episode began; more than its number in the
-            episode where frames before it were removed.
-        timing: why the timestamps say nothing (images are not looked up by time then), in words; "" if they do.
-        renamed: episodes that meta/episodes lists under another instruction than meta/tasks.parquet.
-        unlisted: frames of the data files whose episodes meta/episodes does not list; they are not read.
+        episodes: the episodes, in the order of the arrays.
+        actions: float32 [N, D], the actions to learn.
+        executed_actions: float32 [N, D], the actions sent to the robot; None if they equal `actions`.
+        states: float32 [N, S]; None without a state.
+        task_index: int64 [N], index into `tasks`.
+        steps: int64 [N], time of each frame, in frames since the start of its episode. It exceeds the frame's position
+            in the episode if earlier frames were removed.
+        timing: why the timestamps are unusable, as text; "" if they are valid. If unusable, images are not looked up by
+            time.
+        renamed: episodes whose instructions differ between meta/episodes and meta/tasks.parquet.
+        unlisted: number of frames in the data files whose episodes meta/episodes does not list; they are ignored.
     Raises:
-        DataError: no dataset, another version, missing or damaged files, values that cannot be trained on.
+        DataError: there is no dataset, its version is not supported, files are missing or damaged, or values cannot be
+            used for training.
     """
 
     def __init__(self, root: str | Path) -> None:
@@ -106,8 +110,8 @@ class Demonstrations:
             raise DataError(f"{self.root}: {error}") from None
         if self.timing and self.info.video_keys:
             raise DataError(
-                f"{self.root}: {self.timing} Images of a video are looked up by time. Where frames follow each other "
-                f'without gaps, set "{tables.TIME}" to frame_index / fps.'
+                f"{self.root}: {self.timing} Video frames are looked up by time. If no frames are missing, set "
+                f'"{tables.TIME}" to frame_index / fps.'
             )
         tasks = tables.read_tasks(self.root)
         self.tasks = list(tasks.values())
@@ -115,7 +119,7 @@ class Demonstrations:
         if len(bad := np.flatnonzero(~np.isin(frames.task, list(tasks)))):
             raise DataError(
                 f"{self.root}: {tables.locate(self._rows, bad[0])} has task_index {frames.task[bad[0]]}, but "
-                f"{v3.TASKS} has {len(tasks)} instructions, none for that index. Copy the dataset again."
+                f"{v3.TASKS} has {len(tasks)} instructions and none for that index. Copy the dataset again."
             )
         self.episodes = [self._episode(row, frames.success) for row in self._rows]
         self.renamed = tuple(
@@ -136,12 +140,15 @@ class Demonstrations:
         return self.robot.cameras
 
     def frames(self, episode: int, camera: str) -> Iterator[np.ndarray]:
-        """The images of the episode with that index, in order, exactly `length` of them, uint8 RGB [height, width, 3].
+        """All images of an episode in order, uint8 RGB [height, width, 3].
 
-        Fastest when episodes are read in order: each video file is then decoded once, from front to back.
+        Reading episodes in order is fastest: each video file is then decoded once, front to back.
 
+        Args:
+            episode: the episode index.
+            camera: the camera name.
         Raises:
-            DataError: unknown episode or camera; a video that is damaged or too short.
+            DataError: the episode or camera does not exist, or the video is damaged or too short.
         """
         if camera not in self.cameras:
             raise DataError(f"{self.root}: {unknown('camera', camera, self.cameras)}")
@@ -155,7 +162,7 @@ class Demonstrations:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash of everything a policy can see of the dataset: another one whenever the data changed."""
+        """A hash of all data that a policy can see. It changes whenever the data changes."""
         digest = hashlib.blake2b(digest_size=16)
         starts = np.array([row[f"videos/{key}/from_timestamp"] for row in self._rows for key in self.info.video_keys])
         for array in (self.actions, self.executed_actions, self.states, self.task_index, self.steps, starts):
@@ -187,5 +194,5 @@ class Demonstrations:
 
 
 def _flag(value: object) -> bool | None:
-    """A yes or no of a recorder; None where it is neither a truth value nor 0 or 1."""
+    """A recorded flag as a bool; None if it is neither a bool nor 0 or 1."""
     return bool(value) if isinstance(value, bool | int | float) and value in (0, 1) else None

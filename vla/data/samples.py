@@ -1,9 +1,9 @@
-"""Raw training samples: what a policy saw at one frame and what was done from there on.
+"""Raw training samples: the observation at one frame and the action chunk that follows.
 
 Owns: the frame cache (decoded and resized once, memory-mapped), the split into training and validation episodes, and
-the map from a draw number to a sample. A sample is a pure function of (seed, draw): no sampler has a state, so a
-resumed run draws what an unbroken one would have drawn, whatever the number of workers or devices. It does not know
-tokens or tensors.
+the map from a draw number to a sample. A sample is a pure function of (seed, draw), and samplers are stateless. A
+resumed run therefore draws the same samples as an uninterrupted one, for any number of workers and devices. It does not
+know tokens or tensors.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from vla.transforms.images import augment, resize
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One frame and the actions that follow it.
+    """One frame and the action chunk that follows it.
 
     Attributes:
-        images: uint8 [C, S, S, 3].
-        state: float32 [S'], the robot's units; empty without proprioception.
-        chunk: float32 [H, D], the robot's units; the last action is repeated beyond the episode's end.
-        valid: bool [H], the actions to learn: not those beyond the end, nor those that are given.
-        instruction: what the demonstration was told to do.
+        images: uint8 [C, S, S, 3], one image per camera.
+        state: float32 [S'], in the robot's units; empty without proprioception.
+        chunk: float32 [H, D], in the robot's units; the last action is repeated past the end of the episode.
+        valid: bool [H], the actions to learn. False past the end of the episode and for a given action prefix.
+        instruction: the instruction of the demonstration.
         source: index of the dataset in the mixture.
     """
 
@@ -46,13 +46,13 @@ class Sample:
 
 
 def cached_frames(demos: Demonstrations, cameras: Sequence[str], size: int) -> np.ndarray:
-    """All frames of `cameras`, uint8 [N, C, size, size, 3]; decoded on the first call.
+    """All frames of `cameras`, uint8 [N, C, size, size, 3]. They are decoded on the first call and cached.
 
-    In memory when they fit into half of what is available (random reads from a disk are slower than training), else
-    memory-mapped.
+    The array is loaded into memory if it fits into half of the available memory, because random reads from disk are
+    slower than training. Otherwise it is memory-mapped.
 
-    The cache lies in `<dataset>/.cache` (or the system's temporary folder where that cannot be written) and is named
-    after the dataset's fingerprint, so that changed data is never read through a stale cache.
+    The cache is stored in `<dataset>/.cache`, or in the system's temporary folder if that is not writable. Its name
+    contains the dataset's fingerprint, so a stale cache is never used for changed data.
     """
     name = f"frames-{demos.fingerprint[:16]}-{'-'.join(cameras)}-{size}.npy"
     folder = demos.root / ".cache"
@@ -69,13 +69,14 @@ def cached_frames(demos: Demonstrations, cameras: Sequence[str], size: int) -> n
 
 
 def _decode(demos: Demonstrations, cameras: Sequence[str], size: int, path: Path) -> None:
-    """Write the cache file. Several processes may do so at once: each has a scratch file, and the last one stays."""
+    """Write the cache file. Processes may run concurrently: each writes a scratch file, and the last rename wins."""
     shape = (demos.num_frames, len(cameras), size, size, 3)
     with tempfile.NamedTemporaryFile(prefix=".frames-", suffix=".npy", dir=path.parent, delete=False) as file:
         scratch = Path(file.name)
     try:
         frames = np.lib.format.open_memmap(scratch, "w+", np.uint8, shape)
-        # Claimed now: a disk that fills up while a mapped file is written kills the process without a word.
+        # Allocate the disk space first: if the disk fills up during a write to a mapped file, the process is killed
+        # without an error message.
         if hasattr(os, "posix_fallocate"):
             with scratch.open("r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, scratch.stat().st_size)
@@ -99,7 +100,8 @@ def _decode(demos: Demonstrations, cameras: Sequence[str], size: int, path: Path
 
 
 def split_episodes(demos: Demonstrations, val_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Frame indices (training, validation): whole episodes on one side, at least one on each if there are two."""
+    """Split by episode into (training, validation) frame indices. With two or more episodes, each side gets at least
+    one, unless `val_fraction` is 0."""
     count = len(demos.episodes)
     n_val = 0 if count < 2 or val_fraction <= 0 else min(count - 1, max(1, round(val_fraction * count)))
     held_out = set(np.random.default_rng(seed).permutation(count)[:n_val].tolist())
@@ -111,7 +113,7 @@ def split_episodes(demos: Demonstrations, val_fraction: float, seed: int) -> tup
 
 
 class ChunkSamples:
-    """Samples of one dataset, by frame index."""
+    """The samples of one dataset, indexed by frame."""
 
     def __init__(self, demos: Demonstrations, cameras: Sequence[str], size: int, horizon: int, source: int) -> None:
         self.demos, self.horizon, self.source = demos, horizon, source
@@ -134,9 +136,12 @@ class ChunkSamples:
         )
 
     def continued(self, frame: int, rng: np.random.Generator) -> Sample:
-        """The sample at `frame` as it is where actions are executed while the chunk is decoded: its first ones, one to
-        half a chunk, are those that were executed, and are not to be learned. What follows is the demonstrator's answer
-        to them: in noisy demonstrations they are not what it would have done."""
+        """A prefix-conditioned sample at `frame`, as when actions are executed while the next chunk is decoded.
+
+        The first k actions, with k uniform in 1..max(1, H // 2), are the executed ones and are masked out of the loss.
+        In noisy demonstrations the executed actions differ from the clean labels; the remaining labels are the
+        demonstrator's response to them. Source: training-time action conditioning (Black et al., arXiv:2512.05964).
+        """
         sample, end = self[frame], int(self._ends[frame])
         count = int(rng.integers(1, max(1, self.horizon // 2) + 1))
         executed = self.demos.actions if self.demos.executed_actions is None else self.demos.executed_actions
@@ -147,13 +152,15 @@ class ChunkSamples:
 
 
 class Mixture:
-    """An endless weighted mixture of datasets, addressed by draw number (a map-style dataset of length `draws`).
+    """A weighted mixture of datasets, indexed by draw number (a map-style dataset of length `draws`).
 
     Args:
         sources: the datasets.
         frames: per dataset, the frame indices to draw from.
-        weights: per dataset, how often it is drawn; None is in proportion to its frames.
-        augmentation: None leaves images as they are.
+        weights: per dataset, its relative sampling weight; None samples in proportion to the number of frames.
+        seed: random seed of the draws.
+        draws: the length of this dataset.
+        augmentation: image augmentation and prefix conditioning; None disables both.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""The staging folder: where episodes wait until a recording is complete.
+"""The staging folder, which holds the finished episodes of an incomplete recording.
 
-Owns: `<dataset>/.partial`, which folders may be recorded into, and what is said when the disk is full. It does not know
-what an episode consists of, nor the format that the episodes become.
+Owns: `<dataset>/.partial`, the check whether a folder may be recorded into, and the error for a full disk. It does not
+know the contents of an episode, nor the dataset format.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ def finished(staging: Path) -> list[int]:
 
 
 def open_staging(root: Path, resume: bool) -> Path:
-    """The staging folder of `root`, made ready to record into.
+    """Create or clean the staging folder of `root` and return it.
 
     Raises:
-        DataError: `root` holds a finished dataset, something else, or an unfinished recording and not `resume`.
+        DataError: `root` holds a finished dataset or unrelated files, or an unfinished recording without `resume`.
     """
     staging = root / STAGING
     check_staging(root, resume)
-    for leftover in staging.glob(".*"):  # what a killed process had in hand
+    for leftover in staging.glob(".*"):  # unfinished episodes of a killed process
         shutil.rmtree(leftover, ignore_errors=True)
     staging.mkdir(parents=True, exist_ok=True)
     return staging
 
 
 def check_staging(root: Path, resume: bool) -> None:
-    """Raise what `open_staging` raises, and write nothing."""
+    """Raise the errors of `open_staging` without writing anything."""
     staging = root / STAGING
     if (root / INFO).is_file():
         raise DataError(f"{root} already holds a dataset. Choose another folder, or remove this one.")
@@ -53,7 +53,7 @@ def check_staging(root: Path, resume: bool) -> None:
 
 
 def drop_staging(root: Path) -> None:
-    """Remove a staging folder in which nothing is finished, and `root` if there is nothing else in it."""
+    """Remove a staging folder without finished episodes, and `root` if it is then empty."""
     shutil.rmtree(root / STAGING, ignore_errors=True)
     with contextlib.suppress(OSError):
         root.rmdir()
@@ -61,7 +61,7 @@ def drop_staging(root: Path) -> None:
 
 @contextlib.contextmanager
 def guard_disk(place: Path) -> Iterator[None]:
-    """A full disk as a DataError that says what is safe."""
+    """Turn a disk-full error into a DataError that says which data is safe."""
     try:
         yield
     except OSError as error:

@@ -1,8 +1,8 @@
-"""Statistics of a dataset's features, under LeRobot's names and shapes.
+"""Feature statistics with LeRobot's names and shapes.
 
 Owns: min, max, mean, std, count and exact quantiles of vectors and images. It does not know files. LeRobot estimates
-the quantiles of a dataset from histograms and averages; these are exact over the values they are given. (Normalisation
-of actions uses `vla.transforms.normalize`, never this.)
+dataset quantiles from histograms and averages; these are exact over the given values. Action normalisation does not use
+them; it has its own statistics in `vla.transforms.normalize`.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import numpy as np
 
 QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
 
-# Pixels of an image are alike: every fourth row and column of a few frames says what all of them would.
+# Neighbouring pixels are similar: every fourth row and column of a few frames is a sufficient sample.
 STRIDE = 4
 
 
 def vector_stats(values: np.ndarray) -> dict[str, list[Any]]:
-    """Statistics of `values` [N] or [N, D] over the frames, as lists of 1 or D numbers."""
+    """Statistics of `values` [N] or [N, D] over the N frames, as lists of length 1 or D."""
     table = np.asarray(values, np.float64).reshape(len(values), -1)
     quantiles = np.quantile(table, list(QUANTILES.values()), axis=0)
     return {
@@ -32,18 +32,18 @@ def vector_stats(values: np.ndarray) -> dict[str, list[Any]]:
 
 
 def histogram(image: np.ndarray) -> np.ndarray:
-    """How often each value occurs in each channel of `image` uint8 [H, W, 3]: int64 [3, 256].
+    """Histogram int64 [3, 256] of the values in each channel of `image`, uint8 [H, W, 3].
 
-    Histograms of frames add up to the histogram of a dataset, from which every statistic follows exactly.
+    The sum of the histograms of several frames is their joint histogram, and all statistics follow exactly from it.
     """
     pixels = image[::STRIDE, ::STRIDE].reshape(-1, 3).astype(np.int64)
     return np.bincount((pixels + np.arange(3) * 256).ravel(), minlength=3 * 256).reshape(3, 256)
 
 
 def image_stats(counts: np.ndarray, frames: int) -> dict[str, list[Any]]:
-    """Statistics per channel in [0, 1], each of shape [3, 1, 1] as LeRobot has them, from a histogram [3, 256].
+    """Per-channel statistics in [0, 1] from a histogram [3, 256]; each has shape [3, 1, 1], as in LeRobot.
 
-    `frames` is the number of images that were counted.
+    `frames` is the number of images in the histogram.
     """
     levels = np.arange(256) / 255.0
     total = counts.sum(1)

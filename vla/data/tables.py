@@ -1,7 +1,7 @@
-"""The parquet files of a LeRobotDataset v3, read and checked against each other.
+"""Reading the parquet files of a LeRobotDataset v3 and checking that they are consistent.
 
-Owns: instructions, episode rows and frame columns, and what is said when they are missing, damaged, contradict each
-other or hold values that cannot be trained on. It does not know images, nor what the columns are used for.
+Owns: instructions, episode rows and frame columns, and the errors for files that are missing, damaged or contradictory,
+or whose values cannot be used for training. It does not know images, nor what the columns are used for.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from vla.errors import DataError
 CUT_SHORT = "The recording was cut short, or the copy is incomplete."
 
 TIME = "timestamp"
-OFF_GRID = 0.4  # frames; a time farther from a multiple of 1 / fps than this could mean either neighbour
-OTHER_RATE = 1.25  # times 1 / fps: where frames are this much farther apart, or closer, fps is wrong
+OFF_GRID = 0.4  # frames; a timestamp farther than this from a multiple of 1 / fps is ambiguous
+OTHER_RATE = 1.25  # if the frame spacing differs from 1 / fps by more than this factor, fps is wrong
 KEYS = ("episode_index", "frame_index", "task_index")
 
-Row = dict[str, Any]  # of meta/episodes, without statistics; `start` is the episode's first row in the frame table
+Row = dict[str, Any]  # a row of meta/episodes without statistics; `start` is the episode's first row in the frame table
 
 
 def read_tasks(root: Path) -> dict[int, str]:
-    """The instruction of each task index that has one, ascending."""
+    """Task index -> instruction, in ascending order of the index. Tasks without an instruction are left out."""
     path = root / v3.TASKS
     table = read_table(path)
     column = _instruction_column(path, table)
@@ -49,11 +49,12 @@ def read_tasks(root: Path) -> dict[int, str]:
 
 
 def _instruction_column(path: Path, table: pa.Table) -> str:
-    """The instruction is the index of a data frame: the index that its metadata names, else by its usual names."""
+    """Name of the column with the instructions. They are the index of a pandas data frame: the index that the metadata
+    names, else a column with one of the usual index names, else the only text column."""
     text = [field.name for field in table.schema if _is_text(field.type) and field.name != "task_index"]
     try:
         index = [name for name in table.schema.pandas_metadata["index_columns"] if name in text]
-    except (ValueError, TypeError, KeyError):  # no data frame, or one whose description is damaged
+    except (ValueError, TypeError, KeyError):  # no pandas metadata, or damaged metadata
         index = []
     for names in (index, [name for name in ("task", "__index_level_0__") if name in text][:1], text):
         if len(names) == 1:
@@ -63,7 +64,7 @@ def _instruction_column(path: Path, table: pa.Table) -> str:
 
 
 def read_episodes(root: Path, info: v3.Info, video_keys: Sequence[str]) -> list[Row]:
-    """The rows of meta/episodes, ascending; complete as far as the reader needs them."""
+    """The rows of meta/episodes in ascending order, with all fields that the reader needs checked."""
     folder = root / "meta/episodes"
     rows: list[Row] = []
     for path in sorted(folder.glob("*/*.parquet")):
@@ -86,33 +87,33 @@ def read_episodes(root: Path, info: v3.Info, video_keys: Sequence[str]) -> list[
             number = isinstance(value, int | float) and np.isfinite(value) and value >= 0
             if not number or (name in whole and value != int(value)):
                 kind = "a whole number" if name in whole else "a time in seconds"
-                raise DataError(f"{episode}: {name!r} must be {kind} from 0 on, got {value!r}. Copy it again.")
+                raise DataError(f"{episode}: {name!r} must be {kind} >= 0, got {value!r}. Copy it again.")
             row[name] = int(value) if name in whole else float(value)
         if not row["length"]:
-            raise DataError(f"{episode} has length 0. Remove it from the list, and count it off in {v3.INFO}.")
+            raise DataError(f"{episode} has length 0. Remove it from the list and lower the counts in {v3.INFO}.")
     rows.sort(key=lambda row: row["episode_index"])
     for before, after in itertools.pairwise(rows):
         if before["episode_index"] == after["episode_index"]:
-            raise DataError(f"{folder} lists episode {after['episode_index']} twice. Number the episodes anew.")
+            raise DataError(f"{folder} lists episode {after['episode_index']} twice. Renumber the episodes.")
     start = 0
     for row in rows:
         row["start"] = start
         start += row["length"]
     if start < 2:
-        raise DataError(f"{root} has {start} frame in all: nothing can be learned from it. Record whole episodes.")
+        raise DataError(f"{root} has {start} frame in all, too little to learn from. Record whole episodes.")
     return rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Frames:
-    """The data files' rows of the listed episodes, in order.
+    """The frames of the listed episodes in order, from all data files.
 
     Attributes:
         task: int64 [N], the task index.
-        time: float64 [N], seconds since the episode began; None where a file has no such column.
-        success: float64 [N], NaN where it is not known; None where a file has no such column.
+        time: float64 [N], seconds since the start of the episode; None if any file lacks this column.
+        success: float64 [N], NaN if unknown; None if any file lacks this column.
         vectors: column -> float32 [N, D].
-        unlisted: how many rows belong to episodes that meta/episodes does not list.
+        unlisted: number of rows that belong to episodes not listed in meta/episodes.
     """
 
     task: np.ndarray
@@ -123,12 +124,15 @@ class Frames:
 
 
 def read_frames(root: Path, paths: Sequence[Path], rows: Sequence[Row], wanted: Mapping[str, Sequence[str]]) -> Frames:
-    """All frames of the listed episodes.
+    """Read all frames of the listed episodes.
 
     Args:
-        wanted: column -> names of its entries.
+        root: the dataset folder, for error messages.
+        paths: the data files.
+        rows: the rows of meta/episodes.
+        wanted: the vector columns to read: column -> names of its entries.
     Raises:
-        DataError: a column is missing or of another type; an episode's frames are not all there, or not finite.
+        DataError: a column is missing or has the wrong type, frames are missing, or values are not finite.
     """
     parts: dict[str, list[np.ndarray]] = defaultdict(list)
     for path in paths:
@@ -161,7 +165,7 @@ def read_frames(root: Path, paths: Sequence[Path], rows: Sequence[Row], wanted: 
 
 
 def _rows_of(root: Path, rows: Sequence[Row], episode: np.ndarray, frame: np.ndarray) -> np.ndarray:
-    """Where the listed episodes' frames are, in order; DataError where they are not as many as listed."""
+    """Row indices of the listed episodes' frames, in order. DataError if a count is not the listed length."""
     order = np.lexsort((frame, episode))
     indices = np.array([row["episode_index"] for row in rows])
     first, last = (np.searchsorted(episode[order], indices, side) for side in ("left", "right"))
@@ -172,28 +176,31 @@ def _rows_of(root: Path, rows: Sequence[Row], episode: np.ndarray, frame: np.nda
             why = CUT_SHORT if len(part) < row["length"] else "Correct its length, or copy the dataset again."
             raise DataError(
                 f"{root}: episode {row['episode_index']} should have frames 0 to {row['length'] - 1}; its data file "
-                f"has {len(part)} frames of it. {why}"
+                f"has {len(part)} frames. {why}"
             )
         if len(twice := np.flatnonzero(np.diff(frame[part]) == 0)):
             raise DataError(
                 f"{root}: episode {row['episode_index']} has frame_index {frame[part[twice[0]]]} twice. "
-                "Number its frames anew, or remove the episode."
+                "Renumber its frames, or remove the episode."
             )
         parts.append(part)
     return np.concatenate(parts)
 
 
 def frame_steps(rows: Sequence[Row], time: np.ndarray | None, fps: float) -> tuple[np.ndarray, str]:
-    """When each frame was recorded, in frames since its episode began: int64 [N], ascending in an episode.
+    """Time of each frame, in frames since the start of its episode: int64 [N], ascending within an episode.
 
-    Where frames were removed from the tables but not from the video, these are not 0, 1, 2, ...
+    The steps are not 0, 1, 2, ... if frames were removed from the tables but not from the video.
 
     Args:
-        time: seconds since the episode began [N]; None: one frame after the other.
+        rows: the rows of meta/episodes.
+        time: seconds since the start of the episode [N]; None if there are no timestamps.
+        fps: frames per second of the dataset.
     Returns:
-        The steps, and in words why the times do not give any (then the steps are 0, 1, 2, ...), else "".
+        The steps, and a text with the reason if the timestamps are unusable, else "". Without usable timestamps the
+        steps are 0, 1, 2, ...
     Raises:
-        DataError: the times contradict `fps`.
+        DataError: the timestamps contradict `fps`.
     """
     counted = np.concatenate([np.arange(row["length"]) for row in rows])
     if time is None:
@@ -212,12 +219,12 @@ def frame_steps(rows: Sequence[Row], time: np.ndarray | None, fps: float) -> tup
         return steps.astype(np.int64), ""
     row = int(np.flatnonzero(off)[0])
     return counted, (
-        f"{locate(rows, row)}: the timestamp {time[row]:.4f} s is not a multiple of 1/{fps:g} s after the frame before."
+        f"{locate(rows, row)}: the timestamp {time[row]:.4f} s is not a multiple of 1/{fps:g} s past the previous one."
     )
 
 
 def integers(path: Path, table: pa.Table, name: str) -> np.ndarray:
-    """A column as int64 [N]; DataError where it is missing or holds something else."""
+    """A column as int64 [N]. DataError if it is missing or contains other values."""
     if name not in table.column_names:
         raise DataError(f"{path}: column {name!r} is missing. Copy the file again.")
     values = numbers(path, table, name, ["value"], np.float64)[:, 0]
@@ -227,10 +234,12 @@ def integers(path: Path, table: pa.Table, name: str) -> np.ndarray:
 
 
 def numbers(path: Path, table: pa.Table, name: str, entries: Sequence[str], dtype: type = np.float32) -> np.ndarray:
-    """A column as [N, len(entries)]: lists of any kind, or plain numbers for one entry. Missing numbers become NaN.
+    """A column as [N, len(entries)], from lists of any Arrow type, or from plain numbers if there is one entry.
+
+    Missing numbers become NaN.
 
     Raises:
-        DataError: a row of another size, a list in a list, a column of something else than numbers.
+        DataError: a row has the wrong length, lists are nested, or the values are not numbers.
     """
     size, done = len(entries), 0
     chunks: list[np.ndarray] = [np.zeros((0, size), dtype)]
@@ -250,7 +259,7 @@ def numbers(path: Path, table: pa.Table, name: str, entries: Sequence[str], dtyp
 def _other_size(
     path: Path, table: pa.Table, name: str, entries: Sequence[str], lengths: np.ndarray, done: int, bad: int
 ) -> str:
-    """Message for a chunk of lists after the first `done` rows, whose row `bad` has another length than `entries`."""
+    """Error message for row `bad` of a chunk of lists that starts at row `done`: its length is not len(entries)."""
     if (lengths == lengths[0]).all():
         return f"{path}: {name} has {lengths[0]} entries; {v3.INFO} says {len(entries)}. Correct it there."
     at = f"row {done + bad}"
@@ -270,13 +279,13 @@ def _cast(path: Path, name: str, values: pa.Array, dtype: type) -> np.ndarray:
     elif not (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
         nested = " Flatten it to one list per frame." if is_list(kind) else ""
         raise DataError(f"{path}: {name} holds values of type {kind}, not numbers.{nested}")
-    with np.errstate(over="ignore"):  # becomes infinite, which is refused by name
+    with np.errstate(over="ignore"):  # an overflow becomes inf, which is rejected later, by name
         array: np.ndarray = values.to_numpy(zero_copy_only=False).astype(dtype)
     return array
 
 
 def plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The same values without dictionary, run-length or extension types around them."""
+    """The same values without dictionary, run-end or extension encoding."""
     while True:
         if isinstance(column.type, pa.BaseExtensionType):
             column = pa.chunked_array([chunk.storage for chunk in column.chunks], column.type.storage_type)
@@ -308,7 +317,7 @@ def _check_finite(root: Path, rows: Sequence[Row], key: str, names: Sequence[str
 
 
 def locate(rows: Sequence[Row], row: int) -> str:
-    """The episode and frame of a row of the frame table, in words."""
+    """Text that names the episode and frame of a row of the frame table."""
     place = rows[bisect.bisect_right(rows, row, key=lambda place: place["start"]) - 1]
     return f"episode {place['episode_index']}, frame {row - place['start']}"
 

@@ -1,10 +1,10 @@
-"""Videos: frames in, exactly the same number of frames out, at exactly the places they were put.
+"""Frame-exact video encoding, concatenation and decoding.
 
-Owns: encoding with x264, joining videos without encoding them again, and reading frames by time from any codec. It
-does not know datasets or episodes. Frame `i` of a video at `fps` is shown at `i / fps` seconds.
+Owns: encoding with x264, concatenating videos without re-encoding, and reading frames by time from any codec. It does
+not know datasets or episodes. Frame `i` of a video at `fps` has the timestamp `i / fps` seconds.
 
-Videos have no B-frames, so that packets lie in the order of the frames and joining two videos is a matter of adding an
-offset to the time stamps; and a key frame every few frames, so that a frame in the middle is cheap to reach.
+Videos are encoded without B-frames, so packets are in frame order and concatenation only adds an offset to the
+timestamps. A key frame every few frames makes seeking cheap.
 """
 
 from __future__ import annotations
@@ -32,33 +32,33 @@ _OPTIONS = {
     "preset": PRESET,
     "g": str(KEY_FRAME_EVERY),
     "bf": "0",
-    # One thread: workers run side by side, and the same frames give the same bytes.
+    # One thread: workers already run in parallel, and the same frames then give the same bytes.
     "x264-params": "scenecut=0:threads=1",
 }
-# Flags of FFmpeg's scaler: bicubic, accurate rounding, full chroma. Its defaults darken every channel by one level.
+# FFmpeg scaler flags: bicubic, accurate rounding, full chroma. The defaults darken every channel by one level.
 _ACCURATE = 0x4 | 0x40000 | 0x2000
 _SCALER_BT601 = 5
-_BT601, _STUDIO_RANGE = 6, 1  # written into the stream: a decoder that has to guess shifts the colours
+_BT601, _STUDIO_RANGE = 6, 1  # written into the stream, because a decoder that has to guess them shifts the colours
 
-# Decoding onwards is cheaper than seeking when the wanted frame is this close.
+# If the target frame is at most this many frames ahead, decoding up to it is cheaper than seeking.
 _NEAR = 2 * KEY_FRAME_EVERY
-_SAME = 1e-4  # seconds; time stamps this close are the same (LeRobot's tolerance)
-_ANOTHER = 0.4  # frames; a frame this far from the wanted time is another one
+_SAME = 1e-4  # seconds; timestamps closer than this are equal (LeRobot's tolerance)
+_ANOTHER = 0.4  # frames; a frame farther than this from the requested time is a different frame
 
-#: What `meta/info.json` says about a feature that holds depth.
+#: Marks a depth feature in `meta/info.json`.
 DEPTH_FLAG = '"info": {"is_depth_map": true}'
 
 
 class VideoWriter:
-    """Encodes uint8 RGB frames of one size into an mp4, one by one. A context manager; `close` completes the file."""
+    """Encodes uint8 RGB frames of one size into an mp4. A context manager; `close` completes the file."""
 
     def __init__(self, path: Path, height: int, width: int, fps: float) -> None:
         self.path, self.shape, self.frames = path, (height, width, 3), 0
-        # 4:2:0 halves the chroma resolution, which odd sizes do not allow.
+        # 4:2:0 halves the chroma resolution, so both sides must be even.
         self._pixel_format = "yuv420p" if height % 2 == 0 and width % 2 == 0 else "yuv444p"
         self._time_base = 1 / _rate(fps)
-        self._reformatter = VideoReformatter()  # kept: making one per frame costs ten times the conversion
-        # PyAV's stubs give every stream the union of all kinds; here it is always video.
+        self._reformatter = VideoReformatter()  # reused: creating one costs ten times a conversion
+        # PyAV's stubs type every stream as a union of all kinds; here it is always video.
         self._container: Any = av.open(str(path), "w", format="mp4")
         stream: Any = self._container.add_stream(CODEC, rate=_rate(fps), options=_OPTIONS)
         stream.width, stream.height, stream.pix_fmt = width, height, self._pixel_format
@@ -72,7 +72,7 @@ class VideoWriter:
         self.close()
 
     def add(self, image: np.ndarray) -> None:
-        """Append a frame, uint8 [height, width, 3]; DataError for another size or type."""
+        """Append a frame, uint8 [height, width, 3]. DataError for any other size or type."""
         if image.shape != self.shape or image.dtype != np.uint8:
             raise DataError(
                 f"frame {self.frames} of {self.path.stem!r}: expected uint8 {list(self.shape)} like the first one, "
@@ -96,12 +96,13 @@ class VideoWriter:
 
 
 class VideoReader:
-    """Frames of a video file by time. In order they are decoded once; a jump seeks to the key frame before.
+    """Reads frames of a video file by time. Sequential reads decode each frame once; jumps seek to a key frame.
 
-    Any codec that the installed PyAV decodes will do; images are turned as the file says (a phone's rotation). Time
-    stamps decide which frame is meant: the file may have another rate than `fps`, or none.
+    All codecs of the installed PyAV are supported. Images are rotated as the file specifies (as phones do). Frames are
+    identified by their timestamps, so the file's own frame rate may differ from `fps` or be missing.
 
     Args:
+        path: the video file.
         fps: frames per second of the dataset.
     """
 
@@ -111,7 +112,7 @@ class VideoReader:
             self._container: Any = av.open(str(path))
             self._stream: Any = self._container.streams.best("video")
             if self._stream is None:
-                raise DataError(f"{path} has no video stream: it holds something else, or was cut short.")
+                raise DataError(f"{path} has no video stream: it is not a video, or it was cut short.")
             if self._stream.codec_context is None:
                 raise DataError(f"{path} cannot be decoded: FFmpeg does not know its codec. Encode it as H.264.")
             self._stream.thread_type = "AUTO"
@@ -120,7 +121,7 @@ class VideoReader:
 
     def _restart(self) -> None:
         self._decoded = (frame for frame in self._container.decode(self._stream) if frame.pts is not None)
-        self._last: Any = None  # the frame that was decoded last, and the one before
+        self._last: Any = None  # the last decoded frame, and the previous one
         self._before: Any = None
 
     @property
@@ -130,22 +131,22 @@ class VideoReader:
 
     @functools.cached_property
     def is_depth(self) -> bool:
-        """Whether a pixel is one number of more than 8 bits: a distance, not a grey value."""
+        """Whether pixels have one channel with more than 8 bits, which means distance rather than a grey value."""
         components = self._stream.codec_context.format.components
         return len(components) == 1 and components[0].bits > 8
 
     def frame(self, number: int) -> np.ndarray:
-        """Frame `number` of a video that begins at 0 s."""
+        """Frame `number` of a video that starts at 0 s, as in `at`."""
         return self.at(number / self._fps)
 
     def at(self, seconds: float) -> np.ndarray:
-        """The frame at that time as uint8 RGB [height, width, 3]; DataError if the video does not have it."""
+        """The frame at that time as uint8 RGB [height, width, 3]. DataError if the video has no such frame."""
         with _errors(self.path):
             sought = not self._reaches(seconds)
             if sought:
                 self._seek(seconds)
             frame = self._nearest(seconds)
-            if sought and not self._fits(frame, seconds):  # key frames are not always where the index says
+            if sought and not self._fits(frame, seconds):  # the index of key frames can be wrong
                 self._seek(0.0)
                 frame = self._nearest(seconds)
             if not self._fits(frame, seconds):
@@ -153,7 +154,7 @@ class VideoReader:
             if frame.is_corrupt:
                 raise DataError(f"{self.path} is damaged at {seconds:.3f} s. Copy it again.")
             if self.is_depth:
-                raise DataError(f"{self.path} holds depth, not colours. Say so in meta/info.json: {DEPTH_FLAG}.")
+                raise DataError(f"{self.path} is a depth video, not RGB. Declare it in meta/info.json: {DEPTH_FLAG}.")
             rgb = self._reformatter.reformat(frame, format="rgb24", interpolation=_ACCURATE)
             return self._turned(frame, rgb.to_ndarray())
 
@@ -161,14 +162,14 @@ class VideoReader:
         self._container.close()
 
     def _reaches(self, seconds: float) -> bool:
-        """Whether decoding onwards is a way to that time, and not a long one."""
+        """Whether that time is close enough ahead to decode up to it instead of seeking."""
         if self._last is None:
             return seconds <= _NEAR / self._fps
         first = self._last if self._before is None else self._before
         return bool(first.time - _SAME <= seconds <= self._last.time + _NEAR / self._fps)
 
     def _nearest(self, seconds: float) -> Any:
-        """The frame nearest to that time, of those from here on; None at the end of a video without frames."""
+        """Decode up to that time and return the nearest frame; None if the video has no frames."""
         while self._last is None or self._last.time < seconds - _SAME:
             frame = next(self._decoded, None)
             if frame is None:
@@ -187,11 +188,11 @@ class VideoReader:
             return f"{self.path} ends before {seconds:.3f} s, at {frame.time:.3f} s: it was cut short. Copy it again."
         return (
             f"{self.path} has no frame at {seconds:.3f} s; the nearest is at {frame.time:.3f} s. "
-            f"Encode it with {self._fps:g} frames per second from 0 s on, or copy it again."
+            f"Encode it at {self._fps:g} frames per second, starting at 0 s, or copy it again."
         )
 
     def _turned(self, frame: Any, image: np.ndarray) -> np.ndarray:
-        """The image as players show it: turned and mirrored by the file's display matrix, if it has one."""
+        """The image as video players show it: rotated and mirrored by the file's display matrix, if it has one."""
         matrix = frame.side_data.get("DISPLAYMATRIX")
         if matrix is None:
             return image
@@ -202,21 +203,23 @@ class VideoReader:
         elif b == c == 0 and a and d:
             across, down = a, d
         else:
-            raise DataError(f"{self.path} is turned by a part of 90 degrees. Encode it upright.")
+            raise DataError(
+                f"{self.path} is rotated by an angle that is not a multiple of 90 degrees. Encode it upright."
+            )
         return np.ascontiguousarray(image[:: 1 if down > 0 else -1, :: 1 if across > 0 else -1])
 
     def _seek(self, seconds: float) -> None:
-        # Half a frame early: time stamps in the container's units may be rounded either way.
+        # Half a frame early, because timestamps in the container's units may be rounded up or down.
         early = Fraction(max(seconds - 0.5 / self._fps, 0))
         self._container.seek(int(early / self._stream.time_base), stream=self._stream)
         self._restart()
 
 
 def concatenate(parts: Sequence[Path], path: Path, fps: float) -> list[int]:
-    """Join videos that `VideoWriter` made into one file, without encoding again. Returns the frames of each part.
+    """Concatenate videos of `VideoWriter` into one file without re-encoding. Returns the frame count of each part.
 
     Raises:
-        DataError: a part cannot be read, or was encoded with other settings than the first.
+        DataError: a part cannot be read, or its encoder settings differ from those of the first part.
     """
     counts, offset = [], 0
     first_header = None
@@ -233,7 +236,7 @@ def concatenate(parts: Sequence[Path], path: Path, fps: float) -> list[int]:
                 step = round(1 / (_rate(fps) * source.time_base))
                 count = 0
                 for packet in container.demux(source):
-                    if packet.size == 0:  # the demuxer's end mark
+                    if packet.size == 0:  # marks the end of the stream
                         continue
                     packet.pts = packet.dts = (offset + count) * step
                     packet.stream = stream
@@ -245,13 +248,13 @@ def concatenate(parts: Sequence[Path], path: Path, fps: float) -> list[int]:
 
 
 def header(stream: Any) -> tuple[Any, ...]:
-    """What two streams must share to be joined."""
+    """The properties that must be equal for two streams to be concatenated."""
     codec = stream.codec_context
     return codec.name, codec.width, codec.height, codec.pix_fmt, bytes(codec.extradata or b""), stream.time_base
 
 
 def describe(path: Path, fps: float) -> dict[str, Any]:
-    """Properties of a video that this module wrote, under the names that LeRobot gives them in `info.json`."""
+    """Properties of a video written by this module, under LeRobot's names in `info.json`."""
     with _errors(path), av.open(str(path)) as container:
         stream = container.streams.video[0]
         context = stream.codec_context
@@ -276,12 +279,12 @@ def _rate(fps: float) -> Fraction:
 
 @contextlib.contextmanager
 def _errors(path: Path) -> Iterator[None]:
-    """FFmpeg's errors as a DataError that names the file and the likely reason."""
+    """Turn FFmpeg's errors into a DataError that names the file and the likely reason."""
     try:
         yield
     except FileNotFoundError:
         raise DataError(f"{path} is missing: copy the dataset again, with its videos.") from None
     except (av.FFmpegError, EOFError, IndexError) as error:
-        if getattr(error, "errno", None) == errno.ENOSPC:  # while writing: nothing is wrong with what was read
+        if getattr(error, "errno", None) == errno.ENOSPC:  # a full disk while writing: the input is fine
             raise
         raise DataError(f"{path} cannot be decoded ({error}): it is damaged or was cut short. Copy it again.") from None

@@ -1,14 +1,15 @@
-"""Recording demonstrations so that what is finished is never lost and what is unfinished is never read.
+"""Recording demonstrations. Finished episodes are never lost, and unfinished ones are never read.
 
 Owns: turning observations and actions into staged episodes. Each finished episode is one folder in the staging folder,
-made visible by a rename:
+published by a rename:
 
     .partial/episode-000012/episode.json     instruction, environment, seed, success, robot, image histograms
     .partial/episode-000012/frames.parquet   states, actions, success per frame
     .partial/episode-000012/<camera>.mp4
 
-A process killed at any moment leaves whole episodes only. `finalise` (see `packing`) turns them into a LeRobotDataset
-v3. This module does not know that format, nor where episodes come from; several processes may record side by side.
+A process killed at any moment leaves only complete episodes. `finalise` (see `packing`) packs them into a
+LeRobotDataset v3. Several processes may record in parallel. This module does not know the dataset format, nor where
+episodes come from.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ from vla.data.video import VideoWriter
 from vla.errors import DataError, SpecError
 from vla.spec import Observation, RobotSpec, check_image
 
-# Frames of an episode whose pixels are counted for the statistics: the first, then every n-th.
+# Image statistics use every n-th frame of an episode, starting with the first.
 _COUNT_EVERY = 8
 
 
 class DemonstrationWriter:
-    """Records episodes into the folder `root`; leaving the context without an error makes it a readable dataset.
+    """Records episodes into the folder `root`. Leaving the context without an error packs them into a dataset.
 
-    After an error, or a kill, the finished episodes wait in `root`; `resume=True` goes on from them.
+    After an error or a kill, the finished episodes stay in `root`, and `resume=True` continues the recording.
 
     >>> with DemonstrationWriter("datasets/mine", robot) as writer:                        # doctest: +SKIP
     ...     with writer.episode() as episode:
@@ -47,9 +48,12 @@ class DemonstrationWriter:
     ...         episode.finish(instruction="pick up the red cube", success=True)
 
     Args:
-        executed_actions: frames also hold the action that was executed, where `action` is the label to learn.
+        root: the dataset folder.
+        robot: the robot that is recorded.
+        executed_actions: store the executed action with every frame, besides `action`, the label to learn.
+        resume: continue an unfinished recording.
     Raises:
-        DataError: `root` holds something else, a finished dataset, or (without `resume`) an unfinished one.
+        DataError: `root` holds unrelated files, a finished dataset, or (without `resume`) an unfinished recording.
     """
 
     def __init__(
@@ -71,7 +75,7 @@ class DemonstrationWriter:
         return finished(self.staging)
 
     def episode(self, number: int | None = None) -> EpisodeRecorder:
-        """A recorder of the episode `number`; None: the one after the last."""
+        """A recorder for the episode `number`; None records the next number."""
         if number is None:
             number = max(self.finished, default=-1) + 1
         return EpisodeRecorder(self.staging, number, self.robot, executed_actions=self.executed_actions)
@@ -97,11 +101,11 @@ class DemonstrationWriter:
 
 
 class EpisodeRecorder:
-    """One episode on its way to disk. Leaving its context without `finish` discards it.
+    """Records one episode. Leaving its context without `finish` discards the episode.
 
     Raises (all methods):
         SpecError: an observation or action does not fit the robot.
-        DataError: an image changes its size, or the disk is full.
+        DataError: the image size of a camera changes, or the disk is full.
     """
 
     def __init__(self, staging: Path, number: int, robot: RobotSpec, *, executed_actions: bool = False) -> None:
@@ -127,17 +131,19 @@ class EpisodeRecorder:
     def record(
         self, observation: Observation, action: np.ndarray, *, executed_action: np.ndarray | None = None
     ) -> None:
-        """Append a frame. Call it before the action is carried out: an environment may draw into the same arrays again.
+        """Append a frame. Call it before the action is executed, as an environment may reuse the observation's arrays.
 
         Args:
-            observation: what the robot sees before the action.
-            action: the action to learn, [D].
-            executed_action: the action that is sent, if the recording keeps it.
+            observation: the observation before the action.
+            action: the action to learn [D].
+            executed_action: the action sent to the robot [D]; required if the recording stores executed actions.
         """
         self.robot.check_observation(observation)
         self.robot.check_action(action)
         if self.executed_actions != (executed_action is not None):
-            raise SpecError("give `executed_action` with every frame of a recording that keeps it, and with no other.")
+            raise SpecError(
+                "pass `executed_action` with every frame if `executed_actions` is set, and never otherwise."
+            )
         if executed_action is not None:
             self.robot.check_action(executed_action)
             self._executed.append(np.asarray(executed_action, np.float32))
@@ -154,7 +160,7 @@ class EpisodeRecorder:
         self._success.append(False)
 
     def outcome(self, success: bool) -> None:
-        """Say whether the task is solved after the last recorded action was carried out."""
+        """Set whether the task is solved after the last recorded action."""
         self._success[-1] = bool(success)
 
     def finish(
@@ -166,11 +172,14 @@ class EpisodeRecorder:
         success: bool | None = None,
         noise: float = 0.0,
     ) -> int:
-        """Complete the episode and return its length. From here on it survives anything.
+        """Complete the episode and return its length. From then on, a killed process does not lose it.
 
         Args:
-            success: whether the episode was one; None: not known.
-            noise: strength of the expert's noise.
+            instruction: the task instruction.
+            env_id: id of the environment, if any.
+            seed: seed of the episode, if any.
+            success: whether the episode solved its task; None if unknown.
+            noise: strength of the expert's action noise.
         """
         if not self._actions:
             raise DataError("an episode without frames cannot be recorded.")
@@ -199,16 +208,16 @@ class EpisodeRecorder:
             self._folder.mkdir(parents=True, exist_ok=True)
             pq.write_table(pa.table(columns), self._folder / "frames.parquet")
             write_json(self._folder / "episode.json", about)
-            if self._place.exists():  # recorded again after it had been finished: the same episode
+            if self._place.exists():  # already finished earlier: it is the same episode
                 shutil.rmtree(self._folder)
             else:
                 self._folder.rename(self._place)
         return len(self)
 
     def discard(self) -> None:
-        """Remove what was recorded, unless it was finished."""
+        """Remove the recorded frames unless the episode was finished."""
         for video in self._videos.values():
-            with contextlib.suppress(Exception):  # the frames are thrown away: a full disk does not matter any more
+            with contextlib.suppress(Exception):  # the frames are discarded, so a full disk does not matter
                 video.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 

@@ -1,1 +1,1 @@
-"""Between a robot's data and tokens: images, prompts, normalisation, chunks, action tokenizers. No models."""
+"""Transforms between robot data and tokens: images, prompts, normalisation, chunks, action tokenizers. No models."""

@@ -1,4 +1,4 @@
-"""Arithmetic of action chunks [H, ...]: actions, their tokens or their distributions. It does not know robots."""
+"""Shifting, padding and averaging of action chunks [H, ...]: actions, tokens or distributions. It does not know robots."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import numpy as np
 
 
 def remainder(chunk: np.ndarray, executed: int) -> np.ndarray:
-    """A chunk [H, ...] after its first `executed` rows, its last row repeated to length H."""
+    """Drop the first `executed` rows and pad to H by repeating the last one: a draft of the next chunk."""
     return np.concatenate([chunk[executed:], np.repeat(chunk[-1:], executed, axis=0)])
 
 
 def completed(chunk: np.ndarray, length: int) -> np.ndarray:
-    """A partly decoded chunk, its last row repeated to `length`."""
+    """Pad a partly decoded chunk to `length` rows by repeating its last row."""
     return np.concatenate([chunk, np.repeat(chunk[-1:], length - len(chunk), axis=0)])
 
 

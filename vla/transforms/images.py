@@ -1,7 +1,7 @@
-"""Pure transforms of images: reading them in the forms that others use, resizing to the network's input, augmentation.
+"""Pure image transforms: conversion of common camera formats, resizing to the network's input, and augmentation.
 
-Owns: what happens to pixels before they become a tensor. After `ImageFormat.convert` uint8 in, uint8 out, so that
-training and serving share the same bytes. It does not know environments, models or files.
+Owns: all pixel operations before the conversion to a tensor. After `ImageFormat.convert` all images are uint8, so that
+training and serving see identical bytes. It does not know environments, models or files.
 """
 
 from __future__ import annotations
@@ -16,29 +16,29 @@ from vla.config import AugmentConfig
 from vla.errors import SpecError
 from vla.spec import check_image
 
-# One thread per call: images are small, and callers parallelise over samples.
+# One thread per call: images are small, and callers already parallelise over samples.
 cv2.setNumThreads(0)
 
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
-_SMALLEST = 8  # pixels: a shorter side is a channel axis, or no camera's
+_SMALLEST = 8  # pixels; a shorter axis is a channel axis or not part of a camera image
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageFormat:
-    """How a camera delivers its images. It is decided once, and expected of every later image.
+    """The image format of a camera. It is inferred from the first image and required of all later ones.
 
-    * Shape: [height, width, c] or [c, height, width] with c = 1 or 3, RGBA as [height, width, 4], or grey as
-      [height, width]. As a side has at least 8 pixels, only one reading is possible; [4, height, width] is refused,
-      because it may as well be four stacked grey frames.
-    * Values: uint8; integers of 32 or 64 bits in 0..255; booleans; floats in 0..1. Floats in 0..255 are read as such
-      only where the observation space says so: the values of one image cannot tell.
+    * Shape: [height, width, c] or [c, height, width] with c = 1 or 3, RGBA as [height, width, 4], or greyscale as
+      [height, width]. Sides have at least 8 pixels, so the channel axis is unambiguous. [4, height, width] is rejected,
+      because it could also be four stacked greyscale frames.
+    * Values: uint8; 32-bit or 64-bit integers in 0..255; booleans; floats in 0..1. Floats in 0..255 are accepted only
+      if the observation space declares that range, because it cannot be inferred from the values of one image.
 
-    Grey becomes three equal channels, and alpha is dropped.
+    Greyscale is expanded to three equal channels, and alpha is dropped.
 
     Attributes:
-        shape, dtype: of the arrays that the camera delivers.
-        channel_axis: None for [height, width].
+        shape, dtype: shape and type of the camera's arrays.
+        channel_axis: index of the channel axis; None for [height, width].
         scale: factor from the camera's values to 0..255.
     """
 
@@ -49,12 +49,14 @@ class ImageFormat:
 
     @classmethod
     def of(cls, image: np.ndarray, camera: str, bounds: tuple[float, float] | None = None) -> ImageFormat:
-        """The format that the first image of a camera has.
+        """Infer the format from the first image of a camera.
 
         Args:
-            bounds: lowest and highest value in the camera's observation space, where there is one.
+            image: the first image.
+            camera: the camera name, for error messages.
+            bounds: lowest and highest value of the camera's observation space, if known.
         Raises:
-            SpecError: not an image, or one that could be read in two ways; says what to do.
+            SpecError: this is not an image, or its format is ambiguous.
         """
         axis = _channel_axis(image.shape, camera)
         height, width = (side for i, side in enumerate(image.shape) if i != axis)
@@ -62,18 +64,18 @@ class ImageFormat:
         return cls(image.shape, image.dtype, axis, _scale(image.dtype, camera, bounds))
 
     def convert(self, image: np.ndarray, camera: str) -> np.ndarray:
-        """A copy as uint8 [height, width, 3]; SpecError for another shape, type or range than this format's."""
+        """A copy as uint8 [height, width, 3]. SpecError if shape, type or range do not match this format."""
         if (image.shape, image.dtype) != (self.shape, self.dtype):
             raise SpecError(
                 f"camera {camera!r}: expected {self.dtype} {list(self.shape)} as in its first image, got {image.dtype} "
-                f"{list(image.shape)}. The images of a camera keep their size and type."
+                f"{list(image.shape)}. A camera must keep its image size and type."
             )
         if image.dtype != np.uint8:
             levels = np.rint(image * self.scale)
-            if not (levels.min() >= 0 and levels.max() <= 255):  # not a number fails, too
+            if not (levels.min() >= 0 and levels.max() <= 255):  # also False for NaN
                 raise SpecError(
                     f"camera {camera!r}: {image.dtype} images must be in 0..{255 // self.scale}, got {image.min():g} "
-                    f"to {image.max():g}. Deliver uint8, or declare Box(0, 255) as the space of such floats."
+                    f"to {image.max():g}. Use uint8. For floats in 0..255, declare the space Box(0, 255)."
                 )
             image = levels.astype(np.uint8)
         if self.channel_axis is None:
@@ -89,21 +91,24 @@ def _channel_axis(shape: tuple[int, ...], camera: str) -> int | None:
     if len(shape) == 2:
         return None
     if len(shape) != 3:
-        stack = " A batch, or stacked frames? Deliver one frame: leave out what stacks them." if len(shape) > 3 else ""
+        stack = (
+            " A batch, or stacked frames? Pass a single frame: remove the wrapper that stacks them."
+            if len(shape) > 3
+            else ""
+        )
         raise SpecError(f"camera {camera!r}: expected an image [height, width, 3], got shape {list(shape)}.{stack}")
     if shape[0] in (1, 3) and min(shape[1:]) >= _SMALLEST:
         return 0
     if shape[2] in (1, 3, 4):
         return 2
-    stack = " Stacked frames, or RGBA? Deliver one frame, [height, width, 3]." if shape[0] < _SMALLEST else ""
+    stack = " Stacked frames, or RGBA? Pass a single frame, [height, width, 3]." if shape[0] < _SMALLEST else ""
     raise SpecError(
-        f"camera {camera!r}: expected 3 colour channels (or 1, or 4 with alpha as the last), got shape {list(shape)}."
-        f"{stack}"
+        f"camera {camera!r}: expected 3 colour channels (or 1, or 4 with alpha last), got shape {list(shape)}.{stack}"
     )
 
 
 def _scale(dtype: np.dtype, camera: str, bounds: tuple[float, float] | None) -> int:
-    if dtype == np.uint8 or (dtype.kind in "iu" and dtype.itemsize >= 4):  # arithmetic on uint8 leads to the latter
+    if dtype == np.uint8 or (dtype.kind in "iu" and dtype.itemsize >= 4):  # uint8 arithmetic often gives the latter
         return 1
     if dtype.kind == "b":
         return 255
@@ -115,13 +120,13 @@ def _scale(dtype: np.dtype, camera: str, bounds: tuple[float, float] | None) -> 
     if bounds == (0, 255):
         return 1
     raise SpecError(
-        f"camera {camera!r}: {dtype} images in {bounds[0]:g}..{bounds[1]:g}, as the observation space declares, could "
-        "mean several things. Deliver uint8 in 0..255 or floats in 0..1."
+        f"camera {camera!r}: the observation space declares {dtype} images in {bounds[0]:g}..{bounds[1]:g}, which is "
+        "ambiguous. Use uint8 in 0..255 or floats in 0..1."
     )
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
-    """uint8 [h, w, 3] -> uint8 [size, size, 3]: area average when shrinking, cubic when growing (no letterbox)."""
+    """uint8 [h, w, 3] -> uint8 [size, size, 3]. Area interpolation to shrink, cubic to enlarge; no letterbox."""
     if image.shape[:2] == (size, size):
         return image
     shrinks = image.shape[0] >= size and image.shape[1] >= size
@@ -129,7 +134,10 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def augment(images: np.ndarray, config: AugmentConfig, rng: np.random.Generator) -> np.ndarray:
-    """Randomly shift and recolour the images of one sample, uint8 [C, S, S, 3]; colours change alike in all cameras."""
+    """Random shift and colour jitter for the images of one sample, uint8 [C, S, S, 3].
+
+    Each camera has its own shift; the colour jitter is the same for all cameras.
+    """
     size = images.shape[1]
     reach = round(config.shift * size)
     brightness, contrast, saturation = (
@@ -144,7 +152,7 @@ def augment(images: np.ndarray, config: AugmentConfig, rng: np.random.Generator)
         shifted.append(image)
     pixels = np.stack(shifted).astype(np.float32)
     grey = (pixels @ _LUMA)[..., None]
-    # One affine map: saturation mixes with grey, contrast pivots on mid-grey, brightness scales.
+    # One affine map: saturation blends with greyscale, contrast scales around mid-grey, brightness scales.
     pixels *= saturation * contrast * brightness
     pixels += ((1 - saturation) * contrast * brightness) * grey + 127.5 * (1 - contrast) * brightness
     return np.clip(pixels, 0, 255, out=pixels).astype(np.uint8)

@@ -1,17 +1,16 @@
-"""Normalisation of actions and states, per dimension, with exact statistics.
+"""Per-dimension normalisation of actions and states, with exact statistics.
 
-Owns: computing statistics, and the mirror pair `normalize` / `unnormalize` built from them. It does not know tokens,
-datasets or models. Statistics are plain lists (they live in a checkpoint's config.json), exact quantiles of all values
-(`np.quantile`), never running estimates.
+Owns: the statistics, and the pair `normalize` / `unnormalize` built from them. It does not know tokens, datasets or
+models. Statistics are plain lists, because a checkpoint stores them in its config.json. Quantiles are exact over all
+values (`np.quantile`), never running estimates.
 
-    q01_q99:   x = 2 (a - q01) / (q99 - q01) - 1     (OpenVLA's BOUNDS_Q99)
+    q01_q99:   x = 2 (a - q01) / (q99 - q01) - 1     (OpenVLA's BOUNDS_Q99, arXiv:2406.09246)
     min_max:   x = 2 (a - min) / (max - min) - 1
     mean_std:  x = (a - mean) / (3 std)              (three standard deviations fill [-1, 1])
 
-A dimension that never moves (or in less than one frame of a thousand) carries no information: it normalises to 0 and
-un-normalises to its median. A dimension whose quantile range is a tiny part of its full range (an entry that moves in
-less than 2 % of the frames) falls back to min_max: dividing by a vanishing q99 - q01 is how such a dimension blows a
-policy up.
+A dimension that moves in less than one of a thousand frames is constant: it normalises to 0 and un-normalises to its
+median. A dimension whose quantile range is less than 1 % of its full range (an entry that moves in less than 2 % of the
+frames) falls back to min_max, because division by a vanishing q99 - q01 would give extreme values.
 """
 
 from __future__ import annotations
@@ -27,18 +26,19 @@ from vla.errors import DataError, unknown
 METHODS = ("q01_q99", "min_max", "mean_std")
 NAMES = ("mean", "std", "min", "max", "q01", "median", "q99", "moving")
 
-# A quantile range below this share of the full range is not a range to divide by.
+# A quantile range below this fraction of the full range is too small to divide by.
 _DEGENERATE = 1e-2
-# A dimension that leaves its median in fewer frames than this is a constant with accidents.
+# A dimension that differs from its median in less than this fraction of the frames counts as constant.
 _STILL = 1e-3
 
 
 def compute_statistics(values: np.ndarray) -> dict[str, list[float]]:
-    """Exact per-dimension statistics of `values` [N, D]: mean, std, min, max, q01, median, q99, and
-    `moving`, the share of frames in which it differs from its median; lists of D floats.
+    """Exact per-dimension statistics of `values` [N, D], as lists of D floats.
+
+    They are mean, std, min, max, q01, median, q99 and `moving`, the fraction of frames that differ from the median.
 
     Raises:
-        DataError: no rows, or values that are not finite.
+        DataError: there are no rows, or values are not finite.
     """
     values = np.asarray(values, np.float64)
     if values.ndim != 2 or not len(values):
@@ -47,7 +47,7 @@ def compute_statistics(values: np.ndarray) -> dict[str, list[float]]:
         frame, dim = np.argwhere(~np.isfinite(values))[0]
         raise DataError(f"statistics need finite values; frame {frame}, dimension {dim} is {values[frame, dim]}.")
     q01, median, q99 = np.quantile(values, [0.01, 0.5, 0.99], axis=0)
-    # Differences below float32's resolution of the values themselves are rounding noise.
+    # Differences below the float32 resolution of the values are rounding noise.
     moving = (np.abs(values - median) > 1e-6 * np.maximum(1.0, np.abs(median))).mean(0)
     named = {
         "mean": values.mean(0),
@@ -64,11 +64,11 @@ def compute_statistics(values: np.ndarray) -> dict[str, list[float]]:
 
 @dataclasses.dataclass(frozen=True)
 class Normalizer:
-    """Affine map per dimension, `x = (a - offset) / scale` where `mask`, identity elsewhere.
+    """Affine map per dimension: `x = (a - offset) / scale` where `mask` is True, identity elsewhere.
 
     Attributes:
-        offset, scale: float64 [D]. A scale of 0 marks a dimension that never moves.
-        mask: bool [D]; False leaves a dimension untouched (it must already be in [-1, 1]).
+        offset, scale: float64 [D]. A scale of 0 marks a constant dimension.
+        mask: bool [D]. False leaves a dimension unchanged (it must already be in [-1, 1]).
         limit: normalised values are clipped to [-limit, limit].
     """
 
@@ -85,7 +85,7 @@ class Normalizer:
         mask: Sequence[bool] | None = None,
         limit: float = 1.0,
     ) -> Normalizer:
-        """Build from what `compute_statistics` returned."""
+        """Build a normaliser from the result of `compute_statistics`."""
         if method not in METHODS:
             raise DataError(unknown("normalization", method, METHODS))
         missing = [name for name in NAMES if name not in statistics]
@@ -108,7 +108,7 @@ class Normalizer:
 
     @property
     def constant(self) -> np.ndarray:
-        """bool [D]: dimensions that never moved in the data."""
+        """bool [D]: dimensions that are constant in the data."""
         return (self.scale == 0) & self.mask
 
     def normalize(self, values: np.ndarray) -> np.ndarray:

@@ -1,8 +1,7 @@
-"""Instruction -> prompt.
+"""From an instruction to the prompt of the language model.
 
-Owns: which values are texts, the prompt templates, by name, and how an instruction is cleaned before it enters one. A
-template's name is stored in the checkpoint and its text never changes: a new wording gets a new name. It does not know
-tokens.
+Owns: reading text values, the named prompt templates, and the cleaning of instructions. Checkpoints store the name of
+their template, so the text of a template never changes; a new wording gets a new name. It does not know tokens.
 """
 
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 
 from vla.errors import ConfigError, unknown
 
+# "openvla" and "openvla-v01" are the prompts of OpenVLA (arXiv:2406.09246) and of its v01 checkpoint.
 TEMPLATES = {
     "plain": "{instruction}",
     "openvla": "In: What action should the robot take to {instruction}?\nOut:",
@@ -23,7 +23,7 @@ TEMPLATES = {
 
 
 def text(value: Any) -> str | None:
-    """The text that `value` is: a str, UTF-8 bytes (as HDF5 and TFDS store it), or an array of one of them; else None.
+    """`value` as a str, or None if it is not text. Text is a str, UTF-8 bytes (as in HDF5 and TFDS) or an array of one.
 
     >>> text(np.array([b"push the block"]))
     'push the block'
@@ -39,13 +39,13 @@ def text(value: Any) -> str | None:
 
 
 def check_template(template: str) -> None:
-    """Raise ConfigError for a template name that does not exist."""
+    """Raise ConfigError if there is no template of that name."""
     if template not in TEMPLATES:
         raise ConfigError(unknown("prompt template", template, TEMPLATES))
 
 
 def build_prompt(instruction: str, template: str) -> str:
-    """The text given to the language model.
+    """The prompt for the language model: the cleaned instruction in the named template.
 
     >>> build_prompt("  Pick up the red cube. ", "plain")
     'pick up the red cube'

@@ -1,1 +1,1 @@
-"""Action tokenizers: normalised action chunks to token rows and back."""
+"""Action tokenizers: normalised action chunks to token ids and back."""

@@ -1,8 +1,8 @@
-"""The interface of an action tokenizer, and the one place where a name becomes a tokenizer.
+"""The action tokenizer interface, and the construction of tokenizers from their saved values.
 
-Owns: what a tokenizer is. Action chunks [H, D] in [-1, 1] become a fixed number of ids in 0..vocab_size-1 and back; ids
-only, never strings. It does not know normalisation (values come in normalised), nor where in a language model's
-vocabulary the ids live (the model's config adds `action_token_begin`).
+Owns: the interface. A tokenizer maps action chunks [H, D] in [-1, 1] to a fixed number of ids in 0..vocab_size-1 and
+back. It works on ids, never on strings. It does not know normalisation (inputs are already normalised), nor where the
+ids start in a language model's vocabulary (the model's config adds `action_token_begin`).
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ class ActionTokenizer(ABC):
     """Chunks [..., H, D] in [-1, 1] <-> ids [..., n_tokens].
 
     Attributes:
+        name: the tokenizer's name in configurations and checkpoints.
         horizon: H, actions per chunk.
-        action_dim: D.
-        vocab_size: ids are 0..vocab_size-1.
-        n_tokens: ids per chunk; always the same, so that every decoded sequence is a valid chunk.
-        tokens_per_action: ids per action, where each action has its own; None where a token speaks about several.
+        action_dim: D, entries per action.
+        vocab_size: number of ids; they are 0..vocab_size-1.
+        n_tokens: ids per chunk. It is constant, so every decoded sequence is a valid chunk.
+        tokens_per_action: ids per action if each action has its own tokens; None if tokens are shared between actions.
     """
 
     name: str
@@ -36,30 +37,33 @@ class ActionTokenizer(ABC):
 
     @abstractmethod
     def encode(self, chunks: np.ndarray) -> np.ndarray:
-        """float [..., H, D] -> int64 [..., n_tokens]; values outside [-1, 1] are clipped."""
+        """float [..., H, D] -> int64 [..., n_tokens]. Values outside [-1, 1] are clipped."""
 
     @abstractmethod
     def decode(self, ids: np.ndarray) -> np.ndarray:
-        """int [..., n_tokens] -> float32 [..., H, D]. Ids outside 0..vocab_size-1 are a ValueError.
+        """int [..., n_tokens] -> float32 [..., H, D]. ValueError for ids outside 0..vocab_size-1.
 
-        Where actions have tokens of their own, the first actions of a chunk can be decoded alone: int [..., n *
-        tokens_per_action] -> float32 [..., n, D]."""
+        If each action has its own tokens, the first n actions of a chunk can be decoded alone:
+        int [..., n * tokens_per_action] -> float32 [..., n, D].
+        """
 
     def expect(self, probabilities: np.ndarray) -> np.ndarray:
-        """Probabilities [..., n_tokens, vocab_size] of each token -> mean chunk, float32 [..., H, D]; the first actions
-        alone as in `decode`. ConfigError where tokens have no values of their own."""
-        raise ConfigError(f"action tokenizer {self.name!r} has no mean value of a token; use readout 'mode'.")
+        """Token probabilities [..., n_tokens, vocab_size] -> expected chunk, float32 [..., H, D].
+
+        The first n actions can be decoded alone, as in `decode`. ConfigError if single tokens have no value.
+        """
+        raise ConfigError(f"action tokenizer {self.name!r} has no value per token, so no mean; use readout 'mode'.")
 
     @abstractmethod
     def token_mask(self, valid: np.ndarray) -> np.ndarray:
-        """bool [..., H] (actions that exist) -> bool [..., n_tokens] (tokens to learn)."""
+        """Action mask bool [..., H] -> token mask bool [..., n_tokens]; both are True for what is learned."""
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
-        """Everything `build` needs to make an equal tokenizer, as JSON values."""
+        """The arguments of `build` for an equal tokenizer, as JSON values."""
 
     def check_ids(self, ids: np.ndarray) -> np.ndarray:
-        """The ids as int64, or a ValueError naming one that this tokenizer cannot have produced."""
+        """The ids as int64. ValueError if this tokenizer cannot have produced them."""
         ids = np.asarray(ids, np.int64)
         length, size = ids.shape[-1], self.tokens_per_action
         if length != self.n_tokens and (size is None or length % size or length > self.n_tokens):
@@ -71,7 +75,7 @@ class ActionTokenizer(ABC):
 
 
 def build(values: Mapping[str, Any]) -> ActionTokenizer:
-    """Inverse of `ActionTokenizer.to_dict`."""
+    """Build a tokenizer from the values of `ActionTokenizer.to_dict`. ConfigError if its name is unknown."""
     from vla.transforms.tokenizers.bins import OpenVLABins, QuantileBins, UniformBins
 
     kinds: Sequence[type[ActionTokenizer]] = (UniformBins, QuantileBins, OpenVLABins)

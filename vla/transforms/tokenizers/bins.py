@@ -1,8 +1,8 @@
-"""One token per action entry: its bin.
+"""Binning tokenizers: each action entry is one token, the index of its bin.
 
-Owns: uniform bins, quantile bins, and OpenVLA's bins (exactly: 256 edges, 255 centres, reversed ids). A chunk [H, D]
-becomes its entries action by action, in the order of the dimensions. Dimensions that never move can be left out
-(`active`): they cost no tokens and decode to 0, which un-normalises to their constant.
+Owns: uniform bins, quantile bins, and OpenVLA's bins (arXiv:2406.09246; exactly: 256 edges, 255 centres, reversed ids).
+A chunk [H, D] is flattened action by action, in the order of the dimensions. Constant dimensions can be left out
+(`active`): they take no tokens and decode to 0, which un-normalises to their constant value.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vla.transforms.tokenizers.base import ActionTokenizer
 
 
 class _Bins(ActionTokenizer):
-    """What the three have in common: entries are tokens; only value <-> id differs."""
+    """Base of the three tokenizers: one token per entry. Subclasses define the map between values and ids."""
 
     def __init__(self, horizon: int, action_dim: int, n_bins: int, active: Sequence[int] | None = None) -> None:
         if horizon < 1 or action_dim < 1 or n_bins < 2:
@@ -25,7 +25,9 @@ class _Bins(ActionTokenizer):
         self.horizon, self.action_dim, self.vocab_size = horizon, action_dim, n_bins
         self.active = list(range(action_dim)) if active is None else [int(dim) for dim in active]
         if not self.active or sorted(set(self.active)) != self.active or self.active[-1] >= action_dim:
-            raise ValueError(f"active must name dimensions of 0..{action_dim - 1} in order, got {self.active}.")
+            raise ValueError(
+                f"active must list dimensions in 0..{action_dim - 1} in ascending order, got {self.active}."
+            )
         self.tokens_per_action = len(self.active)
         self.n_tokens = horizon * self.tokens_per_action
 
@@ -34,7 +36,7 @@ class _Bins(ActionTokenizer):
         if chunks.shape[-2:] != (self.horizon, self.action_dim):
             raise ValueError(f"expected chunks [..., {self.horizon}, {self.action_dim}], got {chunks.shape}.")
         if not np.isfinite(chunks).all():
-            raise ValueError("a chunk holds values that are not finite.")
+            raise ValueError("a chunk contains values that are not finite.")
         ids = self._to_ids(np.clip(chunks[..., self.active], -1.0, 1.0))
         return ids.reshape(*chunks.shape[:-2], self.n_tokens)
 
@@ -47,7 +49,7 @@ class _Bins(ActionTokenizer):
         return self._chunks((by_action * self.centres()).sum(-1))
 
     def _chunks(self, values: np.ndarray) -> np.ndarray:
-        """Values [..., n, n active] -> chunks [..., n, D]; 0 where nothing ever moves."""
+        """Values [..., n, n active] -> chunks [..., n, D], with 0 for constant dimensions."""
         chunks = np.zeros((*values.shape[:-1], self.action_dim), np.float32)
         chunks[..., self.active] = values
         return chunks
@@ -56,7 +58,7 @@ class _Bins(ActionTokenizer):
         return np.repeat(np.asarray(valid, bool), len(self.active), axis=-1)
 
     def centres(self) -> np.ndarray:
-        """float32 [n active, vocab_size]: the value each id stands for, per active dimension."""
+        """Bin centres, float32 [n active, vocab_size]: the value of each id, per active dimension."""
         ids = np.broadcast_to(np.arange(self.vocab_size)[:, None], (self.vocab_size, len(self.active)))
         return self._to_values(ids).T.astype(np.float32)
 
@@ -79,7 +81,7 @@ class _Bins(ActionTokenizer):
 
 
 class UniformBins(_Bins):
-    """`n_bins` equal bins on [-1, 1]; an odd number has a centre at exactly 0. Round trip within 1 / n_bins."""
+    """`n_bins` equal bins on [-1, 1]. With an odd number, one centre is exactly 0. Round-trip error <= 1 / n_bins."""
 
     name = "uniform"
 
@@ -92,10 +94,11 @@ class UniformBins(_Bins):
 
 
 class OpenVLABins(_Bins):
-    """OpenVLA's tokenizer, id for id: 256 edges on [-1, 1], 255 centres, the highest value at the lowest id.
+    """OpenVLA's tokenizer, id for id: 256 edges on [-1, 1], 255 centres; the highest value has the lowest id.
 
-    With `d = digitize(a, linspace(-1, 1, 256))` in 1..256, OpenVLA's id is `vocab_size - d`; ours counts from the first
-    action row (id 31744 of a vocabulary of 32000), so `id = 256 - d`. Two ids (d = 255 and 256) share the last centre.
+    With `d = digitize(a, linspace(-1, 1, 256))` in 1..256, OpenVLA's id is `vocab_size - d`. Here ids count from the
+    first action row (id 31744 of a vocabulary of 32000), so `id = 256 - d`. Two ids (d = 255 and 256) share the last
+    centre. Source: OpenVLA (Kim et al., arXiv:2406.09246).
     """
 
     name = "openvla"
@@ -113,12 +116,12 @@ class OpenVLABins(_Bins):
 
 
 class QuantileBins(_Bins):
-    """Bins of equal population per dimension: fine where actions are frequent, coarse where they are rare.
+    """Bins with equal counts per dimension: fine where actions are frequent, coarse where they are rare.
 
-    A value goes to the nearest centre.
+    A value is mapped to the nearest centre.
 
     Attributes:
-        values: float [n active, n_bins], the increasing centres.
+        values: float [n active, n_bins], the bin centres in increasing order.
     """
 
     name = "quantile"
@@ -134,16 +137,18 @@ class QuantileBins(_Bins):
         super().__init__(horizon, action_dim, n_bins, active)
         self.values = np.asarray(values, np.float64)
         if self.values.shape != (len(self.active), n_bins) or (np.diff(self.values, axis=1) <= 0).any():
-            raise ValueError(f"values must be [{len(self.active)}, {n_bins}] and increase; got {self.values.shape}.")
+            raise ValueError(
+                f"values must increase and have shape [{len(self.active)}, {n_bins}], got {self.values.shape}."
+            )
         self._edges = (self.values[:, :-1] + self.values[:, 1:]) / 2
 
     @classmethod
     def fit(cls, actions: np.ndarray, horizon: int, n_bins: int, active: Sequence[int] | None = None) -> QuantileBins:
-        """Centres at the quantiles (k + 1/2) / n_bins of normalised actions [N, D]."""
+        """Fit the centres to the quantiles (k + 1/2) / n_bins of normalised actions [N, D]."""
         dims = list(range(actions.shape[-1]) if active is None else active)
         shares = (np.arange(n_bins) + 0.5) / n_bins
         values = np.quantile(np.clip(actions, -1, 1), shares, axis=0).T[dims]
-        # Repeated actions would give equal centres; blending in a little of the uniform grid keeps them apart.
+        # Repeated actions would give equal centres; a blend with 1 % of the uniform grid keeps them distinct.
         values = 0.99 * values + 0.01 * (2 * shares - 1)
         return cls(horizon, actions.shape[-1], n_bins, values.tolist(), active)
 
