@@ -1,4 +1,4 @@
-"""Shifting, padding and averaging of action chunks [H, ...]: actions, tokens or distributions. It does not know robots."""
+"""Shifting, padding and averaging of action chunks [H, ...]: actions, tokens or distributions."""
 
 from __future__ import annotations
 
