@@ -43,7 +43,7 @@ def serving(policy):
     """`with serving(config values...) as served`: serve the random nano policy for a while."""
 
     @contextlib.contextmanager
-    def start(key: str | None = None, port: int = 0, **values):
+    def start(key: str | None = None, port: int = 0, policy: Policy = policy, **values):
         config = ServeConfig(**values)
         app = None
         batcher = Batcher(policy, config.max_batch, config.max_queue, lambda size: app and app.metrics.batch(size))

@@ -113,7 +113,7 @@ def test_a_window_counts_from_the_real_length(nano, observations):
     needed = batch["input_ids"].shape[1] + processor.action_tokenizer.n_tokens - 1
     for window, fits in ((needed, True), (needed - 1, False)):
         network, processor = with_decoder(nano, "mistral", sliding_window=window)
-        assert Policy(network, processor)._engine.fits(batch) == fits
+        assert Policy(network, processor)._decoder.engine.fits(batch) == fits
         assert torch.equal(Policy(network, processor).decode(batch).ids, reference(network, batch))
 
 

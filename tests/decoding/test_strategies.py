@@ -16,7 +16,8 @@ from transformers import MaxLengthCriteria, StoppingCriteriaList
 
 from tests import random_models
 from vla.config import DecodingConfig, ModelConfig
-from vla.decoding.commitment import Commitment
+from vla.decoding.engine import Engine
+from vla.decoding.prefix import Prefix
 from vla.decoding.strategies import generate, teacher_forced
 from vla.errors import ConfigError
 from vla.model.build import build_policy
@@ -309,9 +310,9 @@ def test_actions_leave_before_the_chunk_is_decoded(nano, observations, decoding)
     def refuse(index, action):
         raise Stop
 
-    passes, forward = [], policy._engine._forward
+    passes, forward = [], Engine._forward
     hook = network.language_model.model.register_forward_hook(lambda *_: passes.append(1))
-    policy._engine._forward = lambda *arguments: (passes.append(1), forward(*arguments))[1]
+    Engine._forward = lambda *arguments: (passes.append(1), forward(*arguments))[1]
     try:
         whole = policy.predict(observations(1), ["reach"]).forwards
         assert len(passes) == whole > 4
@@ -320,7 +321,7 @@ def test_actions_leave_before_the_chunk_is_decoded(nano, observations, decoding)
             policy.predict(observations(1), ["reach"], on_action=refuse)
     finally:
         hook.remove()
-        policy._engine._forward = forward
+        Engine._forward = forward
     assert 1 <= len(passes) <= 4  # tokens of one action of four
     again = Policy(network, processor, decoding=decoding).predict(observations(1), ["reach"]).chunks[0]
     np.testing.assert_array_equal(again, chunk)
@@ -425,7 +426,7 @@ def test_a_chunk_continues_the_committed_actions(nano, observations, decoding):
         for row, count in enumerate((8, 4, 0)):
             np.testing.assert_array_equal(ids[row, count:], best[row, count:])
         told = generate(
-            network, batch, committed=(torch.from_numpy(given), Commitment(torch.tensor([8, 4, 0]), torch.zeros(3)))
+            network, batch, prefix=(torch.from_numpy(given), Prefix(torch.tensor([8, 4, 0]), torch.zeros(3)))
         )
         np.testing.assert_array_equal(told.ids.numpy(), ids)
 
@@ -446,10 +447,10 @@ def test_committed_actions_count_as_long_as_they_are_believed(nano, observations
         own = logits[np.arange(4), wanted[:, place] - begin]
         refused |= (place >= counts.numpy()) | (own < logits.max(-1) + np.log(max(trust, 1e-30)))
         wanted[:, place] = np.where(refused, logits.argmax(-1) + begin, wanted[:, place])
-    committed = Commitment(counts, torch.full((4,), trust))
-    found = policy._engine.parallel(batch, torch.from_numpy(drafts), None, committed)
+    committed = Prefix(counts, torch.full((4,), trust))
+    found = policy._decoder.engine.parallel(batch, torch.from_numpy(drafts), None, committed)
     np.testing.assert_array_equal(found.ids.numpy(), wanted)
-    told = generate(network, batch, committed=(torch.from_numpy(drafts), committed))
+    told = generate(network, batch, prefix=(torch.from_numpy(drafts), committed))
     np.testing.assert_array_equal(told.ids.numpy(), wanted)
     if trust == 1.0:
         np.testing.assert_array_equal(wanted, greedy)
@@ -461,15 +462,15 @@ def test_what_is_committed_in_one_row_is_no_matter_of_the_others(nano, observati
     """One client's robot must not act otherwise because another's is decoded beside it."""
     network, processor = nano
     policy, rng = Policy(network, processor), np.random.default_rng(seed)
-    policy._engine.window = window
+    policy._decoder.engine.window = window
     batch = processor.observe(observations(3), ["reach"] * 3)
     begin, greedy = network.config.action_token_begin, policy.decode(batch).ids
     guessed = torch.from_numpy(rng.integers(0, 31, greedy.shape) + begin)
     drafts = torch.where(torch.from_numpy(rng.random(greedy.shape) < 0.7), greedy, guessed)
     counts, trust = torch.from_numpy(rng.integers(0, 16, 3)), torch.full((3,), 0.9)
-    together = policy._engine.parallel(batch, drafts, None, Commitment(counts, trust)).ids
+    together = policy._decoder.engine.parallel(batch, drafts, None, Prefix(counts, trust)).ids
     for row in range(3):
         alone = {name: tensor[row : row + 1] for name, tensor in batch.items()}
-        committed = Commitment(counts[row : row + 1], trust[row : row + 1])
-        found = policy._engine.parallel(alone, drafts[row : row + 1], None, committed).ids
+        committed = Prefix(counts[row : row + 1], trust[row : row + 1])
+        found = policy._decoder.engine.parallel(alone, drafts[row : row + 1], None, committed).ids
         np.testing.assert_array_equal(together[row], found[0])

@@ -59,8 +59,8 @@ def test_committed_actions_travel(serving, observations):
 
 
 def test_a_server_that_decodes_in_part_is_given_whole_drafts(serving, policy, observations):
-    policy.decoding, policy.n_action_steps = DecodingConfig(max_actions=2), 2
-    with serving() as served:
+    part = Policy(policy.network, policy.processor, n_action_steps=2, decoding=DecodingConfig(max_actions=2))
+    with serving(policy=part) as served:
         remote, session = RemotePolicy(served.ws), Session("go")
         for observation in observations(3):
             found = predict(remote, [session], [observation]).chunks

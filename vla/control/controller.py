@@ -7,9 +7,9 @@ that moment and always sends a command.
 Actions carry the tick they are for. A chunk for the observation of tick k speaks about ticks k, k + 1, ... It is asked
 for as soon as that observation is there, which is before the tick, and an autoregressive policy decodes its actions in
 the order in which they are needed: the first may be in time for tick k, and the others follow while it is executed. If
-the first comes later, what the chunk says about the ticks in between is dropped. With the "committed" seam those ticks'
-actions, which are executed while it is decoded, are given to the decoder as the chunk's first tokens: the policy
-continues them, at no cost, as long as it finds them plausible (`vla.decoding.commitment`).
+the first comes later, what the chunk says about the ticks in between is dropped. With the "committed"
+transition those ticks' actions, which execute while it is decoded, are given to the decoder as the chunk's first tokens
+(prefix conditioning): the policy continues them, at no cost, while it finds them plausible (`vla.decoding.prefix`).
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ from transformers import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from vla.decoding import weights
-from vla.decoding.commitment import Commitment
 from vla.decoding.graphs import Captured
+from vla.decoding.prefix import Prefix
 from vla.decoding.result import Decoded
 from vla.errors import ConfigError
 from vla.model.modeling import VLAForActionPrediction
@@ -46,8 +46,7 @@ class Engine:
 
     def __init__(self, network: VLAForActionPrediction, window: int = WINDOW) -> None:
         self.network, self.device = network, network.device
-        tokenizer = network.config.make_action_tokenizer()
-        self.n_tokens, self.begin = tokenizer.n_tokens, network.config.action_token_begin
+        self.n_tokens, self.begin = network.action_tokenizer.n_tokens, network.config.action_token_begin
         self.window = window
         self._placeholders = torch.tensor([network.config.image_token_id, network.config.state_token_id])
         self._weights = weights.read(network)
@@ -130,7 +129,7 @@ class Engine:
         batch: dict[str, torch.Tensor],
         draft: torch.Tensor,
         streamer: BaseStreamer | None = None,
-        committed: Commitment | None = None,
+        prefix: Prefix | None = None,
     ) -> Decoded:
         """Greedy decoding that verifies a draft of the chunk.
 
@@ -139,14 +138,14 @@ class Engine:
             draft: int64 [B, T], ids of the model's vocabulary, for as many tokens as shall be decoded. Any will do, but
                 the better they are, the fewer forwards it takes.
             streamer: is given tokens as soon as they are known to be greedy's own.
-            committed: first tokens of each draft that are not a guess but given: the rest continues them.
+            prefix: prefix conditioning: the first tokens of each draft that are given; the rest continues them.
         """
         inputs, start = self._start(batch)
         hidden, offsets = self._embed(inputs, start), inputs.get("offsets")
         length, total, table = start + hidden.shape[1], draft.shape[1], self._weights.table
         candidate = draft.to(self.device) - self.begin  # a copy
         logits = hidden.new_empty(len(draft), total, len(table))
-        counts = torch.zeros(len(draft), dtype=torch.int64) if committed is None else committed.counts
+        counts = torch.zeros(len(draft), dtype=torch.int64) if prefix is None else prefix.counts
         given = (torch.arange(total) < counts[:, None]).to(self.device)
         ahead = max(1, min(self.window, ROWS // len(draft)))
         # Known are tokens that are greedy's own in every row of the batch.
@@ -157,15 +156,15 @@ class Engine:
             self._cached, forwards = batch["input_ids"], forwards + 1
             end = known + window
             guess, kept = candidate[:, known:end], given[:, known:end]
-            if committed is not None:
-                kept = kept & committed.believed(found, guess)
+            if prefix is not None:
+                kept = kept & prefix.accepted(found, guess)
             chosen = torch.where(kept, guess, found.argmax(-1))
             differs = chosen != guess
             wrong = differs.any(dim=0).tolist()
             candidate[:, known:end], logits[:, known:end] = chosen, found
             # Everything before the first wrong token was right, and the correction of that one is right, too.
             gained = wrong.index(True) + 1 if True in wrong else window
-            if committed is not None:  # one that is not believed ends what is given in its row
+            if prefix is not None:  # a rejected token ends the prefix of its row
                 ended = differs.cumsum(dim=1) > 0
                 given[:, known:end] &= ~ended
                 given[:, end:] &= ~ended[:, -1:]

@@ -1,24 +1,28 @@
-"""Every decoding strategy, through transformers' `generate`: the reference that the engine equals, and what to try
-instead of greedy decoding.
+"""Decoding strategies: every one through transformers' `generate`, and greedy decoding through the engine.
 
-Owns: how a `DecodingConfig` becomes an exact call of `generate`, the logits processors that transformers lacks, and the
-restriction to action rows: a malformed chunk is unrepresentable under any strategy, because nothing else can be chosen,
-for exactly the number of tokens that the tokenizer needs. It does not know what the tokens mean.
+Owns: the choice of a decoder for a `DecodingConfig`, how that config becomes an exact call of `generate` (the reference
+that the engine equals), the logits processors that transformers lacks, and the restriction to action rows: a malformed
+chunk is unrepresentable under any strategy, because only action tokens can be chosen, and exactly as many as the
+tokenizer needs. It does not know what the tokens mean.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
+import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from vla.config import GREEDY, DecodingConfig
-from vla.decoding.commitment import Commitment
+from vla.decoding.engine import Engine
+from vla.decoding.prefix import Prefix
 from vla.decoding.result import Decoded
+from vla.errors import ConfigError
 from vla.model.modeling import VLAForActionPrediction
 
 
@@ -47,23 +51,21 @@ class FrequencyAndPresencePenalty(LogitsProcessor):
         return scores - self.frequency * counts - self.presence * (counts > 0)
 
 
-class Committed(LogitsProcessor):
-    """Allows only the given token of a draft, int64 [B, T], as long as a row has followed it and believes it."""
+class GivenPrefix(LogitsProcessor):
+    """Allows only the given token of a draft, int64 [B, T], as long as a row has followed the prefix and accepts it."""
 
-    def __init__(self, prompt: int, draft: torch.Tensor, committed: Commitment) -> None:
-        self.prompt, self.draft, self.committed = prompt, draft, committed
+    def __init__(self, prompt: int, draft: torch.Tensor, prefix: Prefix) -> None:
+        self.prompt, self.draft, self.prefix = prompt, draft, prefix
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         place, beams = input_ids.shape[1] - self.prompt, len(scores) // len(self.draft)
-        draft, *committed = (
-            part.repeat_interleave(beams, dim=0).to(scores.device) for part in (self.draft, *self.committed)
-        )
-        now = Commitment(*committed)
+        draft, *prefix = (part.repeat_interleave(beams, dim=0).to(scores.device) for part in (self.draft, *self.prefix))
+        given = Prefix(*prefix)
         followed = (input_ids[:, self.prompt :] == draft[:, :place]).all(dim=1)
         token = draft[:, place, None]
-        given = (now.counts > place) & followed & now.believed(scores[:, None], token)[:, 0]
+        forced = (given.counts > place) & followed & given.accepted(scores[:, None], token)[:, 0]
         only = torch.full_like(scores, float("-inf")).scatter_(1, token, 0.0)
-        return torch.where(given[:, None], only, scores)
+        return torch.where(forced[:, None], only, scores)
 
 
 @contextlib.contextmanager
@@ -95,28 +97,28 @@ def generate(
     seed: int = 0,
     streamer: BaseStreamer | None = None,
     stopping: StoppingCriteriaList | None = None,
-    committed: tuple[torch.Tensor, Commitment] | None = None,
+    prefix: tuple[torch.Tensor, Prefix] | None = None,
     **options: Any,
 ) -> Decoded:
     """Decode one chunk per prefix with stock `generate`.
 
     Args:
         batch: prefix tensors from `VLAProcessor`.
-        seed: of the draws, where the strategy samples; the caller's random state is left alone.
-        streamer: is given every token as soon as it is decoded (one observation, no beams).
+        seed: for sampling; the caller's random state is left alone.
+        streamer: receives every token as soon as it is decoded (one observation, no beams).
         stopping: ends the chunk early when it says so for all observations.
-        committed: a draft, int64 [B, T], and how much of it is not to be chosen but given: the rest continues it.
+        prefix: a draft, int64 [B, T], and how many of its tokens are given; the rest continues them.
         options: passed to `generate`, such as cache_implementation.
     Returns:
         The chosen ids, and the network's own logits: before temperature, penalties and cuts.
     """
-    tokenizer, begin = network.config.make_action_tokenizer(), network.config.action_token_begin
+    tokenizer, begin = network.action_tokenizer, network.config.action_token_begin
     end, n_tokens = begin + tokenizer.vocab_size, count_tokens(network, config)
     processors = LogitsProcessorList([OnlyActionRows(begin, end)])
     if config.frequency_penalty or config.presence_penalty:
         processors.append(FrequencyAndPresencePenalty(begin, end, config.frequency_penalty, config.presence_penalty))
-    if committed is not None:
-        processors.append(Committed(batch["input_ids"].shape[1], *committed))
+    if prefix is not None:
+        processors.append(GivenPrefix(batch["input_ids"].shape[1], *prefix))
     sampling = {}
     if config.temperature > 0:
         sampling = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
@@ -148,9 +150,9 @@ def generate(
 
 @torch.inference_mode()
 def teacher_forced(network: VLAForActionPrediction, batch: dict[str, torch.Tensor], ids: torch.Tensor) -> Decoded:
-    """What the network says about given tokens, int64 [B, T]: one forward over prefix and chunk."""
+    """The logits of given tokens, int64 [B, T]: one forward over prefix and chunk."""
     begin = network.config.action_token_begin
-    end = begin + network.config.make_action_tokenizer().vocab_size
+    end = begin + network.action_tokenizer.vocab_size
     logits = teacher_forced_logits(network, batch, ids)
     return Decoded(ids.to(logits.device), logits[..., begin:end], 1)
 
@@ -169,7 +171,100 @@ def teacher_forced_logits(
 
 def count_tokens(network: VLAForActionPrediction, config: DecodingConfig) -> int:
     """Tokens that `config` decodes: a whole chunk, or its first `max_actions` actions."""
-    tokenizer = network.config.make_action_tokenizer()
+    tokenizer = network.action_tokenizer
     if config.max_actions is None:
         return tokenizer.n_tokens
     return min(config.max_actions, tokenizer.horizon) * tokenizer.n_tokens // tokenizer.horizon
+
+
+class Decoder(Protocol):
+    """A decoding strategy for one network.
+
+    Attributes:
+        final_by_token: whether a decoded token is final, so that actions can be streamed.
+    """
+
+    final_by_token: bool
+
+    def __call__(
+        self,
+        batch: dict[str, torch.Tensor],
+        draft: torch.Tensor,
+        prefix: Prefix | None = None,
+        streamer: BaseStreamer | None = None,
+        stopping: StoppingCriteriaList | None = None,
+    ) -> Decoded:
+        """Decode one chunk for each row of prefix tensors from `VLAProcessor`.
+
+        Args:
+            draft: guess of each chunk, int64 [B, T], ids of the model's vocabulary.
+            prefix: prefix conditioning: the draft's first tokens that are given.
+            streamer: receives every token as soon as it is final.
+            stopping: ends the chunk early when it is met for all observations.
+        """
+        ...
+
+
+class Generate:
+    """Any strategy, through `generate`. Each sampled batch has its own seed: `sampling_seed` plus its number."""
+
+    def __init__(self, network: VLAForActionPrediction, config: DecodingConfig) -> None:
+        self._network, self._config = network, config
+        self.final_by_token = config.num_beams == 1
+        self._batches = itertools.count(1)
+
+    def __call__(
+        self,
+        batch: dict[str, torch.Tensor],
+        draft: torch.Tensor,
+        prefix: Prefix | None = None,
+        streamer: BaseStreamer | None = None,
+        stopping: StoppingCriteriaList | None = None,
+    ) -> Decoded:
+        seed = self._config.sampling_seed + next(self._batches)
+        given = None if prefix is None else (draft, prefix)
+        return generate(self._network, batch, self._config, seed, streamer, stopping, given)
+
+
+class Greedy:
+    """Greedy decoding through the engine: in parallel from a draft on the CPU, stepwise on other devices. `generate`
+    decodes what the engine cannot."""
+
+    final_by_token = True
+
+    def __init__(self, engine: Engine, config: DecodingConfig) -> None:
+        self.engine = engine
+        self._generate, self._n_tokens = Generate(engine.network, config), count_tokens(engine.network, config)
+
+    def __call__(
+        self,
+        batch: dict[str, torch.Tensor],
+        draft: torch.Tensor,
+        prefix: Prefix | None = None,
+        streamer: BaseStreamer | None = None,
+        stopping: StoppingCriteriaList | None = None,
+    ) -> Decoded:
+        fits = self.engine.fits(batch)
+        if not fits:
+            warnings.warn(
+                f"decoding through transformers, which is slower: attention slides over {self.engine.reach} "
+                "positions, and this prompt and chunk need more.",
+                stacklevel=4,
+            )
+        if not fits or (prefix is not None and stopping is not None):
+            return self._generate(batch, draft, prefix, streamer, stopping)
+        if stopping is None and (self.engine.device.type == "cpu" or prefix is not None):
+            return self.engine.parallel(batch, draft[:, : self._n_tokens], streamer, prefix)
+        return self.engine.stepwise(batch, self._n_tokens, streamer, stopping)
+
+
+def choose_decoder(network: VLAForActionPrediction, config: DecodingConfig) -> Decoder:
+    """The engine for greedy decoding; `generate` for all else, and, with a warning, where the engine does not know the
+    decoder's architecture."""
+    if not config.greedy:
+        return Generate(network, config)
+    try:
+        return Greedy(Engine(network), config)
+    except ConfigError as error:
+        warnings.warn(f"decoding through transformers, which is slower: {error}", stacklevel=3)
+        return Generate(network, config)

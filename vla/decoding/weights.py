@@ -135,7 +135,7 @@ def read(network: VLAForActionPrediction) -> Decoder:
     check_config(config)
     _check_modules(network.language_model, config.model_type)
     begin = network.config.action_token_begin
-    rows = slice(begin, begin + network.config.make_action_tokenizer().vocab_size)
+    rows = slice(begin, begin + network.action_tokenizer.vocab_size)
     table = _matrix(model.embed_tokens)[rows].contiguous()
     return Decoder(
         layers=tuple(_layer(layer) for layer in model.layers),

@@ -68,7 +68,7 @@ class VLAForActionPrediction(PreTrainedModel, GenerationMixin):
         self.state_projector = Projector(config.max_state_dim, config.hidden_size, config.hidden_size, 2)
         self.language_model: Any = language_model or AutoModelForCausalLM.from_config(config.text_config)
         self.tokens_per_image = count_image_tokens(config)
-        self.n_suffix = config.make_action_tokenizer().n_tokens if config.action_tokenizer else 0
+        self.action_tokenizer: Any = config.make_action_tokenizer() if config.action_tokenizer else None
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:

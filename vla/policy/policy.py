@@ -11,8 +11,6 @@ from __future__ import annotations
 import abc
 import copy
 import dataclasses
-import itertools
-import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -21,8 +19,7 @@ from transformers import StoppingCriteriaList
 
 from vla.config import GREEDY, DecodingConfig, check
 from vla.decoding import strategies
-from vla.decoding.commitment import Commitment
-from vla.decoding.engine import Engine
+from vla.decoding.prefix import Prefix
 from vla.decoding.result import Decoded
 from vla.decoding.streaming import ActionStreamer
 from vla.errors import ConfigError
@@ -184,12 +181,7 @@ class Policy(ChunkPolicy):
         if self.processor.action_tokenizer.tokens_per_action is None and decoding != GREEDY:
             raise ConfigError("this policy's tokens span several actions; it decodes greedily only.")
         self.unnorm_key = network.config.unnorm_key(unnorm_key)
-        self._draws = itertools.count(1)  # sampled batches, of all twins: each has a seed of its own
-        try:
-            self._engine: Engine | None = Engine(self.network)
-        except ConfigError as error:
-            warnings.warn(f"decoding through transformers, which is slower: {error}", stacklevel=2)
-            self._engine = None
+        self._decoder = strategies.choose_decoder(self.network, decoding)
 
     @classmethod
     def from_pretrained(
@@ -227,7 +219,7 @@ class Policy(ChunkPolicy):
     def _final_by_token(self) -> bool:
         """Whether a decoded token is final: what follows does not change its action."""
         config = self.decoding
-        return config.num_beams == 1 and config.readout != "mean" and config.ensemble is None
+        return self._decoder.final_by_token and config.readout != "mean" and config.ensemble is None
 
     def for_key(self, unnorm_key: str | None) -> Policy:
         """The same policy with other statistics and no episode; the network is shared, not copied."""
@@ -279,29 +271,9 @@ class Policy(ChunkPolicy):
         streamer: ActionStreamer | None = None,
         stopping: StoppingCriteriaList | None = None,
     ) -> Decoded:
-        """Tokens for prefix tensors from the processor: by the engine where they are greedy's, else by `generate`."""
+        """Tokens for prefix tensors from the processor."""
         drafts = [None] * len(batch["input_ids"]) if drafts is None else drafts
-        n_tokens, ids = strategies.count_tokens(self.network, self.decoding), self.draft_ids(drafts)
-        committed = self._prefix(drafts)
-        if self.decoding.greedy and self._engine is not None and self._reaches(batch):
-            if stopping is None and (self.device.type == "cpu" or committed is not None):
-                return self._engine.parallel(batch, ids[:, :n_tokens], streamer, committed)
-            if committed is None:
-                return self._engine.stepwise(batch, n_tokens, streamer, stopping)
-        seed = self.decoding.sampling_seed + next(self._draws)
-        given = None if committed is None else (ids, committed)
-        return strategies.generate(self.network, batch, self.decoding, seed, streamer, stopping, given)
-
-    def _reaches(self, batch: dict[str, torch.Tensor]) -> bool:
-        """Whether the engine decodes this batch as the network would; a warning says where it does not."""
-        assert self._engine is not None
-        if not (fits := self._engine.fits(batch)):
-            warnings.warn(
-                f"decoding through transformers, which is slower: attention slides over {self._engine.reach} "
-                "positions, and this prompt and chunk need more.",
-                stacklevel=3,
-            )
-        return fits
+        return self._decoder(batch, self.draft_ids(drafts), self._prefix(drafts), streamer, stopping)
 
     def draft_ids(self, drafts: Sequence[Draft | None]) -> torch.Tensor:
         """The drafts' tokens, int64 [B, T], ids of the model's vocabulary, their prefixes first; the middle action row
@@ -322,7 +294,7 @@ class Policy(ChunkPolicy):
     def _encode(self, chunk: np.ndarray) -> np.ndarray:
         return self.processor.encode_actions(chunk, self.unnorm_key)
 
-    def _prefix(self, drafts: Sequence[Draft | None]) -> Commitment | None:
+    def _prefix(self, drafts: Sequence[Draft | None]) -> Prefix | None:
         """How many first tokens of each draft are given; None where none is."""
         size = self.processor.action_tokenizer.tokens_per_action
         lengths = [0 if draft is None or draft.prefix is None else len(draft.prefix) for draft in drafts]
@@ -331,7 +303,7 @@ class Policy(ChunkPolicy):
         if size is None:
             raise ConfigError("this policy's tokens span several actions; it cannot be given a prefix of actions.")
         thresholds = [0.0 if draft is None else draft.threshold for draft in drafts]
-        return Commitment(torch.tensor(lengths) * size, torch.tensor(thresholds))
+        return Prefix(torch.tensor(lengths) * size, torch.tensor(thresholds))
 
     def _describe(self, decoded: Decoded) -> Prediction:
         ids = decoded.ids.cpu().numpy()
