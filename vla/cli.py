@@ -22,7 +22,7 @@ import threading
 import traceback
 from collections.abc import Sequence
 from types import FrameType
-from typing import Any, Literal, NamedTuple, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, cast, get_type_hints
 
 from vla import __version__
 from vla.errors import VLAError, unknown
@@ -46,7 +46,9 @@ VERBS = {
     "train": Verb("TrainConfig", "vla.jobs.train:train", "fine-tune a policy on demonstrations"),
     "pretrain": Verb("TrainConfig", "vla.jobs.train:pretrain", "train all weights of a policy"),
     "rollout": Verb("RolloutConfig", "vla.jobs.rollout:rollout", "evaluate a policy closed loop and write a report"),
-    "deploy": Verb("DeployConfig", "vla.jobs.deploy:deploy", "run a policy on a simulated robot in real time"),
+    "deploy": Verb(
+        "DeployConfig", "vla.jobs.deploy:deploy", "run a policy in real time, on a simulated robot or your own"
+    ),
     "serve": Verb("ServeConfig", "vla.jobs.serve:serve", "serve a policy to OpenVLA's and openpi's robot clients"),
     "dagger": Verb(
         "DaggerConfig", "vla.jobs.dagger:dagger", "roll out a policy, have an expert label its states, train, repeat"
@@ -132,8 +134,9 @@ def _reports() -> bool:
 def _parse(name: str, verb: Verb, arguments: Sequence[str]) -> Any:
     """The verb's configuration: default < YAML < flag.
 
-    Nested fields are flags without a prefix (`--backbone`), unless two of a verb's fields would share a name, as where
-    a whole job is nested: then each has its full name (`--train.model.backbone`).
+    Nested fields are flags without a prefix (`--backbone`). One that shares its name with a field of the verb itself
+    keeps its prefix (`--adapter.robot` of `vla deploy`). If two nested fields share a name, as where a whole job is
+    nested, every field has its full name (`--train.model.backbone`).
     """
     import tyro
 
@@ -151,7 +154,7 @@ def _parse(name: str, verb: Verb, arguments: Sequence[str]) -> Any:
         args=_with_values(cls, flags),
         default=config.load(cls, known.config) if known.config else cls(),
         config=(tyro.conf.OmitArgPrefixes,) if _short(cls) else (),
-        registry=_type_rules(),
+        registry=_type_rules(cls),
         return_unknown_args=True,
     )
     if rest:
@@ -179,14 +182,20 @@ def _unknown_argument(name: str, cls: Any, argument: str) -> str:
 
 def _flags(cls: Any) -> list[str]:
     """The flags of a configuration, as `vla <verb> --help` spells them."""
-    names = [path.rpartition(".")[2] if _short(cls) else path for path in _fields(cls)]
+    full = _prefixed(cls) if _short(cls) else _fields(cls)
+    names = [path if path in full else path.rpartition(".")[2] for path in _fields(cls)]
     return [f"--{name.replace('_', '-')}" for name in names]
 
 
 def _short(cls: Any) -> bool:
-    """Whether no two fields of a configuration share a name, so that a flag needs no prefix."""
-    names = [path.rpartition(".")[2] for path in _fields(cls)]
+    """Whether no two nested fields of a configuration share a name, so that their flags need no prefix."""
+    names = [path.rpartition(".")[2] for path in _fields(cls) if path not in _prefixed(cls)]
     return len(names) == len(set(names))
+
+
+def _prefixed(cls: Any) -> list[str]:
+    """The fields one level down that share their name with a field of the configuration itself."""
+    return [path for path in _fields(cls) if path.count(".") == 1 and path.partition(".")[2] in get_type_hints(cls)]
 
 
 def _fields(cls: Any, prefix: str = "") -> list[str]:
@@ -197,11 +206,19 @@ def _fields(cls: Any, prefix: str = "") -> list[str]:
     return found
 
 
-def _type_rules() -> Any:
+def _type_rules(cls: Any) -> Any:
     """What to change in tyro: its help shows an empty list or mapping as nothing instead of "none", it refuses an
-    unknown choice without naming the nearest one, as `config.check` does, and it has no flag for a mapping of anything.
+    unknown choice without naming the nearest one, as `config.check` does, it has no flag for a mapping of anything, and
+    it cannot keep the prefix of a single field.
     """
-    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+    from tyro.conf import arg
+    from tyro.constructors import (
+        ConstructorRegistry,
+        PrimitiveConstructorSpec,
+        PrimitiveTypeInfo,
+        StructConstructorSpec,
+        StructTypeInfo,
+    )
 
     registry, asked = ConstructorRegistry(), set[Any]()
 
@@ -221,6 +238,26 @@ def _type_rules() -> Any:
         if info.type_origin is Literal:
             return dataclasses.replace(usual, choices=None, instance_from_str=lambda words: words[0])
         return dataclasses.replace(usual, str_from_instance=lambda value: usual.str_from_instance(value) or ["none"])
+
+    full = _prefixed(cls) if _short(cls) else []
+    owners = {kind: name for name, kind in get_type_hints(cls).items() if dataclasses.is_dataclass(kind)}
+
+    @registry.struct_rule
+    def keep_prefix(info: StructTypeInfo) -> StructConstructorSpec | None:
+        if not full or info.type not in owners or info.type in asked:
+            return None
+        asked.add(info.type)
+        usual = registry.get_struct_spec(info)
+        asked.remove(info.type)
+        assert isinstance(usual, StructConstructorSpec)
+        paths = {field.name: f"{owners[info.type]}.{field.name}" for field in usual.fields}
+        fields = [
+            dataclasses.replace(field, type=cast(Any, Annotated[field.type, arg(name=paths[field.name])]))
+            if paths[field.name] in full
+            else field
+            for field in usual.fields
+        ]
+        return dataclasses.replace(usual, fields=tuple(fields))
 
     return registry
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from vla.config.data import AdapterConfig
 from vla.config.evaluation import GREEDY, DecodingConfig
@@ -63,26 +63,31 @@ class ControlConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DeployConfig:
-    """`vla deploy`: run a policy on a simulated robot in real time, where the world does not wait for it.
+    """`vla deploy`: run a policy in real time on a simulated robot, on recorded demonstrations, or on your own robot.
 
     Attributes:
         policy: the embedded backbone "nano", a run folder, a checkpoint folder, or the address of a `vla serve`
             ("ws://host:8000").
         env: environment id of the simulated robot.
-        replay: a dataset folder: its episodes are played in real time instead, and what the policy commands is
-            compared with what was demonstrated.
-        episodes: episodes, one after the other; episode i uses seed + i. None: until it is stopped.
-        seconds: longest time of an episode.
+        replay: a dataset folder: its episodes are played in real time instead, and the policy's commands are compared
+            with the demonstrated actions.
+        robot: your own robot instead, as "module:callable"; the callable returns an object with the methods of
+            `vla.control.robot.Robot` (docs/robots.md). Its task is `--instruction`.
+        robot_kwargs: keyword arguments of that callable, e.g. {port: /dev/ttyUSB0}.
+        episodes: number of episodes, one after the other; episode i uses seed + i. None: until stopped.
+        seconds: time limit of an episode.
         out: folder of `deploy.json` and of the black boxes.
         ui: serve the live page: cameras, instruction, hold and emergency stop.
-        host, port: where the live page is; port 0 takes a free one.
-        connect_s: how long to wait for a served policy in the beginning, in seconds.
+        host, port: address of the live page; port 0 takes a free one.
+        connect_s: how long to wait for a served policy at the start, in seconds.
     """
 
     __pydantic_config__ = STRICT
     policy: str = "nano"
     env: str = "envs:vla/PickUp-v0"
     replay: Path | None = None
+    robot: str | None = None
+    robot_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     episodes: Count | None = None
     seed: Seed = 100_000
     seconds: Positive = 30.0
@@ -96,6 +101,15 @@ class DeployConfig:
     device: str = "auto"
     control: ControlConfig = ControlConfig()
     adapter: AdapterConfig = AdapterConfig()
+
+    def contradiction(self) -> str | None:
+        if self.robot is not None and self.robot.startswith("{"):
+            return f"an environment's properties are `--adapter.robot {self.robot}`; `--robot` takes module:callable."
+        if self.robot is not None and self.replay is not None:
+            return "--robot and --replay exclude each other: choose the robot or the recorded demonstrations."
+        if self.robot is None and self.robot_kwargs:
+            return "robot_kwargs are arguments of `robot`, which is not given."
+        return None
 
 
 @dataclasses.dataclass(frozen=True)

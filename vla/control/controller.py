@@ -87,7 +87,11 @@ class Controller:
         self._on_hold = self._stopping = False
 
     def __enter__(self) -> Controller:
-        self.configure()
+        try:
+            self.configure()
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import numpy as np
 
@@ -68,8 +68,13 @@ class EpisodicRobot(Robot, Protocol):
     """
 
     instruction: str
-    episodes: Sequence[int] | None
+    episodes: Sequence[int] | None = None
 
     @abc.abstractmethod
     def reset(self, episode: int, /) -> object:
         """Begin an episode. It depends on its number (or seed) only."""
+
+
+def is_episodic(robot: object) -> TypeGuard[EpisodicRobot]:
+    """Whether `robot` has `reset`."""
+    return hasattr(robot, "reset")

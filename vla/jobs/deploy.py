@@ -1,4 +1,4 @@
-"""`vla deploy`: a policy on a simulated robot, or on recorded demonstrations, in real time.
+"""`vla deploy`: a policy in real time, on a simulated robot, on recorded demonstrations or on your own robot.
 
 Owns: the episodes of a deployment and their record. The loop is `vla.control`'s, the live page `vla.control.page`'s.
 """
@@ -29,8 +29,11 @@ from vla.control.black_box import BlackBox
 from vla.control.console import OperatorConsole
 from vla.control.controller import Controller
 from vla.control.page import page, serve_in_thread
+from vla.control.robot import EpisodicRobot, Robot, is_episodic
+from vla.control.robots import custom
 from vla.control.robots.recorded import ReplayRobot
 from vla.control.robots.sim import SimRobot
+from vla.errors import ConfigError
 from vla.policy import ChunkPolicy
 from vla.serving import client
 from vla.spec import RobotSpec
@@ -44,11 +47,11 @@ _REMEMBERED = 10_000  # episodes, where nobody says how many: a deployment may l
 
 
 def deploy(config: DeployConfig) -> dict[str, Any]:
-    """Play the episodes in real time, print and write what happened.
+    """Run the episodes in real time, print and write their record.
 
     Raises:
         VLAError: before the first episode, when policy, robot and configuration do not fit.
-        KeyboardInterrupt: stopped; the robot holds, and finished episodes are written.
+        KeyboardInterrupt: stopped; the robot holds, and the finished episodes are written.
     """
     configuration.check(config)
     policy = client.load(
@@ -57,9 +60,9 @@ def deploy(config: DeployConfig) -> dict[str, Any]:
     records: deque[dict[str, Any]] = deque(maxlen=_REMEMBERED)
     # A thread that wants to run may have to wait this long for Python's lock: less than the jitter that matters.
     sys.setswitchinterval(0.0005)
+    robot = _robot(config)
     with (
-        _robot(config) as robot,
-        Controller(robot, policy, config.control) as controller,
+        _controller(config, robot, policy) as controller,
         _black_box(config, controller),
         _held_by_signals(controller) as check,
         _live_page(config, controller, robot.spec, policy) as console,
@@ -68,19 +71,22 @@ def deploy(config: DeployConfig) -> dict[str, Any]:
         folder.begin()
         interrupted = True
         try:
-            seeds = robot.episodes if isinstance(robot, ReplayRobot) else itertools.count(config.seed)
+            listed = robot.episodes if is_episodic(robot) else None
+            seeds = itertools.count(config.seed) if listed is None else listed
             for seed in itertools.islice(seeds, config.episodes):
-                robot.reset(seed)
-                controller.safety.forget()
+                if is_episodic(robot):
+                    robot.reset(seed)
+                    controller.safety.forget()
+                instruction = _instruction(config, robot)
                 if console is not None:
-                    console.begin(seed, robot.instruction)
-                record = controller.run(robot.instruction, config.seconds)
+                    console.begin(seed, instruction)
+                record = controller.run(instruction, config.seconds)
                 check()
                 if isinstance(robot, ReplayRobot):
                     record["agreement"] = robot.agreement()
                 if console is not None:
                     record["person"] = console.end(record["success"])
-                records.append({"seed": seed, "instruction": robot.instruction} | record)
+                records.append({"seed": seed, "instruction": instruction} | record)
                 print(_line(records[-1]), flush=True)
                 while console is not None and console.waiting():
                     check()
@@ -97,15 +103,33 @@ def deploy(config: DeployConfig) -> dict[str, Any]:
     return info
 
 
-def _robot(config: DeployConfig) -> SimRobot | ReplayRobot:
+def _robot(config: DeployConfig) -> Robot | EpisodicRobot:
+    if config.robot is not None:
+        return custom.make(config.robot, config.robot_kwargs)
     if config.replay is not None:
         return ReplayRobot(config.replay, config.control.hz)
     return SimRobot(config.env, _adapter(config), config.control.hz)
 
 
+def _controller(config: DeployConfig, robot: Robot, policy: ChunkPolicy) -> Controller:
+    """The controller, which closes the robot; if there is none, the robot is closed here."""
+    try:
+        if not is_episodic(robot) and not config.adapter.instruction:
+            raise ConfigError(f"robot {config.robot!r} has no instruction of its own: state its task in --instruction.")
+        return Controller(robot, policy, config.control)
+    except BaseException:
+        robot.close()
+        raise
+
+
+def _instruction(config: DeployConfig, robot: Robot) -> str:
+    own = robot.instruction if is_episodic(robot) else ""
+    return own if config.adapter.instruction is None else config.adapter.instruction
+
+
 def _adapter(config: DeployConfig) -> AdapterConfig:
-    """A person needs more time to tell the robot something than an environment gives a policy: where scenes follow each
-    other until somebody stops them, only `config.seconds` limits one. A given number of episodes end as usual."""
+    """An operator needs more time than an environment gives a policy: with the live page and no number of episodes,
+    only `config.seconds` limits an episode."""
     if config.ui and config.episodes is None and config.adapter.max_steps is None:
         return dataclasses.replace(config.adapter, max_steps=_NO_LIMIT)
     return config.adapter
@@ -134,13 +158,12 @@ def _black_box(config: DeployConfig, controller: Controller) -> Iterator[None]:
 def _live_page(
     config: DeployConfig, controller: Controller, spec: RobotSpec, policy: ChunkPolicy
 ) -> Iterator[OperatorConsole | None]:
-    """Serve what a person sees and can do, where `config.ui` asks for it."""
+    """Serve the operator console, if `config.ui`."""
     if not config.ui:
         yield None
         return
-    console = OperatorConsole(
-        controller, spec, policy, f"{config.policy} on {config.replay or config.env.partition(':')[2] or config.env}"
-    )
+    driven = config.robot or config.replay or config.env.partition(":")[2] or config.env
+    console = OperatorConsole(controller, spec, policy, f"{config.policy} on {driven}")
     with serve_in_thread(page(console, config.host), config.host, config.port) as address:
         print(f"live page: {address}", flush=True)
         if os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):

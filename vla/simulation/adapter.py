@@ -2,7 +2,7 @@
 
 Owns: making an environment by id, and the wrapper that turns its observations, infos and description into an
 `Observation`, an instruction, a success flag and a `RobotSpec`, as an `AdapterConfig` says. Every job that runs an
-environment (collect, replay, rollout, ...) goes through here, and here alone is imported what a configuration names.
+environment (collect, replay, rollout, ...) goes through here.
 It does not know the environments themselves (they are found through Gymnasium's registry) nor any policy.
 """
 
@@ -15,10 +15,6 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, PathFinder
-from pathlib import Path
-from types import ModuleType
 from typing import Any, Protocol
 
 import gymnasium as gym
@@ -28,6 +24,7 @@ from gymnasium import spaces
 from vla.config import AdapterConfig
 from vla.errors import SimulatorError, SpecError, VLAError, unknown
 from vla.spec import RobotSpec
+from vla.support import plugins
 from vla.transforms.images import ImageFormat
 from vla.transforms.prompt import text
 
@@ -162,9 +159,8 @@ class SimulatedRobot(gym.Wrapper):
                 f"environment {self.env_id!r} has no expert of its own. Name one in the adapter: "
                 '`expert: "module:callable"` (called with the environment and a seed), or `expert: random`.'
             )
-        module, _, name = source.partition(":")
         try:
-            return getattr(_import(module), name)
+            return plugins.load(source)
         except Exception as error:
             raise SimulatorError(
                 f"cannot load expert {source!r} ('env', 'random' or 'module:callable' is expected): {error}"
@@ -358,7 +354,7 @@ def resolve(env_id: str, adapter: AdapterConfig) -> str:
     module = module or adapter.module or (OWN if name.startswith("vla") else "")
     if module:
         try:
-            _import(module)
+            plugins.import_module(module)
         except Exception as error:
             raise SimulatorError(
                 f"environment {env_id!r}: cannot import {module!r} ({error}). Install the package that provides it, or "
@@ -376,34 +372,6 @@ def resolve(env_id: str, adapter: AdapterConfig) -> str:
     near = difflib.get_close_matches(name, gym.registry, n=3, cutoff=0.6)
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
     raise SimulatorError(f"unknown environment {name!r}.{hint} {fix}")
-
-
-def _import(module: str) -> ModuleType:
-    """Import what a configuration names; files in the working directory count, after everything that is installed."""
-    here = Path.cwd()
-    finder = next((f for f in sys.meta_path if isinstance(f, _WorkingDirectory) and f.folder == here), None)
-    if finder is None:
-        finder = _WorkingDirectory(here)
-        sys.meta_path.append(finder)
-    finder.named.add(module.partition(".")[0])
-    return importlib.import_module(module)
-
-
-class _WorkingDirectory(MetaPathFinder):
-    """Finds modules in a folder when nothing that is installed has their name.
-
-    On `sys.path` the folder would come before editable installs, and any folder in it would pass for a package:
-    `datasets/`, full of recordings, for the library of that name that others look for. Here a folder without
-    `__init__.py` counts only where a configuration names it.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.named: set[str] = set()
-
-    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        spec = PathFinder.find_spec(name, [str(self.folder)]) if path is None else None
-        return spec if spec is not None and (spec.loader is not None or name in self.named) else None
 
 
 def _failure(env_id: str, error: Exception) -> SimulatorError:

@@ -36,8 +36,6 @@ class SimRobot(EpisodicRobot):
         instruction: of the current episode.
     """
 
-    episodes = None
-
     def __init__(self, env_id: str, adapter: AdapterConfig | None = None, hz: float | None = None) -> None:
         method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
         context: Any = multiprocessing.get_context(method)

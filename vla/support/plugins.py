@@ -1,0 +1,52 @@
+"""Modules that a user names in a flag or a YAML file.
+
+Owns: how they are imported: installed ones first, then files in the working directory. Only names that the user wrote
+come here, never one out of a dataset or a checkpoint.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+
+def load(source: str) -> Callable[..., Any]:
+    """The callable "module:callable". Raises what the import raises, and ValueError for a name of another form."""
+    module, _, name = source.partition(":")
+    if not module or not name:
+        raise ValueError("it has no colon between module and callable" if ":" not in source else "a part is missing")
+    return getattr(import_module(module), name)
+
+
+def import_module(name: str) -> ModuleType:
+    """Import `name`, from the working directory if it is not installed."""
+    here = Path.cwd()
+    finder = next((f for f in sys.meta_path if isinstance(f, _WorkingDirectory) and f.folder == here), None)
+    if finder is None:
+        finder = _WorkingDirectory(here)
+        sys.meta_path.append(finder)
+    finder.named.add(name.partition(".")[0])
+    return importlib.import_module(name)
+
+
+class _WorkingDirectory(MetaPathFinder):
+    """Finds modules in a folder if no installed module has their name.
+
+    On `sys.path` the folder would come before editable installs, and each of its folders would be a package:
+    `datasets/`, full of recordings, instead of the library of that name. Here a folder without `__init__.py` is a
+    package only if a configuration names it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.named: set[str] = set()
+
+    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(name, [str(self.folder)]) if path is None else None
+        return spec if spec is not None and (spec.loader is not None or name in self.named) else None
