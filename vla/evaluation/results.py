@@ -1,10 +1,10 @@
-"""What a rollout found, as data.
+"""Results of a rollout, as data.
 
 Owns: the record of one episode and how episodes become `eval_info.json` (LeRobot's names, with intervals). It does not
 know how episodes are run, how two runs compare, nor how a page looks.
 
-A *success* is `final`: the state at the last step of the episode. `ever` (success at any step) is reported beside it.
-A fault of an environment counts as an episode without success, and is counted by itself as well.
+*Success* is `final`: at the last step of the episode. `ever` (success at any step) is reported beside it. A fault of
+the environment counts as a failure, and is also counted separately.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Episode:
 
     @property
     def outcome(self) -> str:
-        """How it went: a key of `OUTCOMES`."""
+        """A key of `OUTCOMES`."""
         if self.fault is not None:
             return "fault"
         if self.success:
@@ -80,7 +80,7 @@ class Episode:
 
 
 def evaluate(episodes: Sequence[Episode], seconds: float) -> dict[str, Any]:
-    """Per episode, per task, per group and in all: the part of eval_info.json that follows from the episodes."""
+    """The part of eval_info.json computed from episodes: per episode, task and group, and overall."""
     tasks, groups = collections.defaultdict(list), collections.defaultdict(list)
     for episode in episodes:
         tasks[episode.env_id].append(episode)
@@ -94,7 +94,7 @@ def evaluate(episodes: Sequence[Episode], seconds: float) -> dict[str, Any]:
             for i, (env_id, of_task) in enumerate(tasks.items())
         ],
         "per_group": {group: summarise(of_group) for group, of_group in groups.items()},
-        # LeRobot has written this under both names.
+        # LeRobot uses both names.
         "overall": overall,
         "aggregated": overall,
     }
@@ -119,7 +119,7 @@ def summarise(episodes: Sequence[Episode]) -> dict[str, Any]:
 
 
 def latency(forwards: Sequence[tuple[int, float]]) -> dict[str, Any]:
-    """Percentiles of (batch size, seconds) per batched forward, in ms. The first, which warms up, is kept apart."""
+    """Percentiles of (batch size, seconds) per batched forward, in ms. The first forward warms up: it is separate."""
     if not forwards:
         return {"n_forwards": 0}
     steady = forwards[1:] or forwards
@@ -145,12 +145,12 @@ def task_group(env_id: str) -> str:
 
 
 def write(info: Mapping[str, Any], folder: Path) -> Path:
-    """Write `eval_info.json`, whole or not at all."""
+    """Write `eval_info.json` atomically."""
     return RunFolder(folder).write_json(FILE, info)
 
 
 def finished(folder: Path) -> dict[str, Any] | None:
-    """The results in `folder`; None when there are none, or those of a rollout that was stopped early."""
+    """The results in `folder`; None when there are none or the rollout was interrupted."""
     return read(folder) if RunFolder(folder).is_finished(FILE) else None
 
 

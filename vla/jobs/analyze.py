@@ -1,10 +1,9 @@
-"""`vla analyze exposure`: how much worse a policy gets when it reads its own tokens instead of the demonstrator's.
+"""`vla analyze exposure`: exposure bias, the cost of decoding after the policy's own tokens (Ranzato et al., 2016).
 
-Owns: the measurement, its table and its picture. In training a token is predicted after the demonstrator's tokens
-(teacher forcing), at run time after the policy's own (free running); the difference of the two error rates is what
-errors early in a chunk cost later in it (exposure bias; Ranzato et al., 2016). It also measures how much probability
-the network gives to tokens that are no actions, which decoding never lets it choose. Demonstrations are all it sees:
-where closed-loop errors lead the robot is what `vla rollout` tells.
+Owns: the measurement, its table and its figure. In training a token is predicted after the demonstrator's tokens
+(teacher forcing), at run time after the policy's own (free running). The difference of the two error rates shows how
+errors early in a chunk propagate within it. It also measures the probability of tokens that are not actions, which
+decoding excludes. It only sees demonstrations: closed-loop errors are measured by `vla rollout`.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from vla.support.progress import Progress
 from vla.support.run_folder import RunFolder
 
 FILE, PICTURE = "exposure.json", "exposure.png"
-_STEPS = 12  # groups of steps in the picture
+_STEPS = 12  # groups of steps in the figure
 
 
 def exposure(config: ExposureConfig) -> dict[str, Any]:
@@ -65,13 +64,13 @@ def exposure(config: ExposureConfig) -> dict[str, Any]:
 
 
 class Tokens(NamedTuple):
-    """What was found out about every token of every sample, each [B, T].
+    """Measurements of every token of every sample, each [B, T].
 
     Attributes:
         forced: wrong after the demonstrator's tokens.
         free: wrong after the policy's own tokens.
-        outside: probability that the network gives, there, to what is no action.
-        learned: whether it counts: False beyond the end of a demonstration.
+        outside: probability of all tokens that are not actions.
+        learned: whether it counts. False beyond the end of a demonstration.
     """
 
     forced: np.ndarray

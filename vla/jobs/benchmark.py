@@ -1,11 +1,11 @@
 """`vla benchmark metaworld`: Meta-World as papers about vision-language-action policies report it.
 
-Owns: which tasks are played on which seeds, going on where an earlier run stopped, the averages over tiers of
-difficulty, and the published numbers that they stand beside. Every task is a rollout of its own (`vla.jobs.rollout`) in
-its own folder, which is what makes it resumable; the page is `vla.evaluation.report`'s. What is in a set of tasks is
-the suite's to say: it is read from the module `SETS_MODULE` by name, as environments are.
+Owns: the tasks and seeds, resuming, the averages over tiers of difficulty, and the published results beside them. Every
+task is a rollout (`vla.jobs.rollout`) in its own folder, so a benchmark can be resumed task by task; the page is
+`vla.evaluation.report`'s. The suite defines the sets of tasks; its module `SETS_MODULE` is imported by name, as
+environments are.
 
-A finished folder is, taken as a whole, a rollout report too: `vla rollout --compare` reads it.
+The folder of a finished benchmark is also a rollout report: `vla rollout --compare` reads it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 FILE, TASKS = "benchmark.json", "tasks"
 SETS_MODULE = "envs.metaworld_sets"
 WHOLE = "mt50"  # the set whose tiers are averaged; "mt50/easy" is one of its tiers
-_FREE = ("n_envs", "videos")  # what may change between two parts of one benchmark
+_FREE = ("n_envs", "videos")  # may change when a benchmark is resumed
 _KEPT = [field.name for field in dataclasses.fields(Episode) if field.name != "decode_ms"]
 
 Counts = tuple[int, int]  # successes, episodes
@@ -68,18 +68,18 @@ PUBLISHED = (
 
 
 def benchmark(config: BenchmarkConfig, policy: ChunkPolicy | None = None) -> dict[str, Any]:
-    """Play what is missing in `config.out`, aggregate, and write `benchmark.json`, `eval_info.json` and the page.
+    """Play the missing tasks in `config.out`, aggregate, and write `benchmark.json`, `eval_info.json` and the page.
 
-    Tasks that are finished are not played again, unless an environment failed in one: that is not the policy's doing.
+    Finished tasks are not played again, except those with faults of the environment.
 
     Args:
         policy: None: the one that the configuration names, loaded once for all tasks.
     Returns:
         What `benchmark.json` holds.
     Raises:
-        ConfigError: unknown tasks, or a folder that holds another policy's benchmark or one with other settings.
+        ConfigError: unknown tasks, or a folder with another policy, other settings or something else in it.
         VLAError: as `rollout`.
-        KeyboardInterrupt: stopped. This and every error come after what was finished is written.
+        KeyboardInterrupt: stopped. This and every error are raised after finished tasks are written.
     """
     configuration.check(config)
     sets = _task_sets()
@@ -99,7 +99,7 @@ def benchmark(config: BenchmarkConfig, policy: ChunkPolicy | None = None) -> dic
             policy = policy or client.load(
                 config.policy, config.device, config.unnorm_key, config.n_action_steps, config.decoding
             )
-            shutil.rmtree(folder, ignore_errors=True)  # what a kill left of it
+            shutil.rmtree(folder, ignore_errors=True)  # unfinished: a kill left it
             rollout(_of_task(config, env_id, folder), policy)
     finally:
         summary = _conclude(config, asked, env_ids, sets)
@@ -176,7 +176,7 @@ def _claim(folder: RunFolder, asked: Mapping[str, Any]) -> None:
 
 
 def _place(env_id: str) -> Path:
-    """Where in the benchmark's folder the rollout of a task is."""
+    """Folder of a task's rollout, relative to the benchmark's."""
     return Path(TASKS) / env_id.rpartition("/")[2]
 
 
@@ -195,7 +195,7 @@ def _conclude(
     env_ids: Sequence[str],
     sets: Mapping[str, Sequence[str]],
 ) -> dict[str, Any]:
-    """Write and print what follows from the tasks that are finished, as they lie in their folders."""
+    """Aggregate the finished tasks from their folders; write and print the result."""
     infos = {env_id: info for env_id in env_ids if (info := results.finished(config.out / _place(env_id)))}
     tasks = {env_id: info["per_task"][0] for env_id, info in infos.items()}
     scores = score({env_id: (task["n_successes"], task["n_episodes"]) for env_id, task in tasks.items()}, sets)
@@ -247,7 +247,7 @@ def _merge(infos: Mapping[str, Mapping[str, Any]], summary: Mapping[str, Any]) -
     return {
         **results.evaluate(episodes, seconds),
         "per_episode": records,
-        # Percentiles of several runs cannot be joined; each task's own page has them.
+        # Percentiles of several runs cannot be merged; the page of each task has its own.
         "decode_latency": {"n_forwards": sum(info["decode_latency"]["n_forwards"] for info in infos.values())},
         "interrupted": summary["interrupted"],
         "n_episodes_asked": summary["n_tasks_asked"] * summary["config"]["episodes"],

@@ -1,7 +1,7 @@
 """`vla collect`: run an expert in an environment and write its successes as a dataset.
 
-Owns: which episode is made from which environment and seed, and what happens when attempts fail or the run is
-interrupted. It does not know the format on disk (`data.writer`), nor how an attempt is carried out (`demonstrators`).
+Owns: the environment and seed of every episode, and what happens when attempts fail or the run is interrupted. It does
+not know the format on disk (`data.writer`), nor how an attempt is played (`simulation.experts`).
 
 Episode `n` depends on nothing but the configuration and `n`: neither the number of workers nor an interruption changes
 the dataset. An episode that is not kept is tried again with another seed, which depends only on `n` and the number of
@@ -37,10 +37,10 @@ from vla.support.run_folder import RunFolder, write_text
 FAILURES = "failures.jsonl"  # one line per attempt that was not kept
 FREE = ("episodes", "workers")  # may change when a collection is resumed
 
-SEEDS_APART = 1_000_000  # between the seed of an episode and those of its next tries: no two episodes share one
-HOPELESS = 50  # failures in an environment, without one success, after which no further seed is tried
-BROKEN = 10  # ... and when all of them were errors
-TRIES = 200  # of one episode
+SEEDS_APART = 1_000_000  # between the seeds of an episode's attempts: no two episodes share one
+HOPELESS = 50  # failures in an environment without a success, after which collecting stops
+BROKEN = 10  # the same, when all failures were errors
+TRIES = 200  # attempts per episode
 
 _console = Console(stderr=True)
 
@@ -48,7 +48,7 @@ _console = Console(stderr=True)
 def attempt(config: CollectConfig, episode: int, turn: int) -> Attempt:
     """The `turn`-th try at an episode of the dataset: a pure function of its arguments."""
     environment = episode % len(config.env)
-    place = episode // len(config.env)  # among the episodes of its environment: each gets its share of noise
+    place = episode // len(config.env)  # within its environment: each gets its share of noisy episodes
     noisy = int((place + 1) * config.noise_share) > int(place * config.noise_share)
     return Attempt(
         episode=episode,
@@ -68,7 +68,7 @@ def collect(config: CollectConfig) -> Path:
     """
     configuration.check(config)
     if config.resume and (config.out / INFO).is_file():
-        shutil.rmtree(config.out / STAGING, ignore_errors=True)  # killed between the last rename and cleaning up
+        shutil.rmtree(config.out / STAGING, ignore_errors=True)  # left by a kill after the last rename
         RunFolder(config.out, config, PLAN, FREE).check_settings()
         there = Info.load(config.out).total_episodes
         if there < config.episodes:
@@ -80,7 +80,7 @@ def collect(config: CollectConfig) -> Path:
         return config.out
     check_staging(config.out, config.resume)
     robot = _examine(config)
-    if config.resume and not finished(config.out / STAGING):  # nothing to continue: no plan to keep to
+    if config.resume and not finished(config.out / STAGING):  # no episode depends on the earlier settings
         drop_staging(config.out)
     staging = open_staging(config.out, config.resume)
     plan = RunFolder(config.out, config, f"{STAGING}/{PLAN}", FREE)
@@ -105,7 +105,7 @@ def collect(config: CollectConfig) -> Path:
 
 
 class _Run:
-    """The episodes that are done and those to do, and what went wrong on the way."""
+    """Episodes done, attempts to do, and failed attempts."""
 
     def __init__(self, config: CollectConfig, staging: Path, robot: RobotSpec) -> None:
         self.config, self.staging = config, staging
@@ -122,7 +122,7 @@ class _Run:
             _check_same_robot(config.env[0], robot.to_dict(), about["env_id"], about["robot"])
 
     def complete(self) -> None:
-        """Make all episodes that are missing."""
+        """Collect all missing episodes."""
         if not self.todo:
             return
         job = Job(
@@ -141,7 +141,7 @@ class _Run:
                         progress.advance(self.describe())
 
     def write_failures(self, path: Path) -> None:
-        """Those failures that made the dataset what it is, in an order that does not depend on timing."""
+        """Write the failed attempts of this dataset, in an order that does not depend on timing."""
         if not self.failures:
             return
         ordered = sorted(self.failures, key=lambda failure: (failure["episode"], failure["turn"]))
@@ -184,13 +184,13 @@ class _Run:
             self.frames += outcome.frames
             return
         if outcome.kind == "died" and not self._deaths[tried]:
-            self._deaths[tried] += 1  # killed from outside, perhaps: the same seed deserves a second chance
+            self._deaths[tried] += 1  # perhaps killed from outside: try the same seed once more
             self.todo.insert(0, tried)
             return
         failure = dataclasses.asdict(tried) | {"kind": outcome.kind, "message": outcome.message}
         self.failures.append(failure)
         with (self.staging / FAILURES).open("a") as file:
-            file.write("\n" + json.dumps(failure))  # on a line of its own, whatever a killed process has left
+            file.write("\n" + json.dumps(failure))  # a killed process may have left half a line
         self._give_up_if_hopeless(tried, outcome)
         self.todo.insert(0, attempt(self.config, tried.episode, tried.turn + 1))
 
@@ -216,7 +216,7 @@ class _Run:
 
 
 def _examine(config: CollectConfig) -> RobotSpec:
-    """The robot of all environments; each is made once, so that what is wrong shows before anything is written."""
+    """The robot of all environments. Each is made once, so that errors show before anything is written."""
     robots: dict[str, RobotSpec] = {}
     for env_id in dict.fromkeys(config.env):
         env = simulator.make(env_id, config.adapter)

@@ -1,15 +1,15 @@
-"""`vla dagger`: demonstrations of the states that the policy itself gets into (DAgger; Ross et al. 2011).
+"""`vla dagger`: DAgger, demonstrations of the states that the policy itself reaches (Ross et al. 2011).
 
-Owns: the rounds, when they end, and what they cost and brought. Round 0 is behaviour cloning. Every later round rolls
-in the last policy with the expert at its side (`vla.training.dagger_rollouts`), trains that policy further (or a new
-one) on the demonstrations of all rounds, and evaluates it. Every stage is a job of its own; what is finished in the
-output folder is not done again. It does not know how roll-ins are played, policies trained or results computed.
+Owns: the rounds, the stopping criterion, and labels and success per round. Round 0 is behaviour cloning. Every later
+round plays DAgger rollouts of the last policy with the expert (`vla.training.dagger_rollouts`), trains that policy
+further (or a new one) on the demonstrations of all rounds, and evaluates it. Every stage is a job of its own; finished
+stages are not repeated. It does not know how rollouts are played, policies trained or results computed.
 
-    round-0/data, train, rollout     as `vla collect`, `vla train` and `vla rollout` leave them; likewise round-1, ...
-    round-1/trials                   what the last policy could do alone, if roll-ins are shared out by that
+    round-0/data, train, rollout     output of `vla collect`, `vla train` and `vla rollout`; likewise round-1, ...
+    round-1/trials                   rollouts of the last policy alone, if they decide how many scenes each task gets
     bc-4/...                         behaviour cloning on the budget of rounds 0 to 4
     dagger.json, dagger.png          success against the number of labels
-    dagger.yaml                      the values that this folder was made with
+    dagger.yaml                      settings
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from vla.training.dagger_rollouts import first_seed, roll_in, scenes_of
 
 FILE, PICTURE, SETTINGS = "dagger.json", "dagger.png", "dagger.yaml"
 FREE = ("rounds", "labels", "target", "compare_bc", "device")  # may change when a run is resumed
-KEY = "dagger"  # all rounds share their statistics: one robot, one meaning of every action token
+KEY = "dagger"  # one unnorm_key for all rounds: they share the robot and the meaning of every action token
 
 _console = Console()
 
@@ -109,7 +109,7 @@ def _round(config: DaggerConfig, before: Sequence[dict[str, Any]]) -> dict[str, 
 
 
 def _failures(config: DaggerConfig, number: int, policy: str) -> list[int]:
-    """How often the policy alone has no success in each environment, in scenes of this round."""
+    """Failures of the policy alone per environment, in this round's scenes."""
     place = config.out / f"round-{number}" / "trials"
     tried = _evaluate(config, policy, place, config.trials, first_seed(config, number))["per_episode"]
     failed = [episode["env_id"] for episode in tried if not episode["success"]]
@@ -117,17 +117,17 @@ def _failures(config: DaggerConfig, number: int, policy: str) -> list[int]:
 
 
 def _behaviour_cloning(config: DaggerConfig, rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What the same labels and optimizer steps bring when the expert drives alone: more of round 0's demonstrations.
+    """The baseline: demonstrations of the expert alone, with as many labels and optimizer steps.
 
-    One training run on all of them from the start, where DAgger saw its first ones first: if that matters, it favours
-    this side. So do the labels, which are whole episodes and therefore at least as many.
+    It trains on all demonstrations from the start, where DAgger sees them round by round, and gets at least as many
+    labels, because it collects whole episodes. If either matters, it favours the baseline.
     """
     _console.print(Rule("behaviour cloning on the same budget", align="left"))
     first, last = rounds[0], rounds[-1]
     folder = config.out / f"bc-{last['round']}"
     data, labels, seed = list(map(Path, first["data"])), first["labels"], config.seed + ROUNDS_APART
     while labels < last["labels"]:
-        # How many episodes hold so many frames is known for certain only once they are there.
+        # The lengths of episodes are known only after they are collected.
         episodes = math.ceil((last["labels"] - labels) * first["episodes"] / first["labels"])
         data.append(_demonstrate(config, folder / f"data-{len(data)}", episodes, seed))
         labels, seed = labels + Info.load(data[-1]).total_frames, seed + episodes
@@ -156,7 +156,7 @@ def _demonstrate(config: DaggerConfig, out: Path, episodes: int, seed: int) -> P
 def _learn(
     config: DaggerConfig, folder: Path, data: Sequence[Path], backbone: str | None, steps: int
 ) -> dict[str, Any]:
-    """Train on `data`, from the policy `backbone` or as the configuration says, and evaluate what comes out."""
+    """Train on `data`, from the policy `backbone` or else the configured one, and evaluate the result."""
     run, report = folder / "train", folder / "rollout"
     if not (run / "policy").is_dir():
         train(_training(config, run, data, backbone, steps), conclude=False)
@@ -169,7 +169,7 @@ def _learn(
 def _evaluate(
     config: DaggerConfig, policy: str, report: Path, episodes: int, seed: int, videos: int = 0
 ) -> dict[str, Any]:
-    """Results of a policy alone, so many episodes per environment."""
+    """Results of a policy alone, with `episodes` per environment."""
     return results.finished(report) or rollout(
         RolloutConfig(
             policy,
@@ -190,9 +190,9 @@ def _training(config: DaggerConfig, run: Path, data: Sequence[Path], backbone: s
     if not started:  # killed while it wrote its first files
         shutil.rmtree(run, ignore_errors=True)
     model = config.train.model
-    if backbone is not None:  # it has its vision tower; how it reads and writes actions stays as configured
+    if backbone is not None:  # it brings its vision tower; tokenizer and horizon stay as configured
         model = dataclasses.replace(model, backbone=backbone, vision=(), image_size=None)
-    # The seed stays: it also decides which episodes are held out, and none of them may have been trained on before.
+    # Keep the seed: it decides which episodes are held out, and those of earlier rounds must stay held out.
     return dataclasses.replace(
         config.train,
         data=tuple(data),
@@ -214,7 +214,7 @@ def _enough(config: DaggerConfig, rounds: Sequence[dict[str, Any]]) -> str | Non
 
 
 def _check(config: DaggerConfig) -> None:
-    """Refuse what could only fail hours later."""
+    """Fail now where a later stage would fail hours into the run."""
     configuration.check(config)
     for folder in config.data:
         Info.load(folder)
@@ -251,7 +251,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _draw(info: dict[str, Any]) -> Figure:
-    """Success with its interval against the number of labels; behaviour cloning's line begins at round 0, too."""
+    """Success with its interval against the number of labels. Both lines start at round 0."""
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axis = figure.subplots()
     lines = [("DAgger", info["rounds"], ACCENT)]

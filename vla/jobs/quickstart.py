@@ -1,7 +1,7 @@
-"""`vla quickstart`: the main job end to end, in the order in which a person would do it.
+"""`vla quickstart`: from demonstrations to an evaluated policy in one command.
 
 Owns: the sequence collect -> rollout (zero-shot) -> train (LoRA) -> rollout, and its settings. Every step is the verb
-of that name; what is finished in the output folder is not done again. It has no logic of its own.
+of that name; finished steps are not repeated.
 """
 
 from __future__ import annotations
@@ -32,8 +32,7 @@ from vla.jobs.rollout import rollout
 from vla.jobs.train import seconds_per_step, train
 from vla.support.run_folder import RunFolder
 
-# Rollouts use seeds that no demonstration has.
-UNSEEN = 100_000
+UNSEEN = 100_000  # first seed of the rollouts: no demonstration has it
 SETTINGS = "quickstart.yaml"
 
 
@@ -87,16 +86,16 @@ def _training(cfg: QuickstartConfig, demos: Path, run: Path) -> TrainConfig:
         data=(demos,),
         out=run,
         model=ModelConfig(backbone="nano"),
-        # The embedded vision tower is small and has seen few things: let it learn new ones.
+        # The embedded vision tower is small and was trained on few objects.
         lora=LoraConfig(train_vision=True),
-        # The cameras are fixed: shifting pictures would only blur where things are.
+        # The cameras are fixed: shifted images would only blur the positions of objects.
         augment=AugmentConfig(shift=0.0),
         batch_size=32,
         save_every=200,
         eval_every=200,
     )
     steps = int(60 * cfg.minutes / seconds_per_step(training))
-    # A machine that is much faster gains nothing from more steps; a slower one still has to learn.
+    # More than 4000 steps gain nothing; fewer than `min_steps` learn too little.
     return dataclasses.replace(training, steps=max(cfg.min_steps, min(steps, 4000)))
 
 

@@ -1,10 +1,10 @@
 """`vla replay`: send recorded actions back to the environment they came from.
 
-Owns: whether the recording, the environment and the action conventions still fit together. If the recorded actions do
-not solve the task any more, no policy that imitates them will. It does not know policies.
+Owns: the check that the recording, the environment and the action conventions still fit together. If the recorded
+actions no longer solve the task, no policy that imitates them will. It does not know policies.
 
-A dataset may come from anyone, so the modules that it names (in its environment ids and in `collect.yaml`) are never
-imported. Modules come from the command line and from files that it names, and from this package.
+Datasets are not trusted: a module that a dataset names (in its environment ids or in `collect.yaml`) is never imported.
+Modules come only from the command line, from files named there, and from this package.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ class Replay:
 
 
 def replay(config: ReplayConfig) -> bool:
-    """Replay the first `config.episodes` episodes, print what happened, and return whether all went as recorded.
+    """Replay the first `config.episodes` episodes, print the results, and return whether all went as recorded.
 
-    Where the configuration's adapter says nothing but `module`, the rest is that of the dataset's collection.
+    An adapter of which only `module` is configured takes its other values from the dataset's collection.
 
     Raises:
-        DataError: the dataset cannot be read, or does not say which environment and seed its episodes had.
+        DataError: the dataset cannot be read, or does not name its environments and seeds.
         SimulatorError: the environment cannot be made.
         SpecError: the environment does not fit the recording.
     """
@@ -74,7 +74,7 @@ def replay(config: ReplayConfig) -> bool:
     collected = _collected_with(config.data)
     adapter = _adapter(config.adapter, collected)
     results: list[Replay] = []
-    notes: dict[str, None] = {}  # what differs from the recording, each once
+    notes: dict[str, None] = {}  # differences from the recording, each once
     env: simulator.SimulatedRobot | None = None
     try:
         for episode in track(episodes, "replaying", console=Console(stderr=True), transient=True):
@@ -107,7 +107,7 @@ def replay(config: ReplayConfig) -> bool:
 
 
 def explain(results: Sequence[Replay]) -> str:
-    """What the outcome means and where to look; "" when all went as recorded."""
+    """The likely cause of the failures and where to look; "" when all went as recorded."""
     wrong = [result for result in results if not _as_recorded(result)]
     if not wrong:
         return ""
@@ -140,7 +140,7 @@ def _replay(env: simulator.SimulatedRobot, demos: Demonstrations, episode: Episo
     states = None if demos.states is None else demos.states[episode.rows]
     seen: list[np.ndarray] = []
     steps, over = 0, False
-    # Without a recorded seed the scene is another one; the drift will show it.
+    # Without a recorded seed the scene differs; the drift shows it.
     observation, info = env.reset(seed=episode.seed if episode.seed is not None else episode.index)
     success = info["is_success"]
     for action in recorded[episode.rows]:
@@ -174,20 +174,20 @@ def _replay(env: simulator.SimulatedRobot, demos: Demonstrations, episode: Episo
 
 
 def _collected_with(root: Path) -> AdapterConfig:
-    """The adapter of the dataset's collection; the default where nothing is known of one."""
+    """The adapter of the dataset's collection; the default when it is unknown."""
     plan = root / PLAN
     return configuration.load(CollectConfig, plan).adapter if plan.is_file() else AdapterConfig()
 
 
 def _adapter(given: AdapterConfig, collected: AdapterConfig) -> AdapterConfig:
-    """The adapter to replay with. Of what a dataset says, no module is taken over."""
+    """The adapter to replay with. It never takes a module from the dataset."""
     if dataclasses.replace(given, module=None) != AdapterConfig():
         return given
     return dataclasses.replace(collected, module=given.module, expert="env")
 
 
 def _recorded_env(demos: Demonstrations, episode: Episode, adapter: AdapterConfig, collected_module: str | None) -> str:
-    """The id that the episode was recorded with, as far as a dataset is to be followed."""
+    """The id that the episode was recorded with, without a module that only the dataset names."""
     if episode.env_id is None:
         raise DataError(
             f"{demos.root}: episode {episode.index} does not say which environment it is from. Name it: `--env <id>`."

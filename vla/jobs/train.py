@@ -54,12 +54,12 @@ def pretrain(cfg: TrainConfig) -> Path:
 
 
 def train(cfg: TrainConfig, conclude: bool = True) -> Path:
-    """Run one training job and return the run folder, in whose `policy/` the (merged) policy lies.
+    """Run one training job and return the run folder. The (merged) policy is in its `policy/`.
 
     Args:
-        conclude: print where everything is and what to run next.
+        conclude: print the paths of the results and the next command.
     Raises:
-        ConfigError, DataError, CheckpointError: what is wrong, before anything is written.
+        ConfigError, DataError, CheckpointError: before anything is written.
     """
     config.check(cfg)
     if cfg.dry_run:
@@ -97,8 +97,7 @@ def seconds_per_step(cfg: TrainConfig, steps: int = 4) -> float:
 
 
 def _prepare(cfg: TrainConfig, quiet: bool = False) -> tuple[trainer.VLATrainer, list[Demonstrations]]:
-    """Everything of a job but its steps: trainer (with network and samples) and data. A dry run's trainer writes
-    nothing."""
+    """The trainer (with network and samples) and the data of a job. The trainer of a dry run writes nothing."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     demos = [Demonstrations(folder) for folder in cfg.data]
@@ -158,7 +157,7 @@ def _check_output(folder: RunFolder) -> str | None:
 
 
 def _facts(cfg: TrainConfig, demos: list[Demonstrations]) -> tuple[DataFacts, list[str]]:
-    """What the datasets decide, and the unnorm_key of each; datasets with the same key share their statistics."""
+    """Robot and statistics of the datasets, and the unnorm_key of each. Datasets with the same key share statistics."""
     keys = list(cfg.unnorm_keys) or [demo.root.resolve().name for demo in demos]
     if len(keys) != len(demos) or (not cfg.unnorm_keys and len(set(keys)) < len(keys)):
         raise ConfigError(f"unnorm_keys: give one name per dataset, {len(demos)} in all; got {keys}.")
@@ -289,7 +288,7 @@ def _state_row(processor: VLAProcessor) -> str:
 
 
 def _left_out(processor: VLAProcessor, demos: list[Demonstrations]) -> list[str]:
-    """What the datasets hold but the policy is not given, where one would expect that it is."""
+    """Notes on features of the datasets that the policy does not use, although a reader may expect it."""
     notes = [f"{d.root}: depth images are left out: {', '.join(d.info.depth)}." for d in demos if d.info.depth]
     for demo in demos:
         if processor.config.use_state and demo.states is None:
@@ -320,10 +319,10 @@ def _dry_run(cfg: TrainConfig) -> Path:
 
 
 def _forget_start(run: Path) -> None:
-    """Remove what a run wrote that failed before its first step: the corrected command begins in the same folder."""
+    """Remove the files of a run that failed before its first step, so that the corrected command can use the folder."""
     for name in (SETTINGS, DATA, trainer.METRICS):
         (run / name).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # what else is in it is not ours
+    with contextlib.suppress(OSError):  # not empty
         run.rmdir()
 
 
@@ -353,7 +352,7 @@ def _export(model: Any, processor: VLAProcessor, cfg: TrainConfig) -> None:
 
 
 class _Ends(TrainerCallback):
-    """When each optimizer step ended, in seconds."""
+    """Records the time in seconds at which each optimizer step ended."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -365,8 +364,7 @@ class _Ends(TrainerCallback):
 
 
 class _Rollouts(TrainerCallback):
-    """Closed-loop evaluation of the network as it is, every `rollout_every` steps. One that fails is reported, and
-    training goes on."""
+    """Evaluates the network closed loop every `rollout_every` steps. Training goes on when an evaluation fails."""
 
     def __init__(self, cfg: TrainConfig, processor: VLAProcessor) -> None:
         self.cfg, self.processor = cfg, processor
@@ -377,12 +375,12 @@ class _Rollouts(TrainerCallback):
         try:
             overall = self._evaluate(model, args, state.global_step)["overall"]
             print(f"step {state.global_step}: closed-loop success {overall['pc_success']:.0f} %", flush=True)
-        except Exception as error:  # of an environment, its renderer, a full disk: hours of training are worth more
+        except Exception as error:  # an environment, its renderer, a full disk: none is worth losing the training
             what = str(error) if isinstance(error, VLAError) else f"{type(error).__name__}: {error}"
             print(f"step {state.global_step}: no closed-loop evaluation: {what}", file=sys.stderr, flush=True)
         finally:
             model.train()
-            gc.collect()  # the policy's engine has its own copy of the weights, and refers to itself
+            gc.collect()  # the policy's engine holds a copy of the weights, in a reference cycle
 
     def _evaluate(self, model: Any, args: TrainingArguments, step: int) -> dict[str, Any]:
         from vla.jobs.rollout import rollout
