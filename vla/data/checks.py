@@ -140,7 +140,7 @@ def _entries(demos: Demonstrations) -> Iterator[Finding]:
         yield Finding("constant actions", "no action entry ever changes. Was the right column recorded?")
     elif constant.any():
         yield Finding(
-            "constant entries", f"{', '.join(names[constant])} never move, so there is nothing to learn from them."
+            "constant entries", f"{', '.join(names[constant])} never move; a policy learns nothing from them."
         )
     q01, q99 = np.quantile(demos.actions, [0.01, 0.99], axis=0)
     narrow = ~constant & (q99 - q01 <= 1e-6 * spread)
@@ -241,7 +241,7 @@ def _episode(
         lead, tail = _leading(~moving), _leading(~moving[-2::-1])
         if max(lead, tail) >= LONG_PAUSE:
             where = "start" if lead >= tail else "end"
-            yield "pause at an end", f"nothing moves in {max(lead, tail)} frames at its {where}: trim them."
+            yield "pause at an end", f"nothing moves in {max(lead, tail)} frames at the {where}; trim them."
     if episode.length < 3:
         return
     names = demos.robot.action_names

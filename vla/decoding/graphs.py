@@ -1,7 +1,7 @@
-"""A function of tensors as CUDA graphs.
+"""CUDA graphs of tensor functions.
 
-Owns: capture and replay, one graph per set of input shapes. What it saves is the time between kernels: thousands of
-launches become one. It does not know what the function computes.
+Owns: capture and replay, with one graph per set of input shapes. A graph replaces thousands of kernel launches by one,
+which saves the time between kernels. It does not know what the function computes.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ from collections.abc import Callable
 
 import torch
 
-_WARM_UP = 3  # runs before a capture, in which libraries choose their kernels and allocate what they keep
+_WARM_UP = 3  # runs before a capture, in which libraries select kernels and allocate their workspaces
 
 
 class Captured:
-    """Runs `function(**inputs)`, tensors in and a tuple of tensors out, as one CUDA graph.
+    """Runs `function(**inputs)`, which maps tensors to a tuple of tensors, as one CUDA graph.
 
-    The function must neither wait for the device nor copy from the host, and depend on its inputs' values only through
-    kernels.
+    The function must not wait for the device, copy from the host, or depend on input values outside of kernels.
     """
 
     def __init__(self, function: Callable[..., tuple[torch.Tensor, ...]]) -> None:

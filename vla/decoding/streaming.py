@@ -1,6 +1,6 @@
-"""Actions of a chunk as they are decoded.
+"""Streaming the actions of a chunk while it is decoded.
 
-Owns: the transformers streamer that collects tokens until an action is whole. It does not know what the tokens mean.
+Owns: the transformers streamer that collects tokens into complete actions. It does not know the meaning of the tokens.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 
 class ActionStreamer(BaseStreamer):
-    """Calls `on_action(index, ids)` with the ids [tokens_per_action] of each action once its last token is known."""
+    """Calls `on_action(index, ids)` with the ids [tokens_per_action] of each action after its last token is decoded."""
 
     def __init__(self, tokens_per_action: int, on_action: Callable[[int, list[int]], None]) -> None:
         self._size, self._on_action = tokens_per_action, on_action
@@ -20,7 +20,7 @@ class ActionStreamer(BaseStreamer):
         self._index = 0
 
     def put(self, value: torch.Tensor) -> None:
-        if value.ndim > 1:  # `generate` starts with the prompt
+        if value.ndim > 1:  # `generate` first passes the prompt
             return
         self._ids += value.tolist()
         if len(self._ids) == self._size:
@@ -28,4 +28,4 @@ class ActionStreamer(BaseStreamer):
             self._ids, self._index = [], self._index + 1
 
     def end(self) -> None:
-        """Nothing is left: chunks hold whole actions."""
+        """Nothing to do: a chunk consists of complete actions."""

@@ -1,8 +1,8 @@
-"""A LLaMA-architecture decoder as plain matrices, laid out for decoding.
+"""The weights of a decoder with LLaMA architecture as plain matrices, laid out for decoding.
 
-Owns: reading them from transformers' modules (fused where several are applied to the same input, adapters folded in;
-the modules stay as they are), how this device multiplies by them fastest, the rotary tables, and the refusal of
-decoders that compute something else. It does not know how tokens are decoded.
+Owns: reading the weights from transformers' modules, the fastest matrix product on the device, the rotary tables, and
+the check that a decoder has the supported architecture. Matrices with the same input are fused, and adapters are merged
+into the copies; the modules are not modified. It does not know how tokens are decoded.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from transformers.activations import SiLUActivation
 from vla.errors import ConfigError
 from vla.model.modeling import VLAForActionPrediction
 
-# Model types whose layers are exactly: RMSNorm, rotary attention, RMSNorm, SwiGLU.
+# Model types whose layers are exactly RMSNorm, attention with rotary embeddings, RMSNorm, SwiGLU.
 ARCHITECTURES = ("llama", "mistral", "qwen2")
 
-# Fields of a decoder's config.json that the engine computes, or whose modules it reads.
+# Fields of a decoder's config.json that the engine implements, or whose modules it reads.
 READ = {
     "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "attention_bias", "mlp_bias",
     "rope_parameters", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types",
     "tie_word_embeddings",
 }  # fmt: skip
-# Fields without influence on the logits of a trained decoder: initialisation, training, output format, text, other
-# heads, and notes of other software that transformers does not read either.
+# Fields that do not affect the logits of a trained decoder: initialisation, training, output format, text, other heads,
+# and entries of other software that transformers ignores as well.
 IGNORED = {
     "architectures", "attention_dropout", "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype",
     "eos_token_id", "id2label", "initializer_range", "is_llama_config", "label2id", "max_position_embeddings",
@@ -40,7 +40,7 @@ IGNORED = {
     "return_dict", "rope_interleaved", "tokenizer_class", "transformers.js_config", "transformers_version",
     "unsloth_fixed", "unsloth_version", "use_cache", "use_mrope",
 }  # fmt: skip
-# Rotary tables that do not depend on how long a sequence is.
+# Types of rotary embeddings whose tables do not depend on the sequence length.
 ROPE_TYPES = ("default", "linear", "llama3", "proportional", "yarn")
 
 _PARAMETERS = re.compile(
@@ -54,12 +54,12 @@ _MODULES = (nn.Linear, nn.Embedding, nn.SiLU, SiLUActivation, *_CONTAINERS)
 
 
 class Linear:
-    """x -> x W^T + b, for W [out, in] laid out for this device.
+    """x -> x W^T + b, for W [out, in] in the layout that is fastest on this device.
 
-    MKL, which a CPU's `F.linear` ends in, multiplies two to sixty rows at a third of the rate that oneDNN reaches on
-    weights packed beforehand (and is no faster with two threads than with one); for a single row a transposed matrix is
-    the fastest. Both were measured at the embedded backbone's sizes (docs/benchmarks.md). `_linear_pointwise` is the
-    operation that torch.compile emits on CPUs; it has no other name in torch.
+    On CPUs, `F.linear` calls MKL. For two to sixty rows, MKL is three times slower than oneDNN with packed weights, and
+    a second thread does not make it faster. For a single row, a transposed matrix is fastest. Both were measured at
+    the sizes of the embedded backbone (docs/benchmarks.md). `_linear_pointwise` is the operation that torch.compile
+    emits on CPUs; torch has no public name for it.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
@@ -78,8 +78,8 @@ class Linear:
 class RMSNorm:
     """x -> w x / sqrt(mean(x^2) + eps), over the last axis.
 
-    On a CPU written as sqrt(n) w x / hypot(|x|, sqrt(n eps)), which is the same in three operations where `F.rms_norm`
-    runs seven: every forward of the embedded backbone is 12 % shorter for it.
+    On CPUs it is computed as sqrt(n) w x / hypot(|x|, sqrt(n eps)). This is equal, but takes three operations instead
+    of the seven of `F.rms_norm`. A forward pass of the embedded backbone takes 12 % less time.
     """
 
     def __init__(self, weight: torch.Tensor, eps: float) -> None:
@@ -97,7 +97,7 @@ class RMSNorm:
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One block. Shapes: qkv [(heads + 2 kv_heads) * head_dim, width], out [width, heads * head_dim],
+    """One decoder block. Shapes: qkv [(heads + 2 kv_heads) * head_dim, width], out [width, heads * head_dim],
     gate_up [2 * intermediate, width], down [width, intermediate]."""
 
     attention_norm: RMSNorm
@@ -110,12 +110,16 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """Everything that decoding action tokens reads.
+    """All weights that are needed to decode action tokens.
 
     Attributes:
-        table: embeddings of the action rows [rows, width].
-        head: output rows of the action tokens [rows, width]; the rest of the vocabulary can never be chosen.
-        reach: positions that attention covers, infinite unless it slides.
+        layers: the decoder blocks.
+        norm: the final norm.
+        table: embeddings of the action tokens [rows, width].
+        head: output layer for the action tokens [rows, width]; other tokens cannot be chosen.
+        heads, kv_heads: number of query heads and of key/value heads.
+        head_dim: width of a head.
+        reach: number of positions that attention covers; infinite without a sliding window.
     """
 
     layers: tuple[Layer, ...]
@@ -129,8 +133,7 @@ class Decoder:
 
 
 def read(network: VLAForActionPrediction) -> Decoder:
-    """The decoder of `network`, whose parameters are only read. ConfigError when it computes something else than the
-    engine does."""
+    """Read the decoder of `network`, which is not modified. ConfigError if the engine does not support the decoder."""
     model, config = network.language_model.model, network.language_model.config
     check_config(config)
     _check_modules(network.language_model, config.model_type)
@@ -150,41 +153,46 @@ def read(network: VLAForActionPrediction) -> Decoder:
 
 
 def check_config(config: Any) -> None:
-    """ConfigError, naming the field, unless the engine computes what a decoder's config.json describes."""
+    """Raise ConfigError, naming the field, if the engine does not support a decoder's config.json."""
     if config.model_type not in ARCHITECTURES:
-        raise ConfigError(f"a decoder of type {config.model_type!r}; the engine knows {', '.join(ARCHITECTURES)}.")
+        raise ConfigError(f"decoder of type {config.model_type!r}; the engine supports {', '.join(ARCHITECTURES)}.")
     defaults = type(config)().to_dict()
     for name, value in config.to_dict().items():
         if name not in READ | IGNORED and value != defaults.get(name):
-            raise ConfigError(f"the decoder's config.json has {name!r}: {value!r}, which the engine does not compute.")
+            raise ConfigError(f"the decoder's config.json has {name!r}: {value!r}, which the engine does not support.")
     if config.hidden_act not in ("silu", "swish"):
-        raise ConfigError(f"hidden_act {config.hidden_act!r}; the engine computes 'silu'.")
+        raise ConfigError(f"hidden_act {config.hidden_act!r}; the engine supports 'silu'.")
     rope = config.rope_parameters
     if rope.get("rope_type") not in ROPE_TYPES:
-        raise ConfigError(f"rope_type {rope.get('rope_type')!r}; the engine computes {', '.join(ROPE_TYPES)}.")
+        raise ConfigError(f"rope_type {rope.get('rope_type')!r}; the engine supports {', '.join(ROPE_TYPES)}.")
     if rope.get("partial_rotary_factor") not in (None, 1):
-        raise ConfigError(f"partial_rotary_factor {rope['partial_rotary_factor']}; the engine rotates whole heads.")
+        raise ConfigError(
+            f"partial_rotary_factor {rope['partial_rotary_factor']}; the engine supports rotation of whole heads only."
+        )
     if other := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
-        raise ConfigError(f"layer_types {', '.join(sorted(other))}; the engine computes full attention.")
+        raise ConfigError(f"layer_types {', '.join(sorted(other))}; the engine supports full and sliding attention.")
 
 
 def _check_modules(language_model: nn.Module, model_type: str) -> None:
-    """ConfigError unless the language model consists of the modules and parameters that are read below."""
+    """Raise ConfigError if the language model has modules or parameters that are not read below."""
     own = f"transformers.models.{model_type}.modeling_{model_type}"
     for name, module in language_model.named_modules():
         kind = type(module)
         if kind not in _MODULES and kind.__module__ != own and not kind.__module__.startswith("peft."):
-            raise ConfigError(f"the decoder's {name or 'class'} is a {kind.__name__}, which the engine does not know.")
+            raise ConfigError(
+                f"the decoder's {name or 'class'} is a {kind.__name__}, which the engine does not support."
+            )
         if getattr(module, "lora_variant", None):
-            raise ConfigError(f"{name} has an adapter that is not plain LoRA.")
+            raise ConfigError(f"{name} has an adapter other than plain LoRA, which the engine does not support.")
     for name, _ in language_model.named_parameters():
         if not _PARAMETERS.fullmatch(name):
-            raise ConfigError(f"the decoder has a parameter {name}, which the engine does not read.")
+            raise ConfigError(f"the decoder has a parameter {name}, which the engine does not support.")
 
 
 def rotary(network: VLAForActionPrediction, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotary tables cos and sin [positions, heads + 2 kv_heads, head_dim] for queries, keys and values side by side;
-    values are turned by nothing. sin is negative in its first half, so that turning is
+    """Rotary tables cos and sin [positions, heads + 2 kv_heads, head_dim] for concatenated queries, keys and values.
+
+    Values are not rotated (cos = 1, sin = 0). The first half of sin is negated, so that the rotation is
 
         x * cos + roll(x, head_dim / 2) * sin.
     """
@@ -215,8 +223,8 @@ def _norm(module: Any) -> RMSNorm:
 
 
 def _fused(*modules: Any) -> Linear:
-    """Several linear maps of one input, below each other: a copy, on a CPU transposed in memory. One map alone is
-    used where it is."""
+    """Fuse linear layers with the same input into one. Several layers are copied (on CPUs transposed in memory); a
+    single layer keeps its weight without a copy."""
     biases = [module.bias.detach() for module in modules if module.bias is not None]
     bias = torch.cat(biases) if biases else None
     if len(modules) == 1:
@@ -226,8 +234,8 @@ def _fused(*modules: Any) -> Linear:
 
 
 def _matrix(module: Any) -> torch.Tensor:
-    """The weight of a linear map, with what an unmerged adapter adds to it."""
-    if hasattr(module, "token_adapter"):  # peft trains some rows of it
+    """The weight of a linear layer, plus the update of an unmerged adapter."""
+    if hasattr(module, "token_adapter"):  # peft trains some of its rows
         return module.token_adapter.get_merged_weights(module.token_adapter.active_adapters).detach()
     if not hasattr(module, "get_delta_weight"):
         return module.weight.detach()

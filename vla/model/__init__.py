@@ -1,2 +1,2 @@
-"""The network: what a checkpoint knows (configuration), observations to tensors (processing), tensors to logits
-(modeling), where weights come from (backbones), adapters (lora). It does not know datasets or environments."""
+"""The network: checkpoint configuration (configuration), observations to tensors (processing), tensors to logits
+(modeling), construction (build), sources of weights (sources) and adapters (lora). No datasets or environments."""

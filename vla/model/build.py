@@ -1,8 +1,9 @@
-"""Where a policy's weights come from: the embedded backbone, a checkpoint of this package, or any LLaMA-architecture
-causal language model with any SigLIP/DINOv2/CLIP tower.
+"""Building a policy network from the embedded backbone, from a checkpoint of this package, or from a language model
+with LLaMA architecture and vision towers (SigLIP, arXiv:2303.15343; DINOv2, arXiv:2304.07193; CLIP, arXiv:2103.00020).
 
-Owns: turning a `ModelConfig` plus what the data says (robot, statistics) into a network and its processor. Embeddings
-are never resized: action tokens and placeholders take over the tail of the vocabulary. It does not know training.
+Owns: the construction of a network and its processor from a `ModelConfig` and the facts of a dataset (robot,
+statistics). Embeddings are never resized: action tokens and placeholders reuse the last ids of the vocabulary, as in
+OpenVLA (arXiv:2406.09246). It does not know training.
 """
 
 from __future__ import annotations
@@ -36,20 +37,20 @@ from vla.transforms.tokenizers.bins import OpenVLABins, QuantileBins, UniformBin
 
 NANO = Path(__file__).parent.parent / "pretrained" / "nano"
 N_ACTION_ROWS = 256
-# Odd, so that one bin's centre is exactly 0.
+# Odd, so that one bin centre is exactly 0.
 DEFAULT_BINS = 255
 
-# Untrained architectures: width, layers, channels and residual blocks of the encoder, image side in pixels.
+# Untrained architectures: decoder width, decoder layers, encoder channels, encoder blocks, image size in pixels.
 _SIZES = {"nano-init": (256, 4, [48, 128], 2, 96), "small-init": (512, 8, [64, 256], 4, 144)}
 
 
 @dataclasses.dataclass(frozen=True)
 class DataFacts:
-    """What the demonstrations decide about a policy.
+    """The properties of the demonstrations that a policy depends on.
 
     Attributes:
-        robot: the RobotSpec; its cameras are the dataset's.
-        statistics: unnorm_key -> {"action": ..., "state": ...} as `compute_statistics` returns.
+        robot: the RobotSpec, with all cameras of the dataset.
+        statistics: unnorm_key -> {"action": ..., "state": ...}, from `compute_statistics`.
         actions: unnorm_key -> float32 [N, D], all actions (quantile bins are fitted to them).
     """
 
@@ -59,7 +60,12 @@ class DataFacts:
 
 
 def build_policy(model: ModelConfig, facts: DataFacts) -> tuple[VLAForActionPrediction, VLAProcessor]:
-    """The network to train and its processor. Errors: ConfigError, CheckpointError."""
+    """Build the network to train and its processor.
+
+    Raises:
+        ConfigError: `model` is invalid or does not fit the data.
+        CheckpointError: a checkpoint is damaged or incomplete.
+    """
     robot = _choose_cameras(facts.robot, model.cameras)
     backbone = model.backbone or "nano"
     own = None if backbone in _SIZES else find_checkpoint(backbone)
@@ -84,51 +90,54 @@ def build_policy(model: ModelConfig, facts: DataFacts) -> tuple[VLAForActionPred
 
 
 def find_checkpoint(name: str) -> Path | None:
-    """The folder of one of this package's checkpoints: "nano", a run folder, or a checkpoint folder; else None.
-    CheckpointError for a config.json that cannot be read."""
+    """The folder of a checkpoint of this package, given "nano", a run folder or a checkpoint folder; None for any other
+    name. CheckpointError if a config.json cannot be read."""
     for folder in [NANO] if name == "nano" else [Path(name) / "policy", Path(name)]:
         config = folder / "config.json"
         if config.is_file() and read_json(config).get("model_type") == "vla":
             return folder
     if name == "nano":
-        raise CheckpointError("this installation has no embedded backbone; reinstall the package.")
+        raise CheckpointError("this installation lacks the embedded backbone; reinstall the package.")
     return None
 
 
 def read_config(folder: Path) -> VLAConfig:
-    """The configuration in a checkpoint folder of this package. CheckpointError when it cannot be one."""
+    """The configuration in a checkpoint folder of this package. CheckpointError if it is invalid."""
     try:
         return VLAConfig.from_pretrained(folder)
     except VLAError:
         raise
-    except Exception as error:  # values of any type may stand in a file
+    except Exception as error:  # the file may contain values of any type
         raise CheckpointError(f"{folder}/config.json does not describe a policy: {error}") from error
 
 
 def load_checkpoint(
     folder: Path, config: VLAConfig, dtype: torch.dtype = torch.float32
 ) -> tuple[VLAForActionPrediction, PreTrainedTokenizerBase]:
-    """Network and text tokenizer of a checkpoint folder of this package. CheckpointError when files are damaged or
-    weights are not exactly those that `config` describes."""
+    """Load the network and text tokenizer from a checkpoint folder of this package.
+
+    Raises:
+        CheckpointError: files are damaged, or the weights do not match `config` exactly.
+    """
     try:
         network, info = VLAForActionPrediction.from_pretrained(
             folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # what damaged files raise depends on where they are damaged
+    except Exception as error:  # damaged files raise various errors
         raise CheckpointError(f"{folder} is damaged or incomplete: {error}") from error
-    # transformers fills what is missing with random numbers; a policy must not move a robot with those.
+    # transformers initialises missing weights randomly; such a policy must not move a robot.
     if problem := misfit(info):
         raise CheckpointError(f"{folder}: its weights do not fit its config.json ({problem}).")
     return network, tokenizer
 
 
 def untrained_config(name: str, image_size: int | None = None) -> VLAConfig:
-    """An architecture of this package: a convolutional encoder that the instruction steers, and a LLaMA decoder.
+    """An architecture of this package: a convolutional encoder conditioned on the instruction, and a LLaMA decoder.
 
-    "nano-init" is that of the embedded backbone, for CPUs: 96 pixels, 16 tokens per camera, 4 layers of 256, 5 M
-    parameters. "small-init" is for GPUs: 144 pixels, 36 tokens per camera, 8 layers of 512, 36 M parameters.
-    `image_size` is another side in pixels than these.
+    "nano-init", for CPUs, is the architecture of the embedded backbone: images of 96 pixels, 16 tokens per camera, 4
+    decoder layers of width 256, 5 M parameters. "small-init", for GPUs: images of 144 pixels, 36 tokens per camera, 8
+    decoder layers of width 512, 36 M parameters. `image_size` overrides the image size in pixels.
     """
     width, layers, channels, blocks, usual_size = _SIZES[name]
     image_size = image_size or usual_size
@@ -172,10 +181,10 @@ def untrained_config(name: str, image_size: int | None = None) -> VLAConfig:
 
 @torch.no_grad()
 def _sharpen_attention(network: VLAForActionPrediction, factor: float = 4.0) -> None:
-    """Scale up the initial query and key weights, so that a narrow decoder does not start by attending to everything.
+    """Scale up the initial query and key weights, so that attention in a narrow decoder does not start out uniform.
 
-    At the usual standard deviation of 0.02 and a width of 256 attention logits start near 0.1: every token sees the
-    mean of all others, and finding out which one to look at takes several times as many samples.
+    With the usual standard deviation of 0.02 and a width of 256, attention logits start near 0.1. Every token then
+    averages over all others, and learning where to attend takes several times as many samples.
     """
     for layer in network.language_model.model.layers:
         layer.self_attn.q_proj.weight.mul_(factor)
@@ -191,13 +200,13 @@ def _compose(
     _check_language_model(backbone, text_config)
     if not model.vision:
         raise ConfigError(
-            f"{backbone!r} is not a checkpoint of this package, so a vision tower is needed: name a SigLIP, "
-            "DINOv2 or CLIP folder or hub id in `vision`."
+            f"{backbone!r} is not a checkpoint of this package, so it needs a vision tower: set `vision` to the folder "
+            "or hub id of a SigLIP, DINOv2 or CLIP model."
         )
     tokenizer = load_tokenizer(backbone, text_config.vocab_size)
     text_config.pad_token_id = tokenizer.pad_token_id
     visions = [load_config(name, "vision tower") for name in model.vision]
-    # Of a SigLIP or CLIP with both towers, the one that sees.
+    # If a SigLIP or CLIP model has both towers, use the vision tower.
     whole = [hasattr(vision, "vision_config") for vision in visions]
     visions = [getattr(vision, "vision_config", vision) for vision in visions]
     for name, vision in zip(model.vision, visions, strict=True):
@@ -221,7 +230,7 @@ def _compose(
     _set_policy(config, model, facts, robot)
     _make_room(config)
     for name, vision in zip(model.vision, config.vision_configs, strict=True):
-        # DINOv2 interpolates its position embeddings by itself (its own images have 518 pixels).
+        # DINOv2 interpolates its position embeddings itself (it was trained on images of 518 pixels).
         if vision.image_size != config.image_size and not vision.model_type.startswith("dinov2"):
             raise ConfigError(f"the vision tower was built for images of {vision.image_size}, not {config.image_size}.")
         check_tower(name, vision, config.image_size, config.vision_feature_layer)
@@ -235,29 +244,29 @@ def _compose(
 
 
 def _check_language_model(name: str, config: PreTrainedConfig) -> None:
-    """ConfigError unless `config` is that of a language model alone."""
+    """Raise ConfigError unless `config` describes a plain language model."""
     if config.get_text_config() is not config or hasattr(config, "vision_config"):
         raise ConfigError(
-            f"{name!r} ({config.model_type}) is a vision-language model; `backbone` takes its language model alone. "
-            "Name the language model that it was made from."
+            f"{name!r} ({config.model_type}) is a vision-language model; `backbone` must be a plain language model. "
+            "Name the language model that it is based on."
         )
     if not isinstance(getattr(config, "vocab_size", None), int):
         raise ConfigError(f"{name!r} ({config.model_type}) is not a language model: its config.json has no vocab_size.")
 
 
 def _check_grid(name: str, vision: PreTrainedConfig) -> None:
-    """ConfigError unless a vision tower cuts images of a fixed size into patches."""
+    """Raise ConfigError unless a vision tower splits images of a fixed size into patches."""
     if not isinstance(getattr(vision, "patch_size", None), int):
         raise ConfigError(f"vision tower {name!r} ({vision.model_type}) has no patch grid.")
     if not isinstance(getattr(vision, "image_size", None), int):
         raise ConfigError(
-            f"vision tower {name!r} ({vision.model_type}) has no fixed image size. Take a form that has one, such as "
-            "the -224 or -256 of a SigLIP 2 instead of its -naflex."
+            f"vision tower {name!r} ({vision.model_type}) has no fixed image size. Use a variant that has one, such as "
+            "the -224 or -256 variant of SigLIP 2 instead of -naflex."
         )
 
 
 def _load_decoder(backbone: str, config: PreTrainedConfig) -> Any:
-    """The language model, with a head of its own: action rows mean one thing when read and another when predicted."""
+    """The language model, with its head untied from the embedding, since action rows differ as inputs and outputs."""
     decoder = load_model(AutoModelForCausalLM, backbone, "backbone", config)
     head = getattr(decoder, "lm_head", None)
     if head is None or head.bias is not None or not hasattr(decoder, "model"):
@@ -265,12 +274,12 @@ def _load_decoder(backbone: str, config: PreTrainedConfig) -> Any:
     if decoder.config.tie_word_embeddings:
         head.weight = torch.nn.Parameter(head.weight.detach().clone())
         decoder.config.tie_word_embeddings = False
-        decoder.all_tied_weights_keys = {}  # or the head would be left out when the network is saved
+        decoder.all_tied_weights_keys = {}  # otherwise the head would not be saved
     return decoder
 
 
 def _make_room(config: VLAConfig) -> None:
-    """Size a network that is not trained yet by the data: cameras and state entries."""
+    """Raise the limits of an untrained network to the number of cameras and state entries in the data."""
     robot = config.robot_spec
     config.max_cameras = max(config.max_cameras, len(robot.cameras))
     if config.use_state:
@@ -278,23 +287,23 @@ def _make_room(config: VLAConfig) -> None:
 
 
 def check_room(config: VLAConfig, backbone: str) -> None:
-    """ConfigError when a trained network was not sized for as many cameras or state entries as the data has."""
+    """Raise ConfigError if the data has more cameras or state entries than a trained network supports."""
     robot = config.robot_spec
     if len(robot.cameras) > config.max_cameras:
         raise ConfigError(
             f"the data has {len(robot.cameras)} cameras ({', '.join(robot.cameras)}); {backbone!r} takes at most "
-            f"{config.max_cameras}. Choose some with `cameras`, or start from 'nano-init', which takes all."
+            f"{config.max_cameras}. Select some with `cameras`, or start from 'nano-init', which takes any number."
         )
     if config.use_state and robot.state_dim > config.max_state_dim:
         raise ConfigError(
-            f"the state has {robot.state_dim} entries; {backbone!r} takes at most {config.max_state_dim}. Leave the "
-            "state out (use_state false), or start from 'nano-init', which takes all."
+            f"the state has {robot.state_dim} entries; {backbone!r} takes at most {config.max_state_dim}. Disable the "
+            "state (use_state false), or start from 'nano-init', which takes any number."
         )
 
 
 def _action_rows(vocab_size: int, special: list[int]) -> int:
-    """First id of the action rows: as near to the vocabulary's end as its special tokens allow, with the two
-    placeholders in front."""
+    """First id of the action rows. They are as close to the end of the vocabulary as its special tokens allow; the two
+    placeholders directly precede them."""
     begin = vocab_size - N_ACTION_ROWS
     while inside := [i for i in special if begin - 2 <= i < begin + N_ACTION_ROWS]:
         begin = min(inside) - N_ACTION_ROWS
@@ -304,8 +313,10 @@ def _action_rows(vocab_size: int, special: list[int]) -> int:
 
 
 def _set_policy(config: VLAConfig, model: ModelConfig, facts: DataFacts, robot: RobotSpec) -> None:
-    """Write what an action means into `config`: robot, statistics, tokenizer, horizon, prompt. What `model` leaves open
-    stays as it is in a checkpoint that is trained further."""
+    """Write the policy fields into `config`: robot, statistics, tokenizer, horizon, prompt.
+
+    When a checkpoint is trained further, fields that `model` leaves unset keep their values.
+    """
     before = config.action_tokenizer or {}
     config.robot, config.statistics = robot.to_dict(), facts.statistics
     config.use_state = config.use_state if model.use_state is None else model.use_state
@@ -319,7 +330,7 @@ def _set_policy(config: VLAConfig, model: ModelConfig, facts: DataFacts, robot: 
     normalizers = {key: config.action_normalizer(key) for key in facts.statistics}
     constant = np.logical_and.reduce([normalizer.constant for normalizer in normalizers.values()])
     if constant.all():
-        raise ConfigError("no action entry ever moves in this data; there is nothing to learn.")
+        raise ConfigError("all action entries are constant in this data, so there is nothing to learn.")
     active = np.flatnonzero(~constant).tolist()
     normalized = np.concatenate([normalizers[key].normalize(actions) for key, actions in facts.actions.items()])
     name = model.tokenizer or before.get("name", "uniform")
@@ -329,7 +340,7 @@ def _set_policy(config: VLAConfig, model: ModelConfig, facts: DataFacts, robot: 
 
 
 def _tokenizer(name: str, horizon: int, bins: int | None, normalized: np.ndarray, active: list[int]) -> ActionTokenizer:
-    """The action tokenizer for normalised actions [N, D] of which the entries `active` move."""
+    """The action tokenizer for normalised actions [N, D]; `active` lists the dimensions that are not constant."""
     action_dim = normalized.shape[1]
     if bins is not None and not 2 <= bins <= N_ACTION_ROWS:
         raise ConfigError(f"bins must be between 2 and the {N_ACTION_ROWS} action rows, got {bins}.")
@@ -348,7 +359,7 @@ def _tokenizer(name: str, horizon: int, bins: int | None, normalized: np.ndarray
 def _choose_cameras(robot: RobotSpec, cameras: tuple[str, ...]) -> RobotSpec:
     for camera in cameras:
         if camera not in robot.cameras:
-            raise ConfigError(unknown("camera", camera, robot.cameras, "`cameras` names those of the dataset."))
+            raise ConfigError(unknown("camera", camera, robot.cameras, "`cameras` must name cameras of the dataset."))
     if not robot.cameras:
         raise ConfigError("the dataset has no camera; an image policy needs at least one.")
     return dataclasses.replace(robot, cameras=cameras or robot.cameras)

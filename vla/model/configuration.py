@@ -1,7 +1,7 @@
-"""VLAConfig: everything a checkpoint must know to be used correctly, in one config.json.
+"""VLAConfig: the complete description of a checkpoint, stored in one config.json.
 
-Owns: the fields, and the refusal to work without the ones that decide what an action means (contract: a checkpoint
-cannot be misread). It does not build networks or read data.
+Owns: the fields, and the errors for missing or inconsistent ones. A checkpoint whose actions cannot be interpreted
+unambiguously does not load. It does not build networks or read data.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vla.transforms.normalize import Normalizer
 from vla.transforms.prompt import check_template
 from vla.transforms.tokenizers.base import ActionTokenizer, build
 
-# States beyond three standard ranges say nothing more, but must not saturate at the edge of the data.
+# Clip normalised states at 3, so that states slightly outside the range of the data do not saturate.
 STATE_LIMIT = 3.0
 LAYOUTS = ("instruction_first", "image_first")
 
@@ -28,23 +28,23 @@ class VLAConfig(PreTrainedConfig):
 
     Network:
         text_config: the decoder, a LLaMA-architecture causal language model.
-        vision_configs: the vision towers; features of several are concatenated per patch.
-        vision_feature_layer: which hidden states of a tower are used; -1 is `last_hidden_state`, -2 the block before.
+        vision_configs: the vision towers. Features of several towers are concatenated per patch.
+        vision_feature_layer: index of the tower's hidden states; -1 is `last_hidden_state`, -2 the previous block.
         image_mean, image_std: per tower, three values each, for images scaled to [0, 1].
-        projector_layers: linear layers from vision to language width, GELU in between.
-        projector_hidden: width between them; None is the language model's.
+        projector_layers: number of linear layers from vision to language width, with GELU in between.
+        projector_hidden: width between these layers; None uses the language model's width.
         max_state_dim: width of the state input; shorter states are padded with zeros.
-        max_cameras: cameras that have an embedding.
+        max_cameras: number of camera embeddings.
 
     Sequence:
         layout: "instruction_first" ([BOS] prompt, images, state) or "image_first" ([BOS] images, state, prompt).
-        image_token_id, state_token_id: placeholders in `input_ids`, replaced by features.
-        action_token_begin: id of the first action row; row k of the tokenizer is `action_token_begin + k`.
-        n_action_rows: rows reserved for action tokens.
+        image_token_id, state_token_id: placeholder ids in `input_ids`, replaced by image and state features.
+        action_token_begin: id of the first action row; the tokenizer's id k is `action_token_begin + k`.
+        n_action_rows: number of rows reserved for action tokens.
 
-    Policy (what an action means):
+    Policy (the meaning of an action):
         robot: RobotSpec as a dict: cameras in order, state and action names, gripper polarity, control rate, hold.
-        image_size: side of the square images in pixels.
+        image_size: side length of the square input images in pixels.
         use_state, horizon, n_action_steps, prompt, normalization: as in `vla.config.ModelConfig`.
         action_tokenizer: `ActionTokenizer.to_dict()`.
         statistics: unnorm_key -> {"action": {...}, "state": {...}}, see `vla.transforms.normalize`.
@@ -111,13 +111,13 @@ class VLAConfig(PreTrainedConfig):
             raise CheckpointError(f"config.json: the action tokenizer {values} is not valid: {error}") from None
 
     def unnorm_key(self, key: str | None = None) -> str:
-        """`key` checked, or the only one there is. CheckpointError when the choice is open or the key unknown."""
+        """Validate `key`; None selects the only key. CheckpointError if the key is unknown or the choice ambiguous."""
         statistics = self._needed("statistics")
         if key is None:
             if len(statistics) != 1:
                 raise CheckpointError(
-                    f"this checkpoint was trained on {len(statistics)} datasets; choose whose statistics un-normalise "
-                    f"its actions with unnorm_key: {', '.join(statistics)}."
+                    f"this checkpoint was trained on {len(statistics)} datasets; set unnorm_key to the dataset whose "
+                    f"statistics un-normalise its actions: {', '.join(statistics)}."
                 )
             return next(iter(statistics))
         if key not in statistics:
@@ -135,7 +135,7 @@ class VLAConfig(PreTrainedConfig):
         return Normalizer.from_statistics(statistics, self.normalization, limit=STATE_LIMIT)
 
     def check_policy(self) -> None:
-        """Raise CheckpointError unless everything that decides what an action means is there and consistent."""
+        """Raise CheckpointError unless all fields that define the meaning of an action are present and consistent."""
         tokenizer, robot = self.make_action_tokenizer(), self.robot_spec
         check_template(self.prompt)
         self._check_inputs(robot)
@@ -147,22 +147,22 @@ class VLAConfig(PreTrainedConfig):
             width = len(self.action_normalizer(key).scale)
             if width != robot.action_dim:
                 raise CheckpointError(
-                    f"statistics of {key!r} have {width} action entries, the robot {robot.action_dim}."
+                    f"statistics of {key!r} have {width} action entries, but the robot has {robot.action_dim}."
                 )
         if (tokenizer.horizon, tokenizer.action_dim) != (self.horizon, robot.action_dim):
             raise CheckpointError(
-                f"the action tokenizer makes chunks [{tokenizer.horizon}, {tokenizer.action_dim}], the policy needs "
+                f"the action tokenizer has chunks [{tokenizer.horizon}, {tokenizer.action_dim}], but the policy needs "
                 f"[{self.horizon}, {robot.action_dim}]. This checkpoint was saved with another tokenizer."
             )
         end = self.action_token_begin + tokenizer.vocab_size
         if tokenizer.vocab_size > self.n_action_rows or end > self.vocab_size:
             raise CheckpointError(
-                f"action tokens {self.action_token_begin}..{end - 1} do not fit the {self.n_action_rows} action rows "
-                f"of a vocabulary of {self.vocab_size}."
+                f"action tokens {self.action_token_begin}..{end - 1} do not fit into the {self.n_action_rows} action "
+                f"rows of a vocabulary of {self.vocab_size}."
             )
 
     def _check_inputs(self, robot: RobotSpec) -> None:
-        """Raise CheckpointError unless prefix, images and state are described without contradiction."""
+        """Raise CheckpointError unless the fields of prefix, images and state are consistent."""
         if self.layout not in LAYOUTS:
             raise CheckpointError(unknown("layout", self.layout, LAYOUTS))
         if self.vision_feature_layer >= 0:
@@ -185,7 +185,7 @@ class VLAConfig(PreTrainedConfig):
         if not value:
             raise CheckpointError(
                 f"config.json has no `{field}`: without it this checkpoint's actions cannot be interpreted. Train or "
-                "save it with this package, or add the field from the original training run."
+                "save the checkpoint with this package, or add the field from the original training run."
             )
         return value
 
@@ -193,6 +193,6 @@ class VLAConfig(PreTrainedConfig):
 def _as_config(values: dict | PreTrainedConfig) -> PreTrainedConfig:
     if isinstance(values, PreTrainedConfig):
         return values
-    # How attention is computed is this machine's matter; a checkpoint could name code to download.
+    # The attention implementation depends on this machine; one named in a checkpoint could download code.
     arguments = {name: value for name, value in values.items() if name != "attn_implementation"}
     return AutoConfig.for_model(arguments.pop("model_type"), **arguments)

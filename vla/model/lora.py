@@ -1,8 +1,8 @@
-"""LoRA through peft: attach, save, load, merge.
+"""LoRA adapters (Hu et al., arXiv:2106.09685) through peft: attach, load and merge.
 
-Owns: which parts of the policy an adapter trains, and the merge (in float32; the merged network must decode the same
-tokens). Action rows are trained as rows of the embedding and of the head, so embeddings are never resized. It does not
-know the training loop.
+Owns: the choice of trained parts, and the merge. The merge is done in float32, so that the merged network decodes the
+same tokens. Action tokens are trained as rows of the embedding and of the head, so embeddings are never resized. It
+does not know the training loop.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vla.model.modeling import VLAForActionPrediction
 
 
 def attach(network: VLAForActionPrediction, lora: LoraConfig) -> peft.PeftModel:
-    """Freeze `network` and add trainable adapters as `lora` says."""
+    """Freeze `network` and add the trainable adapters that `lora` describes. ConfigError if a target does not exist."""
     names = {name.rsplit(".", 1)[-1] for name, _ in network.language_model.named_modules()}
     missing = [target for target in lora.targets if target not in names]
     if missing:
@@ -27,17 +27,18 @@ def attach(network: VLAForActionPrediction, lora: LoraConfig) -> peft.PeftModel:
     if lora.train_action_rows:
         begin = network.config.action_token_begin
         ids = list(range(begin, begin + network.config.make_action_tokenizer().vocab_size))
-        # Named explicitly: the list form silently skips a head that is not tied to the embedding (ours never is).
+        # Both modules are named, because peft's list form silently skips a head that is not tied to the embedding, and
+        # this head never is.
         rows = {"embed_tokens": ids, "lm_head": ids}
     saved = ["projector", "state_projector", "camera_embedding"] * lora.train_projector
-    # Each tower by itself: peft cannot wrap a list of modules.
+    # One entry per tower, because peft cannot wrap a list of modules.
     saved += [f"vision_towers.{i}" for i in range(len(network.vision_towers))] * lora.train_vision
     targets = "|".join(lora.targets)
     config = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=rf".*language_model\..*\.({targets})",  # a vision tower has q_proj, v_proj, ... too
+        target_modules=rf".*language_model\..*\.({targets})",  # vision towers also have q_proj, v_proj, ...
         modules_to_save=saved or None,
         trainable_token_indices=rows,
     )
@@ -51,5 +52,5 @@ def load(network: VLAForActionPrediction, folder: str | Path, trainable: bool = 
 
 @torch.no_grad()
 def merge(model: peft.PeftModel) -> VLAForActionPrediction:
-    """The plain network with the adapters folded in, in float32. Consumes `model`."""
+    """Merge the adapters into the network, in float32, and return it. `model` cannot be used afterwards."""
     return model.float().merge_and_unload(safe_merge=True)

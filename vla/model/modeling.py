@@ -1,7 +1,10 @@
 """VLAForActionPrediction: vision tower(s) -> projector -> LLaMA-style decoder -> action tokens.
 
-Owns: the network and its loss. A sequence is a prefix x (prompt tokens, image tokens of every camera, one state token,
-in the order of `config.layout`) followed by the suffix a_1..a_T, the tokens of an action chunk. The decoder factorises
+The architecture follows OpenVLA (Kim et al., arXiv:2406.09246).
+
+Owns: the network and its loss. A sequence is a prefix x (prompt tokens, image tokens of every camera and one state
+token, in the order of `config.layout`) followed by the suffix a_1..a_T, the tokens of an action chunk. The decoder
+factorises
 
     p(a_1..a_T | x) = prod_t p(a_t | x, a_<t)
 
@@ -9,9 +12,10 @@ and is trained by teacher forcing on the cross-entropy of the suffix alone,
 
     L = - (1 / sum_t m_t) sum_t m_t log p(a_t | x, a_<t),    averaged over the samples of a batch,
 
-where m_t is 0 for actions beyond the end of a demonstration. Every sample counts the same, however many of its tokens
-are learned: the single answer of a grounding question as much as a whole chunk of actions. It does not know how
-observations become tensors (processing) or how chunks are decoded (decoding).
+where m_t is 0 for tokens that are not learned, such as actions past the end of a demonstration. Every sample has the
+same weight, for any number of learned tokens: a one-token answer to a grounding question counts as much as a whole
+action chunk. This module does not know how observations become tensors (processing) or how chunks are decoded
+(decoding).
 """
 
 from __future__ import annotations
@@ -42,7 +46,7 @@ class Projector(nn.Sequential):
 
 
 class VLAForActionPrediction(PreTrainedModel, GenerationMixin):
-    """Action-token policy network; use it through `vla.policy.Policy`."""
+    """The policy network, which predicts action tokens. Use it through `vla.policy.Policy`."""
 
     config_class = VLAConfig
     base_model_prefix = "vla"
@@ -57,7 +61,7 @@ class VLAForActionPrediction(PreTrainedModel, GenerationMixin):
         vision_towers: Sequence[nn.Module] | None = None,
         language_model: nn.Module | None = None,
     ) -> None:
-        """Built from `config`; parts that are given (pretrained ones) take the place of random ones."""
+        """Build the network from `config`. Pretrained parts, if passed, replace randomly initialised ones."""
         super().__init__(config)
         towers = vision_towers or [AutoModel.from_config(vision) for vision in config.vision_configs]
         self.vision_towers = nn.ModuleList(towers)
@@ -79,14 +83,14 @@ class VLAForActionPrediction(PreTrainedModel, GenerationMixin):
             for layer in layers:
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
-            # Image and state tokens start as large as word embeddings: tokens that are fifty times larger drown what
-            # attention writes into them, such as the colour that the instruction names.
+            # Image and state tokens start at the scale of word embeddings. If they were fifty times larger, the
+            # attention output that is added to them (such as the colour in the instruction) would be negligible.
             scale = self.config.text_config.initializer_range
             nn.init.normal_(layers[-1].weight, std=scale / layers[-1].in_features ** 0.5)
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        """peft asks under this name, which transformers deprecates in favour of `is_activation_checkpointing`."""
+        """The name that peft uses; transformers deprecates it in favour of `is_activation_checkpointing`."""
         return self.is_activation_checkpointing
 
     def get_input_embeddings(self) -> nn.Module:
@@ -99,18 +103,18 @@ class VLAForActionPrediction(PreTrainedModel, GenerationMixin):
         return self.language_model.get_output_embeddings()
 
     def encode_images(self, pixel_values: torch.Tensor, condition: torch.Tensor | None = None) -> torch.Tensor:
-        """Image tokens [B, C * tokens_per_image, width] (all cameras in one batch).
+        """Image tokens [B, C * tokens_per_image, width]. All cameras are encoded in one batch.
 
         Args:
             pixel_values: uint8 [B, C, 3, S, S].
-            condition: [B, width], for towers that are conditioned on the instruction.
+            condition: [B, width], the conditioning vector for towers that are conditioned on the instruction.
         """
         batch, cameras = pixel_values.shape[:2]
         flat = pixel_values.flatten(0, 1)
         dtype = self.dtype
         features = []
         for index, tower in enumerate(self.vision_towers):
-            # By channel, with numbers instead of tensors: nothing is copied from the host, so a CUDA graph can hold it.
+            # Per channel and with Python numbers, so that nothing is copied from the host during a CUDA graph capture.
             normalize = zip(flat.unbind(1), self.config.image_mean[index], self.config.image_std[index], strict=True)
             images = torch.stack([(channel.float() / 255 - mean) / std for channel, mean, std in normalize], 1)
             images = images.to(dtype)
@@ -126,10 +130,10 @@ class VLAForActionPrediction(PreTrainedModel, GenerationMixin):
         else:
             condition = None
         hidden = tower_features(tower, images, self.config.vision_feature_layer, condition)
-        return hidden[:, -self.tokens_per_image :]  # class and register tokens stand in front
+        return hidden[:, -self.tokens_per_image :]  # class and register tokens come first
 
     def _mean_word(self, input_ids: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
-        """Mean embedding [B, width] of each prompt's words: neither padding, placeholders nor action tokens."""
+        """Mean embedding [B, width] of each prompt's text tokens, without padding, placeholders and action tokens."""
         config = self.config
         words = (input_ids < config.action_token_begin) & (input_ids != (config.text_config.pad_token_id or 0))
         words &= (input_ids != config.image_token_id) & (input_ids != config.state_token_id)
@@ -139,7 +143,7 @@ class VLAForActionPrediction(PreTrainedModel, GenerationMixin):
     def embed(
         self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None, state: torch.Tensor | None
     ) -> torch.Tensor:
-        """Token embeddings [B, L, width] with image and state features in the place of their placeholders."""
+        """Token embeddings [B, L, width], with placeholders replaced by image and state features."""
         embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is not None:
             mask = (input_ids == self.config.image_token_id).unsqueeze(-1)
@@ -165,21 +169,22 @@ class VLAForActionPrediction(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
     ) -> CausalLMOutputWithPast:
-        """Logits, and the loss when `labels` are given. Any other keyword is a TypeError: what a dependency renames
-        must not be dropped without a word.
+        """Compute the logits, and the loss if `labels` are given.
+
+        Unknown keywords raise TypeError, so that an argument renamed by a dependency is never silently ignored.
 
         Args:
             input_ids: int64 [B, L], prompts padded on the left.
             attention_mask: int64 [B, cached + L], 0 for padding.
             pixel_values: uint8 [B, C, 3, S, S].
             state: float [B, max_state_dim], normalised.
-            position_ids: int64 [B, L]; by default each row counts from its first token that is not padding.
-            cache: keys and values of the tokens in front of `input_ids`, as `generate` keeps them.
-            labels: int64 [B, T], the suffix: ids of action tokens, -100 where m_t = 0. `input_ids` must end with the
-                suffix; the returned logits are then the T that predict it.
-            use_cache: return a cache.
-            logits_to_keep: how many of the last logits to compute, 0 for all, or which ones (indices).
-            return_dict: False for a tuple instead of an output object.
+            position_ids: int64 [B, L]; by default, positions start at 0 at each row's first token that is not padding.
+            cache: keys and values of the tokens that precede `input_ids`, as in `generate`.
+            labels: int64 [B, T], ids of the suffix, -100 where m_t = 0. `input_ids` must end with the suffix. Only
+                the T logits that predict it are then returned.
+            use_cache: whether to return a cache.
+            logits_to_keep: the number of last positions to compute logits for (0 for all), or their indices.
+            return_dict: False returns a tuple instead of an output object.
         """
         embeds = self.embed(input_ids, pixel_values, state)
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
@@ -190,7 +195,7 @@ class VLAForActionPrediction(PreTrainedModel, GenerationMixin):
             position_ids=position_ids,
             cache=cache,
             use_cache=bool(use_cache),
-            return_dict=True,  # whatever the decoder's own config.json says
+            return_dict=True,  # overrides the decoder's own config.json
         )
         hidden = outputs.last_hidden_state
         if labels is not None:
@@ -221,7 +226,7 @@ class VLAForActionPrediction(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
     ) -> dict[str, Any]:
-        """Arguments of `forward` for one step of `generate`. Any other keyword is a TypeError."""
+        """The arguments of `forward` for one step of `generate`. Unknown keywords raise TypeError."""
         inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -232,7 +237,7 @@ class VLAForActionPrediction(PreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
         )
-        if is_first_iteration or cache is None:  # later, images and state are in the cache
+        if is_first_iteration or cache is None:  # afterwards, images and state are in the cache
             inputs |= {"pixel_values": pixel_values, "state": state}
         return inputs
 
@@ -240,7 +245,7 @@ class VLAForActionPrediction(PreTrainedModel, GenerationMixin):
 def tower_features(
     tower: nn.Module, images: torch.Tensor, layer: int, condition: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Hidden states [B, tokens, vision width] of a tower: `layer` -1 is its output, -2 the block before, and so on."""
+    """Hidden states [B, tokens, vision width] of a tower. `layer` -1 is its output, -2 the previous block, etc."""
     inputs = {"pixel_values": images} if condition is None else {"pixel_values": images, "condition": condition}
     if layer == -1:
         return tower(**inputs, return_dict=True).last_hidden_state
@@ -252,10 +257,12 @@ def _is_conditioned(vision: Any) -> bool:
 
 
 def count_image_tokens(config: VLAConfig) -> int:
-    """Tokens per camera image; all towers must agree on the patch grid."""
+    """Tokens per camera image. ConfigError if the towers have different patch grids."""
     counts = {(config.image_size // vision.patch_size) ** 2 for vision in config.vision_configs}
     if len(counts) != 1:
-        raise ConfigError(f"vision towers must cut an image of {config.image_size} into the same grid; got {counts}.")
+        raise ConfigError(
+            f"vision towers must have the same number of patches for images of {config.image_size}, got {counts}."
+        )
     return counts.pop()
 
 

@@ -1,14 +1,15 @@
-"""The embedded backbone's vision tower: a small convolutional encoder made for CPUs.
+"""The vision tower of the embedded backbone: a small convolutional encoder for CPUs.
 
-Owns: its configuration and network. An overlapping patch convolution of stride 4 and a strided 3x3 one see an image
-of 96 pixels as 12 x 12 cells, residual blocks mix neighbours, and a patch-merging convolution makes 4 x 4 = 16 tokens
-per camera: the sequence length, not the encoder, is what costs time (a token costs the decoder more than its receptive
-field costs the encoder), and on a CPU the elementwise work on large early maps costs more than all convolutions.
+Owns: its configuration and network. An overlapping patch convolution of stride 4 and a 3x3 convolution of stride 2
+reduce an image of 96 pixels to 12 x 12 cells. Residual blocks mix neighbouring cells, and a patch-merging convolution
+yields 4 x 4 = 16 tokens per camera. The token count is small because the sequence length dominates the run time: a
+token costs the decoder more than its receptive field costs the encoder. The early strides are large because, on a CPU,
+elementwise operations on large early feature maps cost more than all convolutions.
 
-The residual blocks can be conditioned on a vector by feature-wise linear modulation (FiLM; Perez et al., 2018, as in
-RT-1 and OpenVLA-OFT+): given the instruction's mean word embedding, the encoder itself picks out what is named, which
-from-scratch attention between words and image tokens took ten times the data to learn. It does not know cameras, words
-or actions.
+The residual blocks can be conditioned on a vector by feature-wise linear modulation (FiLM; Perez et al., 2018,
+arXiv:1709.07871), as in RT-1 (arXiv:2212.06817) and OpenVLA-OFT+ (arXiv:2502.19645). Conditioned on the mean word
+embedding of the instruction, the encoder itself selects the named object. Attention between words and image tokens,
+trained from scratch, needed ten times the data to learn this. It does not know cameras, words or actions.
 """
 
 from __future__ import annotations
@@ -25,9 +26,15 @@ from transformers.utils import can_return_tuple
 
 @strict
 class NanoVisionConfig(PreTrainedConfig):
-    """`channels` after the stride-4 and the stride-2 stage, then `merge` x `merge` cells become one token.
+    """Configuration of `NanoVisionModel`.
 
-    `condition_size` is the width of the conditioning vector; None builds an encoder without one.
+    Attributes:
+        image_size: side length of the square images in pixels.
+        channels: channels after the stride-4 and the stride-2 convolution.
+        blocks: number of residual blocks.
+        merge: `merge` x `merge` cells become one token.
+        hidden_size: width of the output tokens.
+        condition_size: width of the conditioning vector; None disables conditioning.
     """
 
     model_type = "vla_nano_vision"
@@ -94,10 +101,10 @@ class NanoVisionModel(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        # torch's own initialisation of convolutions suits a network trained from scratch.
+        # Convolutions keep torch's default initialisation, which suits training from scratch.
         if isinstance(module, NanoVisionModel):
-            # As large as the features: at the usual 0.02 a token said what is there but hardly where, and not even
-            # "where is the red thing?" was learned.
+            # At the scale of the features. With the usual 0.02, tokens encoded what is visible but hardly where, and
+            # even locating a single red object was not learned.
             nn.init.normal_(module.position_embedding, std=1.0)
 
     @can_return_tuple

@@ -1,8 +1,8 @@
 """VLAProcessor: observations -> prefix tensors, action chunks -> target tokens, tokens -> actions.
 
-Owns: the one translation between a robot and the model's tensors, used alike by training, evaluation and deployment
-(contract: training prefix == serving prefix, bit for bit). All its settings come from VLAConfig, so there is no second
-file that could disagree with the checkpoint. It does not know files, datasets or decoding.
+Owns: the only conversion between robot data and the model's tensors. Training, evaluation and deployment share it, so
+training and serving prefixes are identical, bit for bit. All settings come from VLAConfig, so no second file can
+contradict the checkpoint. It does not know files, datasets or decoding.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from vla.transforms.prompt import build_prompt
 
 
 class VLAProcessor:
-    """Everything between a robot's numbers and the network's tensors, as one checkpoint's config says.
+    """Converts between robot data and the network's tensors, as a checkpoint's config specifies.
 
     Args:
-        config: the checkpoint's VLAConfig, complete (`check_policy` passes).
+        config: the VLAConfig of the checkpoint; `check_policy` must pass.
         tokenizer: the language model's text tokenizer.
     """
 
@@ -40,12 +40,12 @@ class VLAProcessor:
         self._states = {key: config.state_normalizer(key) for key in config.statistics}
 
     def prefix_ids(self, instruction: str) -> list[int]:
-        """Ids of one prefix: [BOS], prompt, and placeholders for images and state, in the order of the layout."""
+        """Token ids of a prefix: [BOS], prompt, and placeholders for images and state, in the order of the layout."""
         if instruction not in self._prompts:
             text = self.tokenizer(build_prompt(instruction, self.config.prompt), add_special_tokens=False)["input_ids"]
-            # The rows of placeholders and actions overwrite rare tokens of a pretrained vocabulary; text must not use
-            # them (it would be read as an image or as an action). Tokens that were added to a tokenizer may have ids
-            # beyond the embedding.
+            # Placeholders and action tokens reuse ids of rare tokens of a pretrained vocabulary. These ids are removed
+            # from the text, or the network would read them as images or actions. Ids outside the embedding, which
+            # tokens added to a tokenizer may have, are removed as well.
             begin, end = self.config.action_token_begin, self.config.action_token_begin + self.config.n_action_rows
             reserved = (self.config.image_token_id, self.config.state_token_id)
             size, first_id = self.config.vocab_size, self.tokenizer.bos_token_id
@@ -54,13 +54,13 @@ class VLAProcessor:
             images = [self.config.image_token_id] * (self.tokens_per_image * len(self.robot.cameras))
             state = [self.config.state_token_id] if self.config.use_state else []
             first = self.config.layout == "instruction_first"
-            if len(self._prompts) > 100_000:  # a bound for servers; never reached in training
+            if len(self._prompts) > 100_000:  # bounds the memory of servers; never reached in training
                 self._prompts.clear()
             self._prompts[instruction] = bos + (text + images + state if first else images + state + text)
         return self._prompts[instruction]
 
     def images(self, observation: Observation) -> np.ndarray:
-        """uint8 [C, S, S, 3]: the policy's cameras, in its order and size."""
+        """The policy's camera images, uint8 [C, S, S, 3], in the policy's order and resized to its image size."""
         pixels = observation["pixels"]
         return np.stack([resize(np.asarray(pixels[name]), self.config.image_size) for name in self.robot.cameras])
 
@@ -83,14 +83,14 @@ class VLAProcessor:
         """Batch tensors for the model.
 
         Args:
-            images: per sample uint8 [C, S, S, 3], from `images`.
-            instructions: per sample.
-            states: float32 [B, max_state_dim], from `state`; ignored by a policy without state.
-            suffix: int64 [B, T] ids of the model's vocabulary, appended (training and scoring).
-            pad_to: pad prefixes to at least this length (static shapes).
+            images: one uint8 [C, S, S, 3] per sample, from `images`.
+            instructions: one per sample.
+            states: float32 [B, max_state_dim], from `state`; ignored if the policy does not use the state.
+            suffix: int64 [B, T], ids of the model's vocabulary to append (for training and scoring).
+            pad_to: pad prefixes to at least this length (for static shapes).
         Returns:
-            input_ids, attention_mask [B, L] (padded on the left), pixel_values uint8 [B, C, 3, S, S], and state
-            [B, max_state_dim] if the policy uses it.
+            input_ids and attention_mask, int64 [B, L], padded on the left; pixel_values, uint8 [B, C, 3, S, S]; and
+            state, float32 [B, max_state_dim], if the policy uses the state.
         """
         prefixes = [self.prefix_ids(instruction) for instruction in instructions]
         length = max([pad_to or 0, *map(len, prefixes)])
@@ -112,7 +112,7 @@ class VLAProcessor:
     def observe(
         self, observations: Sequence[Observation], instructions: Sequence[str], unnorm_key: str | None = None
     ) -> dict[str, torch.Tensor]:
-        """Prefix tensors of live observations (checked against the RobotSpec; SpecError)."""
+        """Prefix tensors for live observations. SpecError if an observation does not fit the RobotSpec."""
         for observation in observations:
             self.robot.check_observation(observation)
         states = None
@@ -136,12 +136,12 @@ class VLAProcessor:
         return self._actions[self.config.unnorm_key(unnorm_key)].unnormalize(normalized)
 
     def expected_actions(self, probabilities: np.ndarray, unnorm_key: str | None = None) -> np.ndarray:
-        """Probabilities [..., T, rows] of every token -> mean chunk, float32 [..., H, D] in the robot's units."""
+        """Token probabilities [..., T, rows] -> expected chunk, float32 [..., H, D] in the robot's units."""
         normalized = self.action_tokenizer.expect(probabilities)
         return self._actions[self.config.unnorm_key(unnorm_key)].unnormalize(normalized)
 
     def unnormalize(self, values: np.ndarray, unnorm_key: str | None = None) -> np.ndarray:
-        """Normalised entries [..., D] -> the robot's units; -1 and 1 are the ends of what an action token can say."""
+        """Normalised entries [..., D] -> the robot's units. -1 and 1 map to the action bounds."""
         return self._actions[self.config.unnorm_key(unnorm_key)].unnormalize(values)
 
     def save_pretrained(self, folder: Any) -> None:

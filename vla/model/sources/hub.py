@@ -1,9 +1,8 @@
-"""Pretrained parts from folders and from the Hugging Face hub: configurations, text tokenizers, weights, and what an
-image processor does to pixels.
+"""Loading pretrained parts from folders and from the Hugging Face Hub: configurations, text tokenizers, weights and
+image normalisation.
 
-Owns: reading them such that nothing is guessed. What is absent, damaged, quantised, pickled or made for something else
-is refused in words before anything is trained; weights come from safetensors only. It does not know what a policy
-is made of.
+Owns: strict loading. Parts that are missing, damaged, quantised, pickled or of the wrong kind raise an error before
+training starts. Weights are read from safetensors only. It does not know how a policy is assembled from the parts.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from vla.errors import CheckpointError, ConfigError
 from vla.model.modeling import tower_features
 from vla.support.locations import missing_folder
 
-# Mean and standard deviation that the families of vision towers are trained with.
+# Image mean and standard deviation in the training of each family of vision towers.
 _MEAN_STD = {
     "siglip": ([0.5] * 3, [0.5] * 3),
     "clip": ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
@@ -31,12 +30,12 @@ _MEAN_STD = {
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. CheckpointError when it cannot be read, is cut short or holds something else."""
+    """Read a JSON object from a file. CheckpointError if it cannot be read, is cut short or is not an object."""
     try:
         values = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path} cannot be read: {error}. It is damaged or was copied incompletely; copy it again."
+            f"{path} cannot be read: {error}. The file is damaged or incomplete; copy it again."
         ) from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} should hold a JSON object, got {type(values).__name__}.")
@@ -44,23 +43,23 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def load_config(name: str, what: str) -> PreTrainedConfig:
-    """The configuration of a model that is not quantised. ConfigError."""
+    """Load the configuration of a model. ConfigError if that fails or the model is quantised."""
     config = _load(AutoConfig, name, what)
     if method := getattr(config, "quantization_config", None):
         method = method.get("quant_method", "unknown") if isinstance(method, dict) else type(method).__name__
         raise ConfigError(
-            f"{what} {name!r} is quantised ({method}); training starts from full weights. Name the original model."
+            f"{what} {name!r} is quantised ({method}); training needs unquantised weights. Name the original model."
         )
-    # How attention is computed is this machine's matter; a checkpoint could name code to download.
+    # The attention implementation depends on this machine; one named in a checkpoint could download code.
     config._attn_implementation = None
     return config
 
 
 def load_tokenizer(name: str, vocab_size: int) -> PreTrainedTokenizerBase:
-    """The text tokenizer of a language model, padding with a token that the model has. ConfigError."""
+    """Load the text tokenizer of a language model. Its padding token is in the vocabulary. ConfigError on failure."""
     tokenizer = _load(AutoTokenizer, name, "text tokenizer")
     if tokenizer.pad_token_id is None or not 0 <= tokenizer.pad_token_id < vocab_size:
-        # Padding is masked, so that any token will do.
+        # Padding is masked, so any token will do.
         others = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id, 0)
         known = next(token for token in others if token is not None and 0 <= token < vocab_size)
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(known)
@@ -68,28 +67,31 @@ def load_tokenizer(name: str, vocab_size: int) -> PreTrainedTokenizerBase:
 
 
 def load_model(auto: Any, name: str, what: str, config: PreTrainedConfig, foreign: bool = False) -> Any:
-    """A model in float32 whose weights are exactly those that `config` describes. ConfigError.
+    """Load a model in float32. ConfigError if that fails or the weights do not match `config` exactly.
 
     Args:
-        auto: transformers' auto class.
-        foreign: the folder may hold other models' weights as well, as a SigLIP's holds a text tower.
+        auto: the transformers auto class.
+        name: folder or hub id.
+        what: the role of the model, for error messages.
+        config: the model's configuration.
+        foreign: allow weights of other models in the folder, such as the text tower of a SigLIP model.
     """
     options = {"dtype": torch.float32, "use_safetensors": True}
-    options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}  # they are refused below, by name
+    options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}  # mismatches are reported below, by name
     model, info = _load(auto, name, what, config=config, **options)
     if foreign:
         own = {key.split(".")[0] for key in model.state_dict()} | {"vision_model"}
         info["unexpected_keys"] = [key for key in info["unexpected_keys"] if key.split(".")[0] in own]
     if problem := misfit(info):
         raise ConfigError(
-            f"{what} {name!r}: its weights do not fit its config.json ({problem}). Missing weights would be random: "
-            "is the folder complete, and of this model alone?"
+            f"{what} {name!r}: its weights do not fit its config.json ({problem}), and missing ones would be random. "
+            "Is the folder complete, and does it hold this model only?"
         )
     return model
 
 
 def misfit(info: dict[str, Any]) -> str | None:
-    """What transformers' loading info says about weights that do not fit, with some of their names; None if all do."""
+    """A text that names weights that do not fit, from transformers' loading info; None if all weights fit."""
     for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if keys := info.get(what):
             some = ", ".join(sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys)[:3])
@@ -98,33 +100,35 @@ def misfit(info: dict[str, Any]) -> str | None:
 
 
 def check_tower(name: str, vision: PreTrainedConfig, image_size: int, layer: int) -> None:
-    """ConfigError unless a tower turns images [B, 3, image_size, image_size] into at least one token per patch. Run
-    without weights, so that it costs no time."""
+    """Raise ConfigError unless a tower maps images [B, 3, image_size, image_size] to at least one token per patch.
+
+    The check runs on the meta device, without weights, so it costs no time.
+    """
     if getattr(vision, "num_channels", 3) != 3:
         raise ConfigError(f"vision tower {name!r} takes images of {vision.num_channels} channels, not RGB.")
     try:
         with torch.device("meta"), torch.no_grad():
             images = torch.zeros(2, 3, image_size, image_size)
             shape = tuple(tower_features(AutoModel.from_config(vision).eval(), images, layer).shape)
-    except Exception as error:  # a foreign model's forward can raise anything
+    except Exception as error:  # the forward of an arbitrary model can raise any error
         raise ConfigError(
-            f"vision tower {name!r} ({vision.model_type}) does not take images of {image_size}: {_first_line(error)}"
+            f"vision tower {name!r} ({vision.model_type}) rejects images of {image_size} pixels: {_first_line(error)}"
         ) from error
     patches = (image_size // vision.patch_size) ** 2
     if len(shape) != 3 or shape[0] != 2 or shape[1] < patches or shape[2] != vision.hidden_size:
         raise ConfigError(
             f"vision tower {name!r} ({vision.model_type}) gives features {list(shape)} for two images, not [2, "
-            f"{patches}, {vision.hidden_size}]. SigLIP, DINOv2 and CLIP towers do."
+            f"{patches}, {vision.hidden_size}]. Use a SigLIP, DINOv2 or CLIP tower."
         )
 
 
 def image_statistics(name: str, vision: PreTrainedConfig) -> tuple[list[float], list[float]]:
-    """Mean and std, three values each, that normalise images scaled to [0, 1] as the tower's image processor does;
-    those of its family, with a warning, where the folder has no image processor."""
+    """Mean and std, three values each, for images scaled to [0, 1], from the tower's image processor. Without an image
+    processor, the values of the tower's family are used, with a warning."""
     stored = _image_processor(name)
     if any(stored.get(option) for option in ("offset", "rescale_offset", "do_flip_channel_order")):
         raise ConfigError(
-            f"vision tower {name!r}: its image processor shifts or flips channels, which is not done here."
+            f"vision tower {name!r}: its image processor shifts values or reorders channels, which is not supported."
         )
     if not stored.get("do_normalize", True):
         mean, std = [0.0] * 3, [1.0] * 3
@@ -146,7 +150,7 @@ def image_statistics(name: str, vision: PreTrainedConfig) -> tuple[list[float], 
 
 
 def _image_processor(name: str) -> dict[str, Any]:
-    """An image processor's settings: from processor_config.json, else from preprocessor_config.json; else empty."""
+    """Image processor settings from processor_config.json, else from preprocessor_config.json, else empty."""
     for file in ("processor_config.json", "preprocessor_config.json"):
         path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
         stored = read_json(Path(path)) if path else {}
@@ -169,15 +173,15 @@ def _load(auto: Any, name: str, what: str, **kwargs: Any) -> Any:
         raise ConfigError(f"{what} {name!r}: {problem}")
     try:
         return auto.from_pretrained(name, **kwargs)
-    except Exception as error:  # of a foreign folder transformers and its formats can raise anything
+    except Exception as error:  # loading an arbitrary folder can raise any error
         if not Path(name).exists() and "connect" in str(error):
             raise ConfigError(
-                f"{what} {name!r}: there is no such folder here, and the Hugging Face hub could not be reached (no "
-                "connection, or HF_HUB_OFFLINE is set). Download it first, or name a folder."
+                f"{what} {name!r}: there is no such folder, and the Hugging Face hub could not be reached (no "
+                "connection, or HF_HUB_OFFLINE is set). Download the model first, or name a local folder."
             ) from error
         pickled = list(Path(name).glob("*.bin")) and not list(Path(name).glob("*.safetensors"))
         remedy = (
-            "Its weights are in pickle files, which can run code and are not read; save them as safetensors."
+            "Its weights are pickle files, which can run code and are not read; save them as safetensors."
             if pickled
             else "Expected the embedded 'nano', a checkpoint folder of this package, or a folder or hub id that "
             "transformers can load."
