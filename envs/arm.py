@@ -1,11 +1,11 @@
-"""The arm: six joints, a parallel gripper, a wrist camera, built from primitive geoms with `mujoco.MjSpec`.
+"""The robot arm: six joints, a parallel gripper and a wrist camera, built from primitive geoms with `mujoco.MjSpec`.
 
-Owns the kinematics, the actuators and the names of everything on the robot. Does not know the table, the tasks or how
-Cartesian actions become joint targets (see `ik.py` and `world.py`).
+Owns the kinematics, the actuators and the names of all parts of the robot. Does not know the table, the tasks or the
+conversion of Cartesian actions to joint targets (see `ik.py` and `world.py`).
 
-Every body frame is parallel to the world when all joints are zero, so the hand points straight down exactly when its
-roll, pitch and yaw are zero. The wrist axes (pitch, roll, yaw) cross in one point and are orthogonal in that pose: the
-arm is far from singular wherever it works. Fingers open along the hand's y axis.
+All body frames are parallel to the world frame when all joints are zero, so the hand points straight down exactly when
+its roll, pitch and yaw are zero. In that pose the wrist axes (pitch, roll, yaw) intersect in one point and are
+orthogonal. The arm is therefore far from singularities in its whole workspace. Fingers open along the hand's y axis.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import numpy as np
 
 JOINTS: tuple[str, ...] = ("base_yaw", "shoulder", "elbow", "wrist_pitch", "wrist_roll", "wrist_yaw")
 FINGERS: tuple[str, ...] = ("finger_left", "finger_right")
-FINGER_TRAVEL = 0.045  # metres per finger: the gap is 9 cm when open
+FINGER_TRAVEL = 0.045  # metres per finger; the open gripper has a gap of 9 cm
 TCP = "tcp"
-ELBOW_UP = np.array([0.0, -1.2, 1.9, -0.7, 0.0, 0.0])  # radians; the branch from which inverse kinematics starts
+ELBOW_UP = np.array([0.0, -1.2, 1.9, -0.7, 0.0, 0.0])  # radians; initial guess of `ArmIK`, selects the branch
 
 _SHOULDER_HEIGHT, _UPPER_ARM, _FOREARM = 0.28, 0.38, 0.36
 _WRIST_TO_TCP = 0.175
@@ -27,12 +27,12 @@ _WRIST_TO_TCP = 0.175
 STATIC_BITS, OBJECT_BITS, ROBOT_BITS = (4, 3), (1, 7), (2, 5)
 
 _WHITE, _GREY, _DARK = (0.93, 0.93, 0.93, 1), (0.55, 0.57, 0.60, 1), (0.16, 0.17, 0.19, 1)
-_KP, _KV = 9000.0, 160.0  # N m/rad, N m s/rad; with armature 0.5 the arm settles within one control step
+_KP, _KV = 9000.0, 160.0  # N m/rad, N m s/rad; with an armature of 0.5 the arm settles within one control step
 KV_OVER_KP = _KV / _KP
 
 
 def add_arm(spec: mujoco.MjSpec) -> None:
-    """Add the arm at the world origin. Must come first: its joints are expected at qpos[0:8]."""
+    """Add the arm at the world origin. Call this first, because its joints must be qpos[0:8]."""
     box, capsule, cylinder = mujoco.mjtGeom.mjGEOM_BOX, mujoco.mjtGeom.mjGEOM_CAPSULE, mujoco.mjtGeom.mjGEOM_CYLINDER
 
     def visual(body, kind, **kwargs) -> None:
@@ -67,7 +67,7 @@ def add_arm(spec: mujoco.MjSpec) -> None:
         contype=contype, conaffinity=conaffinity,
     )  # fmt: skip
     hand.add_site(name=TCP, pos=(0, 0, -_WRIST_TO_TCP), size=(0.004, 0, 0), group=5)
-    # Ahead of the hand and looking back and down: fingertips, the thing between them and the table around it.
+    # In front of the hand, looking back and down at the fingertips, a grasped object and the table around it.
     hand.add_camera(name="wrist", pos=(0.09, 0, 0.02), fovy=70, quat=_looking_down(math.radians(16.0)))
     for name, side in zip(FINGERS, (1, -1), strict=True):
         finger = hand.add_body(name=name, pos=(0, side * 0.007, -_WRIST_TO_TCP + 0.020), gravcomp=1)
@@ -84,7 +84,7 @@ def add_arm(spec: mujoco.MjSpec) -> None:
 
 
 def _looking_down(tilt: float) -> np.ndarray:
-    """Quaternion of a camera that looks down, `tilt` radians towards -x, with the picture's right at +y."""
+    """Quaternion of a camera that looks down, tilted by `tilt` radians towards -x; image right is +y."""
     quat, turn, lean = np.empty(4), np.empty(4), np.empty(4)
     mujoco.mju_axisAngle2Quat(turn, np.array([0.0, 0.0, 1.0]), math.pi / 2)
     mujoco.mju_axisAngle2Quat(lean, np.array([1.0, 0.0, 0.0]), tilt)
@@ -104,8 +104,8 @@ def _add_actuators(spec: mujoco.MjSpec) -> None:
 
     for joint in JOINTS:
         servo(joint, joint, mujoco.mjtTrn.mjTRN_JOINT, _KP, _KV, 400.0, (-4, 4))
-    # One motor drives both fingers. The equality that keeps them symmetric is soft: closing centres what is free to
-    # move, and still grips with both fingers what is not (a handle) when the hand is a little off.
+    # One motor drives both fingers. The equality constraint that keeps them symmetric is soft: the closing gripper
+    # centres a free object, but both fingers still grasp a fixed one (a handle) if the hand is slightly off-centre.
     tendon = spec.add_tendon(name="grip")
     for finger in FINGERS:
         tendon.wrap_joint(finger, 0.5)

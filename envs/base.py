@@ -1,8 +1,8 @@
-"""The Gymnasium environment that all tasks share.
+"""Base class of the tabletop environments.
 
-Owns the observation, the action check, seeding, the instruction of an episode and the public surface (`robot`,
-`make_expert`, `get_state`). Does not know any task: those subclass `TabletopEnv` and say what stands on the table, what
-counts as success and what the expert does next.
+Owns the observation, the action check, seeding, the instruction of an episode and the public interface (`robot`,
+`make_expert`, `get_state`). A task is a subclass of `TabletopEnv` that defines the scene, the success condition and the
+expert's next action.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
 CONTROL_HZ = 20.0
 VIDEO_SIZE = 384
 
-Scene = dict[str, Any]  # plain values: what `layout` drew, enough to build the same scene again
+Scene = dict[str, Any]  # plain values sampled by `layout`, sufficient to rebuild the scene
 
 
 class TabletopEnv(gym.Env, abc.ABC):
-    """A robot arm, a table, a few coloured things and an instruction that says which of them is meant.
+    """A robot arm, a table, a few coloured objects, and an instruction that names the target.
 
     Args:
-        cameras: which of ("front", "wrist") to render; an empty tuple leaves out "pixels" and is fast.
-        image_size: height and width of the observed pictures, in pixels.
-        objects: how many things there are to choose from, 2 to 4 (there are always two drawers).
+        cameras: cameras to render, of ("front", "wrist"); an empty tuple omits "pixels" and is fast.
+        image_size: height and width of the observed images in pixels.
+        objects: number of target candidates, 2 to 4 (drawer tasks always have two drawers).
         pairs: colour-shape pairs that occur: "train", "heldout" or "all".
-        phrasing: which instructions are given: "train", "heldout" or "canonical".
-        randomize: vary light, table colour, colour shades and camera poses from episode to episode.
-        render_mode: None or "rgb_array" (a larger picture of the front camera, for videos).
+        phrasing: split of the instructions: "train", "heldout" or "canonical".
+        randomize: vary light, table colour, colour shades and camera poses between episodes.
+        render_mode: None or "rgb_array" (a larger image of the front camera, for videos).
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": int(CONTROL_HZ)}  # noqa: RUF012 (gym.Env declares it)
@@ -95,52 +95,52 @@ class TabletopEnv(gym.Env, abc.ABC):
         self.observation_space = gym.spaces.Dict(spaces)
         self.action_space = gym.spaces.Box(-1.0, 1.0, (len(ACTION_NAMES),), np.float32)
 
-    # What a task says about itself -------------------------------------------------------------------------------
+    # Defined by a task -------------------------------------------------------------------------------------------
 
     @property
     def n_objects(self) -> int:
-        """How many free objects stand on the table."""
+        """Number of free objects on the table."""
         return self.choices
 
     def furnish(self, spec: mujoco.MjSpec) -> None:
-        """Add the task's furniture to the spec, once, before it is compiled."""
+        """Add the task's furniture to the spec; called once, before it is compiled."""
         return None
 
     @abc.abstractmethod
     def layout(self, rng: np.random.Generator) -> Scene:
-        """Draw what stands where; must contain "objects", a list of {color, shape, xy, yaw}."""
+        """Sample a scene; it must contain "objects", a list of {color, shape, xy, yaw}."""
 
     def arrange(self, scene: Scene) -> None:
-        """Put the task's furniture where `scene` says; objects and hand are already there."""
+        """Place the task's furniture according to `scene`; objects and hand are already placed."""
         return None
 
     @abc.abstractmethod
     def named(self, scene: Scene, target: int) -> tuple[Thing, ...]:
-        """The things that the instruction mentions when candidate `target` is the one to act on."""
+        """The things that the instruction mentions if candidate `target` is the target."""
 
     @property
     def target_candidates(self) -> int:
-        """How many things of this scene an instruction could name: valid values of `options={"target": k}`."""
+        """Number of target candidates in a scene; `options={"target": k}` accepts 0 to one less than this."""
         return self.choices
 
     @abc.abstractmethod
     def success(self) -> bool:
-        """Whether the instruction is fulfilled now."""
+        """Whether the task is solved in the current state."""
 
     @abc.abstractmethod
     def reached(self) -> int:
-        """Index of the candidate that is being acted on now (in hand, moved, pressed), or -1."""
+        """Index of the candidate that has been acted on (grasped, moved, pressed), or -1."""
 
     @abc.abstractmethod
     def plan(self) -> np.ndarray:
-        """The expert's action [7] for the current state of the world."""
+        """The expert's action [7] for the current state."""
 
     # Gymnasium ---------------------------------------------------------------------------------------------------
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Start an episode; `options={"target": k}` names another candidate of the same scene."""
+        """Start an episode; `options={"target": k}` selects another target in the same scene."""
         super().reset(seed=seed)
         options = options or {}
         for key in options:
@@ -170,7 +170,7 @@ class TabletopEnv(gym.Env, abc.ABC):
         return self._observe(), float(success), success, False, self._info(success)
 
     def render(self) -> np.ndarray | None:
-        """A picture of the front camera for people, uint8 [384, 384, 3], when render_mode is "rgb_array"."""
+        """An image of the front camera for videos, uint8 [384, 384, 3]; None unless render_mode is "rgb_array"."""
         if self.render_mode is None:
             return None
         if self._video is None:
@@ -184,16 +184,16 @@ class TabletopEnv(gym.Env, abc.ABC):
                 camera.close()
         self._camera = self._video = None
 
-    # Beyond Gymnasium --------------------------------------------------------------------------------------------
+    # Additions to Gymnasium --------------------------------------------------------------------------------------
 
     @property
     def target(self) -> int:
-        """Index of the candidate that the instruction names."""
+        """Index of the candidate that the instruction refers to."""
         return self.scene["target"]
 
     @property
     def robot(self) -> dict[str, Any]:
-        """What a policy has to know about this robot, as plain values; a `None` in "hold" repeats the last command."""
+        """The properties of a RobotSpec as plain values; a `None` in "hold" repeats that entry of the last command."""
         return {
             "cameras": list(self.cameras),
             "state_names": list(STATE_NAMES),
@@ -219,7 +219,7 @@ class TabletopEnv(gym.Env, abc.ABC):
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Return to a snapshot, also one taken in another instance made with the same arguments."""
+        """Restore a snapshot, which may come from another instance with the same arguments."""
         self._build(copy.deepcopy(state["scene"]))
         self.task_description = state["task_description"]
         self.world.set_state(state["world"])

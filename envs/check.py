@@ -1,9 +1,9 @@
-"""`python -m envs.check --seeds 50`: how often the experts succeed, how long they take, how fast the worlds run.
+"""`python -m envs.check --seeds 50`: measure success rate and episode length of the experts, and simulation speed.
 
-All tabletop worlds, or those named with `--env`, which may be Meta-World's (`--env vla-metaworld/drawer-open-v3`, or a
-set of them: `--env mt50`).
+Runs all tabletop environments or those given with `--env`. Meta-World ids (`--env vla-metaworld/drawer-open-v3`) and
+task sets (`--env mt50`) are also valid.
 
-Owns the measurement and its table. Does not know how experts or worlds work: it uses what any caller can use.
+Owns the measurement and its table. Uses only the public interface of the environments.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ WIDTH = max(map(len, ENV_IDS + METAWORLD_IDS)) + 1
 
 @dataclass(frozen=True)
 class Report:
-    """Outcome of running the expert of `env_id` once per seed."""
+    """Result of running the expert of `env_id` once per seed."""
 
     env_id: str
     successes: int
     lengths: tuple[int, ...]  # of all episodes
     failed_seeds: tuple[int, ...]
-    steps_per_second: float  # physics, expert and bookkeeping, no pictures
+    steps_per_second: float  # physics, expert and bookkeeping, without rendering
 
     def row(self) -> str:
         """One line of the table."""
@@ -43,7 +43,7 @@ class Report:
 
 
 def run_expert(env_id: str, seeds: range, noise: float = 0.0, **kwargs: Any) -> Report:
-    """Run the expert once per seed, without pictures unless `cameras` is given."""
+    """Run the expert once per seed, without rendering unless `cameras` is given."""
     env = gym.make(env_id, **{"cameras": (), **kwargs})
     make_expert = env.get_wrapper_attr("make_expert")
     lengths, failed = [], []
@@ -64,7 +64,7 @@ def run_expert(env_id: str, seeds: range, noise: float = 0.0, **kwargs: Any) -> 
 
 
 def rendering_rate(env_id: str, steps: int = 150, **kwargs: Any) -> float:
-    """Environment steps per second with all cameras, under the expert."""
+    """Environment steps per second with all cameras rendered, under the expert."""
     env = gym.make(env_id, **kwargs)
     env.reset(seed=0)
     expert = env.get_wrapper_attr("make_expert")()
@@ -80,26 +80,30 @@ def rendering_rate(env_id: str, steps: int = 150, **kwargs: Any) -> float:
 
 
 def main() -> None:
-    """Parse the flags, run, print."""
+    """Command-line entry point."""
     parser = argparse.ArgumentParser(prog="python -m envs.check", description=__doc__)
     parser.add_argument("--seeds", type=int, default=50, help="episodes per task (default 50)")
-    parser.add_argument("--first-seed", type=int, default=0, help="the first seed (default 0)")
-    parser.add_argument("--noise", type=float, default=0.0, help="strength of the expert's disturbances, 0 to 1")
+    parser.add_argument("--first-seed", type=int, default=0, help="first seed (default 0)")
+    parser.add_argument("--noise", type=float, default=0.0, help="strength of the expert's noise, 0 to 1 (default 0)")
     parser.add_argument(
-        "--env", action="append", choices=[*ENV_IDS, *METAWORLD_IDS, *SETS], metavar="ID", help="may be repeated"
+        "--env",
+        action="append",
+        choices=[*ENV_IDS, *METAWORLD_IDS, *SETS],
+        metavar="ID",
+        help="environment id or task set; may be repeated",
     )
-    parser.add_argument("--pairs", default="train", help="train, heldout or all (default train)")
-    parser.add_argument("--objects", type=int, default=3, help="things to choose from, 2 to 4 (default 3)")
-    parser.add_argument("--no-rendering", action="store_true", help="skip the measurement with cameras")
+    parser.add_argument("--pairs", default="train", help="colour-shape pairs: train, heldout or all (default train)")
+    parser.add_argument("--objects", type=int, default=3, help="number of target candidates, 2 to 4 (default 3)")
+    parser.add_argument("--no-rendering", action="store_true", help="do not measure the speed with cameras")
     flags = parser.parse_args()
     seeds = range(flags.first_seed, flags.first_seed + flags.seeds)
-    print(f"{'task':<{WIDTH}}{'success':>8} {'mean':>7}{'p50':>6}{'p90':>6}{'max':>6}{'steps/s':>9}{'':2}with pictures")
+    print(f"{'task':<{WIDTH}}{'success':>8} {'mean':>7}{'p50':>6}{'p90':>6}{'max':>6}{'steps/s':>9}{'':2}with images")
     reports = []
     for env_id in [env_id for name in flags.env or ENV_IDS for env_id in SETS.get(name, [name])]:
         options = {"pairs": flags.pairs, "objects": flags.objects} if env_id in ENV_IDS else {}
         report = run_expert(env_id, seeds, flags.noise, **options)
-        pictures = "" if flags.no_rendering else f"  {rendering_rate(env_id, **options):.0f}"
-        print(report.row() + pictures, flush=True)
+        rendering = "" if flags.no_rendering else f"  {rendering_rate(env_id, **options):.0f}"
+        print(report.row() + rendering, flush=True)
         reports.append(report)
     print(f"{sum(report.successes for report in reports)} of {len(reports) * len(seeds)} episodes")
 

@@ -1,7 +1,4 @@
-"""Checks of what people pass in, with messages that name the bad value, list the valid ones and say what to do.
-
-Owns the wording only. Does not know where the values go.
-"""
+"""Argument checks, with messages that state the invalid value, the valid ones and what to do."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ def check_range(name: str, value: object, low: int, high: int) -> None:
 
 
 def check_action(action: object, names: tuple[str, ...]) -> np.ndarray:
-    """`action` as float64 [len(names)] clipped to [-1, 1]; ValueError on a wrong shape or a non-finite value."""
+    """Return `action` as float64 [len(names)] clipped to [-1, 1]; ValueError for a wrong shape or non-finite value."""
     array = np.asarray(action, dtype=np.float64)
     if array.shape != (len(names),):
         raise ValueError(f"action has shape {array.shape}: pass {len(names)} numbers ({', '.join(names)}).")

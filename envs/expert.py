@@ -1,6 +1,6 @@
-"""The scripted expert: a task's plan turned into actions, clean or with noise that makes demonstrations cover recovery.
+"""The scripted expert: executes a task's plan, optionally with noise so that demonstrations contain recoveries.
 
-Owns the noise. Does not know tasks or moves: the plan is a function that it is given.
+Owns the noise. Does not know tasks or moves; the plan is an argument.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ import numpy as np
 
 
 class Expert:
-    """Turns a task's plan into actions, with bursts of noise for demonstrations that contain recovery.
+    """Turns a task's plan into actions, with optional bursts of noise.
 
-    `label` is the clean action for the state in which `act` was last called; with `noise=0` the two are equal.
+    `label` is the clean action for the state in which `act` was last called; with `noise=0` it equals the action.
     """
 
     def __init__(self, plan: Callable[[], np.ndarray], noise: float = 0.0, seed: int | None = None) -> None:
         if not 0.0 <= noise <= 1.0:
-            raise ValueError(f"noise={noise!r} is out of range: give 0 (clean) to 1 (strong bursts)")
+            raise ValueError(f"noise={noise!r} is out of range: pass a value from 0 (clean) to 1 (strong bursts).")
         self._plan = plan
         self._noise = noise
         self._rng = np.random.default_rng(seed)
-        self._left = 0  # steps left in the current burst
+        self._left = 0  # remaining steps of the current burst
         self._push = np.zeros(3)
-        self._slip = 0  # steps left of a wrong gripper command
+        self._slip = 0  # remaining steps with an inverted gripper command
         self.label = np.zeros(7, dtype=np.float32)
 
     def act(self) -> np.ndarray:
@@ -36,7 +36,7 @@ class Expert:
         rng, noise = self._rng, self._noise
         if self._left == 0 and rng.random() < 0.05:
             self._left = int(rng.integers(2, 7))
-            strength = rng.uniform(0.4, 1.8) * noise  # at the top the expert is overruled and pushed away
+            strength = rng.uniform(0.4, 1.8) * noise  # the strongest bursts override the expert's action
             direction = rng.normal(size=3) * (1.0, 1.0, 0.6)
             self._push = strength * direction / np.linalg.norm(direction)
         if self._left > 0:

@@ -1,7 +1,7 @@
-"""Things that do not move freely: zones, buttons and the cabinet with two drawers.
+"""Furniture: zones, buttons and the cabinet with two drawers.
 
-Owns their geometry and how they are put into place for an episode. Does not know tasks, instructions or the robot.
-Places are changed in the compiled model, so a reset never compiles anything.
+Owns its geometry and its placement in an episode. Does not know tasks, instructions or the robot. Placement changes the
+compiled model, so a reset does not need to recompile it.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _PAINT = {"contype": 0, "conaffinity": 0}
 ZONE_RADIUS = 0.052
 BUTTON_TOP, BUTTON_TRAVEL = 0.034, 0.014
 DRAWER_TRAVEL = 0.13
-HANDLE_HEIGHT = 0.030  # of its centre
-_HANDLE_AHEAD = 0.054  # from the drawer's front to the middle of the handle: a finger fits between without jamming
+HANDLE_HEIGHT = 0.030  # height of the handle's centre
+_HANDLE_AHEAD = 0.054  # from the drawer's front to the handle's centre; leaves room for a finger without jamming
 _CABINET = np.array([0.060, 0.112, 0.035])  # half sizes
-_DRAWER_SIDE = 0.055  # from the middle of the cabinet to the middle of a drawer
+_DRAWER_SIDE = 0.055  # from the cabinet's centre to a drawer's centre
 
 
 def add_zones(spec: mujoco.MjSpec, n: int, half: tuple[float, float] | None = None) -> None:
-    """Add flat areas `zone0...`: discs, or rectangles of half sizes `half` metres."""
+    """Add flat areas `zone0...`: discs, or rectangles if their half sizes `half` in metres are given."""
     for i in range(n):
         body = spec.worldbody.add_body(name=f"zone{i}")
         size = (ZONE_RADIUS, 0.0003, 0) if half is None else (*half, 0.0003)
@@ -35,14 +35,14 @@ def add_zones(spec: mujoco.MjSpec, n: int, half: tuple[float, float] | None = No
 
 
 def put_zone(model: mujoco.MjModel, i: int, color: str, xy: np.ndarray) -> None:
-    """Put zone `i` at `xy` [2] metres."""
+    """Place zone `i` at `xy` [2] metres."""
     model.body(f"zone{i}").pos[:2] = xy
-    # A little paler than objects, so that the two are told apart also where only one of them is seen.
+    # Slightly paler than objects, so that zone and object can be distinguished even if only one is visible.
     model.geom(f"zone{i}").rgba[:3] = 0.75 * np.array(COLORS[color]) + 0.25
 
 
 def add_buttons(spec: mujoco.MjSpec, n: int) -> None:
-    """Add `button0...`: spring-loaded caps on dark plates; joint `button<i>` is how far a cap is pressed, in metres."""
+    """Add `button0...`: spring-loaded caps on dark plates. Joint `button<i>` is the depth of the press in metres."""
     for i in range(n):
         base = spec.worldbody.add_body(name=f"button{i}")
         base.add_geom(type=_CYLINDER, pos=(0, 0, 0.005), size=(0.031, 0.005, 0), rgba=_DARK, **_SOLID)
@@ -55,15 +55,15 @@ def add_buttons(spec: mujoco.MjSpec, n: int) -> None:
 
 
 def put_button(model: mujoco.MjModel, i: int, color: str, xy: np.ndarray) -> None:
-    """Put button `i` at `xy` [2] metres."""
+    """Place button `i` at `xy` [2] metres."""
     model.body(f"button{i}").pos[:2] = xy
     model.geom(f"button{i}").rgba[:3] = COLORS[color]
 
 
 def add_cabinet(spec: mujoco.MjSpec) -> None:
-    """Add a low cabinet with drawers side by side that open towards the camera (+x).
+    """Add a low cabinet with two drawers side by side that open towards the camera (+x).
 
-    Joint `drawer<i>` is how far a drawer is open, in metres; geom `handle<i>` is its post-shaped handle.
+    Joint `drawer<i>` is the opening of a drawer in metres; geom `handle<i>` is its post-shaped handle.
     """
     cabinet = spec.worldbody.add_body(name="cabinet")
     cabinet.add_geom(type=_BOX, pos=(0, 0, _CABINET[2]), size=_CABINET, rgba=_WOOD, **_SOLID)
@@ -73,7 +73,7 @@ def add_cabinet(spec: mujoco.MjSpec) -> None:
             name=f"drawer{i}", type=mujoco.mjtJoint.mjJNT_SLIDE, axis=(1, 0, 0), limited=True,
             range=(0, DRAWER_TRAVEL), damping=5, frictionloss=0.6, armature=0.1,
         )  # fmt: skip
-        # The box starts behind the front: when closed it is inside the cabinet, which it does not collide with.
+        # The box is behind the front. A closed drawer is inside the cabinet, with which it does not collide.
         drawer.add_geom(type=_BOX, pos=(-0.062, 0, 0.027), size=(0.056, 0.044, 0.022), rgba=_INSIDE, mass=0.2, **_SOLID)
         drawer.add_geom(type=_BOX, pos=(0.003, 0, 0.031), size=(0.005, 0.050, 0.029), rgba=_WOOD, mass=0.1, **_SOLID)
         drawer.add_geom(
@@ -87,7 +87,7 @@ def add_cabinet(spec: mujoco.MjSpec) -> None:
 
 
 def put_cabinet(model: mujoco.MjModel, xy: np.ndarray, colors: list[str]) -> None:
-    """Put the cabinet at `xy` [2] metres and paint its two handles."""
+    """Place the cabinet at `xy` [2] metres and set the colours of its two handles."""
     model.body("cabinet").pos[:2] = xy
     for i, color in enumerate(colors):
         model.geom(f"handle{i}").rgba[:3] = COLORS[color]

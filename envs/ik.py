@@ -1,4 +1,4 @@
-"""Damped least squares: a hand pose in, six joint angles out.
+"""Inverse kinematics by damped least squares: six joint angles for a hand pose.
 
 Owns a private copy of the arm's kinematics. Does not know the world, the current state or the action space.
 """
@@ -27,13 +27,13 @@ def rpy_to_matrix(rpy: np.ndarray) -> np.ndarray:
 
 
 def matrix_to_rpy(matrix: np.ndarray) -> np.ndarray:
-    """The inverse of `rpy_to_matrix` for |pitch| < pi/2."""
+    """Inverse of `rpy_to_matrix` for |pitch| < pi/2."""
     pitch = np.arcsin(np.clip(-matrix[2, 0], -1.0, 1.0))
     return np.array([np.arctan2(matrix[2, 1], matrix[2, 2]), pitch, np.arctan2(matrix[1, 0], matrix[0, 0])])
 
 
 class ArmIK:
-    """Solves for the tool centre point of the arm in `arm.py`."""
+    """Inverse kinematics of the tool centre point of the arm in `arm.py`."""
 
     def __init__(self) -> None:
         spec = mujoco.MjSpec()
@@ -45,9 +45,10 @@ class ArmIK:
         self._jac = np.zeros((6, self._model.nv))
 
     def solve(self, pos: np.ndarray, rpy: np.ndarray, start: np.ndarray = ELBOW_UP, iterations: int = 6) -> np.ndarray:
-        """Joint angles [6] in radians that bring the hand to `pos` [3] metres and `rpy` [3] radians.
+        """Joint angles [6] in radians for which the hand is at `pos` [3] metres with orientation `rpy` [3] radians.
 
-        Deterministic: depends on the arguments only. `start` [6] chooses the branch and makes small steps cheap.
+        Deterministic: the result depends on the arguments only. The initial guess `start` [6] selects the branch, and
+        small steps from it converge quickly.
         """
         model, data, jac = self._model, self._data, self._jac
         goal = rpy_to_matrix(rpy)
@@ -58,13 +59,13 @@ class ArmIK:
             data.qpos[:6] = q
             mujoco.mj_kinematics(model, data)
             now = data.site_xmat[self._site].reshape(3, 3)
-            rest = goal @ now.T  # for small angles its antisymmetric part is the rotation vector that is left
+            rest = goal @ now.T  # for small angles, the rotation vector is its antisymmetric part
             error[:3] = pos - data.site_xpos[self._site]
             error[3:] = (rest[2, 1] - rest[1, 2], rest[0, 2] - rest[2, 0], rest[1, 0] - rest[0, 1])
             error[3:] /= 2
             if np.abs(error).max() < _TOLERANCE:
                 break
-            mujoco.mj_comPos(model, data)  # the Jacobian reads the motion axes that this fills
+            mujoco.mj_comPos(model, data)  # computes the motion axes that the Jacobian needs
             mujoco.mj_jacSite(model, data, jac[:3], jac[3:], self._site)
             j = jac[:, :6]
             q += j.T @ np.linalg.solve(j @ j.T + _DAMPING, error)

@@ -1,10 +1,10 @@
-"""The instruction grammar: how a task and the things in it are put into words.
+"""The instruction grammar: words for a task and its objects.
 
 Owns templates, noun phrases, politeness, and their split into train and held-out. Does not know scenes or positions.
 
-A phrase is `politeness(template(noun phrases))`. Held-out phrasings use templates of their own, so none of them is ever
-a training phrase, and only words that occur in the same task's training phrasings, so that a language model trained
-from scratch on those can read them.
+A phrase is `politeness(template(noun phrases))`. Held-out phrasings have templates of their own, so they never occur in
+training. They use only words of the same task's training phrasings, so that a language model trained from scratch on
+those knows every word.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PHRASINGS = ("train", "heldout", "canonical")
 
 
 class Thing(NamedTuple):
-    """What an instruction can name: kind is "object", "zone", "button" or "drawer"; only objects have a shape."""
+    """An object, zone, button or drawer in an instruction; `kind` is one of these words. Only objects have a shape."""
 
     kind: str
     color: str
@@ -30,15 +30,15 @@ class Thing(NamedTuple):
 
 @dataclass(frozen=True)
 class Grammar:
-    """The templates of one task; `{a}` is the thing to act on, `{b}` where to. The first one is canonical."""
+    """The templates of one task; `{a}` is the target, `{b}` its destination. The first template is canonical."""
 
     kinds: tuple[str, ...]
     train: tuple[str, ...]
     heldout: tuple[str, ...]
 
 
-# "a orange handle" stays until the embedded backbone is trained again: with these words it closes the named drawer in
-# 80 of 80 scenes, with "an orange handle", a word that it has never read, in 51.
+# Keep "a orange handle" until the embedded backbone is retrained. With it, the backbone closes the target drawer in 80
+# of 80 scenes; with "an orange handle", in 51, because "an" never occurred in its training.
 NOUNS: dict[str, dict[str, tuple[str, ...]]] = {
     "object": {
         "train": ("the {color} {shape}", "the {shape} that is {color}", "the {color} one", "the {color} object"),
@@ -125,7 +125,7 @@ GRAMMARS: dict[str, Grammar] = {
 
 
 def phrases(task: str, things: tuple[Thing, ...], phrasing: str = "train") -> list[str]:
-    """Every way to say `task` about `things` ((a,) or (a, b)), without duplicates, in a fixed order."""
+    """All phrases for `task` with `things` ((a,) or (a, b)), without duplicates, in a fixed order."""
     grammar = GRAMMARS[task]
     if phrasing == "canonical":
         return [grammar.train[0].format(**_named([_nouns(thing, "train")[0] for thing in things]))]
@@ -140,13 +140,13 @@ def phrases(task: str, things: tuple[Thing, ...], phrasing: str = "train") -> li
 
 
 def sample(task: str, things: tuple[Thing, ...], phrasing: str, rng: np.random.Generator) -> str:
-    """One of `phrases(...)`, uniformly."""
+    """A phrase drawn uniformly from `phrases(...)`."""
     options = phrases(task, things, phrasing)
     return options[int(rng.integers(len(options)))]
 
 
 def things_of(task: str) -> list[tuple[Thing, ...]]:
-    """Every combination of things that `task` can be about; two things of one scene never share a colour."""
+    """All combinations of things that an instruction for `task` can mention; their colours differ."""
     pools = [
         [Thing(kind, color, shape) for color in COLORS for shape in (SHAPES if kind == "object" else ("",))]
         for kind in GRAMMARS[task].kinds
@@ -155,9 +155,9 @@ def things_of(task: str) -> list[tuple[Thing, ...]]:
 
 
 def corpus(phrasing: str = "train", tasks: tuple[str, ...] | None = None, limit: int = 1500) -> list[str]:
-    """Instructions that contain every colour, shape, noun phrase, template and politeness, for training a tokenizer.
+    """Instructions with every colour, shape, noun phrase, template and politeness, for training a tokenizer.
 
-    All phrases of a task where there are at most `limit`; otherwise that many of them, always the same.
+    Contains all phrases of a task, or a fixed random sample of `limit` phrases if there are more.
     """
     out: list[str] = []
     for task in tasks or tuple(GRAMMARS):

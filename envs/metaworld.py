@@ -1,9 +1,10 @@
-"""Meta-World's 50 tasks behind this suite's interface: `vla-metaworld/<task>-v3`, e.g. `vla-metaworld/drawer-open-v3`.
+"""Meta-World's 50 tasks with the interface of this suite, e.g. `vla-metaworld/drawer-open-v3`.
 
-Owns the protocol under which policies are compared on Meta-World: camera, state, seeding, episode end, expert. Does not
-know physics, rewards or scripted policies: those are the `metaworld` package's, imported when the first environment is
-made. Nothing that a camera or a joint could not tell a robot is observed: the rest of Meta-World's observation vector
-holds the positions of objects and goal, and only the expert reads it.
+Owns the evaluation protocol on Meta-World: camera, state, seeding, episode end and expert. Physics, rewards and
+scripted policies come from the `metaworld` package, which is imported when the first environment is created.
+
+Observations contain only what a robot could measure with its camera and joints. The rest of Meta-World's observation
+vector holds the positions of objects and goal; only the expert uses it.
 """
 
 from __future__ import annotations
@@ -24,22 +25,22 @@ from envs.render import Camera
 
 METAWORLD_IDS: tuple[str, ...] = tuple(f"vla-metaworld/{task}" for task in TASKS)
 CAMERA = "corner2"
-CAMERA_POS = (0.75, 0.075, 0.7)  # metres; where everybody who trains on Meta-World moves this camera
+CAMERA_POS = (0.75, 0.075, 0.7)  # metres; the camera position that is customary for training on Meta-World
 STATE_NAMES = ("x", "y", "z", "gripper")  # hand position in metres; opening, 1 open to 0 closed
 ACTION_NAMES = ("dx", "dy", "dz", "gripper")
-STEP_HZ = 80  # one step of Meta-World is 5 substeps of 2.5 ms
-MAX_STEPS = 500  # Meta-World's steps per episode
+STEP_HZ = 80  # a Meta-World step has 5 substeps of 2.5 ms
+MAX_STEPS = 500  # Meta-World steps per episode
 VIDEO_SIZE = 384
-#: The version that the pinned release of Meta-World requires: with others it fails to start, or its physics differ.
+#: The version that the pinned Meta-World release requires; with others it fails to start, or its physics differ.
 MUJOCO = "3.3.0"
 _INSTALL = (
     "pip install '.[metaworld]' in the checkout of this package, in an environment of its own (Python 3.11 to 3.13)"
 )
-_OURS = [0, 1, 2, 6]  # where a Meta-World action lies in an action of the tabletop suite
+_OURS = [0, 1, 2, 6]  # indices of a Meta-World action's entries in an action of the tabletop suite
 
 
 def register_all() -> None:
-    """Register every task; calling it again changes nothing. Meta-World itself is not imported."""
+    """Register every task, without importing Meta-World; repeated calls have no effect."""
     for env_id, task in zip(METAWORLD_IDS, TASKS, strict=True):
         if env_id not in gym.registry:
             gym.register(
@@ -48,21 +49,23 @@ def register_all() -> None:
 
 
 class MetaWorldEnv(gym.Env):
-    """A Sawyer hand, one object and an instruction.
+    """A Meta-World task with an instruction.
 
-    Actions [4] in [-1, 1]: the hand's target moves by up to 1 cm per step and axis; the gripper closes with force at
-    +1 and opens at -1 (the opposite of the tabletop suite).
+    Actions [4] in [-1, 1]: the commanded hand position moves by up to 1 cm per step and axis; the gripper closes with
+    force at +1 and opens at -1 (the opposite of the tabletop suite).
 
     Args:
         task: Meta-World's name of the task, e.g. "drawer-open-v3".
-        cameras: ("corner2",), or an empty tuple, which leaves out "pixels" and is fast.
-        image_size: height and width of the observed pictures, in pixels.
-        phrasing: which instructions are given: "train", "heldout" or "canonical".
-        action_repeat: steps for which each action is held: with 4, decisions come at 20 Hz and at most 125 of them.
-        convention: "suite", or "lerobot": observations as LeRobot's environment gives them with its `obs_type`
-            "pixels_agent_pos": "pixels" is the picture itself, drawn by Meta-World with its shadows, and the state is
-            float64. Its policies are trained on 480 pixels and actions of one step; neither is changed by this.
-        render_mode: None or "rgb_array" (a larger picture, for videos).
+        cameras: ("corner2",), or an empty tuple, which omits "pixels" and is fast.
+        image_size: height and width of the observed images in pixels.
+        phrasing: split of the instructions: "train", "heldout" or "canonical".
+        action_repeat: number of Meta-World steps per action; with 4, the control rate is 20 Hz and an episode has at
+            most 125 actions.
+        convention: "suite", or "lerobot" for the observations of LeRobot's environment with `obs_type`
+            "pixels_agent_pos": "pixels" is the image itself, rendered by Meta-World with shadows, and the state is
+            float64. LeRobot's policies are trained on 480 px and one step per action; set `image_size` and
+            `action_repeat` yourself.
+        render_mode: None or "rgb_array" (a larger image, for videos).
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": STEP_HZ}  # noqa: RUF012 (gym.Env declares it)
@@ -91,39 +94,41 @@ class MetaWorldEnv(gym.Env):
         self.metadata = {**self.metadata, "render_fps": round(STEP_HZ / self.action_repeat)}
         self.task_description = ""
         self._inner, self._make_policy = _load(task, self.image_size)
-        self._raw = np.zeros(0)  # Meta-World's whole observation [39]; empty before the first reset
+        self._raw = np.zeros(0)  # Meta-World's full observation [39]; empty before the first reset
         self._camera: Camera | None = None
         self._video: Camera | None = None
         self._limits = np.array([[-0.525, 0.348, -0.0525, 0], [0.525, 1.025, 0.7, 1]], np.float32)  # of the state
         spaces: dict[str, gym.Space] = {"agent_pos": gym.spaces.Box(*self._limits)}
         if cameras:
-            picture = gym.spaces.Box(0, 255, (self.image_size, self.image_size, 3), np.uint8)
-            spaces["pixels"] = gym.spaces.Dict(dict.fromkeys(cameras, picture))
+            image = gym.spaces.Box(0, 255, (self.image_size, self.image_size, 3), np.uint8)
+            spaces["pixels"] = gym.spaces.Dict(dict.fromkeys(cameras, image))
         if convention == "lerobot":
             spaces["agent_pos"] = gym.spaces.Box(-1000.0, 1000.0, (len(STATE_NAMES),), np.float64)
-            spaces |= {"pixels": picture} if cameras else {}
+            spaces |= {"pixels": image} if cameras else {}
         self.observation_space = gym.spaces.Dict(spaces)
         self.action_space = gym.spaces.Box(-1.0, 1.0, (len(ACTION_NAMES),), np.float32)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Start an episode; the seed alone decides where things are and how the instruction is phrased."""
+        """Start an episode; the seed alone determines the positions and the phrasing of the instruction."""
         super().reset(seed=seed)
         if seed is not None:
             self._inner.seed(seed)
         self._inner.reset()
-        # Meta-World moves furniture after its last kinematics: without this the first picture shows the last episode.
+        # Meta-World moves furniture after updating the kinematics; without this call, the first image would show the
+        # previous episode.
         mujoco.mj_forward(self._inner.model, self._inner.data)
         self._raw = self._inner._get_obs()
         self.task_description = sample(self.task, self.phrasing, self.np_random)
         return self._observe(), self._info(False)
 
     def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
-        """Hold one action [4] in [-1, 1] for `action_repeat` steps of 12.5 ms, fewer when one of them succeeds.
+        """Repeat one action [4] in [-1, 1] for `action_repeat` steps of 12.5 ms, or until success.
 
         Success terminates the episode. The reward is Meta-World's own (0 to 10) after the last of these steps.
-        `TimeLimit` truncates; Meta-World does so itself after 500 of its steps, which is earlier when actions are held.
+        `TimeLimit` truncates the episode after 500 actions, Meta-World itself after 500 of its steps (which comes first
+        if actions are repeated).
         """
         command = check_action(action, ACTION_NAMES).astype(np.float32)
         if not self._raw.size:
@@ -136,7 +141,7 @@ class MetaWorldEnv(gym.Env):
         return self._observe(), float(reward), success, truncated and not success, self._info(success)
 
     def render(self) -> np.ndarray | None:
-        """A picture for people, uint8 [384, 384, 3], when render_mode is "rgb_array"."""
+        """An image for videos, uint8 [384, 384, 3]; None unless render_mode is "rgb_array"."""
         if self.render_mode is None:
             return None
         if self._video is None:
@@ -154,7 +159,7 @@ class MetaWorldEnv(gym.Env):
 
     @property
     def robot(self) -> dict[str, Any]:
-        """What a policy has to know about this robot, as plain values; a `None` in "hold" repeats the last command."""
+        """The properties of a RobotSpec as plain values; a `None` in "hold" repeats that entry of the last command."""
         return {
             "cameras": list(self.cameras),
             "state_names": list(STATE_NAMES),
@@ -168,7 +173,7 @@ class MetaWorldEnv(gym.Env):
         }
 
     def make_expert(self, noise: float = 0.0, seed: int | None = None) -> MetaWorldExpert:
-        """Meta-World's scripted policy for this task; ask it once per `step`."""
+        """Meta-World's scripted policy for this task; call its `act` once per `step`."""
         policy = self._make_policy()
         return MetaWorldExpert(lambda: np.clip(policy.get_action(self._raw), -1.0, 1.0), noise, seed)
 
@@ -191,9 +196,10 @@ class MetaWorldEnv(gym.Env):
 
 
 class MetaWorldExpert:
-    """A scripted policy with the noise of the tabletop suite's experts, and their interface.
+    """A scripted policy with the interface and the noise of the tabletop suite's experts.
 
-    `act()` is what to execute [4]; `label` is the clean action for the same state. Both lie in [-1, 1], float32.
+    `act()` returns the action [4] to execute; `label` is the clean action for the same state. Both are float32 in
+    [-1, 1].
     """
 
     def __init__(self, plan: Callable[[], np.ndarray], noise: float = 0.0, seed: int | None = None) -> None:
@@ -213,7 +219,7 @@ class MetaWorldExpert:
 
 
 def _load(task: str, image_size: int) -> tuple[Any, Callable[[], Any]]:
-    """Meta-World's environment for `task`, set up for the protocol, and what makes its scripted policy."""
+    """Meta-World's environment for `task`, configured for the protocol, and the class of its scripted policy."""
     if mujoco.__version__ != MUJOCO:
         raise gym.error.DependencyNotInstalled(
             f"Meta-World needs mujoco=={MUJOCO}, and {mujoco.__version__} is installed: run {_INSTALL}."
@@ -223,18 +229,18 @@ def _load(task: str, image_size: int) -> tuple[Any, Callable[[], Any]]:
         from metaworld.policies import ENV_POLICY_MAP
     except ImportError as error:
         raise gym.error.DependencyNotInstalled(f"Meta-World is not installed ({error}): run {_INSTALL}.") from error
-    # Every step of most scripted policies warns that it will be clipped, which is what is done with it.
+    # Most scripted policies warn at every step that their action will be clipped, which `make_expert` does.
     warnings.filterwarnings("ignore", message="Constant.* may be too high", module="metaworld")
     inner = ALL_V3_ENVIRONMENTS[task](render_mode="rgb_array", camera_name=CAMERA, width=image_size, height=image_size)
-    # Show the expert the goal; the cached space, to whose limits every observation is clipped, still hides it.
+    # Show the goal to the expert. Observations are clipped to a cached space that still hides it, so drop that, too.
     inner._partially_observable = False
     inner.__dict__.pop("sawyer_observation_space", None)
-    # Draw positions at every reset, from the generator that `seed` sets, instead of from a list of stored tasks.
+    # Sample positions at every reset, with the generator that `seed` sets, instead of using a list of stored tasks.
     inner._freeze_rand_vec, inner.seeded_rand_vec, inner._set_task_called = False, True, True
     inner.model.cam_pos[inner.model.camera(CAMERA).id] = CAMERA_POS
     return inner, ENV_POLICY_MAP[task]
 
 
 def _upright(image: np.ndarray) -> np.ndarray:
-    """Meta-World's corner cameras hang upside down: turn the picture by half a turn."""
+    """Rotate an image by 180 degrees; Meta-World's corner cameras are mounted upside down."""
     return np.ascontiguousarray(image[::-1, ::-1])

@@ -1,9 +1,9 @@
-"""What each Meta-World task is called in words: one short sentence, and paraphrases of it.
+"""Instructions for the Meta-World tasks: one short sentence per task, and paraphrases of it.
 
-Owns the list of the 50 tasks and their sentences. Does not know Meta-World itself, so that it can be read without it.
+Owns the list of the 50 tasks and their sentences. Does not import Meta-World.
 
-Per task, the first training phrase is canonical; the held-out phrase never occurs in training. Tasks that share a scene
-(open and close, push and pull, from the top and from the side) are told apart by every one of their phrases.
+The first training phrase of a task is canonical; the held-out phrase never occurs in training. If tasks share a scene
+(open and close, push and pull, from the top and from the side), every phrase identifies its task.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 
 class Phrases(NamedTuple):
-    """The sentences of one task; `train[0]` is the canonical one."""
+    """The sentences of one task; `train[0]` is canonical."""
 
     train: tuple[str, ...]
     heldout: tuple[str, ...]
@@ -261,12 +261,12 @@ TASKS: tuple[str, ...] = tuple(PHRASES)
 
 
 def phrases(task: str, phrasing: str) -> tuple[str, ...]:
-    """Every sentence for `task`; `phrasing` is "train", "heldout" or "canonical"."""
+    """All sentences for `task`; `phrasing` is "train", "heldout" or "canonical"."""
     own = PHRASES[task]
     return {"train": own.train, "heldout": own.heldout, "canonical": own.train[:1]}[phrasing]
 
 
 def sample(task: str, phrasing: str, rng: np.random.Generator) -> str:
-    """One of `phrases(...)`, uniformly."""
+    """A sentence drawn uniformly from `phrases(...)`."""
     options = phrases(task, phrasing)
     return options[int(rng.integers(len(options)))]

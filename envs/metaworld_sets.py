@@ -1,11 +1,10 @@
-"""Which Meta-World tasks are meant by a name: benchmarks are reported on sets of tasks.
+"""Sets of Meta-World tasks on which benchmark results are reported.
 
-Owns the names of the sets and the environment ids in them; values only. Does not know the tasks themselves, so that it
-can be read without Meta-World.
+Owns the names of the sets and their environment ids. Does not import Meta-World.
 
-`mt50` is all tasks, `mt10` and the two `ml45` lists are Meta-World's own (Yu et al., 2019). The four tiers `mt50/...`
-say how difficult tasks are for policies that see pictures: Seo et al., "Masked World Models for Visual Control" (2022),
-appendix; TinyVLA, SmolVLA, LeRobot and those who compare with them use the same 28, 11, 6 and 5 tasks.
+`mt50` has all tasks; `mt10` and the two `ml45` sets are Meta-World's own (Yu et al., 2019). The four tiers `mt50/...`
+rank tasks by their difficulty for visual policies: Seo et al., "Masked World Models for Visual Control" (2022),
+appendix. TinyVLA, SmolVLA and LeRobot, and the papers that compare with them, use the same 28, 11, 6 and 5 tasks.
 """
 
 from __future__ import annotations

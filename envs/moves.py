@@ -1,9 +1,9 @@
-"""The moves that scripted experts are made of: approach, pick, carry, push, release.
+"""Motion primitives of the scripted experts: approach, pick, carry, push, release.
 
-Owns how the hand moves. Does not know the tasks: each of them combines these moves in its `plan`.
+Owns the motion of the hand. A task combines these primitives in its `plan`.
 
-Every move is a function of the current state of the world only. There is no phase and no timer, so an expert gives the
-right next action in any state: it relabels states that a policy visited, and it recovers from any disturbance.
+Every primitive depends only on the current state of the world. Without phases or timers, an expert has the right next
+action in any state: it can relabel states that a policy visited, and it recovers from any disturbance.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from envs.scene import HAND_BOX
 from envs.world import ROTATION, TRANSLATION, World
 
 OPEN, CLOSED = 1.0, -1.0
-_SPEED = 0.7  # of the fastest possible: leaves room to be told apart from a disturbance, and time to be observed
-_GAIN = 0.3  # share of the remaining way per step, once that is slower than full speed
-_CLEAR = 0.075  # metres from an object's centre to the hand at which the fingers pass above its neighbours
+_SPEED = 0.7  # maximum action; below 1 so that noise remains distinguishable, and for more frames per motion
+_GAIN = 0.3  # fraction of the remaining distance per step near the goal
+_CLEAR = 0.075  # height in metres of the hand above an object's centre at which the fingers clear its neighbours
 
 
 def go(world: World, goal: np.ndarray, grip: float) -> np.ndarray:
-    """Action [7] straight to `goal` [3] metres, at full speed until close; an upright wrist is left alone."""
+    """Action [7] straight to `goal` [3] metres, at full speed until close; also corrects a tilted wrist."""
     action = np.zeros(7)
     action[:3] = np.clip(_GAIN * (goal - world.hand) / TRANSLATION, -_SPEED, _SPEED)
     rpy = world.rpy
@@ -32,9 +32,9 @@ def go(world: World, goal: np.ndarray, grip: float) -> np.ndarray:
 def approach(
     world: World, xy: np.ndarray, low: float, high: float, grip: float, inner: float = 0.010, outer: float = 0.045
 ) -> np.ndarray:
-    """Action [7] that comes down on `xy` [2] through a funnel: at height `high` until close, at `low` when above it.
+    """Action [7] that descends on `xy` [2] through a funnel: from height `high` when far to `low` when above `xy`.
 
-    Below the funnel the hand climbs before it moves sideways, so it does not knock over what it is next to.
+    Below the funnel, the hand rises before it moves sideways, so that it does not knock over nearby objects.
     """
     way = xy - world.hand[:2]
     share = np.clip((np.linalg.norm(way) - inner) / (outer - inner), 0.0, 1.0)
@@ -45,32 +45,32 @@ def approach(
 
 
 def between_fingers(world: World, at: np.ndarray) -> bool:
-    """Whether a thing with its centre `at` [3] is where closing the fingers grips it."""
+    """Whether closing the fingers would grasp an object with its centre `at` [3]."""
     dx, dy, dz = np.abs(at - world.hand)
     return bool(dx < 0.014 and dy < 0.02 and dz < 0.014)
 
 
 def pick(world: World, at: np.ndarray, clear: float = _CLEAR) -> np.ndarray:
-    """Action [7] towards gripping the thing whose centre is `at` [3]."""
+    """Action [7] towards grasping an object with its centre `at` [3]."""
     low = max(float(at[2]), HAND_BOX[0, 2])
     if between_fingers(world, at):
         return go(world, np.array([at[0], at[1], low]), CLOSED)
-    # Half-closed fingers would land on top of it: stay above until they are wide open.
+    # Half-closed fingers would land on top of the object: stay above it until they are wide open.
     wait = clear * float(np.clip((0.75 - world.opening) / 0.25, 0.0, 1.0))
     return approach(world, at[:2], low + wait, low + clear, OPEN)
 
 
 def carry(world: World, at: np.ndarray, xy: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Action [7] that brings the gripped thing with its centre `at` [3] to `xy` [2] at height `low`, metres."""
+    """Action [7] that carries the grasped object with its centre `at` [3] to `xy` [2] at height `low`, in metres."""
     goal = world.hand[:2] + (xy - at[:2])
     lift = world.hand[2] - at[2]
     return approach(world, goal, low + lift, high + lift, CLOSED, inner=0.012, outer=0.05)
 
 
 def push(world: World, at: np.ndarray, way: np.ndarray, reach: float, height: float) -> np.ndarray:
-    """Action [7] that pushes the thing at `at` [3] by the vector `way` [2] metres with closed fingers.
+    """Action [7] that pushes the object at `at` [3] by the vector `way` [2] metres with closed fingers.
 
-    `reach` is the distance in metres between the hand and its centre at which the hand comes down behind it.
+    The hand is lowered behind the object, `reach` metres from its centre.
     """
     direction = way / np.linalg.norm(way)
     rel = world.hand[:2] - at[:2]
@@ -84,11 +84,11 @@ def push(world: World, at: np.ndarray, way: np.ndarray, reach: float, height: fl
 
 
 def wait_closed(world: World) -> float:
-    """How much higher to stay, in metres, while the fingers are still open: they must not close around something."""
+    """Additional height in metres while the fingers are open, so that they do not close around an object."""
     return 0.05 * float(np.clip((world.opening - 0.2) / 0.2, 0.0, 1.0))
 
 
 def release(world: World, geom: str) -> np.ndarray:
-    """Action [7] that lets go of the geom called `geom` where it is, and leaves upwards once the fingers are off it."""
+    """Action [7] that releases geom `geom` in place, and moves up once the fingers no longer touch it."""
     up = 0.0 if world.gripped(geom) else 0.06
     return go(world, world.hand + np.array([0.0, 0.0, up]), OPEN)

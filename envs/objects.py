@@ -1,7 +1,6 @@
-"""Colours, shapes and the split of their pairs into train and held-out.
+"""Colours and shapes of objects, and the split of colour-shape pairs into train and held-out.
 
-Owns the vocabulary of things that can stand on the table. Does not know where they stand, what is done with them, or
-how an instruction names them.
+Owns the kinds of objects. Does not know positions, tasks or instructions.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ COLORS: dict[str, tuple[float, float, float]] = {
 }
 SHAPES: tuple[str, ...] = ("cube", "cylinder", "ball")
 
-#: Never a target, and never on the table at all, in the train split. Four colours, so that four of them fit one scene.
+#: Never on the table in the train split. There are four colours, so that a scene can have four held-out objects.
 HELDOUT_PAIRS: tuple[tuple[str, str], ...] = (
     ("red", "cylinder"),
     ("blue", "ball"),
@@ -31,7 +30,7 @@ PAIRS = {"train": TRAIN_PAIRS, "heldout": HELDOUT_PAIRS, "all": ALL_PAIRS}
 
 
 def draw_pairs(rng: np.random.Generator, n: int, split: str, max_balls: int | None = None) -> list[tuple[str, str]]:
-    """Draw `n` (colour, shape) pairs of a split, all of different colours, with at most `max_balls` balls."""
+    """Draw `n` (colour, shape) pairs of different colours from a split, with at most `max_balls` balls."""
     allowed = PAIRS[split]
     colors = sorted({color for color, _ in allowed})
     while True:

@@ -1,6 +1,6 @@
-"""Domain randomisation: light, table colour, shades of colours and camera poses, drawn once per episode.
+"""Domain randomisation of light, table colour, colour shades and camera poses, sampled once per episode.
 
-Owns what varies and by how much. Does not know tasks or where things stand; nothing here changes physics.
+Owns the randomised properties and their ranges. Does not know tasks or positions, and does not change the physics.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _FIELDS = ("geom_rgba", "light_dir", "light_diffuse", "cam_pos", "cam_quat", "ca
 
 
 def remember(model: mujoco.MjModel) -> dict[str, np.ndarray]:
-    """The neutral look of a model, to start every episode from."""
+    """The neutral appearance of a model, restored at the start of every episode."""
     look = {name: getattr(model, name).copy() for name in _FIELDS}
     look["ambient"] = np.array(model.vis.headlight.ambient)
     return look
@@ -28,7 +28,7 @@ def restore(model: mujoco.MjModel, neutral: dict[str, np.ndarray]) -> None:
 
 
 def draw(rng: np.random.Generator) -> dict[str, Any]:
-    """A look, as plain values."""
+    """Sample an appearance, as plain values."""
     return {
         "table": rng.uniform(-0.14, 0.10, size=3).tolist(),
         "ambient": float(rng.uniform(-0.10, 0.10)),
@@ -40,9 +40,9 @@ def draw(rng: np.random.Generator) -> dict[str, Any]:
 
 
 def apply(model: mujoco.MjModel, look: dict[str, Any]) -> None:
-    """Change `model` to `look`; call after colours are set."""
+    """Apply an appearance to `model`; call this after setting colours."""
     table = model.geom("table").id
-    # One jitter per colour, not per geom: parts of one thing keep matching.
+    # One offset per colour, not per geom, so that all parts of an object keep the same colour.
     shades = np.random.default_rng(look["shades"])
     colors, inverse = np.unique(model.geom_rgba[:, :3], axis=0, return_inverse=True)
     colors = np.clip(colors + shades.uniform(-0.06, 0.06, size=colors.shape), 0, 1)

@@ -1,6 +1,6 @@
-"""Pictures of a MuJoCo model: small fast ones for observations, larger and nicer ones for people.
+"""Rendering of MuJoCo models: small, fast images for observations; larger, better ones for videos.
 
-Owns renderers and the settings that make software GL fast. Does not know what is in the picture.
+Owns the renderers and the settings that make software GL fast. Does not know the scene.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import numpy as np
 
 
 class Camera:
-    """One off-screen renderer, shared by all cameras of a model that want the same size.
+    """An off-screen renderer for all cameras of a model with the same image size.
 
-    `nice` adds shadows and multisampling, which cost 13 times the rest in software GL; `sky` draws the model's skybox.
+    `nice` adds shadows and multisampling, which take 13 times as long as everything else in software GL. `sky` draws
+    the model's skybox.
     """
 
     def __init__(self, model: mujoco.MjModel, size: int, nice: bool = False, sky: bool = False) -> None:
@@ -26,14 +27,14 @@ class Camera:
         model.vis.global_.offwidth = model.vis.global_.offheight = size
         try:
             self._renderer = mujoco.Renderer(model, size, size, max_geom=200)
-        except Exception as error:  # each GL backend fails in its own way, down to AttributeError
+        except Exception as error:  # each GL backend raises its own types, even AttributeError
             raise RuntimeError(
                 f"could not create an off-screen renderer with MUJOCO_GL={os.environ.get('MUJOCO_GL', '')!r}: {error}. "
                 "On Debian or Ubuntu: apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri, and set MUJOCO_GL=egl; "
                 "or apt-get install libosmesa6 and set MUJOCO_GL=osmesa."
             ) from error
-        #: Frees the GL context; at the latest when the interpreter exits, before GL itself is torn down: functions that
-        #: were registered later run earlier, and mujoco registered its own when the renderer was made.
+        #: Frees the GL context, at exit at the latest. This must happen before GL itself is shut down. Exit functions
+        #: run in reverse order of registration, and mujoco registered its own when the renderer was created.
         self.close = weakref.finalize(self, self._renderer.close)
         atexit.register(self.close)
         flags = self._renderer.scene.flags
@@ -43,6 +44,6 @@ class Camera:
         flags[mujoco.mjtRndFlag.mjRND_HAZE] = False
 
     def __call__(self, data: mujoco.MjData, camera: str) -> np.ndarray:
-        """The picture of `camera`, uint8 [size, size, 3] RGB."""
+        """The image of `camera`, uint8 [size, size, 3] RGB."""
         self._renderer.update_scene(data, camera)
         return self._renderer.render()

@@ -1,7 +1,7 @@
-"""The base scene: table, light, front camera and the objects that stand on the table.
+"""The base scene: table, light, front camera and the objects on the table.
 
-Owns geometry, friction and colours of the common world. Does not know the robot, the tasks' furniture or where things
-are put in an episode. Metres throughout; the table top is z = 0, the robot stands at the origin and faces +x.
+Owns geometry, friction and colours of the scene that all tasks share. Does not know the robot, the tasks' furniture or
+the layout of an episode. Units are metres; the table top is at z = 0, and the robot is at the origin, facing +x.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from envs.arm import OBJECT_BITS, STATIC_BITS
 from envs.objects import COLORS
 
 CENTER = np.array([0.45, 0.0])  # of the 36 x 36 cm workspace
-#: Where the tool centre point may go: low corner, high corner.
+#: Workspace of the tool centre point: minimum, maximum.
 HAND_BOX = np.array([[0.25, -0.24, 0.014], [0.66, 0.24, 0.30]])
-#: Where centres of objects are put: low corner, high corner.
+#: Region of the initial object centres: minimum, maximum.
 OBJECT_BOX = np.array([[0.31, -0.14], [0.59, 0.14]])
-#: Invisible walls that only objects feel: low corner, high corner. What is pushed or rolls away stays within reach.
+#: Invisible walls that collide with objects only, to keep them within reach: minimum, maximum.
 FENCE = np.array([[0.27, -0.20], [0.63, 0.20]])
-HALF = 0.022  # half height of every object, so that all of them rest at the same height
+HALF = 0.022  # half the height of every object; all rest at this height
 TABLE_RGBA = (0.80, 0.79, 0.77, 1.0)
 TIMESTEP, SUBSTEPS = 0.005, 10  # 20 Hz
 
@@ -33,28 +33,28 @@ _GEOM_TYPES = {
     "ball": mujoco.mjtGeom.mjGEOM_SPHERE,
 }
 _MASS = 0.08
-# What differs between the supported versions of MuJoCo: lights have a type since 3.3.3, and several contacts per pair
-# of convex geoms are the default since 3.8.
+# Differences between the supported MuJoCo versions: lights have a type since 3.3.3, and several contacts per pair of
+# convex geoms are the default since 3.8.
 _DIRECTIONAL: dict[str, object] = (
     {"type": mujoco.mjtLightType.mjLIGHT_DIRECTIONAL} if hasattr(mujoco, "mjtLightType") else {"directional": True}
 )
 _MULTICCD = int(getattr(mujoco.mjtEnableBit, "mjENBL_MULTICCD", 0))
-# Rolling friction is what keeps a ball, or a cylinder that fell over, where it was put.
+# Rolling friction keeps a ball, or a cylinder that has fallen over, in place.
 _ROLLING = {"cube": 0.0005, "cylinder": 0.004, "ball": 0.010}
 
 
 def base_spec() -> mujoco.MjSpec:
-    """A spec with solver options and picture settings, and nothing in it."""
+    """An empty spec with solver options and visual settings."""
     spec = mujoco.MjSpec()
     spec.compiler.degree = False
     option = spec.option
     option.timestep = TIMESTEP
     option.integrator = mujoco.mjtIntegrator.mjINT_IMPLICITFAST
     option.cone = mujoco.mjtCone.mjCONE_ELLIPTIC
-    option.impratio = 5  # hard friction: what is gripped does not creep out of the fingers
+    option.impratio = 5  # hard friction, so that grasped objects do not slip out of the fingers
     option.iterations = 30
     option.enableflags |= _MULTICCD  # a cylinder on a cube needs more than one contact
-    spec.visual.quality.offsamples = 0  # multisampling costs more than the whole scene in software GL
+    spec.visual.quality.offsamples = 0  # in software GL, multisampling takes longer than the rest of the scene
     spec.visual.headlight.ambient = (0.42, 0.42, 0.42)
     spec.visual.headlight.diffuse = (0.28, 0.28, 0.28)
     spec.visual.headlight.specular = (0, 0, 0)
@@ -83,7 +83,7 @@ def add_table(spec: mujoco.MjSpec) -> None:
         name="lamp", pos=(0.75, -0.5, 1.6), dir=(-0.2, 0.35, -1.0), castshadow=True, **_DIRECTIONAL,
         diffuse=(0.38, 0.38, 0.38), specular=(0.05, 0.05, 0.05), ambient=(0, 0, 0),
     )  # fmt: skip
-    # From the front (facing the robot), 50 degrees down, as tight on the workspace as perspective allows.
+    # Faces the robot, 52 degrees below the horizon, framing the workspace as tightly as perspective allows.
     down, distance = math.radians(52.0), 0.80
     target = np.array([CENTER[0] - 0.075, 0.0, 0.02])
     pos = target + distance * np.array([math.cos(down), 0, math.sin(down)])
@@ -91,7 +91,7 @@ def add_table(spec: mujoco.MjSpec) -> None:
 
 
 def _facing_robot(down: float) -> np.ndarray:
-    """Quaternion of a camera that looks along -x, `down` radians below the horizon, with the picture's right at +y."""
+    """Quaternion of a camera that looks along -x, `down` radians below the horizon; image right is +y."""
     right = np.array([0.0, 1.0, 0.0])
     back = np.array([math.cos(down), 0.0, math.sin(down)])
     quat = np.empty(4)
@@ -100,10 +100,10 @@ def _facing_robot(down: float) -> np.ndarray:
 
 
 def add_objects(spec: mujoco.MjSpec, n: int) -> None:
-    """Add `n` free bodies `object0...`; `dress` gives them shape and colour at every reset without a recompile.
+    """Add `n` free bodies `object0...`; `dress` sets shape and colour at every reset without recompiling.
 
-    Compiled as the box that encloses every shape, so the bounds of MuJoCo's broad phase stay right whatever they
-    become; they keep its mass and inertia.
+    Each is compiled as a box that encloses all shapes, so that the bounds of MuJoCo's broad phase stay valid for any
+    shape. The mass and inertia of this box are kept.
     """
     contype, conaffinity = OBJECT_BITS
     for i in range(n):
@@ -116,7 +116,7 @@ def add_objects(spec: mujoco.MjSpec, n: int) -> None:
 
 
 def dress(model: mujoco.MjModel, i: int, color: str, shape: str) -> None:
-    """Give object slot `i` a shape and a colour."""
+    """Set the shape and colour of object `i`."""
     geom = model.geom(f"object{i}").id
     model.geom_type[geom] = _GEOM_TYPES[shape]
     model.geom_size[geom] = _SIZES[shape]
@@ -125,9 +125,9 @@ def dress(model: mujoco.MjModel, i: int, color: str, shape: str) -> None:
 
 
 def scatter(rng: np.random.Generator, gaps: np.ndarray, box: np.ndarray = OBJECT_BOX) -> np.ndarray:
-    """Draw positions [n, 2] uniformly in `box` so that i and j are at least `gaps[i, j]` metres apart.
+    """Draw positions [n, 2] uniformly in `box` such that i and j are at least `gaps[i, j]` metres apart.
 
-    Things are placed one after the other and the draw starts over when one of them finds no room.
+    Positions are drawn one after another; if one does not fit after 40 attempts, all are drawn again.
     """
     n = len(gaps)
     while True:

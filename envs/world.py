@@ -1,7 +1,7 @@
-"""The simulated world: one MuJoCo model and its state, moved by Cartesian actions.
+"""The simulated world: a MuJoCo model and its state, controlled by Cartesian actions.
 
-Owns physics stepping, the hand's target, contacts and snapshots. Does not know tasks, instructions, rewards, pictures
-or Gymnasium.
+Owns physics stepping, the hand's commanded pose, contacts and snapshots. Does not know tasks, instructions, rewards,
+images or Gymnasium.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from envs.arm import ELBOW_UP, FINGER_TRAVEL, FINGERS, KV_OVER_KP, TCP, add_arm
 from envs.ik import ArmIK, matrix_to_rpy
 from envs.scene import HALF, HAND_BOX, SUBSTEPS, TIMESTEP, add_objects, add_table, base_spec, dress
 
-TRANSLATION = 0.025  # metres per step at an action of 1
-ROTATION = 0.15  # radians per step at an action of 1
+TRANSLATION = 0.025  # metres per control step at an action of 1
+ROTATION = 0.15  # radians per control step at an action of 1
 RPY_LIMIT = np.array([0.5, 0.5, 1.5])  # radians
-# How far the commanded pose may be ahead of the real one before a new action is added: enough to press and to push,
-# not enough to wind up against an obstacle.
+# Maximum lead of the commanded pose over the actual one before a new action is added: enough to press and push, but
+# too little to wind up against an obstacle.
 _LEASH = np.array([0.012, 0.012, 0.012, 0.08, 0.08, 0.08])
 _STATE = mujoco.mjtState.mjSTATE_INTEGRATION
 
 
 class World:
-    """The base scene with `n_objects` objects plus what `furnish(spec)` adds."""
+    """The base scene with `n_objects` objects, and the furniture that `furnish(spec)` adds."""
 
     def __init__(self, n_objects: int, furnish: Callable[[mujoco.MjSpec], None]) -> None:
         spec = base_spec()
@@ -43,11 +43,11 @@ class World:
         self._target = np.zeros(6)  # commanded hand pose: x, y, z, roll, pitch, yaw
         self._q = ELBOW_UP.copy()  # joint angles of the commanded pose
 
-    # What is where ----------------------------------------------------------------------------------------------
+    # State ------------------------------------------------------------------------------------------------------
 
     @property
     def hand(self) -> np.ndarray:
-        """Position [3] of the tool centre point in metres (a view: copy it to keep it)."""
+        """Position [3] of the tool centre point in metres (a view; copy it to keep it)."""
         return self.data.site_xpos[self._tcp]
 
     @property
@@ -62,7 +62,7 @@ class World:
 
     @property
     def hand_speed(self) -> float:
-        """Speed of the hand relative to the world in m/s."""
+        """Speed of the hand in the world frame in m/s."""
         velocity = np.zeros(6)
         mujoco.mj_objectVelocity(self.model, self.data, mujoco.mjtObj.mjOBJ_SITE, self._tcp, velocity, 0)
         return float(np.linalg.norm(velocity[3:]))
@@ -92,10 +92,10 @@ class World:
     # Change -----------------------------------------------------------------------------------------------------
 
     def clear(self, hand: np.ndarray) -> None:
-        """Back to rest: everything at its compiled place, gripper open, hand upright at `hand` [3] metres."""
+        """Reset: everything at its compiled pose, gripper open, hand upright at `hand` [3] metres."""
         mujoco.mj_resetData(self.model, self.data)
         self._target = np.concatenate([hand, np.zeros(3)])
-        # The base turns towards the hand first; from there a plain solve always finds the elbow-up branch.
+        # With the base turned towards the hand in the initial guess, the solver always finds the elbow-up branch.
         start = ELBOW_UP.copy()
         start[0] = np.arctan2(hand[1], hand[0])
         start[5] = -start[0]
@@ -106,13 +106,13 @@ class World:
         self.data.ctrl[6] = FINGER_TRAVEL
 
     def put_object(self, i: int, color: str, shape: str, xy: np.ndarray, yaw: float) -> None:
-        """Stand object `i` on the table at `xy` [2] metres, turned by `yaw` radians."""
+        """Place object `i` on the table at `xy` [2] metres, rotated by `yaw` radians."""
         dress(self.model, i, color, shape)
         joint = self.data.joint(f"object{i}")
         joint.qpos[:] = (xy[0], xy[1], HALF, np.cos(yaw / 2), 0, 0, np.sin(yaw / 2))
 
     def settle(self, steps: int = 5) -> None:
-        """Let contacts find their rest, then refresh everything derived from the state."""
+        """Let contacts settle, then update all quantities derived from the state."""
         mujoco.mj_step(self.model, self.data, steps)
         mujoco.mj_forward(self.model, self.data)
 
@@ -128,25 +128,25 @@ class World:
         ctrl = self.data.ctrl
         ctrl[6] = FINGER_TRAVEL if action[6] >= 0 else 0.0
         for i in range(1, SUBSTEPS + 1):
-            # A straight line in joint space; the velocity term cancels the servo's damping, hence its lag.
+            # A straight line in joint space. The velocity term cancels the servo's damping and thus its lag.
             ctrl[:6] = before + (self._q - before) * (i / SUBSTEPS) + KV_OVER_KP * velocity
             mujoco.mj_step(self.model, self.data)
         ctrl[:6] = self._q
-        mujoco.mj_forward(self.model, self.data)  # kinematics lag one substep behind the state otherwise
+        mujoco.mj_forward(self.model, self.data)  # otherwise the kinematics lag one substep behind the state
 
     # Snapshots --------------------------------------------------------------------------------------------------
 
     def get_state(self) -> dict[str, np.ndarray]:
-        """Everything that changes while the world runs; shapes and colours are not part of it."""
+        """A snapshot of the simulation state; shapes and colours are not part of it."""
         physics = np.empty(mujoco.mj_stateSize(self.model, _STATE))
         mujoco.mj_getState(self.model, self.data, physics, _STATE)
         return {"physics": physics, "target": self._target.copy(), "q": self._q.copy()}
 
     def set_state(self, state: dict[str, np.ndarray]) -> None:
-        """Return to a state of `get_state`."""
+        """Restore a snapshot of `get_state`."""
         physics = np.asarray(state["physics"], dtype=np.float64)
         self._target, self._q = np.array(state["target"]), np.array(state["q"])
         mujoco.mj_setState(self.model, self.data, physics, _STATE)
         mujoco.mj_forward(self.model, self.data)
-        # The refresh moved the solver's warm start; put it back so that the future repeats bit for bit.
+        # mj_forward changed the solver's warm start; restore it, so that the simulation repeats bit for bit.
         mujoco.mj_setState(self.model, self.data, physics, _STATE)

@@ -243,7 +243,7 @@ sys.exit(cli.main(["collect", "--out", {str(tmp_path)!r}]))
     out, err = process.communicate(timeout=20)
     assert process.returncode == status
     assert out == "saved\n"
-    assert f"What was finished is in {tmp_path}" in err
+    assert f"Finished results are in {tmp_path}" in err
     assert "--resume` continues it" in err
     assert "Traceback" not in err
 

@@ -1,11 +1,11 @@
 """`vla <verb>`: the command line.
 
-Owns: the table of verbs, how flags and `--config` become a configuration, and how errors become one message and an exit
-status. It does nothing else: each verb is one function elsewhere, imported only when its verb runs, so that
-`vla --help` and `vla doctor` answer at once.
+Owns: the table of verbs, building a configuration from flags and `--config`, and turning errors into a message and an
+exit status. Each verb is implemented by a function in `vla.jobs`, which is imported only when the verb runs, so that
+`vla --help` and `vla doctor` start immediately.
 
-Exit status: 0 done; 1 done, and what was checked is not in order, or the machine failed; 2 the request cannot be
-carried out (a wrong flag, file, name or value); 130 and 143 stopped by Ctrl-C and SIGTERM.
+Exit status: 0 success; 1 a check found problems, or the machine failed; 2 invalid request (a wrong flag, file, name or
+value); 130 and 143 stopped by Ctrl-C and SIGTERM.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from vla.support import search_path
 
 
 class Verb(NamedTuple):
-    """A job: its configuration class in `vla.config`, the function that does it, and one line for `vla --help`."""
+    """A verb: its configuration class in `vla.config`, the function that runs it, and its line in `vla --help`."""
 
     config: str
     job: str
@@ -38,23 +38,21 @@ class Verb(NamedTuple):
 
 
 VERBS = {
-    "quickstart": Verb("QuickstartConfig", "vla.jobs.quickstart:quickstart", "from nothing to a rollout report"),
-    "doctor": Verb("DoctorConfig", "vla.jobs.doctor:doctor", "say what is wrong with this machine and how to fix it"),
-    "collect": Verb("CollectConfig", "vla.jobs.collect:collect", "run an expert and write its successes as a dataset"),
-    "inspect": Verb("InspectConfig", "vla.jobs.inspect:inspect", "show what is in a dataset and what is wrong with it"),
-    "replay": Verb("ReplayConfig", "vla.jobs.replay:replay", "send recorded actions back to their environment"),
+    "quickstart": Verb("QuickstartConfig", "vla.jobs.quickstart:quickstart", "collect, fine-tune, evaluate in minutes"),
+    "doctor": Verb("DoctorConfig", "vla.jobs.doctor:doctor", "find problems with this machine and how to fix them"),
+    "collect": Verb("CollectConfig", "vla.jobs.collect:collect", "run an expert and record its successes as a dataset"),
+    "inspect": Verb("InspectConfig", "vla.jobs.inspect:inspect", "show the contents of a dataset and its problems"),
+    "replay": Verb("ReplayConfig", "vla.jobs.replay:replay", "replay recorded actions in their environment"),
     "train": Verb("TrainConfig", "vla.jobs.train:train", "fine-tune a policy on demonstrations"),
     "pretrain": Verb("TrainConfig", "vla.jobs.train:pretrain", "train all weights of a policy"),
-    "rollout": Verb("RolloutConfig", "vla.jobs.rollout:rollout", "evaluate a policy closed loop and write a report"),
+    "rollout": Verb("RolloutConfig", "vla.jobs.rollout:rollout", "evaluate a policy in closed loop and write a report"),
     "deploy": Verb(
         "DeployConfig", "vla.jobs.deploy:deploy", "run a policy in real time, on a simulated robot or your own"
     ),
     "serve": Verb("ServeConfig", "vla.jobs.serve:serve", "serve a policy to OpenVLA's and openpi's robot clients"),
-    "dagger": Verb(
-        "DaggerConfig", "vla.jobs.dagger:dagger", "roll out a policy, have an expert label its states, train, repeat"
-    ),
+    "dagger": Verb("DaggerConfig", "vla.jobs.dagger:dagger", "train on a policy's own rollouts, labelled by an expert"),
     "benchmark metaworld": Verb(
-        "BenchmarkConfig", "vla.jobs.benchmark:benchmark", "measure a policy on Meta-World as papers report it"
+        "BenchmarkConfig", "vla.jobs.benchmark:benchmark", "evaluate a policy with Meta-World's protocol"
     ),
     "analyze exposure": Verb(
         "ExposureConfig", "vla.jobs.analyze:exposure", "measure a policy's exposure bias on a dataset"
@@ -63,12 +61,12 @@ VERBS = {
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, raised where Ctrl-C would be: a job that saves its work on the one saves it on the other."""
+    """Raised on SIGTERM. As a KeyboardInterrupt, it makes a job save its work as on Ctrl-C."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit status."""
-    if argv is None:  # as a program, not called from one
+    if argv is None:  # run as a program, not called from Python
         search_path.installed_packages_first()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -89,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         module, _, name = verb.job.partition(":")
         result = getattr(importlib.import_module(module), name)(config)
         return 1 if result is False else 0
-    except BrokenPipeError:  # the reader of our output left (`vla ... | head`): nothing is wrong
+    except BrokenPipeError:  # the reader of the output has exited (`vla ... | head`): not an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt as stop:
@@ -115,8 +113,8 @@ def _usage() -> str:
     return (
         "usage: vla <verb> [--config values.yaml] [--flag value ...]\n\n"
         f"Action-token robot policies.\n\n{verbs}\n\n"
-        "`vla <verb> --help` lists a verb's flags. Values come from the defaults, then the YAML file, then the flags.\n"
-        "VLA_DEBUG=1 shows the traceback behind an error."
+        "`vla <verb> --help` lists the flags of a verb. Flags override the YAML file, which overrides the defaults.\n"
+        "VLA_DEBUG=1 shows the traceback of an error."
     )
 
 
@@ -127,12 +125,12 @@ def _verb(name: str) -> Verb:
 
 
 def _reports() -> bool:
-    """Whether this process reports an error: of those that train together on a machine, the first one does for all."""
+    """Whether this process prints errors: in distributed training, only the first process of a machine does."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _parse(name: str, verb: Verb, arguments: Sequence[str]) -> Any:
-    """The verb's configuration: default < YAML < flag.
+    """Parse the configuration of a verb; precedence: default < YAML < flag.
 
     Nested fields are flags without a prefix (`--backbone`). One that shares its name with a field of the verb itself
     keeps its prefix (`--adapter.robot` of `vla deploy`). If two nested fields share a name, as where a whole job is
@@ -150,7 +148,7 @@ def _parse(name: str, verb: Verb, arguments: Sequence[str]) -> Any:
     values, rest = tyro.cli(
         cls,
         prog=f"vla {name}",
-        description=f"{summary}\n\n--config PATH: values from YAML; flags override them.",
+        description=f"{summary}\n\n--config PATH: YAML file with values for these flags; flags override it.",
         args=_with_values(cls, flags),
         default=config.load(cls, known.config) if known.config else cls(),
         config=(tyro.conf.OmitArgPrefixes,) if _short(cls) else (),
@@ -164,12 +162,12 @@ def _parse(name: str, verb: Verb, arguments: Sequence[str]) -> Any:
 
 
 def _unknown_argument(name: str, cls: Any, argument: str) -> str:
-    """What to say of an argument that no field of the verb's configuration takes."""
+    """Message for an argument that does not belong to the verb."""
     from vla import config
 
     help_ = f"`vla {name} --help` lists the flags."
     if not argument.startswith("-"):
-        return f"unexpected argument {argument!r}: values follow a flag. {help_}"
+        return f"unexpected argument {argument!r}: a value must follow a flag. {help_}"
     flag = argument.partition("=")[0].replace("_", "-")
     ours = _flags(cls)
     short = [known for known in ours if flag.lstrip("-") == "".join(word[0] for word in known[2:].split("-"))]
@@ -199,7 +197,7 @@ def _prefixed(cls: Any) -> list[str]:
 
 
 def _fields(cls: Any, prefix: str = "") -> list[str]:
-    """Dotted names of the fields of a configuration and of those nested in it."""
+    """Dotted names of all fields of a configuration, including nested ones."""
     found = []
     for name, kind in get_type_hints(cls).items():
         found += _fields(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else [prefix + name]
@@ -226,7 +224,7 @@ def _type_rules(cls: Any) -> Any:
     def rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
         if info.type_origin not in (tuple, dict, Literal) or info.type in asked:
             return None
-        asked.add(info.type)  # tyro's own rule is next
+        asked.add(info.type)  # so that the next lookup uses tyro's own rule
         usual = registry.get_primitive_spec(info)
         asked.remove(info.type)
         if info.type == dict[str, Any]:
@@ -278,8 +276,9 @@ def _flow(mapping: dict[str, Any]) -> list[str]:
 
 
 def _with_values(cls: Any, flags: Sequence[str]) -> list[str]:
-    """The flags, where `--x` and `--no-x` of a field `x: bool | None` have the value that tyro expects of such a field:
-    it makes switches of plain booleans only."""
+    """Add the value to `--x` and `--no-x` for fields `x: bool | None`: tyro supports such switches only for plain
+    booleans.
+    """
     written: list[str] = []
     for index, flag in enumerate(flags):
         prefix, _, name = flag.removeprefix("--").replace("_", "-").rpartition(".")
@@ -304,21 +303,21 @@ def _optional_switches(cls: Any) -> set[str]:
 
 
 def _explain(error: Exception) -> tuple[str | None, int]:
-    """What to print and the exit status; None when only a traceback can explain the error."""
+    """The message to print, or None for an unexpected error that needs its traceback; and the exit status."""
     if isinstance(error, VLAError):
         return str(error), 2
-    # Writers wrap the system's error in their own types (safetensors, PyAV, pyarrow): the text is what they share.
+    # safetensors, PyAV and pyarrow wrap this error in types of their own; only the text is the same.
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
-        return f"the disk is full: {error}. Free some space, or choose another place with --out.", 1
+        return f"the disk is full: {error}. Free some space, or choose another folder with --out.", 1
     if isinstance(error, PermissionError):
-        return f"{error}. Choose a place that you may write to with --out.", 1
+        return f"{error}. Choose a writable folder with --out.", 1
     return None, 1
 
 
 def _after_a_stop(name: str, config: Any) -> str:
     if getattr(config, "out", None) is None or not config.out.exists():
         return ""
-    hint = f"What was finished is in {config.out}."
+    hint = f"Finished results are in {config.out}."
     return hint + (f" `vla {name} ... --resume` continues it." if hasattr(config, "resume") else "")
 
 
@@ -327,14 +326,14 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
 
 
 def _again(lost: sys.UnraisableHookArgs) -> None:
-    """A stop that comes in the middle of a `__del__` is lost: Python prints it and goes on. It is sent again."""
+    """Send a stop signal again that arrived during a `__del__`, where Python only prints the exception."""
     if not issubclass(lost.exc_type, KeyboardInterrupt):
         sys.__unraisablehook__(lost)
         return
     signum = signal.SIGTERM if issubclass(lost.exc_type, Terminated) else signal.SIGINT
-    # Here it would be lost, too: later, from elsewhere.
+    # Raised here, it would be lost as well; send it later, from another thread.
     later = threading.Timer(0.05, os.kill, (os.getpid(), signum))
-    later.daemon = True  # a job that ends before needs no stop
+    later.daemon = True  # do not delay the exit of a job that ends first
     later.start()
 
 

@@ -1,8 +1,7 @@
-"""The package's one error tree.
+"""Exceptions of the package.
 
-Owns: the exception classes and the wording of "you named something that does not exist". It knows nothing of robots,
-models or files. A message says what was wrong, what was expected and what to do; `vla <verb>` prints it without a
-traceback and exits with status 2.
+Owns: the exception classes and the message for an unknown name. Every message states what was wrong, what was expected
+and what to do. `vla <verb>` prints it without a traceback and exits with status 2.
 """
 
 import difflib
@@ -10,39 +9,39 @@ from collections.abc import Iterable
 
 
 class VLAError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base class of all errors that this package raises on purpose."""
 
 
 class ConfigError(VLAError):
-    """A configuration value is unknown, has the wrong type or contradicts another one."""
+    """A configuration key or value is unknown, has the wrong type, or contradicts another one."""
 
 
 class SpecError(VLAError):
-    """An observation or an action does not fit the robot it is meant for."""
+    """An observation, an action or a policy does not match the robot."""
 
 
 class DataError(VLAError):
-    """A dataset is missing, incomplete or holds values that cannot be trained on."""
+    """A dataset is missing or incomplete, or contains values that cannot be used for training."""
 
 
 class TrainingError(VLAError):
-    """Training cannot go on: what it computes is no longer a number."""
+    """Training cannot continue because the loss or a weight is not finite."""
 
 
 class CheckpointError(VLAError):
-    """A checkpoint lacks something that is needed to use it correctly."""
+    """A checkpoint is missing, incomplete or invalid."""
 
 
 class SimulatorError(VLAError):
-    """An environment cannot be made, does not offer what was asked for, or failed."""
+    """An environment cannot be created, lacks something that was requested, or failed."""
 
 
 class ServerError(VLAError):
-    """A policy server cannot be reached, is too busy, or answered with an error."""
+    """A policy server is unreachable or overloaded, or returned an error."""
 
 
 def unknown(what: str, value: object, choices: Iterable[object], fix: str = "") -> str:
-    """Message for a name that does not exist: the value, the nearest valid one, all valid ones, the fix.
+    """Message for an unknown name: the name, the closest valid one, all valid ones, and the remedy.
 
     >>> unknown("camera", "fornt", ["front", "wrist"])
     "unknown camera 'fornt'. Did you mean 'front'? Valid: 'front', 'wrist'."

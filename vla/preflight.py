@@ -1,8 +1,8 @@
-"""Whether what a request names exists, said before anything heavy is imported.
+"""Fast checks that everything named in a configuration exists, before heavy imports.
 
-Owns: the cheap checks of a configuration's names: datasets, cameras, policies, this package's environments. The same
-name means the same in every verb, so a check belongs to a field's name. A job that is called from Python meets the same
-errors where it opens what is named.
+Owns: the checks of datasets, cameras, policies and this package's environments. A field name has the same meaning in
+every verb, so checks are selected by field name. A job that is called from Python raises the same errors when it opens
+the dataset, policy or environment.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vla.support.locations import check_policy
 
 
 def preflight(config: Any) -> None:
-    """Raise what the job would raise later, if it is within reach without loading a network or an environment."""
+    """Raise errors that the job would raise later, as far as possible without loading a network or environment."""
     configuration.check(config)
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     if "policy" in values:
@@ -38,11 +38,11 @@ def _check_datasets(folders: Iterable[Path], cameras: Iterable[str]) -> None:
         valid = Info.load(Path(folder)).cameras
         for camera in cameras:
             if camera not in valid:
-                raise ConfigError(unknown("camera", camera, valid, "`cameras` names those of the dataset."))
+                raise ConfigError(unknown("camera", camera, valid, "`cameras` must be cameras of the dataset."))
 
 
 def _check_environment(env_id: str, adapter: configuration.AdapterConfig) -> None:
-    """Of another package's environments nothing is known before they are imported, which may take long."""
+    """Check this package's environments only: importing another package may take long."""
     if env_id.removeprefix("envs:").startswith("vla") and adapter.module is None:
         from vla.simulation.adapter import resolve
 

@@ -1,10 +1,10 @@
-"""RobotSpec: what a robot sees, feels and is told.
+"""RobotSpec: the observations, actions and conventions of a robot.
 
 Owns: the names and conventions of one robot (cameras, state and action entries, gripper polarity, control rate, hold
-command), the checks of an observation or an action against them, and the one check of whether a policy for one robot
-fits another. It does not know how actions become tokens, where observations come from, or which policy uses them.
+command), validation of observations and actions, and the check that a policy for one robot is compatible with another.
+It does not know action tokens, policies or the source of observations.
 
-An *observation* is everywhere the Gymnasium convention
+Every *observation* follows the Gymnasium convention
 `{"pixels": {camera: uint8 [height, width, 3] RGB}, "agent_pos": float32 [S]}`; `agent_pos` is absent when S = 0.
 """
 
@@ -25,24 +25,26 @@ Observation = Mapping[str, Any]
 
 
 class ActionSpace(enum.StrEnum):
-    """What an action's entries mean; `action_names` says which entries there are. Files hold the member's value.
+    """The meaning of an action's entries; their names are in `action_names`. Files store the member's value.
 
-    `ActionSpace("delta_ee")` is `EE_DELTA`: spellings that mean one thing only are read (`_SPELLINGS`). Everything else
-    is a SpecError: whether a robot stands still when a command is repeated is never guessed from a name.
+    Unambiguous spellings of other packages are accepted (`_SPELLINGS`): `ActionSpace("delta_ee")` is `EE_DELTA`. Any
+    other name raises a SpecError. A wrong guess would be dangerous: repeating a command holds a robot in a position
+    space, but moves it on in a relative space.
     """
 
     JOINT_POSITION = "joint_position"
     JOINT_DELTA = "joint_delta"
     JOINT_VELOCITY = "joint_velocity"
-    EE_POSITION = "ee_position"  # of the end effector; with its orientation where entries say so
+    EE_POSITION = "ee_position"  # end-effector position, and orientation if there are entries for it
     EE_DELTA = "ee_delta"
     EE_VELOCITY = "ee_velocity"
-    UNSPECIFIED = "unspecified"  # such a robot must state its hold command
+    UNSPECIFIED = "unspecified"  # the robot must define its hold command
 
     @property
     def relative(self) -> bool:
-        """Whether actions say how far or how fast to move: repeated, they move the robot on, and 0 holds it. Otherwise
-        they say where to be, and repeating the last one holds it."""
+        """Whether actions are deltas or velocities, so that 0 holds the robot. Otherwise they are positions, and
+        repeating the last command holds it.
+        """
         return self in (self.JOINT_DELTA, self.JOINT_VELOCITY, self.EE_DELTA, self.EE_VELOCITY)
 
     @classmethod
@@ -50,12 +52,12 @@ class ActionSpace(enum.StrEnum):
         for member, spellings in _SPELLINGS.items():
             if value in spellings:
                 return cls(member)
-        fix = 'For actions that mean none of these it is "unspecified", and the robot must state its `hold` command.'
+        fix = 'If none of these applies, use "unspecified" and define the robot\'s `hold` command.'
         raise SpecError(unknown("action space", value, cls, fix))
 
 
-#: How other packages' users write a member. Left out on purpose: "eef_pos" (Open X-Embodiment's name for deltas, and
-#: elsewhere for positions) and names that say nothing about delta or position ("ee", "joint", "osc_pose").
+#: Spellings used by other packages. Ambiguous names are left out on purpose: "eef_pos" (deltas in Open X-Embodiment,
+#: positions elsewhere) and names that do not distinguish delta from position ("ee", "joint", "osc_pose").
 _SPELLINGS: dict[str, tuple[str, ...]] = {
     "joint_position": ("joint_positions", "joint_pos", "pd_joint_pos", "absolute_joint_position"),
     "joint_delta": (
@@ -93,20 +95,20 @@ _SPELLINGS: dict[str, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class RobotSpec:
-    """The contract between a robot and everything that controls it.
+    """The interface of a robot, shared by everything that controls it.
 
     Attributes:
-        cameras: camera names, in the order in which a policy sees them.
+        cameras: camera names, in the order of the policy's inputs.
         state_names: one name per entry of `agent_pos`; empty for a robot without proprioception.
         action_names: one name per entry of an action.
-        action_space: what an action means, "ee_delta" (end-effector deltas), "joint_position", ...: see `ActionSpace`.
-        gripper_index: entry of the action that drives the gripper; None without a gripper.
-        gripper_open: value of that entry which opens it (polarity is not standard between robots: it is stated).
-        gripper_closed: value of that entry which closes it.
+        action_space: meaning of an action: "ee_delta" (end-effector deltas), "joint_position", ...; see `ActionSpace`.
+        gripper_index: action entry that drives the gripper; None without a gripper.
+        gripper_open: value of that entry that opens the gripper (robots differ in polarity).
+        gripper_closed: value of that entry that closes the gripper.
         control_hz: actions per second.
-        hold: the command that keeps the robot where it is: a number per entry, or None to repeat that entry of the
-            last command. Empty: the last command of a position space is repeated; in a relative space every entry is
-            0, but the gripper's, which is repeated.
+        hold: the command that keeps the robot in place, one value per entry; None repeats that entry of the last
+            command. Empty: repeat the last command in a position space; 0 in a relative space, except for the gripper,
+            which repeats its last value.
     """
 
     cameras: tuple[str, ...]
@@ -124,15 +126,15 @@ class RobotSpec:
             object.__setattr__(self, field, tuple(getattr(self, field)))
         object.__setattr__(self, "action_space", ActionSpace(self.action_space))
         if not self.action_names:
-            raise SpecError("a robot needs at least one action entry; action_names is empty.")
+            raise SpecError("action_names is empty; a robot needs at least one action entry.")
         if not 0 < self.control_hz < math.inf:
             raise SpecError(f"control_hz must be positive, got {self.control_hz}.")
         if self.hold and len(self.hold) != self.action_dim:
-            raise SpecError(f"hold has {len(self.hold)} entries for {self.action_dim} action entries.")
+            raise SpecError(f"hold must have one entry per action entry ({self.action_dim}), got {len(self.hold)}.")
         if not all(value is None or math.isfinite(value) for value in self.hold):
-            raise SpecError(f"hold must be finite numbers, or None to repeat an entry, got {list(self.hold)}.")
+            raise SpecError(f"hold entries must be finite, or None to repeat the last one, got {list(self.hold)}.")
         if self.gripper_index is not None and not -self.action_dim <= self.gripper_index < self.action_dim:
-            raise SpecError(f"gripper_index {self.gripper_index} is outside an action of {self.action_dim} entries.")
+            raise SpecError(f"gripper_index {self.gripper_index} is out of range for {self.action_dim} action entries.")
 
     @property
     def state_dim(self) -> int:
@@ -144,7 +146,7 @@ class RobotSpec:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RobotSpec:
-        """Inverse of `to_dict`; unknown keys are an error (SpecError)."""
+        """Inverse of `to_dict`; raises SpecError for unknown or missing keys."""
         valid = [field.name for field in dataclasses.fields(cls)]
         for key in values:
             if key not in valid:
@@ -166,12 +168,13 @@ class RobotSpec:
         ours: str = "the policy",
         tolerated: Collection[str] = (),
     ) -> None:
-        """Raise SpecError unless actions and observations of this robot mean the same on `robot`.
+        """Raise SpecError unless actions and observations have the same meaning on `robot`.
 
         Args:
-            robot: the robot, environment or recording that is to be driven or read.
-            name, ours: what messages call it, and what was trained or recorded with this RobotSpec.
-            tolerated: differences to warn about instead: "names" (entries are matched by position) and "rate".
+            robot: spec of the robot, environment or recording to use.
+            name: name of `robot` in messages.
+            ours: name in messages of what this RobotSpec belongs to, e.g. "the policy".
+            tolerated: differences that cause a warning instead: "names" (entries are matched by position), "rate".
         """
         for kind, message in self._differences(robot, name, ours):
             if kind not in tolerated:
@@ -179,15 +182,15 @@ class RobotSpec:
             warnings.warn(message, stacklevel=2)
 
     def _differences(self, robot: RobotSpec, name: str, ours: str) -> Iterator[tuple[str, str]]:
-        """What does not fit, the worst first: (kind, message)."""
+        """Incompatibilities as (kind, message), the most severe first."""
         if missing := [camera for camera in self.cameras if camera not in robot.cameras]:
             yield (
                 "cameras",
-                f"{ours} sees camera {', '.join(map(repr, missing))}, {name} has "
+                f"{ours} needs camera {', '.join(map(repr, missing))}, {name} has "
                 f"{', '.join(map(repr, robot.cameras)) or 'none'}. Map it in the adapter's "
-                f"`images: {{{missing[0]}: <path>}}`, or have the driver show it under that name.",
+                f"`images: {{{missing[0]}: <path>}}`, or give it that name in the robot's driver.",
             )
-        fix = "Correct the names where they are stated (an environment's: adapter.robot)."
+        fix = "Correct the names in the robot's RobotSpec (for an environment: adapter.robot)."
         for what in ("action", "state"):
             mine, its = getattr(self, f"{what}_names"), getattr(robot, f"{what}_names")
             if mine == its or (what == "state" and not mine):
@@ -195,17 +198,17 @@ class RobotSpec:
             said = f"{ours}'s {what} has {len(mine)} entries ({', '.join(mine)}), {name} has {len(its)}"
             said += f" ({', '.join(its)})."
             if len(mine) != len(its):
-                yield "size", f"{said} They are not the same robot."
+                yield "size", f"{said} They are different robots."
             elif sorted(mine) == sorted(its):
-                yield "order", f"{said} Their order differs, and entries are matched by position. {fix}"
+                yield "order", f"{said} The order differs, but entries are matched by position. {fix}"
             else:
-                yield "names", f"{said} They have other names. Entries are matched by position. {fix}"
+                yield "names", f"{said} The names differ; entries are matched by position. {fix}"
         spaces = self.action_space, robot.action_space
         if ActionSpace.UNSPECIFIED not in spaces and spaces[0] != spaces[1]:
             yield (
                 "action space",
-                f"{ours}'s actions are {spaces[0]}, {name} takes {spaces[1]}. Correct action_space where it is stated "
-                "(an environment's: adapter.robot).",
+                f"{ours}'s actions are {spaces[0]}, {name} takes {spaces[1]}. Correct action_space in the robot's "
+                "RobotSpec (for an environment: adapter.robot).",
             )
         if self.gripper_index is not None and robot.gripper_index is not None:
             yield from self._gripper_differences(robot, name, ours)
@@ -213,13 +216,13 @@ class RobotSpec:
             yield (
                 "rate",
                 f"{ours} was made for {self.control_hz:g} actions per second, {name} runs at {robot.control_hz:g}: the "
-                f"same action may mean another movement. Correct control_hz where it is stated (an environment's: "
-                f"adapter.robot), or have a controller command at {self.control_hz:g} Hz (`vla deploy --hz "
+                f"same action may cause a different motion. Correct control_hz in the robot's RobotSpec (for an "
+                f"environment: adapter.robot), or run the control loop at {self.control_hz:g} Hz (`vla deploy --hz "
                 f"{self.control_hz:g}`).",
             )
 
     def _gripper_differences(self, robot: RobotSpec, name: str, ours: str) -> Iterator[tuple[str, str]]:
-        fix = "State the right values in the adapter's `robot` or in the driver's RobotSpec."
+        fix = "Correct them in the adapter's `robot` or in the driver's RobotSpec."
         entries = [(spec.gripper_index or 0) % spec.action_dim for spec in (self, robot)]
         mine, its = ((spec.gripper_open, spec.gripper_closed) for spec in (self, robot))
         if entries[0] != entries[1]:
@@ -235,8 +238,8 @@ class RobotSpec:
         """The hold command, float32 [D].
 
         Args:
-            last: the last command. Before the first one, what is to be repeated is the state's entry of the same name
-                where actions are positions; the gripper is open, and the rest 0.
+            last: the last command [D]. If None, an entry that would be repeated takes the state entry of the same name
+                in a position space. Without one, the gripper is open and any other entry is 0.
             state: `agent_pos` [S].
         """
         if last is None:
@@ -257,22 +260,22 @@ class RobotSpec:
         return np.array([repeat[i] if value is None else value for i, value in enumerate(hold)], np.float32)
 
     def check_observation(self, observation: Observation) -> None:
-        """Raise SpecError unless `observation` has every camera as uint8 HWC RGB and a finite state of its size."""
+        """Raise SpecError unless `observation` has all cameras as uint8 RGB [H, W, 3] and a finite state [S]."""
         if not isinstance(observation, Mapping) or "pixels" not in observation:
             keys = sorted(observation) if isinstance(observation, Mapping) else type(observation).__name__
-            raise SpecError(f'an observation is {{"pixels": {{camera: image}}, "agent_pos": state}}; got {keys}.')
+            raise SpecError(f'an observation must be {{"pixels": {{camera: image}}, "agent_pos": state}}, got {keys}.')
         pixels = observation["pixels"]
         if not isinstance(pixels, Mapping):
             raise SpecError(
-                f'observation["pixels"] must be {{camera: image}}, got {type(pixels).__name__}; for one camera write '
+                f'observation["pixels"] must be {{camera: image}}, got {type(pixels).__name__}; for one camera use '
                 f'{{"pixels": {{"{self.cameras[0] if self.cameras else "camera"}": image}}}}.'
             )
         for camera in self.cameras:
             if camera not in pixels:
                 raise SpecError(
-                    unknown("camera", camera, pixels, "The policy needs it: map it in the adapter's `images`.")
+                    unknown("camera", camera, pixels, "The policy needs it; map it in the adapter's `images`.")
                     if pixels
-                    else f"the observation has no camera image; {camera!r} is needed."
+                    else f"the observation has no camera images; {camera!r} is required."
                 )
             check_image(pixels[camera], camera)
         if self.state_dim:
@@ -287,7 +290,7 @@ class RobotSpec:
 
 
 def check_image(image: Any, camera: str) -> None:
-    """Raise SpecError unless `image` is uint8 [height, width, 3]; says what to do where the mistake can be told."""
+    """Raise SpecError unless `image` is uint8 [height, width, 3], with a remedy for common mistakes."""
     shape, dtype = getattr(image, "shape", None), getattr(image, "dtype", None)
     if shape is None or len(shape) != 3:
         raise SpecError(f"camera {camera!r}: expected an image [height, width, 3], got shape {shape}.")
@@ -296,13 +299,13 @@ def check_image(image: Any, camera: str) -> None:
         fix = "It has an alpha channel: drop it with image[..., :3]." if shape[-1] == 4 else fix
         raise SpecError(f"camera {camera!r}: expected 3 colour channels last, got shape {tuple(shape)}. {fix}".rstrip())
     if str(dtype) not in ("uint8", "torch.uint8"):
-        raise SpecError(f"camera {camera!r}: expected uint8 in 0..255, got {dtype}. Scale and convert it first.")
+        raise SpecError(f"camera {camera!r}: expected uint8 in 0..255, got {dtype}. Rescale and convert it first.")
     if min(shape[:2]) < 8:
-        raise SpecError(f"camera {camera!r}: an image of {shape[0]} x {shape[1]} is too small to be a camera's.")
+        raise SpecError(f"camera {camera!r}: image is too small, {shape[0]} x {shape[1]}; each side needs 8 pixels.")
 
 
 def check_vector(vector: Any, names: Sequence[str], what: str) -> None:
-    """Raise SpecError unless `vector` is one finite number per name."""
+    """Raise SpecError unless `vector` has one finite number per name."""
     values = np.asarray(vector)
     if values.shape != (len(names),):
         raise SpecError(f"{what}: expected {len(names)} entries ({', '.join(names)}), got shape {values.shape}.")

@@ -1,14 +1,14 @@
-"""The list of tasks and their registration with Gymnasium.
+"""List of the tasks, and their registration with Gymnasium.
 
-Owns ids and episode lengths. Does not know what a task is about: each has a file of its own in this folder.
+Owns ids and episode lengths. Each task is defined in a file of its own in this folder.
 """
 
 from __future__ import annotations
 
 import gymnasium as gym
 
-#: Class name -> (module, max_episode_steps). The limit is about 3.5 times the expert's mean length, so
-#: that nearly all of the noisy expert's recoveries fit.
+#: Class name -> (module, max_episode_steps). The limit is about 3.5 times the expert's mean episode length, which
+#: leaves time for nearly all recoveries of the noisy expert.
 _TASKS: dict[str, tuple[str, int]] = {
     "Reach": ("reach", 40),
     "Push": ("push", 90),
@@ -19,7 +19,7 @@ _TASKS: dict[str, tuple[str, int]] = {
     "OpenDrawer": ("open_drawer", 80),
     "CloseDrawer": ("close_drawer", 70),
 }
-#: Not tasks for a robot but questions about the picture, for grounding: one step, one answer.
+#: Not robot tasks but questions about the image, for language grounding; an episode is one step.
 _QUESTIONS: dict[str, tuple[str, int]] = {
     name: ("point", 1) for name in ("Point", "PointZone", "PointButton", "PointDrawer")
 }
@@ -27,7 +27,7 @@ ENV_IDS: tuple[str, ...] = tuple(f"vla/{name}-v0" for name in _TASKS)
 
 
 def register_all() -> None:
-    """Register every task as `vla/<Task>-v0`; calling it again changes nothing."""
+    """Register every task as `vla/<Task>-v0`; repeated calls have no effect."""
     for name, (module, steps) in (_TASKS | _QUESTIONS).items():
         env_id = f"vla/{name}-v0"
         if env_id not in gym.registry:

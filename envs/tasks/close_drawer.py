@@ -1,6 +1,6 @@
-"""CloseDrawer: push the named drawer shut.
+"""CloseDrawer: push the target drawer shut.
 
-Owns how far closed is closed. Does not know how the hand pushes.
+Owns the initial opening and the success threshold. The pushing motion is in `moves`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from envs.moves import push
 from envs.tasks.drawers import DrawerTask
 
 _SHUT = 0.008  # metres
-_REACH = 0.046  # between hand and handle when the hand comes down
+_REACH = 0.046  # metres between hand and handle when the hand is lowered
 
 
 class CloseDrawer(DrawerTask):
-    """Success: the named drawer, open by 7 to 11 cm at first as is the other one, is open by less than 8 mm."""
+    """Both drawers start open by 7 to 11 cm. Success: the target drawer is open by less than 8 mm."""
 
     task = "close_drawer"
 
@@ -27,5 +27,5 @@ class CloseDrawer(DrawerTask):
 
     def plan(self) -> np.ndarray:
         at = self.handle()
-        way = np.array([-self.extension(self.target) - 0.05, 0.0])  # beyond shut: no slowing down before the end
+        way = np.array([-self.extension(self.target) - 0.05, 0.0])  # past the end: no slowing down
         return push(self.world, at, way, _REACH, float(at[2]))

@@ -1,6 +1,6 @@
-"""What tasks about objects share: drawing them, and which of them was acted on.
+"""Shared code of the object tasks.
 
-Owns the default layout of objects. Does not know instructions, furniture or success.
+Owns the default layout of objects, and which object was acted on. Does not know instructions, furniture or success.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from envs.instructions import Thing
 from envs.objects import draw_pairs
 from envs.scene import HALF, scatter
 
-OBJECT_GAP = 0.10  # metres between centres of objects
+OBJECT_GAP = 0.10  # minimum distance between object centres in metres
 
 
 def objects_at(rng: np.random.Generator, pairs: list[tuple[str, str]], places: np.ndarray) -> list[dict[str, Any]]:
-    """Scene entries for `pairs` (colour, shape) at `places` [n, 2] metres, each turned at random."""
+    """Scene entries for `pairs` (colour, shape) at `places` [n, 2] metres, with random yaw."""
     turns = rng.uniform(-np.pi, np.pi, size=len(pairs))
     return [
         {"color": str(color), "shape": shape, "xy": [float(v) for v in place], "yaw": float(turn)}
@@ -27,7 +27,7 @@ def objects_at(rng: np.random.Generator, pairs: list[tuple[str, str]], places: n
 
 
 class ObjectTask(TabletopEnv):
-    """A task whose candidates are the objects on the table."""
+    """A task whose target candidates are the objects on the table."""
 
     def layout(self, rng: np.random.Generator) -> Scene:
         pairs = draw_pairs(rng, self.n_objects, self.pairs)
@@ -38,15 +38,15 @@ class ObjectTask(TabletopEnv):
         return (object_thing(scene, target),)
 
     def object(self) -> np.ndarray:
-        """Position [3] of the centre of the named object in metres."""
+        """Position [3] of the target object's centre in metres."""
         return self.world.object_pos(self.target)
 
     def in_hand(self, i: int) -> bool:
-        """Whether object `i` is held between both fingers."""
+        """Whether object `i` is grasped by both fingers."""
         return self.world.gripped(f"object{i}")
 
     def reached(self) -> int:
-        """The object in hand; else the one that was moved furthest, if by more than 2 cm; else -1."""
+        """The grasped object; otherwise the object moved furthest, if by more than 2 cm; otherwise -1."""
         for i in range(self.n_objects):
             if self.in_hand(i):
                 return i
@@ -57,5 +57,5 @@ class ObjectTask(TabletopEnv):
 
 
 def object_thing(scene: Scene, i: int) -> Thing:
-    """Object `i` of a scene as the instruction grammar sees it."""
+    """Object `i` of a scene, in the form that the instruction grammar uses."""
     return Thing("object", scene["objects"][i]["color"], scene["objects"][i]["shape"])

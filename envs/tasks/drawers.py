@@ -1,6 +1,6 @@
-"""What the two drawer tasks share: a cabinet with two drawers, told apart by the colours of their handles.
+"""Shared code of the drawer tasks: a cabinet with two drawers that differ in the colour of their handles.
 
-Owns where the cabinet stands and which drawer was moved. Does not know whether drawers are to be opened or closed.
+Owns the pose of the cabinet, and which drawer was moved. Does not know whether the task is to open or to close.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ N_DRAWERS = 2
 
 
 class DrawerTask(TabletopEnv):
-    """Candidates are the two drawers. An object in a near corner, where no drawer and no hand gets, adds a colour."""
+    """The target candidates are the two drawers. One object in a corner, out of the way of drawers and hand, adds a
+    colour to the scene.
+    """
 
     @property
     def n_objects(self) -> int:
@@ -35,7 +37,7 @@ class DrawerTask(TabletopEnv):
 
     @abc.abstractmethod
     def initial(self, rng: np.random.Generator) -> float:
-        """How far a drawer is open at the start, in metres."""
+        """Initial opening of a drawer in metres."""
 
     def layout(self, rng: np.random.Generator) -> Scene:
         corner = np.array([rng.uniform(0.58, 0.60), rng.choice([-1, 1]) * rng.uniform(0.14, 0.16)])
@@ -56,7 +58,7 @@ class DrawerTask(TabletopEnv):
         return (Thing("drawer", scene["handles"][target]),)
 
     def reached(self) -> int:
-        """The drawer that was moved furthest, if by more than 1.5 cm; else the one whose handle is gripped; else -1."""
+        """The drawer moved furthest, if by more than 1.5 cm; otherwise one whose handle is grasped; otherwise -1."""
         moved = [abs(self.extension(i) - start) for i, start in enumerate(self.scene["open"])]
         furthest = int(np.argmax(moved))
         if moved[furthest] > 0.015:
@@ -65,9 +67,9 @@ class DrawerTask(TabletopEnv):
         return gripped[0] if gripped else -1
 
     def extension(self, i: int) -> float:
-        """How far drawer `i` is open, in metres."""
+        """Opening of drawer `i` in metres."""
         return float(self.world.data.joint(f"drawer{i}").qpos[0])
 
     def handle(self) -> np.ndarray:
-        """Position [3] of the centre of the named drawer's handle in metres."""
+        """Position [3] of the centre of the target drawer's handle in metres."""
         return self.world.data.geom(f"handle{self.target}").xpos

@@ -1,6 +1,6 @@
-"""OpenDrawer: pull the named drawer open by its handle.
+"""OpenDrawer: pull the target drawer open by its handle.
 
-Owns how far open is open. Does not know how a handle is gripped.
+Owns the success threshold. The grasping motion is in `moves`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _OPEN = 0.09  # metres
 
 
 class OpenDrawer(DrawerTask):
-    """Success: the named drawer, closed at first, is open by more than 9 cm."""
+    """Both drawers start closed. Success: the target drawer is open by more than 9 cm."""
 
     task = "open_drawer"
 

@@ -1,6 +1,6 @@
-"""PickPlace: put the named object on the named zone.
+"""PickPlace: put the target object on the target zone.
 
-Owns when it counts as put there. Does not know how objects are gripped or carried.
+Owns the success condition. The grasping and carrying motions are in `moves`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from envs.scene import HALF, scatter
 from envs.tasks.common import OBJECT_GAP, objects_at
 from envs.tasks.zones import N_ZONES, ZoneTask
 
-_INSIDE = ZONE_RADIUS - 0.010  # metres between the centres
+_INSIDE = ZONE_RADIUS - 0.010  # maximum distance between the centres in metres
 
 
 class PickPlace(ZoneTask):
-    """Success: the named object rests on the table with its centre well inside the named zone, and is let go."""
+    """Success: the target object rests on the table, released, with its centre well inside the target zone."""
 
     task = "pick_place"
 

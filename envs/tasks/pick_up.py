@@ -1,6 +1,6 @@
-"""PickUp: lift the named object and hold it.
+"""PickUp: lift the target object and hold it.
 
-Owns when it counts as lifted. Does not know how objects are gripped.
+Owns the success condition. The grasping motion is in `moves`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _LIFT = 0.05  # metres
 
 
 class PickUp(ObjectTask):
-    """Success: the named object is in the hand, 5 cm or more above where objects rest."""
+    """Success: the target object is grasped and more than 5 cm above its resting height."""
 
     task = "pick_up"
 

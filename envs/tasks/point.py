@@ -1,9 +1,10 @@
-"""Point: say where the named thing is. Questions about the picture, for learning what words refer to.
+"""Point: give the position of the target. Questions about the image, for language grounding.
 
-Owns the meaning of the answer: the action's translation is the place of the thing, counted from the middle of the
-workspace, a fifth of a metre at 1; nothing moves. In a task's demonstrations words matter only in the first moments,
-before the hand's own motion tells where it is going; here every frame asks for them. The place is the same wherever the
-hand is, so that the answer needs nothing but the picture and the words. Does not know how anything is reached.
+Owns the encoding of the answer: the action's translation is the target's position relative to the centre of the
+workspace, with 0.2 m at a value of 1. Nothing moves.
+
+In demonstrations of a task the instruction matters only at the beginning, before the hand's motion reveals the target.
+Here every frame depends on it. The position does not depend on the hand, so image and instruction determine the answer.
 """
 
 from __future__ import annotations
@@ -25,22 +26,22 @@ from envs.tasks.pick_place import PickPlace
 from envs.tasks.press_button import PressButton
 from envs.tasks.zones import N_ZONES
 
-REACH = 0.2  # metres at an action of 1
+REACH = 0.2  # metres per action unit
 _NEAR = 0.025  # metres
 _ORIGIN = np.array([*CENTER, 0.0])
 
 
 class Question(TabletopEnv):
-    """Success: the answer is within 2.5 cm of the named thing. An episode is one step."""
+    """Success: the answer is within 2.5 cm of the target. An episode is one step."""
 
     task = "point"
 
     @abc.abstractmethod
     def places(self) -> np.ndarray:
-        """Where the things are that could be named, [target_candidates, 3] metres."""
+        """Positions of the target candidates, [target_candidates, 3] metres."""
 
     def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
-        """Take the answer [7]; only its translation counts."""
+        """Evaluate the answer, an action [7]; only its translation is used."""
         self._answer: np.ndarray | None = _ORIGIN + REACH * check_action(action, ACTION_NAMES)[:3]
         success = self.success()
         return self._observe(), float(success), success, False, self._info(success)
@@ -53,7 +54,7 @@ class Question(TabletopEnv):
         return self.reached() == self.target
 
     def reached(self) -> int:
-        """The thing that was pointed at, within 2.5 cm; else -1."""
+        """The candidate nearest to the answer, if within 2.5 cm; otherwise -1."""
         if self._answer is None:
             return -1
         distances = np.linalg.norm(self.places() - self._answer, axis=1)
@@ -65,9 +66,9 @@ class Question(TabletopEnv):
 
 
 class Point(Question, ObjectTask):
-    """Where is the named object?"""
+    """Position of the target object."""
 
-    # Anywhere above the objects: pictures with the hand in odd places are seen, too.
+    # Anywhere above the objects, for images with unusual hand poses.
     hand_start = ((0.28, -0.20, 0.12), (0.62, 0.20, float(HAND_BOX[1, 2])))
 
     def places(self) -> np.ndarray:
@@ -75,7 +76,7 @@ class Point(Question, ObjectTask):
 
 
 class PointZone(Question, PickPlace):
-    """Where is the named object, or the named zone?"""
+    """Position of the target object or zone."""
 
     @property
     def target_candidates(self) -> int:
@@ -92,14 +93,14 @@ class PointZone(Question, PickPlace):
 
 
 class PointButton(Question, PressButton):
-    """Where is the named button?"""
+    """Position of the target button."""
 
     def places(self) -> np.ndarray:
         return np.array([[*button["xy"], 0.0] for button in self.scene["buttons"]])
 
 
 class PointDrawer(Question, CloseDrawer):
-    """Where is the named handle?"""
+    """Position of the target drawer's handle."""
 
     def places(self) -> np.ndarray:
         return np.array([self.world.data.geom(f"handle{i}").xpos for i in range(N_DRAWERS)])

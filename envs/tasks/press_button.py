@@ -1,6 +1,6 @@
-"""PressButton: press the named one of several buttons.
+"""PressButton: press the target button, one of several.
 
-Owns where buttons stand and when one counts as pressed. Does not know how the hand gets there.
+Owns the layout of the buttons and the success condition. The hand's motion is in `moves`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from envs.scene import scatter
 from envs.tasks.common import OBJECT_GAP, objects_at
 
 _PRESSED = 0.6 * BUTTON_TRAVEL
-_LOW, _HIGH = BUTTON_TOP - 0.006, BUTTON_TOP + 0.07  # heights of the hand: fingertips are 12 mm below it
+_LOW, _HIGH = BUTTON_TOP - 0.006, BUTTON_TOP + 0.07  # heights of the hand; the fingertips are 12 mm lower
 
 
 class PressButton(TabletopEnv):
-    """Success: the named button is pressed by more than 60 % of its travel. One object adds a colour."""
+    """Success: the target button is pressed by more than 60 % of its travel. One object adds a colour to the scene."""
 
     task = "press_button"
 
@@ -51,7 +51,7 @@ class PressButton(TabletopEnv):
         return self._pressed(self.target) > _PRESSED
 
     def reached(self) -> int:
-        """The button that is pressed furthest, if by more than a quarter of its travel; else -1."""
+        """The button pressed furthest, if by more than a quarter of its travel; otherwise -1."""
         pressed = [self._pressed(i) for i in range(self.choices)]
         furthest = int(np.argmax(pressed))
         return furthest if pressed[furthest] > 0.25 * BUTTON_TRAVEL else -1

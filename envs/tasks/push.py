@@ -1,6 +1,6 @@
-"""Push: slide the named object into the named zone, one of two strips left and right of the objects.
+"""Push: slide the target object into the target zone, a strip to the left or right of the objects.
 
-Owns the strips and when an object counts as in one. Does not know how the hand pushes.
+Owns the strips and the success condition. The pushing motion is in `moves`.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from envs.tasks.common import objects_at
 from envs.tasks.zones import N_ZONES, ZoneTask
 
 _STRIP = np.array([0.165, 0.040])  # half sizes in metres
-_STRIP_SIDE = 0.150  # from the middle of the table to the middle of a strip
-_ROW_GAP = 0.090  # between objects along x: the way to either strip is free
-_MIDDLE = 0.050  # objects start no further than this from the middle
-_REACH = 0.056  # between hand and object when the hand comes down
+_STRIP_SIDE = 0.150  # metres from the centre of the table to the centre of a strip
+_ROW_GAP = 0.090  # metres between objects along x, so that the path to either strip is free
+_MIDDLE = 0.050  # maximum initial distance in metres of an object from the centre line
+_REACH = 0.056  # metres between hand and object when the hand is lowered
 
 
 class Push(ZoneTask):
-    """Success: the named object's centre is in the named strip, on the table, at rest."""
+    """Success: the target object is at rest on the table, with its centre in the target strip."""
 
     task = "push"
 
@@ -49,6 +49,6 @@ class Push(ZoneTask):
     def plan(self) -> np.ndarray:
         at = self.object()
         way = np.array([0.0, self.zone()[1] - at[1]])
-        if abs(way[1]) < 0.002:  # there, and only not yet at rest: keep a direction, hardly move
+        if abs(way[1]) < 0.002:  # arrived but still moving: keep the direction, with almost no motion
             way[1] = 0.002 * np.sign(self.zone()[1])
         return push(self.world, at, way, _REACH, HALF)

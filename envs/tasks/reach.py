@@ -1,6 +1,6 @@
-"""Reach: bring the fingertips to the named object.
+"""Reach: move the fingertips to the target object.
 
-Owns when the hand counts as there. Does not know how the hand gets anywhere.
+Owns the success condition. The hand's motion is in `moves`.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import numpy as np
 from envs.moves import OPEN, go
 from envs.tasks.common import ObjectTask
 
-_ABOVE = np.array([0.0, 0.0, 0.035])  # metres from the object's centre: fingertips just above its top
+_ABOVE = np.array([0.0, 0.0, 0.035])  # metres from the object's centre, which puts the fingertips just above its top
 _NEAR = 0.025  # metres
 
 
 class Reach(ObjectTask):
-    """Success: the hand is within 2.5 cm of the point just above the named object, and slow."""
+    """Success: the hand is within 2.5 cm of the point just above the target object, and slower than 0.3 m/s."""
 
     task = "reach"
 
@@ -23,7 +23,7 @@ class Reach(ObjectTask):
         return self._distance(self.target) < _NEAR and self.world.hand_speed < 0.3
 
     def reached(self) -> int:
-        """The object that the hand is nearest to, if within 5 cm; else -1."""
+        """The object nearest to the hand, if within 5 cm; otherwise -1."""
         distances = [self._distance(i) for i in range(self.n_objects)]
         nearest = int(np.argmin(distances))
         return nearest if distances[nearest] < 0.05 else -1

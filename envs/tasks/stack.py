@@ -1,6 +1,6 @@
-"""Stack: put the named object on top of another named one.
+"""Stack: put the target object on top of another object, the base.
 
-Owns which object is to be the base of which, and when a stack counts. Does not know how objects are gripped or carried.
+Owns the choice of the base and the success condition. The grasping and carrying motions are in `moves`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from envs.objects import draw_pairs
 from envs.scene import HALF, scatter
 from envs.tasks.common import OBJECT_GAP, ObjectTask, object_thing, objects_at
 
-_INSIDE = 0.020  # metres between the centres, seen from above
-_STEP = 2 * HALF  # height of one storey
+_INSIDE = 0.020  # maximum horizontal distance between the centres in metres
+_STEP = 2 * HALF  # height of an object
 
 
 class Stack(ObjectTask):
-    """Success: the named object rests on the named base, both still, and is let go. Nothing is stacked on a ball."""
+    """Success: the target object rests on the base, released, and both are still. A ball is never the base."""
 
     task = "stack"
 

@@ -1,6 +1,6 @@
-"""Tasks that bring an object to one of two coloured zones: the named pair of object and zone.
+"""Shared code of the tasks that move an object to one of two coloured zones.
 
-Owns how zones are drawn and named. Does not know how an object gets there.
+Owns the sampling of zones. Does not know how an object is moved there.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ N_ZONES = 2
 
 
 class ZoneTask(ObjectTask):
-    """Each object of a scene belongs to one of the zones, so naming another object may name another zone."""
+    """A task with two zones. Each object of a scene has its own target zone, so the target zone depends on the target
+    object.
+    """
 
     def zones(self, rng: np.random.Generator, scene: Scene, places: np.ndarray) -> Scene:
-        """`scene` with zones of unused colours at `places` [2, 2] metres, and a zone drawn for every object."""
+        """Add zones of unused colours at `places` [2, 2] metres to `scene`; each object gets a random target zone."""
         colors = draw_colors(rng, N_ZONES, [thing["color"] for thing in scene["objects"]])
         scene["zones"] = [
             {"color": color, "xy": [float(v) for v in place]} for color, place in zip(colors, places, strict=True)
@@ -37,5 +39,5 @@ class ZoneTask(ObjectTask):
         return (object_thing(scene, target), Thing("zone", zone["color"]))
 
     def zone(self) -> np.ndarray:
-        """Position [2] of the centre of the named zone in metres."""
+        """Position [2] of the target zone's centre in metres."""
         return np.array(self.scene["zones"][self.scene["zone_of"][self.target]]["xy"])

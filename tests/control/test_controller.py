@@ -403,9 +403,9 @@ def test_an_emergency_stop_in_the_middle_of_a_run(policy, driver):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"cameras": ("top",)}, r"sees camera 'front', 'wrist', the robot has 'top'"),
+        ({"cameras": ("top",)}, r"needs camera 'front', 'wrist', the robot has 'top'"),
         ({"gripper_open": -1.0, "gripper_closed": 1.0}, "opens its gripper with 1 and closes it with -1"),
-        ({"action_names": tuple("abcdefg")}, "other names"),
+        ({"action_names": tuple("abcdefg")}, "names differ"),
         ({"action_space": "ee_velocity"}, "ee_delta, the robot takes ee_velocity"),
         ({"state_names": ()}, "state has 7 entries"),
         ({"control_hz": 30.0}, r"made for 20 .*runs at 30.*--hz 20"),

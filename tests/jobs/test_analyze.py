@@ -69,7 +69,7 @@ def test_what_cannot_be_measured_is_refused(nano, dataset, robot, tmp_path):
     checkpoint.save(*nano, tmp_path / "policy")
     with pytest.raises(ConfigError, match="frames must be at least 1"):
         exposure(ExposureConfig(policy=str(tmp_path / "policy"), data=data, frames=0))
-    with pytest.raises(SpecError, match=r"the policy's action has 7 entries .*They have other names"):
+    with pytest.raises(SpecError, match=r"the policy's action has 7 entries .*The names differ"):
         network, processor = nano
         network.config.robot["action_names"] = [f"a{i}" for i in range(6)] + ["dx"]
         checkpoint.save(network, processor, tmp_path / "other")

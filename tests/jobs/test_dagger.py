@@ -321,7 +321,7 @@ def test_roll_ins_that_are_all_over_before_anybody_was_asked(tmp_path):
         ({"rounds": 0}, "rounds must be at least 1"),
         ({"intervention": 0}, "intervention must be at least 1"),
         ({"target": 90.0}, "target must be above 0 and at most 1"),
-        ({"eval_seed": 10_001}, "eval_seed must be outside the seeds to learn from, 0 to 29999"),
+        ({"eval_seed": 10_001}, "eval_seed must be outside the training seeds, 0 to 29999"),
         ({"train": {"data": ["datasets/mine"]}}, r"train\.data is set by `vla dagger` itself"),
     ],
 )

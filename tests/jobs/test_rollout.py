@@ -244,7 +244,7 @@ def test_a_policy_for_another_robot_is_refused(tmp_path):
     blind, giant = Slider(), Slider()
     blind.robot = dataclasses.replace(Slider.robot, cameras=("wrist",))
     giant.robot = dataclasses.replace(Slider.robot, action_names=("dx", "dy"))
-    with pytest.raises(SpecError, match=r"sees camera 'wrist'.*has 'front'.*images: \{wrist:"):
+    with pytest.raises(SpecError, match=r"needs camera 'wrist'.*has 'front'.*images: \{wrist:"):
         rollout(settings(tmp_path / "r"), blind)
     with pytest.raises(SpecError, match=r"action has 2 entries \(dx, dy\).*1 \(dx\)"):
         rollout(settings(tmp_path / "r"), giant)

@@ -1,7 +1,8 @@
 """Configuration: one frozen dataclass per job, read strictly from YAML, overridden by flags.
 
-Owns: the fields, types, limits and defaults of every job, and how a YAML file becomes one of them (default < YAML <
-flag). It does not know what the jobs do with the values, nor whether what they name exists (`vla.preflight`).
+Owns: the fields, types, limits and defaults of every job, and reading them from YAML (precedence: default < YAML <
+flag). It does not know how the jobs use the values. Whether a named file or environment exists is checked in
+`vla.preflight`.
 """
 
 from vla.config.data import AdapterConfig, CollectConfig, InspectConfig, ReplayConfig

@@ -1,4 +1,4 @@
-"""Jobs on demonstrations: collecting, inspecting and replaying them, and where an environment keeps what it says."""
+"""Configuration of jobs on demonstrations (collect, inspect, replay), and of the adapter for environments."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ from vla.config.limits import Count, Natural, NonNegative, Seed, Share
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
-    """Where a Gymnasium environment keeps its images, state, instruction and success. The defaults fit this package's
-    environments; another environment is described by these values alone.
+    """Where to find images, state, instruction and success in a Gymnasium environment.
+
+    The defaults fit this package's environments. These values are all that is needed to use another environment.
 
     Attributes:
         module: imported before `gymnasium.make`, so that it can register its ids (the "module" of "module:id").
         kwargs: keyword arguments of `gymnasium.make`, e.g. {image_size: 128}.
         images: camera name -> dotted path into the observation, e.g. {"top": "pixels"}; empty: every entry of
-            observation["pixels"]. Parts of tuples go by their index ("0"), all of the observation is "", and
-            "render()" takes `env.render()`.
-        flip: cameras whose image is upside down (rotated by 180 degrees).
+            observation["pixels"]. Use the index ("0") for a tuple item, "" for the whole observation and "render()"
+            for the image that `env.render()` returns.
+        flip: cameras whose images are upside down; they are rotated by 180 degrees.
         state: dotted paths into the observation, concatenated; empty: a policy without proprioception.
-        instruction: a fixed instruction; None takes info["instruction"], else the attribute `task_description`.
-        success: dotted path into `info`; the episode is a success while it is true (>= 0.5). The entry may be absent
-            until the episode ends.
-        expert: where demonstrations come from: "env" (the environment's own `make_expert`), "random", or
-            "module:callable", called with (env, seed), which returns an object with `act() -> action`.
-        robot: properties of the RobotSpec that the environment does not state itself, e.g. {control_hz: 10,
-            action_space: ee_delta}. Action spaces are joint_position, joint_delta, joint_velocity, ee_position,
-            ee_delta and ee_velocity.
-        max_steps: overrides the environment's registered episode limit.
+        instruction: a fixed instruction; None: info["instruction"] or, if absent, the attribute `task_description`.
+        success: dotted path into `info`; the episode counts as solved while this entry is true (>= 0.5). The entry may
+            be absent until the episode ends.
+        expert: source of demonstrations: "env" (the environment's own `make_expert`), "random", or "module:callable".
+            The callable receives (env, seed) and returns an object with `act() -> action`.
+        robot: RobotSpec properties that the environment does not define itself, e.g. {control_hz: 10,
+            action_space: ee_delta}. Action spaces: joint_position, joint_delta, joint_velocity, ee_position, ee_delta
+            and ee_velocity.
+        max_steps: maximum steps per episode; None: the environment's registered limit.
     """
 
     __pydantic_config__ = STRICT
@@ -51,17 +52,17 @@ class AdapterConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CollectConfig:
-    """`vla collect`: run an expert, keep the successes, write a LeRobotDataset v3.
+    """`vla collect`: run an expert and write its successful episodes as a LeRobotDataset v3.
 
     Attributes:
-        env: environment ids; episodes are spread evenly over them.
+        env: environment ids; episodes are distributed evenly over them.
         out: dataset folder.
-        episodes: successful episodes in all.
+        episodes: total number of successful episodes.
         seed: first environment seed; episode i uses seed + i.
-        noise: strength of the expert's noise (0: the clean expert); the recorded action is the clean one.
-        noise_share: share of the episodes that are noisy.
-        keep: "success" or "all".
-        workers: processes; 0 takes one per core.
+        noise: strength of the expert's noise (0: no noise); the recorded action is always the clean one.
+        noise_share: fraction of episodes with noise.
+        keep: which episodes to write: "success" or "all".
+        workers: number of worker processes; 0: one per core.
         resume: continue an interrupted collection in `out`.
     """
 
@@ -82,8 +83,8 @@ class CollectConfig:
             return "env: name at least one environment."
         if self.noise and self.adapter.expert != "env":
             return (
-                f"noise is given to an environment's own expert; {self.adapter.expert!r} (adapter.expert) would ignore "
-                "it. Leave noise out, and let that expert make its own."
+                f"noise applies to an environment's own expert only; {self.adapter.expert!r} (adapter.expert) would "
+                "ignore it. Leave noise out, and add noise in that expert instead."
             )
         if self.adapter.instruction is not None and not self.adapter.instruction.strip():
             return "adapter.instruction is blank; a demonstration needs an instruction."
@@ -92,12 +93,12 @@ class CollectConfig:
 
 @dataclasses.dataclass(frozen=True)
 class InspectConfig:
-    """`vla inspect`: print and plot what is in a dataset, and what is wrong with it.
+    """`vla inspect`: print and plot the contents of a dataset, and report its problems.
 
     Attributes:
         data: dataset folder.
-        out: where the plots and the page go; None: `<data>/inspect`.
-        bins: bins of the action tokenizer whose edges are drawn; None: as many as the embedded backbone has (63).
+        out: folder for the plots and the HTML page; None: `<data>/inspect`.
+        bins: number of action bins whose edges are plotted; None: that of the embedded backbone (63).
     """
 
     __pydantic_config__ = STRICT
@@ -108,13 +109,13 @@ class InspectConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ReplayConfig:
-    """`vla replay`: send recorded actions to the environment they came from and report success.
+    """`vla replay`: replay recorded actions in the environment that they were recorded in, and report success.
 
     Attributes:
         data: dataset folder.
-        env: environment id; None takes the one recorded with each episode.
-        episodes: how many episodes, from the first on.
-        out: folder for the report; None prints only.
+        env: environment id; None: the id recorded with each episode.
+        episodes: number of episodes to replay, starting with the first.
+        out: folder for the report; None: print it only.
     """
 
     __pydantic_config__ = STRICT

@@ -1,4 +1,4 @@
-"""Jobs that let a policy control something: the controller node, the server, and what is wrong with a machine."""
+"""Configuration of the jobs that run a policy on a robot (deploy, serve) and of `vla doctor`."""
 
 from __future__ import annotations
 
@@ -14,17 +14,19 @@ from vla.config.limits import Count, Finite, NonNegative, Port, Positive, Seed, 
 
 @dataclasses.dataclass(frozen=True)
 class SafetyConfig:
-    """Limits of a command, beside its range (that of the policy's training data), and of what it may be based on.
+    """Limits on commands and on the observations that they are based on.
+
+    Commands are also clipped to the range of the policy's training data.
 
     Attributes:
-        max_age_s: the robot holds when its last observation is older.
-        max_frozen_s: the robot holds when a camera has shown the very same picture for longer; None: never. Real
-            cameras are noisy and never do; a simulated world at rest does.
-        max_change: largest change of an entry between two commands, as a share of its range; None: any. Grippers are
-            exempt.
-        max_velocity, max_acceleration: by action entry, in its unit per second and per second squared.
-        workspace: action entry -> (the state entry that it moves, lowest, highest).
-        max_entropy: the robot holds while the mean entropy of the chunk's tokens, in nats, is higher; None: never.
+        max_age_s: hold when the last observation is older than this, in seconds.
+        max_frozen_s: hold when a camera has repeated the same image for longer than this, in seconds; None: never.
+            Real cameras are noisy and never repeat an image; a simulation at rest does.
+        max_change: largest change of an action entry between two commands, as a fraction of its range; None: no limit.
+            Grippers are exempt.
+        max_velocity, max_acceleration: limits by action entry, in the entry's unit per second and per second squared.
+        workspace: action entry -> (state entry that it moves, minimum, maximum).
+        max_entropy: hold while the mean entropy of the chunk's tokens is higher than this, in nats; None: never.
     """
 
     __pydantic_config__ = STRICT
@@ -42,14 +44,15 @@ class ControlConfig:
     """The real-time control loop.
 
     Attributes:
-        hz: commands per second; None: the robot's own rate.
-        seam: how a chunk takes over from the last one: "switch" (hard), "ensemble" (chunks that overlap are averaged),
-            or "committed" (it continues the actions that are executed while it is decoded).
-        trust: committed actions are continued as long as the policy itself gives their tokens at least this share of
-            its best token's probability; 0: always, even where the pictures say that the plan is wrong.
-        injected_latency_s: every decoding is made to take so much longer, to try a policy that is far away.
-        black_box_s: so many last seconds (observations, tokens, commands, timings, reasons) are kept, and written to
-            the result folder after a fault, at most once in as many seconds and at the end; 0: none.
+        hz: commands per second; None: the robot's control rate.
+        seam: transition from one chunk to the next: "switch" (replace it), "ensemble" (average overlapping chunks) or
+            "committed" (prefix conditioning: the new chunk continues the actions executed while it is decoded).
+        trust: acceptance threshold for "committed". An executed action stays in the prefix while its tokens have at
+            least this fraction of the probability of the policy's best token. 0: always, even when the images
+            contradict the plan.
+        injected_latency_s: extra latency added to each decoding, in seconds, to simulate a remote policy.
+        black_box_s: seconds of history (observations, tokens, commands, timings, reasons) to keep and to write to the
+            result folder after a fault (at most once per this interval) and at the end; 0: no black box.
     """
 
     __pydantic_config__ = STRICT
@@ -114,11 +117,11 @@ class DeployConfig:
 
 @dataclasses.dataclass(frozen=True)
 class KeysConfig:
-    """What clients call things, where it cannot be told: parts of nested keys are joined by "/".
+    """Keys in clients' requests that cannot be inferred. Join the parts of a nested key with "/".
 
     Attributes:
-        images: camera of the policy -> key of its picture.
-        state: keys whose values, one after the other, are the state.
+        images: camera of the policy -> key of its image.
+        state: keys whose values are concatenated to form the state.
         prompt: key of the instruction.
     """
 
@@ -130,22 +133,23 @@ class KeysConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ServeConfig:
-    """`vla serve`: a policy for robots elsewhere, in the protocols of OpenVLA (POST /act) and openpi (websocket).
+    """`vla serve`: serve a policy over the protocols of OpenVLA (POST /act) and openpi (websocket).
 
-    With the environment variable VLA_API_KEY set, clients must send `Authorization: Api-Key <key>` (or Bearer).
+    If the environment variable VLA_API_KEY is set, clients must send `Authorization: Api-Key <key>` (or Bearer).
 
     Attributes:
         policy: the embedded backbone "nano", a run folder or a checkpoint folder.
-        host, port: where to listen; only this machine can connect unless told otherwise ("0.0.0.0").
-        keys: what clients call things, where it cannot be told from their requests.
-        max_batch: observations of different clients that are decoded together.
-        max_queue: requests that may wait; more are refused.
-        max_request_mb: largest request.
-        patience_s: time that a client has to send a request once it has begun.
-        certificate, private_key: files in PEM format; both: TLS.
-        tracebacks: send them to clients, as openpi's own server does; they show paths and code. Without it, a stock
-            client of OpenVLA hears "error" only; one that adds `?errors=plain` to the address (http://host:8000/act?errors=plain)
-            gets a status code and the reason. This server's log has a line for every refusal.
+        host, port: address to listen on. By default only this machine can connect; "0.0.0.0" accepts connections from
+            the network.
+        keys: keys in clients' requests that cannot be inferred.
+        max_batch: maximum number of observations, of different clients, that are decoded together.
+        max_queue: maximum number of waiting requests; further requests are refused.
+        max_request_mb: maximum size of a request, in MB.
+        patience_s: time limit for a client to send a complete request, in seconds.
+        certificate, private_key: files in PEM format; giving both enables TLS.
+        tracebacks: send tracebacks to clients, as openpi's own server does; they reveal paths and code. By default a
+            stock OpenVLA client receives "error" only. With `?errors=plain` in the URL
+            (http://host:8000/act?errors=plain) it receives a status code and the reason. The server logs every refusal.
     """
 
     __pydantic_config__ = STRICT
@@ -169,16 +173,19 @@ class ServeConfig:
         if (self.certificate is None) != (self.private_key is None):
             return "TLS needs both --certificate and --private-key."
         if self.decoding.ensemble is not None:
-            return "a server does not know where its clients' episodes begin: their chunks cannot be averaged."
+            return (
+                "decoding.ensemble cannot be used with `vla serve`: the server does not know when a client's episode "
+                "begins, so it cannot average chunks. Leave it out."
+            )
         return None
 
 
 @dataclasses.dataclass(frozen=True)
 class DoctorConfig:
-    """`vla doctor`: what is wrong with this machine, and how to mend it.
+    """`vla doctor`: find problems with this machine, and how to fix them.
 
     Attributes:
-        out: folder whose disk is checked.
+        out: folder whose disk is checked for free space.
         json: print the findings as JSON.
     """
 

@@ -1,4 +1,4 @@
-"""Jobs that judge a policy, and how its chunks are decoded."""
+"""Configuration of the jobs that evaluate a policy, and of action decoding."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from vla.config.limits import Count, Finite, Natural, NonNegative, Positive, Quo
 
 @dataclasses.dataclass(frozen=True)
 class DecodingConfig:
-    """How a chunk is chosen from the network's probabilities. The default is greedy decoding.
+    """How action tokens are decoded. The default is greedy decoding.
 
     Attributes:
-        temperature: divides the logits before sampling; 0 takes the likeliest token instead.
-        top_k: sample among the k likeliest tokens; 0: among all.
-        top_p: sample among the likeliest tokens that together have this probability.
-        num_beams: beams of a search for the likeliest chunk; 1: no search.
-        repetition_penalty: divides positive logits of tokens that are in the chunk already, multiplies negative ones.
-        frequency_penalty: subtracted from a token's logit for each time it is in the chunk already.
-        presence_penalty: subtracted from the logits of tokens that are in the chunk already.
-        readout: what becomes of an entry's distribution: "mode" is the bin of the chosen token, "mean" the
-            probability-weighted mean of all bin centres.
-        ensemble: coefficient of temporal ensembling, the weights exp(-coefficient * i) of overlapping chunks with i = 0
-            for the oldest; it takes effect where fewer actions are executed than a chunk has. None: no ensembling.
-        max_actions: decode only so many first actions of each chunk. None: all.
-        sampling_seed: of the draws.
+        temperature: sampling temperature; the logits are divided by it. 0: take the most likely token.
+        top_k: sample from the k most likely tokens; 0: from all tokens.
+        top_p: sample from the most likely tokens whose total probability reaches this value (nucleus sampling).
+        num_beams: number of beams in beam search; 1: no beam search.
+        repetition_penalty: divides the positive logits, and multiplies the negative logits, of tokens that already
+            occur in the chunk.
+        frequency_penalty: subtracted from a token's logit for each earlier occurrence in the chunk.
+        presence_penalty: subtracted once from the logits of tokens that already occur in the chunk.
+        readout: how an action value is read from a token distribution: "mode" takes the bin centre of the chosen
+            token, "mean" the probability-weighted mean of all bin centres.
+        ensemble: coefficient of temporal ensembling. Overlapping chunks have the weights exp(-coefficient * i), with
+            i = 0 for the oldest. It has an effect only if n_action_steps is less than the horizon. None: no ensembling.
+        max_actions: number of actions to decode, from the start of each chunk; None: all.
+        sampling_seed: random seed for token sampling.
     """
 
     __pydantic_config__ = STRICT
@@ -46,15 +47,15 @@ class DecodingConfig:
 
     @property
     def greedy(self) -> bool:
-        """Whether tokens are chosen as greedy decoding chooses them."""
+        """Whether this is greedy decoding."""
         penalties = (self.repetition_penalty, self.frequency_penalty, self.presence_penalty)
         return self.temperature == 0 and self.num_beams == 1 and penalties == (1, 0, 0)
 
     def contradiction(self) -> str | None:
         if self.temperature == 0 and (self.top_k or self.top_p < 1):
-            return "top_k and top_p choose among samples; give a temperature, 1.0 for the network's own."
+            return "top_k and top_p need sampling: set temperature, e.g. to 1.0 to sample from the unscaled logits."
         if self.temperature and self.num_beams > 1:
-            return "beam search does not sample: give a temperature or num_beams, not both."
+            return "beam search cannot be combined with sampling: set temperature or num_beams, not both."
         return None
 
 
@@ -63,7 +64,7 @@ GREEDY = DecodingConfig()
 
 @dataclasses.dataclass(frozen=True)
 class RolloutConfig:
-    """`vla rollout`: evaluate a policy closed loop on environments x seeds.
+    """`vla rollout`: evaluate a policy in closed loop on several environments and seeds.
 
     Attributes:
         policy: the embedded backbone "nano", a run folder, a checkpoint folder, or the address of a `vla serve`
@@ -71,11 +72,11 @@ class RolloutConfig:
         env: environment ids.
         episodes: episodes per environment.
         seed: first environment seed; episode i uses seed + i.
-        n_envs: environments stepped side by side.
-        n_action_steps: overrides the checkpoint's value.
-        unnorm_key: whose statistics un-normalise the actions; needed only when the checkpoint holds several.
-        decoding: how chunks are decoded; greedily by default.
-        videos: videos per environment of the first episodes; as many again of failures.
+        n_envs: number of environments that run in parallel.
+        n_action_steps: actions executed per chunk; None: the checkpoint's value.
+        unnorm_key: dataset whose statistics un-normalise the actions; needed only if the checkpoint has several.
+        decoding: how action tokens are decoded; greedy by default.
+        videos: number of videos per environment: this many of the first episodes, and as many of failures.
         out: report folder.
         compare: another report folder to compare with.
     """
@@ -98,28 +99,29 @@ class RolloutConfig:
 
     def contradiction(self) -> str | None:
         if not self.env or len(set(self.env)) < len(self.env):
-            return f"env needs one or more environment ids, each once; got {list(self.env)}."
+            return f"env must be one or more environment ids without duplicates, got {list(self.env)}."
         return None
 
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkConfig:
-    """`vla benchmark metaworld`: a policy on Meta-World's tasks as papers report it. Done again with the same `out`, it
-    plays what is missing; only `n_envs` and `videos` may have changed.
+    """`vla benchmark metaworld`: evaluate a policy on Meta-World with the protocol of published results.
+
+    Re-running with the same `out` resumes; only `n_envs` and `videos` may differ.
 
     Attributes:
         policy: the embedded backbone "nano", a run folder, a checkpoint folder, or the address of a `vla serve`
             ("ws://host:8000").
-        tasks: sets of tasks (mt50, mt50/easy, mt50/medium, mt50/hard, mt50/very_hard, mt10, ml45-train, ml45-test), or
+        tasks: task sets (mt50, mt50/easy, mt50/medium, mt50/hard, mt50/very_hard, mt10, ml45-train, ml45-test) or
             environment ids.
-        episodes: episodes per task; papers take 10.
+        episodes: episodes per task; published results use 10.
         seed: first environment seed; episode i of every task uses seed + i.
-        n_envs: environments of a task stepped side by side.
-        n_action_steps: overrides the checkpoint's value.
-        unnorm_key: whose statistics un-normalise the actions; needed only when the checkpoint holds several.
-        decoding: how chunks are decoded; greedily by default.
-        videos: videos per task of the first episodes; as many again of failures.
-        out: folder of the results; one folder per task in it.
+        n_envs: number of environments of a task that run in parallel.
+        n_action_steps: actions executed per chunk; None: the checkpoint's value.
+        unnorm_key: dataset whose statistics un-normalise the actions; needed only if the checkpoint has several.
+        decoding: how action tokens are decoded; greedy by default.
+        videos: number of videos per task: this many of the first episodes, and as many of failures.
+        out: result folder, with one subfolder per task.
     """
 
     __pydantic_config__ = STRICT
@@ -139,15 +141,16 @@ class BenchmarkConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ExposureConfig:
-    """`vla analyze exposure`: what a policy loses by reading its own tokens instead of the demonstrator's.
+    """`vla analyze exposure`: measure exposure bias, the accuracy lost by decoding from the policy's own tokens instead
+    of the demonstrated ones.
 
     Attributes:
         policy: the embedded backbone "nano", a run folder or a checkpoint folder.
-        data: a dataset folder; demonstrations that the policy was not trained on, for a fair answer.
-        out: folder of the figures and the picture.
-        frames: at most so many frames, spread evenly over all episodes.
-        batch_size: frames per forward.
-        unnorm_key: whose statistics normalise the actions; needed only when the checkpoint holds several.
+        data: dataset folder; use demonstrations that the policy was not trained on.
+        out: folder for the results and the plot.
+        frames: maximum number of frames, spaced evenly over all episodes.
+        batch_size: frames per forward pass.
+        unnorm_key: dataset whose statistics normalise the actions; needed only if the checkpoint has several.
     """
 
     __pydantic_config__ = STRICT

@@ -1,6 +1,6 @@
-"""Configuration files: YAML to configuration and back, strictly.
+"""Strict conversion between YAML files and configurations.
 
-Owns: what is an error in a file and how it is explained. It does not know the jobs.
+Owns: reading and writing the files, and the errors for invalid ones. It does not know the jobs.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from vla.errors import ConfigError
 
 Config = TypeVar("Config")
 
-# Unknown keys are errors; "1e-4", which PyYAML reads as text, still becomes a number.
+# Unknown keys are errors. "1e-4", which PyYAML reads as a string, is still converted to a number.
 STRICT = pydantic.ConfigDict(extra="forbid")
 
 
 def from_dict(cls: type[Config], values: dict[str, Any], where: str = "configuration") -> Config:
-    """Build `cls` from plain values, strictly: unknown keys, wrong types and values outside a field's limits are
-    ConfigErrors that name the key."""
+    """Build `cls` from plain values.
+
+    Unknown keys, wrong types and values outside a field's limits raise a ConfigError that names the key.
+    """
     try:
         return pydantic.TypeAdapter(cls).validate_python(values)
     except pydantic.ValidationError as error:
@@ -44,12 +46,12 @@ def load(cls: type[Config], path: str | Path) -> Config:
 
 
 def dump(config: Any, path: str | Path) -> None:
-    """Write a configuration as YAML that `load` reads back to an equal object; a reader sees all of it or none."""
+    """Write a configuration atomically as YAML; `load` reads it back as an equal object."""
     scratch = Path(path).with_suffix(".partial")
     scratch.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
     scratch.replace(path)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A configuration as plain values (paths as text, tuples as lists)."""
+    """A configuration as plain values (paths as strings, tuples as lists)."""
     return pydantic.TypeAdapter(type(config)).dump_python(config, mode="json")

@@ -1,7 +1,7 @@
-"""Values and their limits, as types: what a field may hold stands where the field is declared.
+"""Types with limits, so that a field's valid range is part of its declaration.
 
-Owns: the types, and one sentence for each way of being outside. A YAML file is checked when it is read (`files.load`),
-a whole configuration before its job begins (`check`); both say the same. It does not know the jobs.
+Owns: the types, and the message for a value outside its limits. A YAML file is checked when it is read (`files.load`),
+and a whole configuration before its job starts (`check`); both give the same messages. It does not know the jobs.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ Natural = Annotated[int, Ge(0)]
 Positive = Annotated[float, Gt(0), _Finite]
 NonNegative = Annotated[float, Ge(0), _Finite]
 Finite = Annotated[float, _Finite]
-Share = Annotated[float, Ge(0), Le(1)]  # a part of a whole
-Fraction = Annotated[float, Ge(0), Lt(1)]  # a part that leaves something of the whole
-Quota = Annotated[float, Gt(0), Le(1)]  # a part that is not nothing
+Share = Annotated[float, Ge(0), Le(1)]  # 0 and 1 included
+Fraction = Annotated[float, Ge(0), Lt(1)]  # 1 excluded
+Quota = Annotated[float, Gt(0), Le(1)]  # 0 excluded
 Port = Annotated[int, Ge(0), Le(65_535)]
 Seed = Annotated[int, Ge(0), Le(2**32 - 1)]  # NumPy's limit
 
 
 def check(config: Any) -> None:
-    """ConfigError unless every field of `config`, and of what is nested in it, is within its limits and the fields do
-    not contradict each other: a configuration with a method `contradiction() -> str | None` knows its own."""
+    """Raise ConfigError if a field of `config` or of a nested configuration is outside its limits, or if fields
+    contradict each other (as reported by a configuration's `contradiction() -> str | None`).
+    """
     try:
         pydantic.TypeAdapter(type(config)).validate_python(dataclasses.asdict(config))
     except pydantic.ValidationError as error:
@@ -43,7 +44,7 @@ def check(config: Any) -> None:
 
 
 def explain(cls: Any, error: pydantic.ValidationError) -> list[str]:
-    """One sentence per problem: the field, what it must be, and what it is."""
+    """One sentence per problem: the field, the valid values and the given value."""
     return [_sentence(cls, problem) for problem in error.errors()]
 
 
@@ -66,7 +67,7 @@ _OUTSIDE = {"greater_than_equal", "greater_than", "less_than_equal", "less_than"
 
 
 def _words(kind: Any) -> str:
-    """What a value of that type must be: "be between 0 and 1"."""
+    """The limits of a type in words, e.g. "be between 0 and 1"."""
     limits = {type(limit): limit for limit in _without_none(kind).__metadata__}
     low, above = limits.get(Ge), limits.get(Gt)
     high, below = limits.get(Le), limits.get(Lt)

@@ -1,4 +1,4 @@
-"""Jobs that make a policy: training, DAgger and the quickstart."""
+"""Configuration of the jobs that train a policy: train, pretrain, dagger and quickstart."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from vla.config.data import AdapterConfig
 from vla.config.files import STRICT
 from vla.config.limits import Count, Fraction, Natural, NonNegative, Positive, Quota, Seed, Share
 
-ROUNDS_APART = 10_000  # between the first seeds of two rounds of DAgger: no two of its scenes share one
+ROUNDS_APART = 10_000  # offset between the first seeds of two DAgger rounds, so that no two episodes share a seed
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """What `vla train` adapts.
+    """LoRA (Hu et al., 2021), and which other weights `vla train` trains.
 
     Attributes:
-        rank: of the adapters.
-        alpha: what an adapter adds is multiplied by alpha / rank.
-        dropout: of an adapter's input.
-        targets: module names of the decoder, as in peft.
-        train_action_rows: also train the embeddings and output rows of action tokens.
-        train_projector, train_vision: also train the projector, the vision tower.
+        rank: rank of the adapters.
+        alpha: scale; an adapter's output is multiplied by alpha / rank.
+        dropout: dropout probability of an adapter's input.
+        targets: names of the decoder modules to adapt, as in peft.
+        train_action_rows: also train the embeddings and output rows of the action tokens.
+        train_projector, train_vision: also train the projector or the vision tower.
     """
 
     __pydantic_config__ = STRICT
@@ -48,14 +48,14 @@ class LoraConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AugmentConfig:
-    """Image augmentation, the same for all cameras of a sample's draw except for the shift.
+    """Augmentation of training samples. All cameras of a sample share the colour factors; the shift differs.
 
     Attributes:
-        shift: random translation, as a share of the image side.
-        brightness, contrast, saturation: half-width of the random factor around 1.
-        committed: share of the samples whose first actions (one to half a chunk) are given instead of learned: those
-            that were executed, which noisy demonstrations tell apart from those to learn. For policies that are to go
-            on from what is executed while they decode (the "committed" seam of `vla deploy`).
+        shift: largest random translation, as a fraction of the image side.
+        brightness, contrast, saturation: half-width of the range of the random factor around 1.
+        committed: fraction of prefix-conditioned samples. In these, the first actions (one to half a chunk) are the
+            executed (noisy) actions instead of the clean labels, and they are masked out of the loss. Needed for
+            prefix conditioning at deployment (`vla deploy --seam committed`).
     """
 
     __pydantic_config__ = STRICT
@@ -68,20 +68,20 @@ class AugmentConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The policy to train. None means: as in the checkpoint that is trained further, else a default.
+    """The policy to train. None: the value of the checkpoint that training starts from, otherwise the default.
 
     Attributes:
-        backbone: "nano" (the embedded backbone; the default of `vla train`), "nano-init" (the same, untrained; the
-            default of `vla pretrain`), "small-init" (a larger one for GPUs, untrained), a checkpoint of this package,
-            or a folder or hub id of a LLaMA-architecture causal language model.
-        vision: folders or hub ids of SigLIP/DINOv2/CLIP towers, fused on the feature axis; for a language
-            model only.
-        cameras: which of the dataset's cameras, in this order; empty: all.
-        image_size: side of the square image in pixels; None: what the vision tower was built for, as a checkpoint's is.
-        use_state: give the policy `agent_pos`; by default it is given.
+        backbone: "nano" (the embedded backbone; default of `vla train`), "nano-init" (the same, untrained; default of
+            `vla pretrain`), "small-init" (a larger, untrained backbone for GPUs), a checkpoint of this package, or a
+            folder or hub id of a LLaMA-architecture causal language model.
+        vision: folders or hub ids of SigLIP/DINOv2/CLIP towers, whose features are concatenated; only if `backbone` is
+            a language model.
+        cameras: cameras of the dataset to use, in this order; empty: all.
+        image_size: side of the square input image in pixels; None: the vision tower's or checkpoint's own size.
+        use_state: whether `agent_pos` is an input of the policy; true by default.
         horizon: actions per chunk, H; 8 by default.
         n_action_steps: actions executed before the next chunk is predicted; half the horizon by default.
-        bins: bins per action entry; 255 by default ("openvla" has 256).
+        bins: bins per action entry; 255 by default (256 for the tokenizer "openvla").
         tokenizer: action tokenizer, "uniform" (the default), "quantile" or "openvla".
         normalization: "q01_q99" (the default), "min_max" or "mean_std".
         prompt: prompt template, see `vla.transforms.prompt`; "plain" by default.
@@ -108,29 +108,29 @@ class TrainConfig:
     """`vla train` (LoRA or full fine-tuning) and `vla pretrain` (all weights).
 
     Attributes:
-        data: dataset folders; several make a weighted mixture.
-        weights: sampling weight of each; empty: in proportion to their frames.
-        unnorm_keys: name under which each dataset's statistics are stored (pooled where names repeat); empty: the
-            folder names.
+        data: dataset folders; several are sampled as a weighted mixture.
+        weights: sampling weight of each dataset; empty: proportional to its number of frames.
+        unnorm_keys: name under which each dataset's statistics are stored; empty: the folder names. Datasets with the
+            same name share pooled statistics.
         out: run folder.
-        method: "lora" trains adapters, action rows and projector; "full" trains everything that is not frozen.
+        method: "lora" trains adapters, action rows and projector; "full" trains all weights that are not frozen.
         steps: optimizer steps.
-        batch_size: samples per forward pass and device; times `grad_accum` per optimizer step.
+        batch_size: samples per forward pass and device; an optimizer step uses `batch_size * grad_accum` per device.
         grad_accum: batches per optimizer step.
-        learning_rate, weight_decay: of AdamW; the rate follows a cosine after a linear warm-up.
+        learning_rate, weight_decay: parameters of AdamW; the learning rate has a linear warm-up and a cosine decay.
         warmup_steps: optimizer steps of the warm-up.
-        max_grad_norm: gradients are clipped to this norm; 0: never.
-        precision: "auto" is bf16 where the hardware computes it natively, else float32.
-        compile: compile the network with torch.
-        workers: processes that prepare batches; 0: none.
-        val_fraction: share of episodes held out for validation.
-        eval_every, save_every, log_every: optimizer steps between validations, checkpoints and rows of the metrics.
-        keep_checkpoints: how many of the last checkpoints are kept.
+        max_grad_norm: gradients are clipped to this norm; 0: no clipping.
+        precision: "auto" uses bf16 if the hardware supports it natively, otherwise float32.
+        compile: use torch.compile.
+        workers: number of processes that load data; 0: load it in the main process.
+        val_fraction: fraction of episodes held out for validation.
+        eval_every, save_every, log_every: optimizer steps between validations, checkpoints and logged metrics.
+        keep_checkpoints: number of most recent checkpoints to keep.
         rollout_every: optimizer steps between closed-loop evaluations in `rollout_env` (through `adapter`); 0: none.
-        rollout_env, rollout_episodes: environment ids, and episodes in each.
-        report_to: where metrics go besides `metrics.jsonl`; the package must be installed.
+        rollout_env, rollout_episodes: environment ids, and episodes per environment.
+        report_to: experiment tracker for the metrics, in addition to `metrics.jsonl`; it must be installed.
         resume: continue the run in `out` from its last checkpoint.
-        dry_run: check configuration, data, shapes and memory, take one step, write nothing.
+        dry_run: check configuration, data, shapes and memory, take one step, and write nothing.
     """
 
     __pydantic_config__ = STRICT
@@ -168,45 +168,49 @@ class TrainConfig:
 
     def contradiction(self) -> str | None:
         if self.weights and (len(self.weights) != len(self.data) or not sum(self.weights) > 0):
-            return f"weights needs one number per dataset, not all 0; got {list(self.weights)} for {len(self.data)}."
+            return f"weights must be one number per dataset, not all 0; got {list(self.weights)} for {len(self.data)}."
         if self.unnorm_keys and len(self.unnorm_keys) != len(self.data):
-            return f"unnorm_keys: give one name per dataset, {len(self.data)} in all; got {list(self.unnorm_keys)}."
+            return f"unnorm_keys must be one name per dataset ({len(self.data)}), got {list(self.unnorm_keys)}."
         if bool(self.rollout_every) != bool(self.rollout_env):
-            return "closed-loop evaluation needs both: rollout_every (steps) and rollout_env (ids)."
+            return "closed-loop evaluation needs both rollout_every (steps) and rollout_env (environment ids)."
         return None
 
 
 @dataclasses.dataclass(frozen=True)
 class DaggerConfig:
-    """`vla dagger`: the policy drives, the expert says what it should have done, the policy learns it; and again.
+    """`vla dagger`: DAgger (Ross et al., 2011). Each round rolls out the policy, lets the expert label the visited
+    states, and trains on all data.
 
     Attributes:
-        env: environment ids that have an expert; episodes are spread evenly over them.
-        out: folder of everything it makes; round k lies in `round-k`.
-        data: dataset folders to begin with; none: round 0 collects `demonstrations`.
+        env: environment ids that have an expert; episodes are distributed evenly over them.
+        out: output folder; round k is in `round-k`.
+        data: initial dataset folders; empty: round 0 collects `demonstrations`.
         demonstrations: successful episodes of the expert in round 0.
-        noise, noise_share: of round 0's expert, as in `vla collect`.
-        rounds: at most so many rounds after round 0.
-        trials: scenes per environment in which the policy is tried alone before every round: the round's roll-ins are
-            shared out in proportion to its failures there. 0: evenly, without trials.
-        episodes: roll-ins per round; they are kept, solved or not.
-        intervention: so many steps of a roll-in the expert drives and labels, from a random decision on, and then it
-            ends: what comes before leads there and is no label. Many short interventions show many more scenes than
-            as many labels of whole episodes. None: the expert labels every step.
-        intervention_after: decisions before an intervention, on average; a roll-in that is over before has no label.
-        labels: no round begins once the expert has labelled so many frames; None: no such limit.
-        target: share of successes, 0 to 1, at which it ends.
-        beta: in round k the expert drives with probability beta ** k; 0: never after round 0; 1: always.
-        mixture: when it is decided who drives: at every "decision" of the policy (for the actions of a chunk that are
-            executed), at every "step", or once per "episode".
-        seed: first environment seed of round 0; the roll-ins of round k begin at seed + 10000 * k.
-        n_envs: environments stepped side by side.
-        eval_episodes, eval_seed: closed-loop evaluation after each round, per environment.
-        warm_start: train the last policy further; if not, every round trains on all demonstrations from the start.
+        noise, noise_share: noise of the expert in round 0, as in `vla collect`.
+        rounds: maximum number of rounds after round 0.
+        trials: evaluation episodes per environment before each round, under the policy alone. The round's rollouts are
+            distributed over the environments in proportion to the failures. 0: no trials, distribute them evenly.
+        episodes: rollouts per round; they are kept whether or not they succeed.
+        intervention: length of an intervention in control steps. From a random decision on, the expert controls the
+            robot and labels this many steps; then the rollout ends. Earlier steps are not labelled. Short
+            interventions cover many more scenes than the same number of labels on whole episodes. None: the expert
+            labels every step.
+        intervention_after: mean number of decisions before an intervention; rollouts that end earlier have no labels.
+        labels: maximum number of labelled frames; no round starts once it is reached. None: no limit.
+        target: success rate, 0 to 1, at which to stop.
+        beta: in round k the expert controls the robot with probability beta ** k; 0: never after round 0; 1: always.
+        mixture: how often to choose between expert and policy: at every "decision" of the policy (one choice for all
+            executed actions of a chunk), at every "step", or once per "episode".
+        seed: first environment seed of round 0; the rollouts of round k start at seed + 10000 * k.
+        n_envs: number of environments that run in parallel.
+        eval_episodes, eval_seed: episodes per environment, and first seed, of the closed-loop evaluation after each
+            round.
+        warm_start: start each round from the last policy; otherwise each round starts from the backbone again.
         finetune_steps: optimizer steps of each round after round 0; None: `train.steps`.
-        compare_bc: at the end also train on demonstrations alone, with as many labels and optimizer steps, and compare.
-        train: how each round trains; its data, folders and names of statistics are this job's.
-        resume: continue what is in `out`; it may be given more rounds, labels, another target, or `compare_bc`.
+        compare_bc: finally, also train on demonstrations alone (behaviour cloning) with the same number of labels and
+            optimizer steps, and compare.
+        train: training configuration of each round; its datasets, folders and unnorm_keys are set by this job.
+        resume: continue the run in `out`; rounds, labels, target and compare_bc may differ.
     """
 
     __pydantic_config__ = STRICT
@@ -243,9 +247,7 @@ class DaggerConfig:
         if not self.env:
             return "env must be one or more environment ids."
         if judged.start < seeds.stop and seeds.start < judged.stop:
-            return (
-                f"eval_seed must be outside the seeds to learn from, {seeds[0]} to {seeds[-1]}, got {self.eval_seed}."
-            )
+            return f"eval_seed must be outside the training seeds, {seeds[0]} to {seeds[-1]}; got {self.eval_seed}."
         for name in ("data", "weights", "unnorm_keys", "out", "resume", "dry_run"):
             if getattr(self.train, name) != getattr(TrainConfig(), name):
                 return f"train.{name} is set by `vla dagger` itself; leave it out."
@@ -254,15 +256,16 @@ class DaggerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class QuickstartConfig:
-    """`vla quickstart`: demonstrations of a task the embedded backbone has never seen, LoRA, rollouts before and after.
+    """`vla quickstart`: collect demonstrations of a task that is new to the embedded backbone, fine-tune it with LoRA,
+    and evaluate it before and after.
 
     Attributes:
-        env: the task.
-        demonstrations: successful expert episodes to learn from.
-        minutes: training time; the number of steps follows from this machine's measured speed.
-        min_steps: train for at least so many steps, however slow the machine.
-        episodes: rollouts on unseen seeds, before and after.
-        out: folder of everything it makes. What is finished in it is not done again.
+        env: environment id of the task.
+        demonstrations: successful expert episodes to collect.
+        minutes: training time in minutes; the number of steps follows from the measured speed of this machine.
+        min_steps: minimum number of optimizer steps, even on a slow machine.
+        episodes: rollouts on unseen seeds, before and after training.
+        out: output folder; finished stages in it are not repeated.
         fresh: start over.
     """
 
