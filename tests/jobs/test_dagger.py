@@ -258,7 +258,7 @@ def test_a_roll_in_without_end_is_told(tmp_path, monkeypatch):
     gym.register("test/Endless-v0", PointWorld)
     host = rollin.Labeller(adapter(unsolvable=[3]))
     host.begin("test/Endless-v0", 3, tmp_path, 0, None)
-    with pytest.raises(SimulatorError, match=r"no end after 5 steps. Set adapter\.max_steps"):
+    with pytest.raises(SimulatorError, match=r"has not ended after 5 steps. Set adapter\.max_steps"):
         host.drive(np.zeros((6, 3), np.float32), np.zeros(6, bool), True)
     host.abandon()
     assert list(tmp_path.iterdir()) == []

@@ -158,7 +158,7 @@ def test_time_limit_comes_from_the_registration_or_from_the_adapter():
 def test_instruction_from_the_adapter_the_info_or_the_environment():
     assert make(kwargs={"task_description": "theirs"}).reset()[1]["instruction"] == "go right"
     assert make(kwargs={"task_description": "theirs"}, instruction=None).reset()[1]["instruction"] == "theirs"
-    with pytest.raises(SimulatorError, match=r"states no instruction.*`instruction: push the T`"):
+    with pytest.raises(SimulatorError, match=r"has no instruction.*`instruction: push the T`"):
         make(instruction=None)
 
 
@@ -232,7 +232,7 @@ def test_the_working_directory_never_hides_what_is_installed(tmp_path, monkeypat
         ({"layout": "flat image", "images": {"top": ""}}, SimulatorError, r"adapter.state.*`state: \[\]`"),
         ({"flip": ("bottom",)}, SimulatorError, "unknown camera in `flip` 'bottom'.*'top'"),
         ({"images": {"top": "agent_pos"}}, SpecError, "camera 'top': expected an image"),
-        ({"env_id": "odd/Steps-v0"}, SimulatorError, "a vector of real actions is needed, got Discrete"),
+        ({"env_id": "odd/Steps-v0"}, SimulatorError, "must be a one-dimensional Box, got Discrete"),
         ({"robot": {"action_names": ["x"]}}, SimulatorError, r"action_names lists 1 names \(x\) for 2 entries"),
         ({"robot": {"state_names": ["x"]}}, SimulatorError, "state_names lists 1 names"),
         ({"robot": {"controlhz": 5}}, SpecError, "Did you mean 'control_hz'"),

@@ -109,7 +109,7 @@ IMAGES = {
     "uint16": (RGB.astype(np.uint16), None, r"got uint16 \(a depth image\?\)"),
     "complex": (UNIT.astype(complex), None, "expected uint8.*got complex128"),
     "text": ("an image", None, r"expected an image \[height, width, 3\], got shape \[\]"),
-    "a vector": (RGB.ravel(), None, r"expected an image.*got shape \[1152\]\. The observation has: 'image' \[1152\]"),
+    "a vector": (RGB.ravel(), None, r"an image.*got shape \[1152\]\. The observation contains: 'image' \[1152\]"),
     "a batch of one": (RGB[None], None, r"got shape \[1, 16, 24, 3\]\. A batch, or stacked frames"),
     "stacked RGB": (np.stack([RGB] * 4), None, r"got shape \[4, 16, 24, 3\]\. A batch, or stacked frames"),
     "stacked in channels": (np.dstack([RGB] * 2), None, r"expected 3 colour channels.*\[16, 24, 6\]"),
@@ -194,9 +194,9 @@ STATES = {
     "OneOf": ((np.int64(1), np.ones(2)), ("state.1",), [1, 1]),
     "Sequence": ((np.ones(1), np.zeros(1)), ("state",), r"Valid: 'image', 'state.0', 'state.1'"),
     "Dict": ({"arm": np.ones(2)}, ("state",), "Valid: 'image', 'state.arm'"),
-    "Text": ("up", ("state",), "'state' holds <U2 values, not numbers"),
-    "complex": (np.ones(2) * 1j, ("state",), "holds complex128 values"),
-    "None": (None, ("state",), "holds object values"),
+    "Text": ("up", ("state",), "'state' must be numeric, got dtype <U2"),
+    "complex": (np.ones(2) * 1j, ("state",), "must be numeric, got dtype complex128"),
+    "None": (None, ("state",), "must be numeric, got dtype object"),
     "ragged": ([[1.0], [2.0, 3.0]], ("state",), "'state' is not an array"),
     "missing": (None, ("agent_pos",), r"adapter.state: unknown path.*'agent_pos'.*`state: \[\]`"),
     "index out of range": (
@@ -222,7 +222,7 @@ def test_states(state, paths, expected):
 def test_a_state_keeps_its_size():
     env = make(state=lambda step: np.zeros(2 + step))
     env.reset()
-    with refused("the state state has 3 entries, at first it had 2"):
+    with refused("the state state has 3 entries, but had 2 at first"):
         env.step(np.zeros(2))
 
 
@@ -230,7 +230,7 @@ def test_an_observation_of_a_tuple_is_read_by_index(monkeypatch):
     monkeypatch.setattr(World, "_see", lambda self: (UNIT, np.ones(2)))
     env = make({"images": {"top": "0"}, "state": ("1",)})
     np.testing.assert_array_equal(env.reset()[0]["pixels"]["top"], RGB)
-    with refused(r"adapter.images, '1'.*got shape \[2\]\. The observation has: '0' \[16, 24, 3\], '1' \[2\]"):
+    with refused(r"adapter.images, '1'.*got shape \[2\]\. The observation contains: '0' \[16, 24, 3\], '1' \[2\]"):
         make({"images": {"top": "1"}, "state": ("1",)})
 
 
@@ -246,17 +246,17 @@ ACTIONS = {
     "uint8": (spaces.Box(0, 255, (2,), np.uint8), [254.7, -3], [255, 0]),
     "int32, unbounded": (spaces.Box(-np.inf, np.inf, (2,), np.int32), [700.6, -7], [701, -7]),
     "bool": (spaces.Box(0, 1, (2,), np.bool_), [0.9, 0.2], [True, False]),
-    "0-d": (spaces.Box(-1, 1, ()), [0.5], "vector of real actions is needed, got Box.*Wrap the environment"),
-    "2-D": (spaces.Box(-1, 1, (2, 3)), [0.5], "got Box.*a batch of environments make a single one"),
-    "Discrete": (spaces.Discrete(4), [1], r"got Discrete\(4\)\. Choices have neither order nor size"),
+    "0-d": (spaces.Box(-1, 1, ()), [0.5], "must be a one-dimensional Box, got Box.*Wrap the environment"),
+    "2-D": (spaces.Box(-1, 1, (2, 3)), [0.5], "got Box.*Use a single environment, not a vector one"),
+    "Discrete": (spaces.Discrete(4), [1], r"got Discrete\(4\)\. Discrete actions have no order or size"),
     "MultiDiscrete": (spaces.MultiDiscrete([3, 4]), [1, 2], "got MultiDiscrete.*wrap the environment"),
     "MultiBinary": (spaces.MultiBinary(3), [1, 0, 1], "got MultiBinary.*wrap the environment"),
     "Dict": (spaces.Dict(arm=spaces.Box(-1, 1, (6,)), grip=spaces.Box(-1, 1, (1,))), [0], "Dict.*flatten_space"),
     "Tuple": (spaces.Tuple([spaces.Box(-1, 1, (2,)), spaces.Discrete(2)]), [0], "Tuple.*flatten_space"),
-    "Sequence": (spaces.Sequence(spaces.Box(-1, 1, (2,))), [0], "Sequence.*Box of one dimension"),
-    "Text": (spaces.Text(9), [0], "Text.*Box of one dimension"),
-    "Graph": (spaces.Graph(spaces.Box(-1, 1, (2,)), None), [0], "Graph.*Box of one dimension"),
-    "OneOf": (spaces.OneOf([spaces.Box(-1, 1, (2,))]), [0], "OneOf.*Box of one dimension"),
+    "Sequence": (spaces.Sequence(spaces.Box(-1, 1, (2,))), [0], "Sequence.*one-dimensional Box"),
+    "Text": (spaces.Text(9), [0], "Text.*one-dimensional Box"),
+    "Graph": (spaces.Graph(spaces.Box(-1, 1, (2,)), None), [0], "Graph.*one-dimensional Box"),
+    "OneOf": (spaces.OneOf([spaces.Box(-1, 1, (2,))]), [0], "OneOf.*one-dimensional Box"),
 }
 
 
@@ -323,13 +323,13 @@ SUCCESS = {  # values of info["is_success"] at steps 0, 1, ...; ... : no such en
     "None until the end": ([None, None, True], [False, False, True]),
     "once, when it happens": ([..., True, ...], [False, True, True]),
     "taken back": ([False, True, False], [False, True, False]),
-    "never": ([..., ..., ...], "An episode has ended and none of its steps had such an entry"),
-    "at reset only": ([False, ...], "none of its steps had such an entry"),
-    "None at the end": ([False, None], "none of its steps had such an entry"),
-    "text": ([..., "success"], "'is_success' is 'success'; a flag or a number is expected"),
-    "bytes": ([..., b"yes"], "a flag or a number is expected"),
-    "NaN": ([..., np.nan], "a flag or a number is expected"),
-    "empty": ([..., np.zeros(0)], "a flag or a number is expected"),
+    "never": ([..., ..., ...], "An episode ended, and none of its steps had this entry"),
+    "at reset only": ([False, ...], "none of its steps had this entry"),
+    "None at the end": ([False, None], "none of its steps had this entry"),
+    "text": ([..., "success"], "'is_success' must be a flag or a number .*, got 'success'"),
+    "bytes": ([..., b"yes"], "must be a flag or a number"),
+    "NaN": ([..., np.nan], "must be a flag or a number"),
+    "empty": ([..., np.zeros(0)], "must be a flag or a number"),
     "nested": ([..., {"all": True}], "Valid: 'is_success.all'"),
 }
 
@@ -362,13 +362,13 @@ INSTRUCTIONS = {
     "0-d array": (np.array("push"), "push"),
     "array of bytes": (np.array([b"push"]), "push"),
     "object array": (np.array([b"push"], object), "push"),
-    "a number": (3, "!states 3 as its instruction, which is not a text"),
-    "two": (np.array(["push", "pull"]), "!not a text"),
-    "a list": (["push"], "!not a text"),
-    "not UTF-8": (b"\xff\xfe", "!not a text"),
-    "a mapping": ({"text": "push"}, "!not a text"),
-    "None": (None, "!states no instruction"),
-    "blank": (" ", "!states no instruction"),
+    "a number": (3, "!its instruction must be a string, got 3"),
+    "two": (np.array(["push", "pull"]), "!its instruction must be a string"),
+    "a list": (["push"], "!its instruction must be a string"),
+    "not UTF-8": (b"\xff\xfe", "!its instruction must be a string"),
+    "a mapping": ({"text": "push"}, "!its instruction must be a string"),
+    "None": (None, "!has no instruction"),
+    "blank": (" ", "!has no instruction"),
 }
 
 
@@ -388,8 +388,8 @@ RETURNED = {
     "arrays of one": ({"reward": np.array([0.5]), "terminated": np.array([True])}, (0.5, True, False)),
     "integers": ({"reward": 1, "terminated": 0, "truncated": 1}, (1.0, False, True)),
     "no reward": ({"reward": None}, "the reward must be one number or flag, got None"),
-    "rewards": ({"reward": np.zeros(3)}, "the reward must be one number.*A batch of environments"),
-    "ends": ({"terminated": np.array([True, False])}, "terminated must be one number or flag.*A batch of environments"),
+    "rewards": ({"reward": np.zeros(3)}, "the reward must be one number.*Vector environments"),
+    "ends": ({"terminated": np.array([True, False])}, "terminated must be one number or flag.*Vector environments"),
     "no end": ({"truncated": None}, "truncated must be one number or flag, got None"),
     "text": ({"reward": "much"}, "the reward must be one number"),
 }
@@ -430,7 +430,7 @@ def test_an_episode_without_end_is_ended_where_the_environment_sets_no_limit(mon
     endless, limited = Host(AdapterConfig(**values)), Host(AdapterConfig(**values, max_steps=9))
     for host in (endless, limited):
         host.reset("spaces/World-v0", 0, record=False)
-    with refused(r"no end after 5 steps\. Set adapter.max_steps"):
+    with refused(r"has not ended after 5 steps\. Set adapter.max_steps"):
         endless.run(np.zeros((9, 2)))
     assert limited.run(np.zeros((20, 2))).truncated
 

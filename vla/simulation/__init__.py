@@ -1,1 +1,1 @@
-"""Gymnasium environments as this package sees them, and the processes in which they run."""
+"""Gymnasium environments, adapted to the package's conventions, and the processes that run them."""

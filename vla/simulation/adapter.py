@@ -1,9 +1,9 @@
-"""Any Gymnasium environment, seen through this package's eyes.
+"""Adapter from any Gymnasium environment to the package's conventions.
 
-Owns: making an environment by id, and the wrapper that turns its observations, infos and description into an
-`Observation`, an instruction, a success flag and a `RobotSpec`, as an `AdapterConfig` says. Every job that runs an
-environment (collect, replay, rollout, ...) goes through here.
-It does not know the environments themselves (they are found through Gymnasium's registry) nor any policy.
+Owns: creating an environment by id, and the wrapper that converts its observations and infos into an `Observation`, an
+instruction, a success flag and a `RobotSpec`, as configured by an `AdapterConfig`. Every job that runs an environment
+(collect, replay, rollout, ...) uses this module. It does not know particular environments (it finds them in Gymnasium's
+registry) or policies.
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ from vla.support import plugins
 from vla.transforms.images import ImageFormat
 from vla.transforms.prompt import text
 
-OWN = "envs"  # the package of this project's environments
-LONGEST = 20_000  # steps of an episode in an environment that sets no limit itself
+OWN = "envs"  # the package with this project's environments
+LONGEST = 20_000  # maximum steps per episode in an environment without a limit of its own
 
 
 class Expert(Protocol):
-    """A source of demonstrations. `label`, where there is one, is the clean action for the state `act` last saw."""
+    """A source of demonstrations. Its optional `label` is the clean action for the state of the last `act`."""
 
     def act(self) -> np.ndarray: ...
 
 
 def make(env_id: str, adapter: AdapterConfig | None = None, render: bool = False) -> SimulatedRobot:
-    """Make the environment `env_id` ("vla/PickUp-v0", "module:Id-v0", ...) and adapt it.
+    """Create the environment `env_id` ("vla/PickUp-v0", "module:Id-v0", ...) and adapt it.
 
     Args:
-        adapter: where the environment keeps what; None fits this package's environments.
-        render: also make `render()` return an RGB picture (for videos).
+        adapter: where to find images, state, ...; None: the defaults for this package's environments.
+        render: also enable `render()`, which then returns an RGB image (for videos).
     Raises:
-        SimulatorError: unknown id, an environment that cannot start, or one that lacks what the adapter names.
-        SpecError: what the adapter names is there, but is not an image, a state or a robot.
+        SimulatorError: the id is unknown, the environment cannot start, or an entry that the adapter names is missing.
+        SpecError: an entry that the adapter names is not a valid image, state or robot description.
     """
     adapter = adapter or AdapterConfig()
-    # The renderer reads this when `mujoco` is first imported; without a display only EGL and OSMesa work.
+    # MuJoCo reads this variable when it is first imported; without a display only EGL and OSMesa work.
     if not os.environ.get("DISPLAY") and sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")
     full_id = resolve(env_id, adapter)
@@ -61,9 +61,9 @@ def make(env_id: str, adapter: AdapterConfig | None = None, render: bool = False
     try:
         env = gym.make(full_id, disable_env_checker=True, **kwargs)
     except gym.error.Error as error:
-        raise SimulatorError(f"cannot make environment {env_id!r}: {error}") from error
+        raise SimulatorError(f"cannot create environment {env_id!r}: {error}") from error
     except (TypeError, ValueError) as error:
-        raise SimulatorError(f"cannot make environment {env_id!r} with {kwargs} (adapter.kwargs): {error}") from error
+        raise SimulatorError(f"cannot create environment {env_id!r} with {kwargs} (adapter.kwargs): {error}") from error
     except Exception as error:
         raise _failure(env_id, error) from error
     try:
@@ -77,13 +77,14 @@ def make(env_id: str, adapter: AdapterConfig | None = None, render: bool = False
 class SimulatedRobot(gym.Wrapper):
     """An environment whose observations follow the package's convention.
 
-    Attributes:
-        env_id: the id it was made from.
-        robot: its RobotSpec.
-    `reset` and `step` return infos that always hold "instruction" (str) and "is_success" (bool).
+    The infos of `reset` and `step` always contain "instruction" (str) and "is_success" (bool).
 
+    Attributes:
+        env_id: the id that it was created with.
+        robot: its RobotSpec.
     Raises (all methods):
-        SimulatorError, SpecError: what the environment returns is not what it was when it was made, or cannot be read.
+        SimulatorError, SpecError: a value that the environment returns is invalid, or differs in shape or type from the
+            first one.
     """
 
     def __init__(self, env: gym.Env, env_id: str, adapter: AdapterConfig) -> None:
@@ -101,7 +102,7 @@ class SimulatedRobot(gym.Wrapper):
         self.robot = self._describe(adapted)
         self.robot.check_observation(adapted)
         self._said = self._instruction(info)
-        self._solved: bool | None = None  # None: no step of this episode has said so far
+        self._solved: bool | None = None  # None: not reported in this episode so far
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[dict, dict]:
         observation, info = self._reset(seed=seed, options=options)
@@ -127,15 +128,17 @@ class SimulatedRobot(gym.Wrapper):
         return self._adapt(observation), self._number("the reward", reward), terminated, truncated, info
 
     def check_length(self, steps: int) -> None:
-        """SimulatorError for an episode that does not end in an environment that sets no limit itself."""
+        """Raise SimulatorError if an episode does not end in an environment without a step limit."""
         limit = self.env.spec.max_episode_steps if self.env.spec is not None else None
         if steps >= LONGEST and limit is None:
-            raise SimulatorError(f"environment {self.env_id!r}: no end after {LONGEST} steps. Set adapter.max_steps.")
+            raise SimulatorError(
+                f"environment {self.env_id!r}: the episode has not ended after {LONGEST} steps. Set adapter.max_steps."
+            )
 
     def make_expert(self, noise: float = 0.0, seed: int = 0) -> Expert:
-        """The source of demonstrations that the adapter names, for this environment's current and future episodes.
+        """The adapter's source of demonstrations, for the current and all later episodes of this environment.
 
-        Only an environment's own expert knows `noise`.
+        `noise` applies to an environment's own expert only.
         """
         source = self.adapter.expert
         if source == "random":
@@ -147,7 +150,7 @@ class SimulatedRobot(gym.Wrapper):
             raise SimulatorError(f"expert {source!r} failed to start: {type(error).__name__}: {error}") from error
         if not callable(getattr(expert, "act", None)):
             raise SimulatorError(
-                f"expert {source!r} is {type(expert).__name__}; an object with `act() -> action` is expected."
+                f"expert {source!r} must be an object with `act() -> action`, got {type(expert).__name__}."
             )
         return expert
 
@@ -156,14 +159,14 @@ class SimulatedRobot(gym.Wrapper):
             if self.env.has_wrapper_attr("make_expert"):
                 return self.env.get_wrapper_attr("make_expert")
             raise SimulatorError(
-                f"environment {self.env_id!r} has no expert of its own. Name one in the adapter: "
+                f"environment {self.env_id!r} has no expert of its own. Set one in the adapter: "
                 '`expert: "module:callable"` (called with the environment and a seed), or `expert: random`.'
             )
         try:
             return plugins.load(source)
         except Exception as error:
             raise SimulatorError(
-                f"cannot load expert {source!r} ('env', 'random' or 'module:callable' is expected): {error}"
+                f"cannot load expert {source!r} (expected 'env', 'random' or 'module:callable'): {error}"
             ) from None
 
     def _reset(self, **arguments: Any) -> tuple[Any, Mapping[str, Any]]:
@@ -171,7 +174,7 @@ class SimulatedRobot(gym.Wrapper):
         if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)):
             raise SimulatorError(
                 f"environment {self.env_id!r}: reset() must return (observation, info), got {type(result).__name__}. "
-                "An environment of the old Gym API needs a wrapper."
+                "Wrap an environment that uses the old Gym API."
             )
         return result
 
@@ -183,15 +186,15 @@ class SimulatedRobot(gym.Wrapper):
             if self._state_dim not in (None, len(state)):
                 raise SimulatorError(
                     f"environment {self.env_id!r}: the state {', '.join(self.adapter.state)} has {len(state)} entries, "
-                    f"at first it had {self._state_dim}. A state keeps its size."
+                    f"but had {self._state_dim} at first. Its size must not change."
                 )
             self._state_dim = len(state)
-            with np.errstate(over="ignore"):  # infinite then, which the check of the observation refuses
+            with np.errstate(over="ignore"):  # overflow gives infinity, which the observation check rejects
                 adapted["agent_pos"] = state.astype(np.float32)
         return adapted
 
     def _image(self, observation: Any, camera: str, path: str) -> np.ndarray:
-        """A copy, because the environment may draw its next image into the same memory."""
+        """The image as a copy, because the environment may reuse its memory for the next one."""
         value = self._render(camera) if path == "render()" else self._read(observation, path, "images")
         image = self._array(value, "images", path)
         if camera not in self._formats:
@@ -199,7 +202,7 @@ class SimulatedRobot(gym.Wrapper):
                 self._formats[camera] = ImageFormat.of(image, camera, _bounds(self.env, path))
             except SpecError as error:
                 raise SpecError(
-                    f"environment {self.env_id!r}, adapter.images, {path!r}: {error} The observation has: "
+                    f"environment {self.env_id!r}, adapter.images, {path!r}: {error} The observation contains: "
                     f"{_shapes(observation)}."
                 ) from None
         image = self._formats[camera].convert(image, camera)
@@ -219,7 +222,7 @@ class SimulatedRobot(gym.Wrapper):
         values = self._array(self._read(observation, path, "state"), "state", path)
         if values.dtype.kind not in "biuf":
             raise SimulatorError(
-                f"environment {self.env_id!r}, adapter.state: {path!r} holds {values.dtype} values, not numbers."
+                f"environment {self.env_id!r}, adapter.state: {path!r} must be numeric, got dtype {values.dtype}."
             )
         return values.ravel()
 
@@ -229,7 +232,7 @@ class SimulatedRobot(gym.Wrapper):
         except KeyError:
             found = {}
         if _is_nested(found):
-            fix = "`state: []` is for a policy without proprioception." if field == "state" else ""
+            fix = "Use `state: []` for a policy without proprioception." if field == "state" else ""
             message = unknown("path into the observation", path, dict(_leaves(observation)), fix)
             raise SimulatorError(f"environment {self.env_id!r}, adapter.{field}: {message}")
         return found
@@ -252,20 +255,19 @@ class SimulatedRobot(gym.Wrapper):
         said = text(stated)
         if said is None and stated is not None:
             raise SimulatorError(
-                f"environment {self.env_id!r} states {stated!r} as its instruction, which is not a text; give one in "
-                "the adapter: `instruction: push the T`."
+                f"environment {self.env_id!r}: its instruction must be a string, got {stated!r}. Set one in the "
+                "adapter: `instruction: push the T`."
             )
         if said is None or not said.strip():
             raise SimulatorError(
-                f"environment {self.env_id!r} states no instruction; give one in the adapter: "
-                "`instruction: push the T`."
+                f"environment {self.env_id!r} has no instruction. Set one in the adapter: `instruction: push the T`."
             )
         return said
 
     def _success(self, info: Mapping[str, Any], over: bool) -> bool:
-        """Whether the task is solved, as last said in this episode; until an environment says anything, it is not.
+        """The success last reported in this episode; False until it is reported.
 
-        Many environments report success in the last step only. One that does not even do so is an error.
+        Many environments report success only in the last step. It is an error if even that step does not report it.
         """
         path = self.adapter.success
         try:
@@ -276,22 +278,22 @@ class SimulatedRobot(gym.Wrapper):
             flags = self._array(value, "success", path)
             if flags.dtype.kind not in "biuf" or not flags.size or np.isnan(flags).any():
                 raise SimulatorError(
-                    f"environment {self.env_id!r}, adapter.success: {path!r} is {value!r}; a flag or a number is "
-                    "expected (success: at least 0.5). Name another entry, or translate it in a wrapper."
+                    f"environment {self.env_id!r}, adapter.success: {path!r} must be a flag or a number (success: at "
+                    f"least 0.5), got {value!r}. Choose another entry, or convert it in a wrapper."
                 )
             self._solved = bool(np.all(flags >= 0.5))
         if over and self._solved is None:
             message = unknown("path into the info of a step", path, dict(_leaves(info)))
             raise SimulatorError(
-                f"environment {self.env_id!r}, adapter.success: {message} An episode has ended and none of its steps "
-                "had such an entry."
+                f"environment {self.env_id!r}, adapter.success: {message} An episode ended, and none of its steps had "
+                "this entry."
             )
         return bool(self._solved)
 
     def _number(self, what: str, value: Any) -> float:
         array = np.asarray(value)
         if array.size != 1 or array.dtype.kind not in "biuf":
-            batch = " A batch of environments? Make a single one." if array.size > 1 else ""
+            batch = " Vector environments are not supported; use a single one." if array.size > 1 else ""
             raise SimulatorError(
                 f"environment {self.env_id!r}: {what} must be one number or flag, got {value!r}.{batch}"
             )
@@ -301,7 +303,8 @@ class SimulatedRobot(gym.Wrapper):
         space = self.env.action_space
         if not isinstance(space, spaces.Box) or len(space.shape) != 1:
             raise SimulatorError(
-                f"environment {self.env_id!r}: a vector of real actions is needed, got {space}. {_remedy(space)}"
+                f"environment {self.env_id!r}: the action space must be a one-dimensional Box, got {space}. "
+                f"{_remedy(space)}"
             )
         dims = {"state_names": len(observation.get("agent_pos", ())), "action_names": space.shape[0]}
         described: dict[str, Any] = {
@@ -310,22 +313,22 @@ class SimulatedRobot(gym.Wrapper):
         }
         described |= {key: [f"{key.removesuffix('_names')}_{i}" for i in range(size)] for key, size in dims.items()}
         stated = self.env.get_wrapper_attr("robot") if self.env.has_wrapper_attr("robot") else None
-        if isinstance(stated, Mapping):  # else an attribute that means something else
+        if isinstance(stated, Mapping):  # otherwise an unrelated attribute of this name
             described |= {key: value for key, value in stated.items() if key != "cameras"}
-        if len(described["state_names"]) != dims["state_names"]:  # the adapter chose other entries than the environment
+        if len(described["state_names"]) != dims["state_names"]:  # the adapter selects different entries
             described["state_names"] = [f"state_{i}" for i in range(dims["state_names"])]
         described |= self.adapter.robot
         for key, size in dims.items():
             if len(described[key]) != size:
                 raise SimulatorError(
                     f"environment {self.env_id!r}: {key} lists {len(described[key])} names "
-                    f"({', '.join(map(str, described[key]))}) for {size} entries; correct it in adapter.robot."
+                    f"({', '.join(map(str, described[key]))}) for {size} entries. Correct it in adapter.robot."
                 )
         return RobotSpec.from_dict(described)
 
 
 class _RandomExpert:
-    """Uniformly random actions: a stand-in that exercises the pipeline on an environment without an expert."""
+    """Uniformly random actions, for testing the pipeline on an environment without an expert."""
 
     def __init__(self, space: gym.Space, seed: int) -> None:
         if not isinstance(space, spaces.Box):
@@ -335,7 +338,7 @@ class _RandomExpert:
         self._draw: Callable[[], Any]
         if space.dtype.kind == "f":
             self._draw = functools.partial(rng.uniform, low, high)
-        else:  # every whole number alike, the limits included
+        else:  # integers, limits included
             self._draw = functools.partial(rng.integers, low.astype(int), high.astype(int), endpoint=True)
 
     def act(self) -> np.ndarray:
@@ -343,13 +346,13 @@ class _RandomExpert:
 
 
 def within(action: np.ndarray, space: spaces.Box) -> np.ndarray:
-    """`action` within the limits of `space`, and to the nearest whole numbers where it takes integers."""
+    """Clip `action` to the limits of `space`, and round it if the space has an integer dtype."""
     action = np.clip(action, space.low, space.high)
     return action if space.dtype.kind == "f" else np.rint(action)
 
 
 def resolve(env_id: str, adapter: AdapterConfig) -> str:
-    """The registered id, after importing the module that registers it; a readable error for one that no module does."""
+    """Import the module that registers `env_id` and return the registered id; SimulatorError if it is unknown."""
     module, _, name = env_id.rpartition(":")
     module = module or adapter.module or (OWN if name.startswith("vla") else "")
     if module:
@@ -358,16 +361,16 @@ def resolve(env_id: str, adapter: AdapterConfig) -> str:
         except Exception as error:
             raise SimulatorError(
                 f"environment {env_id!r}: cannot import {module!r} ({error}). Install the package that provides it, or "
-                "run this command in the folder where the module is."
+                "run this command in the folder that contains the module."
             ) from error
     if name in gym.registry:
         return name
-    fix = "An environment of another package needs `adapter.module` (or the id written module:Id)."
+    fix = "For an environment of another package, set `adapter.module` or write the id as module:Id."
     family = name.rpartition("/")[0]
     kin = [known for known in gym.registry if family and known.rpartition("/")[0] == family]
     if kin:
         raise SimulatorError(unknown("environment", name, kin, fix))
-    with contextlib.suppress(Exception):  # so that a forgotten "vla/" is recognised
+    with contextlib.suppress(Exception):  # to suggest the right id if "vla/" was forgotten
         importlib.import_module(OWN)
     near = difflib.get_close_matches(name, gym.registry, n=3, cutoff=0.6)
     hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
@@ -377,7 +380,7 @@ def resolve(env_id: str, adapter: AdapterConfig) -> str:
 def _failure(env_id: str, error: Exception) -> SimulatorError:
     return SimulatorError(
         f"environment {env_id!r} failed to start: {type(error).__name__}: {error}. "
-        "`vla doctor` says whether rendering works on this machine."
+        "`vla doctor` checks whether rendering works on this machine."
     )
 
 
@@ -385,8 +388,8 @@ def _cameras(observation: Any, env_id: str) -> list[str]:
     pixels = observation.get("pixels") if isinstance(observation, Mapping) else None
     if not isinstance(pixels, Mapping):
         raise SimulatorError(
-            f'environment {env_id!r} has no observation["pixels"][camera]; say in the adapter where its images are, '
-            f'e.g. `images: {{top: pixels}}` or `images: {{top: "render()"}}`. Its observation has: '
+            f'environment {env_id!r} has no observation["pixels"][camera]. Set `images` in the adapter, '
+            f'e.g. `images: {{top: pixels}}` or `images: {{top: "render()"}}`. The observation contains: '
             f"{_shapes(observation)}."
         )
     return list(map(str, pixels))
@@ -397,21 +400,21 @@ def _shapes(observation: Any) -> str:
 
 
 def _remedy(space: gym.Space) -> str:
-    """What to do about an action space that is not a vector."""
+    """Remedy for an action space that is not a vector."""
     if isinstance(space, spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
-        return "Choices have neither order nor size: wrap the environment so that it takes a Box."
+        return "Discrete actions have no order or size; wrap the environment so that it takes a Box."
     if isinstance(space, spaces.Dict | spaces.Tuple):
         return "Flatten it with gymnasium.wrappers.TransformAction, spaces.unflatten and spaces.flatten_space."
     if isinstance(space, spaces.Box) and len(space.shape) == 2:
-        return "Of a batch of environments make a single one; else flatten it with gymnasium.wrappers.TransformAction."
-    return "Wrap the environment so that it takes a Box of one dimension."
+        return "Use a single environment, not a vector one; else flatten it with gymnasium.wrappers.TransformAction."
+    return "Wrap the environment so that it takes a one-dimensional Box."
 
 
 def _bounds(env: gym.Env, path: str) -> tuple[float, float] | None:
-    """Lowest and highest value of what the observation space has at `path`, None where that is not a Box of floats."""
+    """Lowest and highest value of the observation space at `path`; None if it is not a Box of floats."""
     try:
         space = _look_up(env.observation_space, path)
-    except (AttributeError, KeyError):  # no space, no such part, or an image from `render()`
+    except (AttributeError, KeyError):  # no space, no such entry, or an image from `render()`
         return None
     if not isinstance(space, spaces.Box) or space.dtype.kind != "f":
         return None
@@ -419,7 +422,7 @@ def _bounds(env: gym.Env, path: str) -> tuple[float, float] | None:
 
 
 def _children(tree: Any) -> Iterator[tuple[str, Any]]:
-    """(name, part) of a mapping, a tuple or a list, or of a space of them."""
+    """Pairs (name, child) of a mapping, a tuple or a list, or of a Dict or Tuple space."""
     if isinstance(tree, Mapping):
         yield from ((str(key), child) for key, child in tree.items())
     elif isinstance(tree, tuple | list | spaces.Tuple):
@@ -428,7 +431,7 @@ def _children(tree: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _look_up(tree: Any, path: str) -> Any:
-    """The part of `tree` that a dotted path names, "" for all of it; KeyError if there is none. Keys may have dots."""
+    """The entry of `tree` at a dotted path ("": all of it); KeyError if it does not exist. Keys may contain dots."""
     if not path:
         return tree
     for name, child in _children(tree):
@@ -441,14 +444,14 @@ def _look_up(tree: Any, path: str) -> Any:
 
 
 def _is_nested(tree: Any) -> bool:
-    """Whether `tree` is a mapping, or a tuple or list of arrays or such; one of numbers alone is a vector."""
+    """Whether `tree` is a mapping, or a tuple or list that contains arrays or nested values (not just numbers)."""
     if isinstance(tree, tuple | list):
         return any(getattr(child, "ndim", 0) or _is_nested(child) for child in tree)
     return isinstance(tree, Mapping)
 
 
 def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted path, value) of everything in nested mappings, tuples and lists; the path of a leaf alone is ''."""
+    """Pairs (dotted path, value) of all leaves of nested mappings, tuples and lists; '' if `tree` is a leaf."""
     if not _is_nested(tree):
         yield path, tree
         return

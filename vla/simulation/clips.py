@@ -1,8 +1,8 @@
-"""Short clips for people to look at.
+"""Short video clips of episodes for reports.
 
-Owns: the frames kept of one episode and their encoding, in memory, as a small H.264 mp4 that every browser plays. It
-does not know episodes, policies or pages. Videos that are learned from are another matter (`vla.data.video`): there
-every frame has to be exact and quick to reach.
+Owns: recording the frames of one episode and encoding them, in memory, as a small H.264 mp4 that every browser plays.
+It does not know policies or pages. Videos of datasets need exact frames and fast random access; they are in
+`vla.data.video`.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import numpy as np
 
 from vla.spec import Observation
 
-HEIGHT = 288  # pixels; observations are small, a page is not
+HEIGHT = 288  # pixels; observations are scaled up for display
 MOST_FRAMES = 1200
 
 
 class Recorder:
-    """The pictures of one episode, all cameras side by side, as the policy sees them.
+    """The policy's camera images in one episode, side by side.
 
-    Memory is bounded: when `MOST_FRAMES` are kept, every other one is dropped and from then on half as many are taken.
+    Memory is bounded: beyond `MOST_FRAMES` frames, every second one is dropped and the recording rate is halved.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class Recorder:
         self._seen = 0
 
     def add(self, observation: Observation) -> None:
-        """Keep the images of `observation`."""
+        """Record the images of `observation`."""
         if self._seen % self._stride == 0:
             images = list(observation["pixels"].values())
             tallest = max(image.shape[0] for image in images)
@@ -42,22 +42,22 @@ class Recorder:
             self._frames, self._stride = self._frames[::2], self._stride * 2
 
     def mp4(self, fps: float) -> bytes:
-        """The episode so far at its real speed; empty when nothing was recorded."""
+        """The episode so far as mp4 bytes, in real time at `fps` observations per second; empty without frames."""
         return encode(self._frames, fps / self._stride) if self._frames else b""
 
 
 def encode(frames: list[np.ndarray], fps: float) -> bytes:
-    """Frames uint8 [height, width, 3] RGB, all of one shape, as an mp4 (H.264, yuv420p)."""
-    pictures = [_even(_scale(frame, HEIGHT)) for frame in frames]
+    """Encode frames of equal shape, uint8 [height, width, 3] RGB, as mp4 (H.264, yuv420p)."""
+    images = [_even(_scale(frame, HEIGHT)) for frame in frames]
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
-        stream.height, stream.width = pictures[0].shape[:2]
+        stream.height, stream.width = images[0].shape[:2]
         stream.pix_fmt = "yuv420p"
         stream.options = {"crf": "26", "preset": "veryfast"}
-        stream.thread_count = 1  # clips are short and several are encoded side by side
-        for picture in pictures:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        stream.thread_count = 1  # clips are short, and several are encoded in parallel
+        for image in images:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())
     return file.getvalue()
 
@@ -71,5 +71,5 @@ def _scale(image: np.ndarray, height: int) -> np.ndarray:
 
 
 def _even(image: np.ndarray) -> np.ndarray:
-    """yuv420p stores colour at half the resolution: odd sides do not exist."""
+    """Crop to even sides, which yuv420p requires because it stores colour at half the resolution."""
     return np.ascontiguousarray(image[: image.shape[0] // 2 * 2, : image.shape[1] // 2 * 2])

@@ -1,8 +1,8 @@
-"""Processes in which experts demonstrate.
+"""Worker processes that collect expert demonstrations.
 
-Owns: carrying out attempts side by side, and the promise that an exception, a crash or a hang in one of them comes back
-as an `Outcome` while the others go on. Workers write finished episodes themselves, so frames never pass between
-processes. It does not know which attempts make a dataset, nor when to give up.
+Owns: running attempts in parallel, and turning an exception, a crash or a hang into an `Outcome` without disturbing the
+other workers. Workers write finished episodes themselves, so frames are never sent between processes. It does not know
+which attempts make up a dataset, or when to give up.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from vla.data.writer import EpisodeRecorder
 from vla.errors import SimulatorError, VLAError
 from vla.simulation import adapter as simulator
 
-EXPERT_SEED = 1_000_000_000  # the expert's noise must not repeat the numbers that laid out the scene
-PATIENCE_S = 900.0  # an episode that takes longer is a hang
+EXPERT_SEED = 1_000_000_000  # offset, so that the expert's noise is independent of the scene layout
+PATIENCE_S = 900.0  # time limit per episode; beyond it, the worker counts as hung
 
 
 @dataclasses.dataclass(frozen=True)
 class Attempt:
-    """One try at one episode of the dataset."""
+    """One attempt at one episode of the dataset."""
 
     episode: int
     turn: int
@@ -43,13 +43,14 @@ class Attempt:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of an attempt.
+    """Result of an attempt.
 
     Attributes:
-        kind: "kept"; "failed": by the expert; "error": by the environment; "died": with its process; "stop": `error`
-            says why no further attempt can succeed.
-        message: why it was not kept.
-        frames, success: of an episode that was kept.
+        kind: "kept": the episode was written. "failed": the expert did not solve the task. "error": the environment
+            raised an exception. "died": the process crashed or hung. "stop": no further attempt can succeed, see
+            `error`.
+        message: why the episode was not kept.
+        frames, success: number of frames and success of a kept episode.
     """
 
     kind: Literal["kept", "failed", "error", "died", "stop"]
@@ -61,7 +62,7 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What a worker needs to know."""
+    """Settings that all workers share."""
 
     staging: Path
     adapter: AdapterConfig
@@ -70,10 +71,10 @@ class Job:
 
 
 class _Worker:
-    """A process, the attempt it is busy with, and the environment it has made."""
+    """A process, its current attempt, and the id of the environment that it has created."""
 
     def __init__(self, job: Job) -> None:
-        # Never a fork: it would copy GL contexts and locks of this process.
+        # Not a fork, which would copy GL contexts and locks of this process.
         context = multiprocessing.get_context("spawn")
         self.connection, far = context.Pipe()
         self.process = context.Process(target=_work, args=(far, job), daemon=True)
@@ -85,7 +86,7 @@ class _Worker:
 
     def start(self, tried: Attempt) -> None:
         self.attempt, self.env_id, self.since = tried, tried.env_id, time.monotonic()
-        with contextlib.suppress(OSError):  # it is dead; `outcomes` will notice
+        with contextlib.suppress(OSError):  # the worker is dead, which `outcomes` detects
             self.connection.send(tried)
 
     def stop(self) -> None:
@@ -98,7 +99,7 @@ class _Worker:
 
 
 class Pool:
-    """Workers, replaced when they die. A context manager that leaves no process behind."""
+    """A pool of workers, which replaces those that die. A context manager; it ends all processes on exit."""
 
     def __init__(self, count: int, job: Job) -> None:
         self._job = job
@@ -118,14 +119,14 @@ class Pool:
         return any(worker.attempt for worker in self._workers)
 
     def assign(self, todo: list[Attempt]) -> None:
-        """Give every idle worker something from `todo`, preferably in the environment it has already made."""
+        """Give every idle worker an attempt from `todo`, if possible one for the environment that it already has."""
         for worker in self._workers:
             if worker.attempt is None and todo:
                 same = (i for i, tried in enumerate(todo) if tried.env_id == worker.env_id)
                 worker.start(todo.pop(next(same, 0)))
 
     def outcomes(self) -> Iterator[tuple[Attempt, Outcome]]:
-        """Wait for at least one attempt to end, or a second."""
+        """Wait until an attempt ends, for at most 1 s, and yield the results."""
         busy = {worker.connection: i for i, worker in enumerate(self._workers) if worker.attempt}
         ready = wait(list(busy), timeout=1.0)
         for connection, i in busy.items():
@@ -139,19 +140,19 @@ class Pool:
                     worker.process.join(5)
                     outcome = Outcome("died", f"the worker process died (exit code {worker.process.exitcode})")
             elif time.monotonic() - worker.since > PATIENCE_S:
-                outcome = Outcome("died", f"no end after {PATIENCE_S:.0f} s")
+                outcome = Outcome("died", f"the episode did not end within {PATIENCE_S:.0f} s")
             if outcome is None:
                 continue
             worker.attempt = None
-            if outcome.kind in ("error", "died"):  # an environment that threw may be in any state: make it anew
+            if outcome.kind in ("error", "died"):  # the state is unknown: start a new environment
                 worker.stop()
                 self._workers[i] = _Worker(self._job)
             yield tried, outcome
 
 
 def _work(connection: Connection, job: Job) -> None:
-    """The worker process: make episodes until the other end of the connection is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides what it means
+    """Main loop of a worker process: run attempts until the parent closes the connection."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent handles it
     env: simulator.SimulatedRobot | None = None
     while True:
         try:
@@ -175,7 +176,7 @@ def _work(connection: Connection, job: Job) -> None:
 
 
 def _make_episode(env: simulator.SimulatedRobot, tried: Attempt, job: Job) -> Outcome:
-    """Run the expert through one episode; write it unless it is a failure that is not kept."""
+    """Run the expert for one episode; write it if it succeeds or if all episodes are kept."""
     observation, info = env.reset(seed=tried.seed)
     expert = env.make_expert(noise=tried.noise, seed=EXPERT_SEED + tried.seed)
     instruction, success, over = info["instruction"], False, False
@@ -198,17 +199,17 @@ def _make_episode(env: simulator.SimulatedRobot, tried: Attempt, job: Job) -> Ou
 
 
 def consult(expert: simulator.Expert, space: spaces.Space) -> tuple[np.ndarray, np.ndarray]:
-    """What the expert does now, and its clean action for the same state. Once per step: an expert may count them."""
+    """The expert's action, and its clean action for the same state. Call once per step: an expert may count calls."""
     executed = executable(expert.act(), space)
     return executed, executable(getattr(expert, "label", executed), space)
 
 
 def executable(action: Any, space: spaces.Space) -> np.ndarray:
-    """The action as it can be executed and stored: within the environment's limits, float32 [D]."""
+    """The action within the environment's limits, float32 [D], as it is executed and stored."""
     assert isinstance(space, spaces.Box)
     action = np.asarray(action, np.float32)
     if action.shape != space.shape:
         raise SimulatorError(
-            f"the expert's action has shape {list(action.shape)}, the environment takes {list(space.shape)}."
+            f"the expert's action has shape {list(action.shape)}, the environment expects {list(space.shape)}."
         )
     return simulator.within(action, space).astype(np.float32)

@@ -1,11 +1,11 @@
-"""Environments in processes of their own.
+"""A pool of environments, each in a process of its own.
 
-Owns: one environment per process, moved a chunk at a time, and the promise that whatever happens in there (an
-exception, a crash, a hang, a kill) comes back as a `Fault` while the others go on. It does not know policies, the order
-of episodes or results.
+Owns: the processes, which execute one action chunk per request, and turning any failure (an exception, a crash, a hang,
+a kill) into a `Fault` without disturbing the other environments. It does not know policies, the order of episodes or
+results.
 
-A request goes out to many workers at once and all replies are awaited (`Pool.exchange`), so what a run computes does
-not depend on which process happened to be faster.
+`Pool.exchange` sends requests to many workers and waits for all replies, so the results do not depend on the relative
+speed of the processes.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from vla.simulation.clips import Recorder
 from vla.spec import Observation
 from vla.support import machine
 
-PATIENCE_S = 300.0  # a request that takes longer is a hang
+PATIENCE_S = 300.0  # time limit per request; beyond it, the worker counts as hung
 
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """What an environment says about itself: its RobotSpec as a dict, and the GL that draws it."""
+    """An environment's RobotSpec as a dict, and the GL implementation that renders it."""
 
     robot: dict[str, Any]
     gl: dict[str, Any]
@@ -43,7 +43,7 @@ class Description:
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """The first moment of an episode; `image_hash` tells whether two machines draw the same pictures."""
+    """Result of a reset. Compare `image_hash` to check whether two machines render the same images."""
 
     observation: Observation
     instruction: str
@@ -52,14 +52,14 @@ class Start:
 
 @dataclasses.dataclass(frozen=True)
 class Stretch:
-    """What came of executing (the first part of) a chunk.
+    """Result of executing a chunk, up to the end of the episode.
 
     Attributes:
-        observation: after the last action.
-        rewards: one per executed action.
-        success: state after the last action; `ever`: at any moment of the stretch.
-        reached: the last thing that the environment said was acted on (info["reached"]), None when it said nothing.
-        target: the thing that the instruction names (info["target"]), likewise.
+        observation: observation after the last action.
+        rewards: one reward per executed action.
+        success: whether the task is solved after the last action; `ever`: after any of the actions.
+        reached: the last candidate acted on (info["reached"]); None if the environment does not report it.
+        target: the candidate that the instruction names (info["target"]); None if it is not reported.
     """
 
     observation: Observation
@@ -75,11 +75,11 @@ class Stretch:
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """Why a request has no answer.
+    """Why a request failed.
 
     Attributes:
-        expected: an error that this package explains: the message is enough.
-        step: the step of the episode that raised it, from 1; None when that is not known (the process is gone).
+        expected: whether this is an error of this package, whose message is sufficient.
+        step: the step of the episode that raised the error, starting at 1; None if it is unknown (the process ended).
     """
 
     message: str
@@ -88,18 +88,20 @@ class Fault:
 
 
 class Pool:
-    """`size` workers; a context manager that leaves no process behind.
+    """A pool of `size` workers. A context manager; it ends all processes on exit.
 
     Args:
-        host: what answers requests in a worker; a subclass of `Host` may know more of them.
+        adapter: adapter of the environments.
+        patience_s: time limit per request in seconds.
+        host: class that answers requests in a worker; a subclass of `Host` can add requests.
     """
 
     def __init__(
         self, size: int, adapter: AdapterConfig, patience_s: float = PATIENCE_S, host: type[Host] | None = None
     ) -> None:
         self._adapter, self._patience_s, self._host = adapter, patience_s, host or Host
-        # Never a plain fork: it copies GL contexts and locks of this process and hangs. A fork server is a clean,
-        # single-threaded process that has done the imports once.
+        # Not a plain fork, which copies GL contexts and locks of this process and hangs. A fork server is a clean,
+        # single-threaded process that imports the modules once.
         method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
         self._context = multiprocessing.get_context(method)
         if method == "forkserver":
@@ -119,7 +121,7 @@ class Pool:
             worker.stop()
 
     def exchange(self, requests: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:
-        """Send each worker its request and await all replies; a worker that failed replies with a `Fault`.
+        """Send each worker its request and wait for all replies; the reply of a failed worker is a `Fault`.
 
         Requests and their replies: ("make", env_id) -> Description; ("reset", env_id, seed, record) -> Start;
         ("run", actions [n, D]) -> Stretch; ("clip", fps) -> mp4 bytes.
@@ -136,7 +138,7 @@ class Pool:
 
 
 class _Worker:
-    """This process's end of a worker."""
+    """The parent's side of a worker."""
 
     def __init__(self, context: Any, adapter: AdapterConfig, host: type[Host]) -> None:
         self._pipe, theirs = context.Pipe()
@@ -147,14 +149,14 @@ class _Worker:
         self.alive = True
 
     def send(self, request: tuple[Any, ...]) -> None:
-        with contextlib.suppress(OSError):  # a dead worker is found by `receive`, which can say how it died
+        with contextlib.suppress(OSError):  # `receive` detects a dead worker and reports how it died
             self._pipe.send(request)
 
     def receive(self, deadline: float) -> Any:
         try:
             if self._pipe.poll(max(0.0, deadline - time.monotonic())):
                 return self._pipe.recv()
-            fault = "the environment did not answer in time (it hangs); its process was ended"
+            fault = "the environment did not respond in time; its process was killed"
         except (EOFError, OSError):
             self._process.join(timeout=5)
             code = self._process.exitcode
@@ -164,11 +166,11 @@ class _Worker:
         return Fault(fault)
 
     def close(self) -> None:
-        """Let it go: an idle worker leaves by itself."""
+        """Close the connection; an idle worker then exits by itself."""
         self._pipe.close()
 
     def stop(self) -> None:
-        """Make sure that it is gone."""
+        """Make sure that the process has ended."""
         self.close()
         self._process.join(timeout=2 if self.alive else 0)
         if self._process.is_alive():
@@ -177,8 +179,8 @@ class _Worker:
 
 
 def _serve(pipe: Connection, adapter: AdapterConfig, kind: type[Host]) -> None:
-    """A worker's whole life: answer requests until the other end is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    """Main loop of a worker process: answer requests until the parent closes the connection."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent handles it
     host = kind(adapter)
     with contextlib.suppress(EOFError, OSError):
         while True:
@@ -195,11 +197,11 @@ def _serve(pipe: Connection, adapter: AdapterConfig, kind: type[Host]) -> None:
 
 
 class Host:
-    """One environment at a time, and the recording of its episode. Its methods are the requests that a worker answers.
+    """A worker's environment, and the recording of its episode. The methods implement the requests.
 
     Attributes:
-        env: the environment that is made; None before the first and after a failure.
-        steps: begun in this episode.
+        env: the current environment; None before the first one and after a failure.
+        steps: number of steps started in this episode.
     """
 
     def __init__(self, adapter: AdapterConfig) -> None:
@@ -209,7 +211,7 @@ class Host:
         self.steps = 0
 
     def make(self, env_id: str) -> Description:
-        env = self._ready(env_id)  # making it has drawn a picture: the GL can be asked for its name
+        env = self._ready(env_id)  # creating it has rendered an image, so the GL context can report its name
         return Description(env.robot.to_dict(), machine.gl())
 
     def reset(self, env_id: str, seed: int, record: bool) -> Start:
@@ -224,14 +226,14 @@ class Host:
     def run(self, actions: np.ndarray) -> Stretch:
         env = self.env
         if env is None:
-            raise SimulatorError("there is no episode to go on with: reset comes first.")
+            raise SimulatorError("no episode is running: call reset first.")
         rewards: list[float] = []
         ever, reached = False, None
         for action in actions:
             self.steps += 1
             observation, reward, terminated, truncated, info = env.step(action)
             if not math.isfinite(reward):
-                raise SimulatorError(f"environment {env.env_id!r} gave the reward {reward}.")
+                raise SimulatorError(f"environment {env.env_id!r}: rewards must be finite, got {reward}.")
             rewards.append(reward)
             ever |= info["is_success"]
             now = _label(info.get("reached"))
@@ -257,7 +259,7 @@ class Host:
         return self._recorder.mp4(fps) if self._recorder else b""
 
     def abandon(self) -> None:
-        """Forget an environment that failed; closing it may fail as well, which changes nothing."""
+        """Discard an environment that failed; errors from closing it are ignored."""
         env, self.env = self.env, None
         with contextlib.suppress(Exception):
             if env is not None:
@@ -271,6 +273,6 @@ class Host:
 
 
 def _label(value: Any) -> int | str | None:
-    """A number or name of a thing in the scene; None for everything else that an environment may mean by the entry."""
+    """`value` if it is the number or name of a candidate; None for other values that an environment may use."""
     value = value.item() if isinstance(value, np.generic) else value
     return value if isinstance(value, int | str) and not isinstance(value, bool) else None

@@ -1,8 +1,8 @@
-"""Things that can only be found out by trying, each in a process of its own: `python -m vla.simulation.probes <name>`.
+"""Probes of rendering, torch and video encoding: `python -m vla.simulation.probes <name>`.
 
-Owns: the trials behind `vla doctor` that may crash the process that makes them (a GL driver, a mismatched binary) or
-that import something heavy. A probe prints one JSON object; whatever else it does is a failure. It does not judge:
-`vla.jobs.doctor` does.
+Owns: the checks of `vla doctor` that may crash their process (a GL driver, a mismatched binary) or need heavy imports.
+Each runs in a process of its own. A probe prints one JSON object; any other outcome is a failure. `vla.jobs.doctor`
+interprets the results.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SCENE = """
 
 
 def render() -> dict[str, Any]:
-    """Draw a small MuJoCo scene with the backend in MUJOCO_GL: the renderer's name and 96 px frames per second."""
+    """Render a small MuJoCo scene with the backend MUJOCO_GL: the renderer's name, and 96 px frames per second."""
     import mujoco
 
     from vla.support import machine
@@ -38,7 +38,7 @@ def render() -> dict[str, Any]:
     renderer = mujoco.Renderer(model, 96, 96)
     renderer.update_scene(data, "eye")
     if renderer.render().std() < 1:
-        raise RuntimeError("the picture is empty")
+        raise RuntimeError("the rendered image is empty")
     frames, start = 0, time.perf_counter()
     while time.perf_counter() - start < 0.25:
         renderer.update_scene(data, "eye")
@@ -49,7 +49,7 @@ def render() -> dict[str, Any]:
 
 
 def torch() -> dict[str, Any]:
-    """What the installed torch computes on, and how fast a float32 matrix product is there."""
+    """The installed torch: version, device, and speed of a float32 matrix product."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -74,7 +74,7 @@ def torch() -> dict[str, Any]:
 
 
 def video() -> dict[str, Any]:
-    """Encode a short clip with x264 through PyAV."""
+    """Encode a short clip with x264 through PyAV: its size in bytes, and frames per second."""
     import numpy as np
 
     from vla.simulation.clips import encode

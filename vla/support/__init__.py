@@ -1,1 +1,1 @@
-"""Small tools that know nothing of robots or models."""
+"""Small utilities that are independent of robots and models."""

@@ -1,4 +1,4 @@
-"""Names of policies and models: folders, hub ids and addresses, told apart without loading anything."""
+"""Distinguishes the names of policies and models: folders, hub ids and server addresses. Loads nothing."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from vla.errors import CheckpointError
 
 
 def is_address(policy: str) -> bool:
-    """Whether it is served elsewhere (`vla serve`)."""
+    """Whether `policy` is the address of a policy server (`vla serve`)."""
     return policy.startswith(("ws://", "wss://"))
 
 
 def missing_folder(name: str) -> str | None:
-    """What to say about `name` where it can only be a folder and does not exist, with similar folders beside it; None
-    where it exists or may be a hub id."""
+    """Message for a `name` that must be a folder but does not exist, with similar folders; None if it exists or may be
+    a hub id.
+    """
     path = Path(name).expanduser()
     known_parent = path.parent.is_dir() and path.parent != Path()
     is_path = name.startswith((".", "/", "~")) or name.count("/") != 1 or known_parent
@@ -28,6 +29,6 @@ def missing_folder(name: str) -> str | None:
 
 
 def check_policy(name: str) -> None:
-    """CheckpointError when `name` is neither the embedded policy, a folder, an address nor possibly a hub id."""
+    """Raise CheckpointError unless `name` is "nano", an existing folder, a server address or possibly a hub id."""
     if name != "nano" and not is_address(name) and (problem := missing_folder(name)):
         raise CheckpointError(f"no policy at {name!r}: {problem}")

@@ -1,8 +1,7 @@
-"""What this machine is: hardware, versions, the GL that draws its pictures.
+"""Description of this machine: hardware, package versions and GL implementation.
 
-Owns: the facts that explain why a number differs between two machines; `vla rollout` writes them into its results and
-`vla doctor` judges them. It does not judge, and it imports nothing heavy: versions come from the installed packages'
-metadata.
+Owns: the facts that explain different results on two machines. `vla rollout` stores them with its results, and
+`vla doctor` interprets them. Nothing heavy is imported; versions come from the metadata of the installed packages.
 """
 
 from __future__ import annotations
@@ -37,18 +36,18 @@ def version(package: str) -> str | None:
 
 
 def cores() -> int:
-    """Cores that this process may use (a container or `taskset` may allow fewer than the machine has)."""
+    """Cores available to this process; a container or `taskset` may allow fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def torch_threads() -> int | None:
-    """Threads that torch computes with; None where torch is not in use."""
+    """Number of threads that torch uses; None if torch is not imported."""
     torch = sys.modules.get("torch")
     return None if torch is None else torch.get_num_threads()
 
 
 def cpu_quota() -> float | None:
-    """Cores' worth of time that a Linux container grants; None without a limit."""
+    """CPU quota of a Linux container, in cores; None without a limit."""
     path = Path("/sys/fs/cgroup/cpu.max")
     if not path.is_file():
         return None
@@ -57,7 +56,7 @@ def cpu_quota() -> float | None:
 
 
 def free_memory() -> int | None:
-    """Bytes of memory that can be had without swapping; None where that cannot be told."""
+    """Memory available without swapping, in bytes; None if unknown."""
     path = Path("/proc/meminfo")
     lines = path.read_text().splitlines() if path.is_file() else []
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), None)
@@ -71,7 +70,7 @@ def cpu_model() -> str:
 
 
 def cpu_flags() -> set[str]:
-    """Instruction sets, as Linux names them ("avx512_bf16", "amx_tile", ...); empty where that cannot be told."""
+    """Instruction sets by their Linux names ("avx512_bf16", "amx_tile", ...); empty if unknown."""
     for line in _cpuinfo():
         if line.startswith(("flags", "Features")):
             return set(line.partition(":")[2].split())
@@ -79,16 +78,16 @@ def cpu_flags() -> set[str]:
 
 
 def gl() -> dict[str, str | None]:
-    """The GL that draws in this process. Renderer and version are known only after a picture has been drawn."""
+    """The GL implementation of this process. Renderer and version are None until an image has been rendered."""
     facts = {"backend": os.environ.get("MUJOCO_GL"), "renderer": None, "version": None}
-    # Before `mujoco` has chosen its backend, importing PyOpenGL could settle it on another one.
+    # Importing PyOpenGL before `mujoco` has selected its backend could select a different one.
     if "mujoco" in sys.modules:
         from OpenGL import GL
 
         for fact, name in (("renderer", GL.GL_RENDERER), ("version", GL.GL_VERSION)):
             try:
                 text = GL.glGetString(name)
-            except Exception:  # PyOpenGL's own error types: no context is current, and the fact stays unknown
+            except Exception:  # PyOpenGL's own error types: there is no current context, so the value stays None
                 continue
             facts[fact] = text.decode() if text else None
     return facts

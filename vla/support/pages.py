@@ -1,13 +1,13 @@
-"""The pages that people look at: how a template of this package is loaded.
+"""HTML pages of the package.
 
-Owns: the template environment. It does not know what any page shows.
+Owns: the Jinja environment that loads their templates. It does not know the content of any page.
 """
 
 import jinja2
 
 
 def templates() -> jinja2.Environment:
-    """The package's HTML templates: values are escaped, and a missing one is an error."""
+    """The environment of the HTML templates. Values are escaped, and an undefined value is an error."""
     return jinja2.Environment(
         loader=jinja2.PackageLoader("vla"),
         autoescape=True,

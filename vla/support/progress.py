@@ -1,6 +1,6 @@
-"""How far long work has come, for people who wait.
+"""Progress of long jobs.
 
-Owns: the bar on a terminal, and a line now and then in a log. It does not know what is counted.
+Owns: the progress bar on a terminal, and the periodic lines in a log. It does not know what is counted.
 """
 
 from __future__ import annotations
@@ -17,10 +17,14 @@ LOG_EVERY_S = 20.0
 
 
 class Progress:
-    """Counts `unit`s up to `total`; shows their rate, a note and the time left. A context manager.
+    """A progress display that counts up to `total` and shows the rate, a note and the remaining time.
+
+    A context manager.
 
     Args:
-        done: how many an earlier run has finished; they do not count for the rate.
+        total: number of items.
+        unit: name of the items, in the plural.
+        done: items that an earlier run has finished; they are excluded from the rate.
     """
 
     def __init__(self, total: int, unit: str, done: int = 0) -> None:
@@ -46,7 +50,7 @@ class Progress:
             self._bar.stop()
 
     def advance(self, note: str) -> None:
-        """One more is finished."""
+        """Count one finished item, and show `note`."""
         self._done += 1
         now = time.monotonic()
         per_second = (self._done - self._before) / max(now - self._start, 1e-9)
@@ -61,7 +65,8 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """
+    """A duration in readable units.
+
     >>> [duration(seconds) for seconds in (0.4, 59.4, 100, 5000)]
     ['0 s', '59 s', '2 min', '1.4 h']
     """

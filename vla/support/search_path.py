@@ -1,8 +1,8 @@
-"""Where Python looks for modules while a verb runs.
+"""Module search path of the command line.
 
-Owns: one rule. The working directory is searched after the installed packages, and a folder of data in it is never
-taken for a package. To Python every folder is one (a namespace package), so a library that looks whether the optional
-package `datasets` is installed would find the folder that `vla collect` writes to, and fail when it uses it.
+Owns: one rule. The working directory is searched after the installed packages, and a data folder in it is never
+imported as a package. Python treats every folder as a namespace package. A library that checks whether the optional
+package `datasets` is installed would therefore find the folder that `vla collect` writes to, and fail when using it.
 """
 
 from __future__ import annotations
@@ -32,12 +32,11 @@ _LOADERS = (
 
 
 def installed_packages_first() -> None:
-    """Search the working directory after the installed packages, wherever it stood in `sys.path`, and only for what is
-    meant as a module."""
+    """Move the working directory behind the installed packages in `sys.path`, and ignore data folders in it."""
     here = Path.cwd()
     others = [entry for entry in sys.path if Path(entry).resolve() != here]
     if len(others) < len(sys.path):
-        # Before what an editable installation adds: a checkout that one works in is not replaced by another one.
+        # Before the paths of editable installations, so that another checkout does not replace the one in use.
         installed = [i for i, entry in enumerate(others) if Path(entry).name in ("site-packages", "dist-packages")]
         others.insert(installed[-1] + 1 if installed else len(others), str(here))
         sys.path[:] = others
@@ -47,7 +46,7 @@ def installed_packages_first() -> None:
 
 
 class _Hook:
-    """Makes Python look into one folder through `_Modules`."""
+    """A path hook that makes Python search one folder through `_Modules`."""
 
     def __init__(self, folder: str) -> None:
         self._folder = folder
@@ -59,8 +58,9 @@ class _Hook:
 
 
 class _Modules(FileFinder):
-    """What a folder holds of modules and packages. A folder without `__init__.py` is one only if there is Python in it
-    and no installed package may mean another package of that name."""
+    """Finds modules and packages in a folder. A subfolder without `__init__.py` counts as a package only if it contains
+    Python files and no installed package depends, even optionally, on a package of that name.
+    """
 
     def find_spec(self, fullname: str, target: ModuleType | None = None) -> ModuleSpec | None:
         spec = super().find_spec(fullname, target)
@@ -73,7 +73,7 @@ class _Modules(FileFinder):
 
 @functools.cache
 def _optional_packages() -> set[str]:
-    """Names of the packages that the installed ones need or can use."""
+    """Names of all required and optional dependencies of the installed packages."""
     needs = [need for package in importlib.metadata.distributions() for need in package.requires or ()]
     names = [match[0] for need in needs if (match := re.match(r"[\w.-]+", need))]
     return {name.lower().replace("-", "_") for name in names}

@@ -1,4 +1,4 @@
-"""Where to listen. It does not know who."""
+"""Listening sockets, with actionable errors."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from vla.errors import ConfigError
 BACKLOG = 1024
 
 
-def listen(host: str, port: int, fix: str = "Take another --host or --port (0: any free one).") -> socket.socket:
-    """A socket that listens there; ConfigError, with what to do, where that cannot be."""
+def listen(host: str, port: int, fix: str = "Choose another --host or --port (0: any free port).") -> socket.socket:
+    """A socket that listens on `host:port`; ConfigError with the remedy `fix` if that is not possible."""
     if not 0 <= port < 2**16:
-        raise ConfigError(f"port must be 0 to 65535, got {port}.")
+        raise ConfigError(f"port must be between 0 and 65535, got {port}.")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server((str(address[0]), port), family=family, backlog=BACKLOG)

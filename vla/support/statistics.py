@@ -1,10 +1,10 @@
-"""What a number of successes says, and what it does not.
+"""Statistics of success rates.
 
-Owns: interval estimates of success rates and of their differences, and exact tests between two policies. All counts are
-plain integers, all rates are shares in [0, 1]; it does not know episodes, files or pages.
+Owns: confidence intervals of success rates and of their differences, and exact tests between two policies. Counts are
+integers, rates are fractions in [0, 1]. It does not know episodes, files or pages.
 
-Every interval here is a score interval (Wilson 1927; Newcombe 1998): unlike `p +- 1.96 sqrt(p (1 - p) / n)` it stays
-inside [0, 1] and is right for 20 episodes, also when all or none of them succeed.
+All intervals are score intervals (Wilson 1927; Newcombe 1998). Unlike `p +- 1.96 sqrt(p (1 - p) / n)`, they stay within
+[0, 1] and are accurate for 20 episodes, even if all or none succeed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Interval = tuple[float, float]
 
 
 def wilson(successes: int, trials: int) -> Interval:
-    """95 % interval of a success rate; (0, 1) when nothing was tried.
+    """95 % interval of a success rate; (0, 1) without trials.
 
     >>> [round(limit, 3) for limit in wilson(16, 20)]
     [0.584, 0.919]
@@ -29,22 +29,22 @@ def wilson(successes: int, trials: int) -> Interval:
     rate, z2 = successes / trials, Z95**2
     centre = (rate + z2 / (2 * trials)) / (1 + z2 / trials)
     half = Z95 / (1 + z2 / trials) * math.sqrt(rate * (1 - rate) / trials + z2 / (4 * trials**2))
-    # Exactly 0 and 1 at the ends, where rounding would leave 1e-17.
+    # Exactly 0 and 1 at the ends, where rounding errors would leave about 1e-17.
     return (0.0 if successes == 0 else centre - half), (1.0 if successes == trials else centre + half)
 
 
 def difference(successes_a: int, trials_a: int, successes_b: int, trials_b: int) -> Interval:
-    """95 % interval of rate A - rate B, independent samples (Newcombe's hybrid score interval)."""
+    """95 % interval of rate A - rate B for independent samples (Newcombe's hybrid score interval)."""
     return _combine(successes_a, trials_a, successes_b, trials_b, 0.0)
 
 
 def mean_interval(counts: Sequence[tuple[int, int]]) -> Interval:
-    """95 % interval of the unweighted mean of independent success rates, shares in [0, 1].
+    """95 % interval of the unweighted mean of independent success rates, in [0, 1].
 
-    Each rate's Wilson interval, combined by recovering variances from its limits (MOVER: Zou, Huang and Zhang, 2009,
-    "A note on confidence interval estimation for a linear function of binomial proportions"; for two rates it is
-    Newcombe's, as in `difference`). Pooling the tasks of a tier into one rate makes it too wide rather
-    than too narrow: tasks are chosen, not drawn, and that they differ is no chance.
+    Combines the Wilson intervals of the rates by recovering variances from their limits (MOVER: Zou, Huang and Zhang,
+    2009, "A note on confidence interval estimation for a linear function of binomial proportions"). For two rates, this
+    is Newcombe's method, as in `difference`. An interval from the pooled trials of all tasks would tend to be too wide:
+    it treats the fixed differences between tasks as random.
 
     >>> [round(limit, 3) for limit in mean_interval([(16, 20), (4, 20)])]
     [0.377, 0.623]
@@ -58,25 +58,25 @@ def mean_interval(counts: Sequence[tuple[int, int]]) -> Interval:
 
 
 def paired_difference(both: int, only_a: int, only_b: int, neither: int) -> Interval:
-    """95 % interval of rate A - rate B when each pair of trials shares its start (Newcombe's paired score interval)."""
+    """95 % interval of rate A - rate B for pairs of trials with equal starts (Newcombe's paired score interval)."""
     trials = both + only_a + only_b + neither
     margins = (both + only_a) * (only_b + neither) * (both + only_b) * (only_a + neither)
     agreement = both * neither - only_a * only_b
-    # Newcombe's continuity correction of the correlation.
+    # Newcombe's continuity correction of the correlation
     corrected = max(agreement - trials / 2, 0.0) if agreement > 0 else float(agreement)
     correlation = corrected / math.sqrt(margins) if margins else 0.0
     return _combine(both + only_a, trials, both + only_b, trials, correlation)
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """Exact two-sided p-value that A and B are equally good, from the pairs on which they differ."""
+    """Exact two-sided p-value of the hypothesis that A and B are equally good, from the discordant pairs."""
     differing = only_a + only_b
     tail = sum(math.comb(differing, k) for k in range(min(only_a, only_b) + 1))
     return min(1.0, 2 * tail / 2**differing)
 
 
 def fisher(successes_a: int, trials_a: int, successes_b: int, trials_b: int) -> float:
-    """Exact two-sided p-value that A and B are equally good, independent samples."""
+    """Exact two-sided p-value of the hypothesis that A and B are equally good, for independent samples."""
     total, successes = trials_a + trials_b, successes_a + successes_b
 
     def ways(k: int) -> int:
@@ -94,7 +94,7 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def _combine(successes_a: int, trials_a: int, successes_b: int, trials_b: int, correlation: float) -> Interval:
-    """Newcombe's difference of two Wilson intervals whose estimates are correlated."""
+    """Newcombe's interval of a difference, from the Wilson intervals of two correlated estimates."""
     if not trials_a or not trials_b:
         return -1.0, 1.0
     rate_a, rate_b = successes_a / trials_a, successes_b / trials_b
