@@ -1,10 +1,10 @@
-"""What a person beside the robot sees and can do.
+"""The operator console: what the operator of a deployment sees and can do.
 
-Owns: the last seconds of a deployment as plain values (state, scene, commands, timings, safety events) and as pictures,
-the tally of scenes, and the orders that a person may give at any time. It does not know how any of this reaches the
-person (that is `vla.control.page`'s), and it runs no scenes: whoever does says when one begins and ends.
+Owns: the last seconds of a deployment as plain values (state, scene, commands, timings, safety events) and as images,
+the tally of scenes, and the operator's orders. It does not know how this reaches the operator (`vla.control.page`
+does), and it does not run scenes: the job says when one begins and ends.
 
-The control loop only hands over (`listen`); what takes time is done in the thread of whoever asks. Both sides share
+The control loop only hands events over (`listen`); slow work is done in the caller's thread. Both sides share
 deques of a fixed length: appending to one and copying one are single steps for Python, so no lock can delay the loop.
 """
 
@@ -78,9 +78,9 @@ class OperatorConsole:
     Args:
         spec: of the robot that is shown.
         policy: whose chunks are timed.
-        title: what runs where, for people.
+        title: policy and robot, for display.
     Attributes:
-        cameras: names of the pictures there are.
+        cameras: names of the cameras.
     """
 
     def __init__(self, controller: Controller, spec: RobotSpec, policy: ChunkPolicy, title: str = "") -> None:
@@ -102,14 +102,14 @@ class OperatorConsole:
         self._events: collections.deque[_Event] = collections.deque(maxlen=_EVENTS)
         self._latest: dict[str, _Event] = {}  # by reason
 
-    # What the loop tells ------------------------------------------------------------------------------------------
+    # From the control loop ----------------------------------------------------------------------------------------
 
     def listen(self, step: StepEvent) -> None:
-        """Take what happened at a tick. In the control loop: constant time, no waiting."""
+        """Take the event of a control step. Called in the control loop: constant time, no waiting."""
         now, decoding = time.monotonic(), step.decoding or {}
         self._number += 1
         self._reading = step.reading
-        # Not the moment itself: its reading holds pictures.
+        # Not the event itself: its reading holds images.
         self._ticks.append(_Tick(self._number, now, step.command, step.reasons, "ids" in decoding))
         self._lateness.append(step.lateness_s)
         self._due += step.tick - self._tick
@@ -141,8 +141,7 @@ class OperatorConsole:
         self._scene = _Scene(number, seed, instruction, time.monotonic(), person=["hold"] if self._held else [])
 
     def end(self, success: bool) -> list[str]:
-        """The scene is over. Returns what a person did in it: what came of it is then not the policy's alone, and it
-        is not counted."""
+        """The scene is over. Returns the operator's orders in it: a scene with orders is not counted."""
         scene = self._scene
         assert scene is not None, "begin comes first"
         if not scene.ticks:  # only an order that came a moment after the scene before had ended does that
@@ -160,10 +159,10 @@ class OperatorConsole:
             return False
         return self._held or (scene.success and time.monotonic() - scene.ended < _SHOWN_S)
 
-    # What a person may do -----------------------------------------------------------------------------------------
+    # Orders of the operator ---------------------------------------------------------------------------------------
 
     def instruct(self, text: str) -> None:
-        """Tell the policy something else, until the scene ends."""
+        """Give the policy another instruction until the scene ends."""
         text, scene = " ".join(text.split()), self._scene
         if not text or len(text) > _LONGEST or not text.isprintable():
             raise Refused(f"an instruction is a text of 1 to {_LONGEST} characters.")
@@ -210,7 +209,7 @@ class OperatorConsole:
         if scene is not None and scene.ended is None and order not in scene.person:
             scene.person.append(order)
 
-    # What a person sees -------------------------------------------------------------------------------------------
+    # What the operator sees ---------------------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
         """What does not change: names, rate and limits."""
