@@ -301,7 +301,7 @@ def check_image(image: Any, camera: str) -> None:
     if str(dtype) not in ("uint8", "torch.uint8"):
         raise SpecError(f"camera {camera!r}: expected uint8 in 0..255, got {dtype}. Rescale and convert it first.")
     if min(shape[:2]) < 8:
-        raise SpecError(f"camera {camera!r}: image is too small, {shape[0]} x {shape[1]}; each side needs 8 pixels.")
+        raise SpecError(f"camera {camera!r}: an image of {shape[0]} x {shape[1]} is too small; the minimum is 8 x 8.")
 
 
 def check_vector(vector: Any, names: Sequence[str], what: str) -> None:
