@@ -116,7 +116,7 @@ class TabletopEnv(gym.Env, abc.ABC):
 
     @abc.abstractmethod
     def named(self, scene: Scene, target: int) -> tuple[Thing, ...]:
-        """The things that the instruction mentions if candidate `target` is the target."""
+        """The target, and a destination if there is one, as the instruction mentions them for candidate `target`."""
 
     @property
     def target_candidates(self) -> int:

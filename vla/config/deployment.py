@@ -24,7 +24,8 @@ class SafetyConfig:
             Real cameras are noisy and never repeat an image; a simulation at rest does.
         max_change: largest change of an action entry between two commands, as a fraction of its range; None: no limit.
             Grippers are exempt.
-        max_velocity, max_acceleration: limits by action entry, in the entry's unit per second and per second squared.
+        max_velocity: limits by action entry, in the entry's unit per second.
+        max_acceleration: limits by action entry, in the entry's unit per second squared.
         workspace: action entry -> (state entry that it moves, minimum, maximum).
         max_entropy: hold while the mean entropy of the chunk's tokens is higher than this, in nats; None: never.
     """
@@ -45,8 +46,8 @@ class ControlConfig:
 
     Attributes:
         hz: commands per second; None: the robot's control rate.
-        seam: transition from one chunk to the next: "switch" (replace it), "ensemble" (average overlapping chunks) or
-            "committed" (prefix conditioning: the new chunk continues the actions executed while it is decoded).
+        seam: transition from one chunk to the next: "switch" (replace it), "ensemble" (average overlapping chunks), or
+            prefix conditioning with "committed" (the chunk continues the actions executed while it is decoded).
         trust: acceptance threshold for "committed". An executed action stays in the prefix while its tokens have at
             least this fraction of the probability of the policy's best token. 0: always, even when the images
             contradict the plan.
@@ -81,8 +82,12 @@ class DeployConfig:
         seconds: time limit of an episode.
         out: folder of `deploy.json` and of the black boxes.
         ui: serve the live page: cameras, instruction, hold and emergency stop.
-        host, port: address of the live page; port 0 takes a free one.
-        connect_s: how long to wait for a served policy at the start, in seconds.
+        host: network address of the live page.
+        port: port of the live page; 0: any free port.
+        connect_s: how long to wait at the start for a served policy, in seconds.
+        n_action_steps: actions executed per chunk; None: the checkpoint's value.
+        unnorm_key: dataset whose statistics un-normalise the actions; needed only if the checkpoint has several.
+        device: torch device; "auto" chooses one.
     """
 
     __pydantic_config__ = STRICT
@@ -139,14 +144,20 @@ class ServeConfig:
 
     Attributes:
         policy: the embedded backbone "nano", a run folder or a checkpoint folder.
-        host, port: address to listen on. By default only this machine can connect; "0.0.0.0" accepts connections from
-            the network.
+        host: address to listen on. By default only this machine can connect; "0.0.0.0" accepts connections from the
+            network.
+        port: port to listen on.
+        n_action_steps: actions executed per chunk; None: the checkpoint's value.
+        unnorm_key: dataset whose statistics un-normalise the actions; needed only if the checkpoint has several.
+        device: torch device; "auto" chooses one.
+        decoding: how action tokens are decoded; greedy by default.
         keys: keys in clients' requests that cannot be inferred.
         max_batch: maximum number of observations, of different clients, that are decoded together.
         max_queue: maximum number of waiting requests; further requests are refused.
         max_request_mb: maximum size of a request, in MB.
         patience_s: time limit for a client to send a complete request, in seconds.
-        certificate, private_key: files in PEM format; giving both enables TLS.
+        certificate: PEM file; enables TLS together with `private_key`.
+        private_key: PEM file.
         tracebacks: send tracebacks to clients, as openpi's own server does; they reveal paths and code. By default a
             stock OpenVLA client receives "error" only. With `?errors=plain` in the URL
             (http://host:8000/act?errors=plain) it receives a status code and the reason. The server logs every refusal.

@@ -25,7 +25,8 @@ class LoraConfig:
         dropout: dropout probability of an adapter's input.
         targets: names of the decoder modules to adapt, as in peft.
         train_action_rows: also train the embeddings and output rows of the action tokens.
-        train_projector, train_vision: also train the projector or the vision tower.
+        train_projector: also train the projector.
+        train_vision: also train the vision tower.
     """
 
     __pydantic_config__ = STRICT
@@ -52,7 +53,9 @@ class AugmentConfig:
 
     Attributes:
         shift: largest random translation, as a fraction of the image side.
-        brightness, contrast, saturation: half-width of the range of the random factor around 1.
+        brightness: half-width of the range of the random factor around 1.
+        contrast: likewise.
+        saturation: likewise.
         committed: fraction of prefix-conditioned samples. In these, the first actions (one to half a chunk) are the
             executed (noisy) actions instead of the clean labels, and they are masked out of the loss. Needed for
             prefix conditioning at deployment (`vla deploy --seam committed`).
@@ -117,17 +120,21 @@ class TrainConfig:
         steps: optimizer steps.
         batch_size: samples per forward pass and device; an optimizer step uses `batch_size * grad_accum` per device.
         grad_accum: batches per optimizer step.
-        learning_rate, weight_decay: parameters of AdamW; the learning rate has a linear warm-up and a cosine decay.
+        learning_rate: peak learning rate of AdamW, with a linear warm-up and a cosine decay.
+        weight_decay: weight decay of AdamW.
         warmup_steps: optimizer steps of the warm-up.
         max_grad_norm: gradients are clipped to this norm; 0: no clipping.
         precision: "auto" uses bf16 if the hardware supports it natively, otherwise float32.
         compile: use torch.compile.
         workers: number of processes that load data; 0: load it in the main process.
         val_fraction: fraction of episodes held out for validation.
-        eval_every, save_every, log_every: optimizer steps between validations, checkpoints and logged metrics.
+        eval_every: optimizer steps between validations.
+        save_every: optimizer steps between checkpoints.
+        log_every: optimizer steps between logged metrics.
         keep_checkpoints: number of most recent checkpoints to keep.
         rollout_every: optimizer steps between closed-loop evaluations in `rollout_env` (through `adapter`); 0: none.
-        rollout_env, rollout_episodes: environment ids, and episodes per environment.
+        rollout_env: environment ids of the closed-loop evaluation.
+        rollout_episodes: episodes per environment of the closed-loop evaluation.
         report_to: experiment tracker for the metrics, in addition to `metrics.jsonl`; it must be installed.
         resume: continue the run in `out` from its last checkpoint.
         dry_run: check configuration, data, shapes and memory, take one step, and write nothing.
@@ -186,7 +193,8 @@ class DaggerConfig:
         out: output folder; round k is in `round-k`.
         data: initial dataset folders; empty: round 0 collects `demonstrations`.
         demonstrations: successful episodes of the expert in round 0.
-        noise, noise_share: noise of the expert in round 0, as in `vla collect`.
+        noise: strength of the expert's noise in round 0, as in `vla collect`.
+        noise_share: fraction of episodes with noise in round 0.
         rounds: maximum number of rounds after round 0.
         trials: evaluation episodes per environment before each round, under the policy alone. The round's rollouts are
             distributed over the environments in proportion to the failures. 0: no trials, distribute them evenly.
@@ -203,8 +211,8 @@ class DaggerConfig:
             executed actions of a chunk), at every "step", or once per "episode".
         seed: first environment seed of round 0; the rollouts of round k start at seed + 10000 * k.
         n_envs: number of environments that run in parallel.
-        eval_episodes, eval_seed: episodes per environment, and first seed, of the closed-loop evaluation after each
-            round.
+        eval_episodes: episodes per environment of the closed-loop evaluation after each round.
+        eval_seed: first environment seed of that evaluation.
         warm_start: start each round from the last policy; otherwise each round starts from the backbone again.
         finetune_steps: optimizer steps of each round after round 0; None: `train.steps`.
         compare_bc: finally, also train on demonstrations alone (behaviour cloning) with the same number of labels and
