@@ -1,10 +1,14 @@
 """Training samples: what a policy is shown, and what of it is learned."""
 
+import multiprocessing
+import time
+
 import numpy as np
 
 from vla.config import AugmentConfig
+from vla.data import samples as samples_module
 from vla.data.reader import Demonstrations
-from vla.data.samples import ChunkSamples, Mixture
+from vla.data.samples import ChunkSamples, Mixture, cached_frames
 
 
 def test_a_continued_sample_begins_with_what_was_executed(dataset, robot, monkeypatch):
@@ -35,3 +39,31 @@ def test_a_mixture_continues_the_share_that_it_is_asked_for(dataset, robot):
         mixture = Mixture([samples], [early], None, seed=1, draws=200, augmentation=AugmentConfig(committed=share))
         given = sum(not mixture[draw].valid[0] for draw in range(200))
         assert low <= given <= high
+
+
+def test_processes_that_train_on_one_dataset_decode_it_once_and_share_it(dataset, robot, capfd):
+    """As the processes of one machine do; each maps the same file."""
+    root = dataset("squares", robot)
+    context = multiprocessing.get_context("spawn")
+    both = [context.Process(target=_read_frames, args=(root, robot.cameras)) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(120)
+        assert process.exitcode == 0
+    frames = cached_frames(Demonstrations(root), robot.cameras, 48)
+    assert isinstance(frames, np.memmap) and not frames.flags.writeable
+    assert capfd.readouterr().out.count("decoded") == 1
+    assert len(list((root / ".cache").glob("frames-*.npy"))) == 1
+
+
+def _read_frames(root, cameras) -> None:
+    decode = samples_module._decode
+
+    def told(*arguments):
+        print("decoded", flush=True)
+        time.sleep(0.5)  # the other one is here by now, and waits
+        decode(*arguments)
+
+    samples_module._decode = told
+    assert len(cached_frames(Demonstrations(root), cameras, 48)) == 45

@@ -359,7 +359,7 @@ def test_max_actions_decodes_the_first_actions_only(nano, observations):
     [
         ({"temperature": -1.0}, "temperature must not be negative"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p must be above 0 and at most 1"),
-        ({"top_k": 5}, "give a temperature"),
+        ({"top_k": 5}, "set temperature"),
         ({"temperature": 1.0, "num_beams": 2}, "not both"),
         ({"repetition_penalty": 0.0}, "repetition_penalty must be positive"),
         ({"max_actions": 0}, "max_actions must be at least 1"),

@@ -212,7 +212,7 @@ def test_values_that_make_no_sense(tmp_path, name, value):
 
 
 def test_values_that_an_expert_or_a_dataset_would_ignore(tmp_path):
-    with pytest.raises(ConfigError, match="noise is given to an environment's own expert; 'random'"):
+    with pytest.raises(ConfigError, match="noise applies to an environment's own expert only; 'random'"):
         collect(config(tmp_path / "set", noise=0.5, adapter=AdapterConfig(expert="random")))
     with pytest.raises(ConfigError, match="instruction is blank"):
         collect(config(tmp_path / "set", adapter=AdapterConfig(instruction=" ")))

@@ -119,7 +119,7 @@ def test_an_environment_that_hangs_is_ended():
         start = time.monotonic()
         reply = pool.exchange({0: ("run", np.zeros((4, 1)))})[0]
         assert isinstance(reply, Fault)
-        assert "hangs" in reply.message
+        assert "did not respond in time" in reply.message
         assert time.monotonic() - start < 5
         pool._patience_s = 20
         assert pool.exchange({0: ("reset", "toy/Slide-v0", 8, False)})[0].instruction == "slide to the column"
@@ -227,7 +227,7 @@ def test_a_second_run_can_be_compared_with_the_first(tmp_path):
     ("change", "error", "message"),
     [
         ({"env": ("toy/Slyde-v0",)}, SimulatorError, "Did you mean 'toy/Slide-v0'"),
-        ({"env": ("toy/Slide-v0", "toy/Slide-v0")}, ConfigError, "each once"),
+        ({"env": ("toy/Slide-v0", "toy/Slide-v0")}, ConfigError, "without duplicates"),
         ({"episodes": 0}, ConfigError, "episodes must be at least 1"),
         ({"videos": -1}, ConfigError, "videos must not be negative"),
         ({"compare": Path("nowhere")}, DataError, "no results of `vla rollout` at nowhere"),

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import psutil
+from filelock import FileLock
 
 from vla.config import AugmentConfig
 from vla.data.reader import Demonstrations
@@ -48,8 +48,8 @@ class Sample:
 def cached_frames(demos: Demonstrations, cameras: Sequence[str], size: int) -> np.ndarray:
     """All frames of `cameras`, uint8 [N, C, size, size, 3]. They are decoded on the first call and cached.
 
-    The array is loaded into memory if it fits into half of the available memory, because random reads from disk are
-    slower than training. Otherwise it is memory-mapped.
+    The array is memory-mapped, so all processes of a machine share one copy in the system's page cache, which shrinks
+    when memory is needed elsewhere. The first process decodes; the others wait for it.
 
     The cache is stored in `<dataset>/.cache`, or in the system's temporary folder if that is not writable. Its name
     contains the dataset's fingerprint, so a stale cache is never used for changed data.
@@ -63,13 +63,17 @@ def cached_frames(demos: Demonstrations, cameras: Sequence[str], size: int) -> n
         folder = Path(tempfile.gettempdir()) / "vla-frames"
         folder.mkdir(exist_ok=True)
     path = folder / name
-    if not path.exists():
-        _decode(demos, cameras, size, path)
-    return np.load(path, mmap_mode="r" if path.stat().st_size > psutil.virtual_memory().available / 2 else None)
+    with FileLock(folder / f".{name}.lock"):
+        if not path.exists():
+            _decode(demos, cameras, size, path)
+    if hasattr(os, "posix_fadvise"):  # read ahead: training reads frames in random order
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+    return np.load(path, mmap_mode="r")
 
 
 def _decode(demos: Demonstrations, cameras: Sequence[str], size: int, path: Path) -> None:
-    """Write the cache file. Processes may run concurrently: each writes a scratch file, and the last rename wins."""
+    """Write the cache file: a scratch file, then a rename."""
     shape = (demos.num_frames, len(cameras), size, size, 3)
     with tempfile.NamedTemporaryFile(prefix=".frames-", suffix=".npy", dir=path.parent, delete=False) as file:
         scratch = Path(file.name)

@@ -193,14 +193,11 @@ def processor(cores: int, quota: float | None, load: float, threads: str | None)
 def memory() -> Iterator[Finding]:
     """Main memory, and the shared memory that data workers use (a container has 64 MiB unless asked otherwise)."""
     free = machine.free_memory()
-    if free is not None:
-        says = f"{free / GIB:.1f} GiB free"
-        if free < 2 * GIB:
-            yield Finding(
-                "memory", "warn", f"{says}; training wants about 4", "use a smaller --batch-size and --workers 0"
-            )
-        else:
-            yield Finding("memory", "ok", says)
+    says = f"{free / GIB:.1f} GiB free"
+    if free < 2 * GIB:
+        yield Finding("memory", "warn", f"{says}; training wants about 4", "use a smaller --batch-size and --workers 0")
+    else:
+        yield Finding("memory", "ok", says)
     shared = Path("/dev/shm")
     if shared.is_dir() and (size := shutil.disk_usage(shared).total) < GIB / 4:
         yield Finding(

@@ -28,7 +28,7 @@ from vla.evaluation import report, results
 from vla.evaluation.comparison import common_environments, compare
 from vla.evaluation.results import Episode
 from vla.policy.session import Session, predict
-from vla.simulation.pool import Description, Fault, Pool, Start, Stretch
+from vla.simulation.pool import Description, Fault, Pool, ResetResult, StepResult
 from vla.spec import RobotSpec
 from vla.support import machine
 from vla.support.progress import Progress
@@ -114,7 +114,7 @@ class _Run:
         self._pool, self._policy, self._n_action_steps, self._config = pool, policy, n_action_steps, config
         self._queue = deque(episodes)
         self._running: dict[int, Episode] = {}  # by slot
-        self._views: dict[int, Start | Stretch] = {}  # by slot: the last that was seen of its episode
+        self._views: dict[int, ResetResult | StepResult] = {}  # by slot: the last that was seen of its episode
         self._sessions: dict[int, Session] = {}  # by slot
         self._failures: collections.Counter[str] = collections.Counter()  # by environment id: failures on video
         self._done: list[Episode] = []
@@ -220,7 +220,7 @@ class _Run:
         return self._failures[episode.env_id] < self._config.videos
 
 
-def _account(episode: Episode, stretch: Stretch) -> None:
+def _account(episode: Episode, stretch: StepResult) -> None:
     """Add what a chunk brought to the record of its episode."""
     episode.max_reward = max(stretch.rewards + [episode.max_reward] * (episode.length > 0))
     episode.sum_reward += sum(stretch.rewards)

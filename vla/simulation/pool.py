@@ -42,7 +42,7 @@ class Description:
 
 
 @dataclasses.dataclass(frozen=True)
-class Start:
+class ResetResult:
     """Result of a reset. Compare `image_hash` to check whether two machines render the same images."""
 
     observation: Observation
@@ -51,7 +51,7 @@ class Start:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stretch:
+class StepResult:
     """Result of executing a chunk, up to the end of the episode.
 
     Attributes:
@@ -93,13 +93,13 @@ class Pool:
     Args:
         adapter: adapter of the environments.
         patience_s: time limit per request in seconds.
-        host: class that answers requests in a worker; a subclass of `Host` can add requests.
+        host: class that answers requests in a worker; a subclass of `EnvServer` can add requests.
     """
 
     def __init__(
-        self, size: int, adapter: AdapterConfig, patience_s: float = PATIENCE_S, host: type[Host] | None = None
+        self, size: int, adapter: AdapterConfig, patience_s: float = PATIENCE_S, host: type[EnvServer] | None = None
     ) -> None:
-        self._adapter, self._patience_s, self._host = adapter, patience_s, host or Host
+        self._adapter, self._patience_s, self._host = adapter, patience_s, host or EnvServer
         # Not a plain fork, which copies GL contexts and locks of this process and hangs. A fork server is a clean,
         # single-threaded process that imports the modules once.
         method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
@@ -123,8 +123,8 @@ class Pool:
     def exchange(self, requests: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:
         """Send each worker its request and wait for all replies; the reply of a failed worker is a `Fault`.
 
-        Requests and their replies: ("make", env_id) -> Description; ("reset", env_id, seed, record) -> Start;
-        ("run", actions [n, D]) -> Stretch; ("clip", fps) -> mp4 bytes.
+        Requests and their replies: ("make", env_id) -> Description; ("reset", env_id, seed, record) -> ResetResult;
+        ("run", actions [n, D]) -> StepResult; ("clip", fps) -> mp4 bytes.
         """
         deadline = time.monotonic() + self._patience_s
         for slot, request in requests.items():
@@ -140,7 +140,7 @@ class Pool:
 class _Worker:
     """The parent's side of a worker."""
 
-    def __init__(self, context: Any, adapter: AdapterConfig, host: type[Host]) -> None:
+    def __init__(self, context: Any, adapter: AdapterConfig, host: type[EnvServer]) -> None:
         self._pipe, theirs = context.Pipe()
         arguments = (theirs, adapter, host)
         self._process = context.Process(target=_serve, args=arguments, daemon=True, name="vla-environment")
@@ -178,7 +178,7 @@ class _Worker:
             self._process.join()
 
 
-def _serve(pipe: Connection, adapter: AdapterConfig, kind: type[Host]) -> None:
+def _serve(pipe: Connection, adapter: AdapterConfig, kind: type[EnvServer]) -> None:
     """Main loop of a worker process: answer requests until the parent closes the connection."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent handles it
     host = kind(adapter)
@@ -196,7 +196,7 @@ def _serve(pipe: Connection, adapter: AdapterConfig, kind: type[Host]) -> None:
     host.abandon()
 
 
-class Host:
+class EnvServer:
     """A worker's environment, and the recording of its episode. The methods implement the requests.
 
     Attributes:
@@ -214,16 +214,16 @@ class Host:
         env = self._ready(env_id)  # creating it has rendered an image, so the GL context can report its name
         return Description(env.robot.to_dict(), machine.gl())
 
-    def reset(self, env_id: str, seed: int, record: bool) -> Start:
+    def reset(self, env_id: str, seed: int, record: bool) -> ResetResult:
         observation, info = self._ready(env_id).reset(seed=seed)
         self._recorder = Recorder() if record else None
         self.steps = 0
         if self._recorder:
             self._recorder.add(observation)
         images = hashlib.sha256(b"".join(np.ascontiguousarray(i).tobytes() for i in observation["pixels"].values()))
-        return Start(observation, info["instruction"], images.hexdigest()[:16])
+        return ResetResult(observation, info["instruction"], images.hexdigest()[:16])
 
-    def run(self, actions: np.ndarray) -> Stretch:
+    def run(self, actions: np.ndarray) -> StepResult:
         env = self.env
         if env is None:
             raise SimulatorError("no episode is running: call reset first.")
@@ -243,7 +243,7 @@ class Host:
             if terminated or truncated:
                 break
             env.check_length(self.steps)
-        return Stretch(
+        return StepResult(
             observation=observation,
             instruction=info["instruction"],
             rewards=rewards,

@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 PACKAGES = ("vla", "torch", "transformers", "peft", "gymnasium", "mujoco", "numpy", "av")
 
 
@@ -55,11 +57,9 @@ def cpu_quota() -> float | None:
     return None if quota == "max" else int(quota) / int(period)
 
 
-def free_memory() -> int | None:
-    """Memory available without swapping, in bytes; None if unknown."""
-    path = Path("/proc/meminfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), None)
+def free_memory() -> int:
+    """Memory available without swapping, in bytes."""
+    return psutil.virtual_memory().available
 
 
 def cpu_model() -> str:

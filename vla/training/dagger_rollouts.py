@@ -35,7 +35,7 @@ from vla.errors import SimulatorError
 from vla.policy.session import Session, predict
 from vla.simulation.adapter import Expert
 from vla.simulation.experts import EXPERT_SEED, consult, executable
-from vla.simulation.pool import Fault, Host, Pool, Start, Stretch
+from vla.simulation.pool import EnvServer, Fault, Pool, ResetResult, StepResult
 from vla.support.progress import Progress
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _unasked(staging: Path) -> list[int]:
     return [int(path.name.removeprefix("unasked-")) for path in staging.glob("unasked-*")]
 
 
-class Labeller(Host):
+class Labeller(EnvServer):
     """A worker that asks its environment's expert before every step, and records what it says if it is asked to."""
 
     _expert: Expert
@@ -103,7 +103,7 @@ class Labeller(Host):
     _length: int | None
     _unasked: Path
 
-    def begin(self, env_id: str, seed: int, staging: Path, number: int, length: int | None) -> Start:
+    def begin(self, env_id: str, seed: int, staging: Path, number: int, length: int | None) -> ResetResult:
         """Start the episode that is to become number `number` of the recording; it ends after `length` frames."""
         start = self.reset(env_id, seed, False)
         assert self.env is not None
@@ -114,7 +114,7 @@ class Labeller(Host):
         self._length, self._unasked = length, staging / f"unasked-{number:06d}"
         return start
 
-    def drive(self, actions: np.ndarray, overruled: np.ndarray, asked: bool) -> Stretch:
+    def drive(self, actions: np.ndarray, overruled: np.ndarray, asked: bool) -> StepResult:
         """Execute `actions` [n, D], or the expert's own where `overruled` [n] says so; record them and what the expert
         says if it is `asked`; finish what ends meanwhile, or, before it was ever asked, mark it as such."""
         if self.env is None or self._episode is None:
@@ -208,7 +208,7 @@ class _Wave:
         self._number, self._student = number, student
         self._pool, self._staging, self._progress = pool, staging, progress
         self._trials = dict(enumerate(trials))  # by slot: of all episodes that have not ended
-        self._views: dict[int, Start | Stretch] = {}  # by slot: the last that was seen of those under way
+        self._views: dict[int, ResetResult | StepResult] = {}  # by slot: the last that was seen of those under way
 
     def play(self) -> None:
         """Play the episodes to their ends."""
@@ -240,6 +240,6 @@ class _Wave:
             if isinstance(reply, Fault):
                 del self._views[slot]
                 self._trials[slot] = self._trials[slot].after(reply)
-            elif isinstance(reply, Stretch) and (reply.terminated or reply.truncated):
+            elif isinstance(reply, StepResult) and (reply.terminated or reply.truncated):
                 del self._views[slot], self._trials[slot]
                 self._progress.advance(f"round {self._number}")
