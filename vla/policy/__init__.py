@@ -1,5 +1,19 @@
 """A policy: observations and instructions to action chunks, its session in an episode, and its checkpoints."""
 
-from vla.policy.policy import ChunkPolicy, Policy, Prediction
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vla.policy.policy import ChunkPolicy, Policy, Prediction
 
 __all__ = ["ChunkPolicy", "Policy", "Prediction"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the policy, and with it torch, on first use: processes that run environments import `session` only."""
+    if name not in __all__:
+        raise AttributeError(f"module 'vla.policy' has no attribute {name!r}")
+    from vla.policy import policy
+
+    return getattr(policy, name)
