@@ -423,11 +423,11 @@ def test_a_step_without_info():
 
 
 def test_an_episode_without_end_is_ended_where_the_environment_sets_no_limit(monkeypatch):
-    from vla.simulation.pool import Host
+    from vla.simulation.pool import EnvServer
 
     monkeypatch.setattr(simulator, "LONGEST", 5)
     values = {"images": {"top": "image"}, "state": ("state",)}
-    endless, limited = Host(AdapterConfig(**values)), Host(AdapterConfig(**values, max_steps=9))
+    endless, limited = EnvServer(AdapterConfig(**values)), EnvServer(AdapterConfig(**values, max_steps=9))
     for host in (endless, limited):
         host.reset("spaces/World-v0", 0, record=False)
     with refused(r"has not ended after 5 steps\. Set adapter.max_steps"):
@@ -438,10 +438,10 @@ def test_an_episode_without_end_is_ended_where_the_environment_sets_no_limit(mon
 @pytest.mark.parametrize("value", [np.array([1.0, 2.0]), {"a": 1}, True, None, 0.5], ids=str)
 def test_entries_of_info_that_mean_something_else_are_not_taken_for_ours(value):
     """An arm's "target" may be a position; `reached` and `target` of this package are names or numbers of things."""
-    from vla.simulation.pool import Host
+    from vla.simulation.pool import EnvServer
 
     infos = {1: {"is_success": False, "reached": value, "target": value}}
-    host = Host(AdapterConfig(kwargs={"infos": infos}, images={"top": "image"}, state=("state",)))
+    host = EnvServer(AdapterConfig(kwargs={"infos": infos}, images={"top": "image"}, state=("state",)))
     host.reset("spaces/World-v0", 0, record=False)
     stretch = host.run(np.zeros((1, 2)))
     assert stretch.reached is None and stretch.target is None
