@@ -110,5 +110,5 @@ def test_deploy_refuses_a_robot_of_opposite_polarity_before_anything_moves(nano,
     flags = ["--policy", tmp_path / "policy", "--env", "envs:vla/Reach-v0", "--no-ui", "--out", tmp_path / "out"]
     assert cli.main(["deploy", "--config", str(tmp_path / "values.yaml"), *map(str, flags)]) == 2
     err = capsys.readouterr().err
-    assert "opens its gripper with 1 and closes it with -1, the robot with -1 and 1. State the right values" in err
+    assert "opens its gripper with 1 and closes it with -1, the robot with -1 and 1. Correct them" in err
     assert not (tmp_path / "out").exists()
