@@ -2,6 +2,7 @@
 
 import multiprocessing
 import time
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -41,8 +42,16 @@ def test_a_mixture_continues_the_share_that_it_is_asked_for(dataset, robot):
         assert low <= given <= high
 
 
-def test_processes_that_train_on_one_dataset_decode_it_once_and_share_it(dataset, robot, capfd):
-    """As the processes of one machine do; each maps the same file."""
+def test_frames_are_in_memory_where_the_copies_of_all_processes_fit(dataset, robot, monkeypatch):
+    demos = Demonstrations(dataset("squares", robot))
+    size = cached_frames(demos, robot.cameras, 48).nbytes
+    monkeypatch.setattr(samples_module.psutil, "virtual_memory", lambda: SimpleNamespace(available=4 * size))
+    for processes, mapped in ((1, False), (8, True)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        assert isinstance(cached_frames(demos, robot.cameras, 48), np.memmap) == mapped
+
+
+def test_processes_that_train_on_one_dataset_decode_it_once(dataset, robot, capfd):
     root = dataset("squares", robot)
     context = multiprocessing.get_context("spawn")
     both = [context.Process(target=_read_frames, args=(root, robot.cameras)) for _ in range(2)]
@@ -51,8 +60,6 @@ def test_processes_that_train_on_one_dataset_decode_it_once_and_share_it(dataset
     for process in both:
         process.join(120)
         assert process.exitcode == 0
-    frames = cached_frames(Demonstrations(root), robot.cameras, 48)
-    assert isinstance(frames, np.memmap) and not frames.flags.writeable
     assert capfd.readouterr().out.count("decoded") == 1
     assert len(list((root / ".cache").glob("frames-*.npy"))) == 1
 

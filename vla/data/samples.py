@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import psutil
 from filelock import FileLock
 
 from vla.config import AugmentConfig
@@ -48,8 +49,9 @@ class Sample:
 def cached_frames(demos: Demonstrations, cameras: Sequence[str], size: int) -> np.ndarray:
     """All frames of `cameras`, uint8 [N, C, size, size, 3]. They are decoded on the first call and cached.
 
-    The array is memory-mapped, so all processes of a machine share one copy in the system's page cache, which shrinks
-    when memory is needed elsewhere. The first process decodes; the others wait for it.
+    The array is loaded into memory if the copies of all processes on this machine (LOCAL_WORLD_SIZE, set by `accelerate
+    launch`) fit into half of the available memory. Otherwise it is memory-mapped, which is slower: random reads from
+    disk take longer than training (docs/log.md). The first process decodes; the others wait for it.
 
     The cache is stored in `<dataset>/.cache`, or in the system's temporary folder if that is not writable. Its name
     contains the dataset's fingerprint, so a stale cache is never used for changed data.
@@ -66,10 +68,8 @@ def cached_frames(demos: Demonstrations, cameras: Sequence[str], size: int) -> n
     with FileLock(folder / f".{name}.lock"):
         if not path.exists():
             _decode(demos, cameras, size, path)
-    if hasattr(os, "posix_fadvise"):  # read ahead: training reads frames in random order
-        with path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
-    return np.load(path, mmap_mode="r")
+    copies = path.stat().st_size * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return np.load(path, mmap_mode="r" if copies > psutil.virtual_memory().available / 2 else None)
 
 
 def _decode(demos: Demonstrations, cameras: Sequence[str], size: int, path: Path) -> None:
