@@ -11,18 +11,20 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from tests.decoders import greedy, reference
 from vla import config
 from vla.config import LoraConfig, ModelConfig, TrainConfig
 from vla.data.reader import Demonstrations
 from vla.errors import ConfigError, DataError, TrainingError
-from vla.jobs.train import _facts, _validation, pretrain, seconds_per_step, train
+from vla.jobs.train import _facts, _leave, _prepare, _validation, pretrain, seconds_per_step, train
 from vla.model import lora
 from vla.model.build import build_policy
 from vla.policy import Policy, checkpoint
@@ -143,6 +145,21 @@ def test_two_processes_learn_what_one_does_with_twice_the_batch(demos, tmp_path)
     # One of them speaks for both.
     for line in (r"^step 6 of 6: loss \d", r"^policy: +double/policy$", r"^next: +vla rollout --policy double"):
         assert len(re.findall(line, result.stdout, re.M)) == 1, result.stdout
+
+
+def test_the_data_parallel_wrapper_goes_before_its_process_group(demos, tmp_path, monkeypatch):
+    """Where it is the last that holds a group of gloo, torch may wait forever for the group's threads."""
+    job, _ = _prepare(small(data=[demos], out=tmp_path / "run", dry_run=True), quiet=True)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    job.accelerator._models.append(DistributedDataParallel(job.model))
+    job.model_wrapped = job.accelerator._models[-1]
+    wrapper, alive = weakref.ref(job.model_wrapped), []
+    monkeypatch.setattr(job.accelerator, "end_training", lambda: alive.append(wrapper()))
+    try:
+        _leave(job)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert alive == [None]
 
 
 def test_a_signal_to_one_process_stops_all_and_nothing_is_finished(demos, tmp_path, start_vla):

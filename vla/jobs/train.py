@@ -82,9 +82,20 @@ def train(cfg: TrainConfig, conclude: bool = True) -> Path:
         trainer.plot_metrics(cfg.out)
         if conclude:
             print(_conclusion(cfg, demos), flush=True)
-    job.accelerator.wait_for_everyone()  # a process that leaves while another still works aborts the other
-    job.accelerator.end_training()
+    _leave(job)
     return cfg.out
+
+
+def _leave(job: trainer.VLATrainer) -> None:
+    """End what several processes share. One that leaves while another still works would abort the other."""
+    job.accelerator.wait_for_everyone()
+    # The data-parallel wrapper goes before its process group: where the wrapper is the last that holds the group, gloo
+    # joins its threads without releasing the GIL, and a thread that still frees the barrier above waits for it forever
+    # (torch 2.13, one exit in ten).
+    job.accelerator.free_memory()
+    job.model_wrapped = job.model
+    gc.collect()
+    job.accelerator.end_training()
 
 
 def seconds_per_step(cfg: TrainConfig, steps: int = 4) -> float:
