@@ -26,7 +26,7 @@ from typing import Annotated, Any, Literal, NamedTuple, cast, get_type_hints
 
 from vla import __version__
 from vla.errors import VLAError, unknown
-from vla.support import search_path
+from vla.support import plugins, search_path
 
 
 class Verb(NamedTuple):
@@ -79,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     before, unraisable = signal.signal(signal.SIGTERM, _terminate), sys.unraisablehook
     sys.unraisablehook = _again
     try:
+        arguments = _import_plugins(arguments)
         if " ".join(arguments[:2]) in VERBS:
             arguments[:2] = [" ".join(arguments[:2])]
         verb = _verb(arguments[0])
@@ -111,11 +112,30 @@ def _usage() -> str:
     width = max(map(len, VERBS))
     verbs = "\n".join(f"  {name:<{width}}  {verb.summary}" for name, verb in VERBS.items())
     return (
-        "usage: vla <verb> [--config values.yaml] [--flag value ...]\n\n"
+        "usage: vla [--plugin module ...] <verb> [--config values.yaml] [--flag value ...]\n\n"
         f"Action-token robot policies.\n\n{verbs}\n\n"
         "`vla <verb> --help` lists the flags of a verb. Flags override the YAML file, which overrides the defaults.\n"
+        "--plugin imports a module that registers tokenizers, protocols, ... of your own; several can be given.\n"
         "VLA_DEBUG=1 shows the traceback of an error."
     )
+
+
+def _import_plugins(arguments: list[str]) -> list[str]:
+    """Import the modules that `--plugin` in front of the verb names; returns the arguments that follow."""
+    while arguments and arguments[0].partition("=")[0] == "--plugin":
+        flag, _, module = arguments.pop(0).partition("=")
+        module = module or (arguments.pop(0) if arguments else "")
+        try:
+            plugins.import_module(module)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise VLAError(
+                f"cannot import the plugin {module!r} ({reason}). {flag} takes the name of an installed module or of "
+                "one in the working directory."
+            ) from error
+    if not arguments:
+        raise VLAError("a verb must follow the plugins. `vla --help` lists the verbs.")
+    return arguments
 
 
 def _verb(name: str) -> Verb:
