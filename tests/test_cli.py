@@ -60,6 +60,14 @@ def test_an_unknown_verb_is_told_with_the_nearest(capsys):
 
 
 @pytest.mark.parametrize(
+    ("verb", "old", "new"), [("deploy", "--seam", "--transition"), ("train", "--committed", "--prefix")]
+)
+def test_a_renamed_flag_is_refused_with_its_new_name(verb, old, new, capsys):
+    assert main([verb, old, "1"]) == 2
+    assert f"{old} is now called {new}." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ("rollout --polcy x", "`vla rollout` has no flag '--polcy'. Did you mean '--policy'?"),

@@ -1,7 +1,9 @@
 """Files that version 0.1.0 wrote before its modules moved still load, and mean what they meant."""
 
 import dataclasses
+import functools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +12,16 @@ import yaml
 
 from vla import config
 from vla.data.reader import Demonstrations
+from vla.errors import ConfigError
 from vla.jobs.collect import collect
 from vla.policy import Policy
 
 FIXTURES = Path(__file__).parent / "data" / "fixtures"
+RENAMED = {
+    "deploy": {"control.seam": "control.transition", "control.trust": "control.prefix_threshold"},
+    "train": {"augment.committed": "augment.prefix"},
+    "dagger": {"train.augment.committed": "train.augment.prefix"},
+}
 
 
 def test_a_dataset_is_what_collecting_it_today_gives(tmp_path):
@@ -38,10 +46,18 @@ def test_a_checkpoint_decodes_the_same_tokens():
 
 
 @pytest.mark.parametrize("path", sorted((FIXTURES / "configs_0_1_0").glob("*.yaml")), ids=lambda path: path.stem)
-def test_a_configuration_is_read(path):
-    """Fields may have been added; those that it has keep their values."""
+def test_a_configuration_is_read(path, tmp_path):
+    """Fields may have been added, and a renamed one is refused with its new name; the others keep their values."""
     cls = getattr(config, f"{path.stem.capitalize()}Config")
     old = yaml.safe_load(path.read_text())
+    for keys, new in RENAMED.get(path.stem, {}).items():
+        with pytest.raises(ConfigError, match=rf"{re.escape(keys)} is now called {re.escape(new)}\."):
+            config.load(cls, path)
+        *parents, last = keys.split(".")
+        inner = functools.reduce(dict.__getitem__, parents, old)
+        inner[new.rpartition(".")[2]] = inner.pop(last)
+        path = tmp_path / "renamed.yaml"
+        path.write_text(yaml.safe_dump(old))
     assert merged(config.to_dict(config.load(cls, path)), old) == config.to_dict(config.load(cls, path))
 
 

@@ -9,7 +9,8 @@ import threading
 
 import pytest
 
-from vla.control import clock, controller, inference
+from vla.control import inference
+from vla.control.controller import Controller
 
 
 class VirtualTime:
@@ -53,11 +54,10 @@ class VirtualTime:
 
 @pytest.fixture
 def virtual_time(request, monkeypatch) -> VirtualTime:
-    """For the control loop, its policy's thread, and the test's own module, whose `time` it is as well."""
+    """The clock of every controller, and the `time` of the test's own module."""
     virtual = VirtualTime()
-    for module in (controller, inference, request.module):
-        monkeypatch.setattr(module, "time", virtual)
-    monkeypatch.setattr(clock.Rate.__init__, "__defaults__", (None, virtual.monotonic, virtual.sleep))
+    monkeypatch.setattr(Controller.__init__, "__defaults__", (virtual,))
+    monkeypatch.setattr(request.module, "time", virtual)
     ask, put = inference.Inference.request, inference.Inference._put
 
     def begin(self, *question) -> None:

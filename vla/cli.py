@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import difflib
 import errno
+import functools
 import importlib
 import os
 import signal
@@ -189,6 +190,8 @@ def _unknown_argument(name: str, cls: Any, argument: str) -> str:
     if not argument.startswith("-"):
         return f"unexpected argument {argument!r}: a value must follow a flag. {help_}"
     flag = argument.partition("=")[0].replace("_", "-")
+    if (new := _renamed(cls).get(flag.removeprefix("--"))) is not None:
+        return f"{flag} is now called --{new.replace('_', '-')}."
     ours = _flags(cls)
     short = [known for known in ours if flag.lstrip("-") == "".join(word[0] for word in known[2:].split("-"))]
     near = short or difflib.get_close_matches(flag, ours, n=1, cutoff=0.6)
@@ -196,6 +199,19 @@ def _unknown_argument(name: str, cls: Any, argument: str) -> str:
     others = [verb for verb, other in VERBS.items() if flag in _flags(getattr(config, other.config))]
     elsewhere = f" It is a flag of {', '.join(others)}." if others and not near else ""
     return f"`vla {name}` has no flag {flag!r}.{hint}{elsewhere} {help_}"
+
+
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    """The types of a configuration's fields. Python evaluates them anew at every call, which takes milliseconds."""
+    hints = get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _renamed(cls: Any) -> dict[str, str]:
+    """Old names of flags -> new names."""
+    nested = [kind for kind in _hints(cls).values() if dataclasses.is_dataclass(kind)]
+    return getattr(cls, "RENAMED", {}) | {old: new for kind in nested for old, new in _renamed(kind).items()}
 
 
 def _flags(cls: Any) -> list[str]:
@@ -207,19 +223,20 @@ def _flags(cls: Any) -> list[str]:
 
 def _short(cls: Any) -> bool:
     """Whether no two nested fields of a configuration share a name, so that their flags need no prefix."""
-    names = [path.rpartition(".")[2] for path in _fields(cls) if path not in _prefixed(cls)]
+    prefixed = _prefixed(cls)
+    names = [path.rpartition(".")[2] for path in _fields(cls) if path not in prefixed]
     return len(names) == len(set(names))
 
 
 def _prefixed(cls: Any) -> list[str]:
     """The fields one level down that share their name with a field of the configuration itself."""
-    return [path for path in _fields(cls) if path.count(".") == 1 and path.partition(".")[2] in get_type_hints(cls)]
+    return [path for path in _fields(cls) if path.count(".") == 1 and path.partition(".")[2] in _hints(cls)]
 
 
 def _fields(cls: Any, prefix: str = "") -> list[str]:
     """Dotted names of all fields of a configuration, including nested ones."""
     found = []
-    for name, kind in get_type_hints(cls).items():
+    for name, kind in _hints(cls).items():
         found += _fields(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else [prefix + name]
     return found
 
@@ -258,7 +275,7 @@ def _type_rules(cls: Any) -> Any:
         return dataclasses.replace(usual, str_from_instance=lambda value: usual.str_from_instance(value) or ["none"])
 
     full = _prefixed(cls) if _short(cls) else []
-    owners = {kind: name for name, kind in get_type_hints(cls).items() if dataclasses.is_dataclass(kind)}
+    owners = {kind: name for name, kind in _hints(cls).items() if dataclasses.is_dataclass(kind)}
 
     @registry.struct_rule
     def keep_prefix(info: StructTypeInfo) -> StructConstructorSpec | None:
@@ -314,7 +331,7 @@ def _with_values(cls: Any, flags: Sequence[str]) -> list[str]:
 
 def _optional_switches(cls: Any) -> set[str]:
     found = set()
-    for name, kind in get_type_hints(cls).items():
+    for name, kind in _hints(cls).items():
         if dataclasses.is_dataclass(kind):
             found |= _optional_switches(kind)
         elif kind == bool | None:

@@ -65,10 +65,10 @@ def test_ensembling_averages_what_overlaps_but_not_the_gripper():
 
 @given(
     st.lists(st.tuples(st.integers(0, 12), st.integers(0, 6)), max_size=8),
-    st.sampled_from(["switch", "ensemble", "committed"]),
+    st.sampled_from(["switch", "ensemble", "prefix"]),
 )
-def test_an_action_always_comes_from_a_chunk_that_speaks_about_its_tick(chunks, seam):
-    buffer, spoken = ChunkBuffer(seam), {}
+def test_an_action_always_comes_from_a_chunk_that_speaks_about_its_tick(chunks, transition):
+    buffer, spoken = ChunkBuffer(transition), {}
     for number, (first, delay) in enumerate(sorted(chunks)):
         actions = np.full((4, 1), float(number), np.float32)
         buffer.put(actions, first, first + delay)
@@ -77,7 +77,7 @@ def test_an_action_always_comes_from_a_chunk_that_speaks_about_its_tick(chunks, 
         now = first + delay
         action = buffer.at(now)
         if action is None:
-            assert seam != "ensemble" or now not in spoken
+            assert transition != "ensemble" or now not in spoken
         else:
             assert min(spoken[now]) - 1e-5 <= action[0] <= max(spoken[now]) + 1e-5
 

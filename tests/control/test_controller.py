@@ -55,10 +55,12 @@ def actions(robot: FakeRobot) -> np.ndarray:
 
 
 @pytest.mark.parametrize("late", [0.0, 0.1])
-@pytest.mark.parametrize("seam", ["switch", "ensemble", "committed"])
-def test_it_executes_the_policys_chunks(policy, driver, observations, seam, late):
+@pytest.mark.parametrize("transition", ["switch", "ensemble", "prefix"])
+def test_it_executes_the_policys_chunks(policy, driver, observations, transition, late):
     chunk = policy.predict_chunk(observations(1)[0], "reach")
-    with Controller(driver, policy, ControlConfig(hz=20.0, seam=seam, injected_latency_s=late)) as controller:
+    with Controller(
+        driver, policy, ControlConfig(hz=20.0, transition=transition, injected_latency_s=late)
+    ) as controller:
         record = controller.run("reach", seconds=1.0)
     sent = actions(driver)
     begun = record["interventions"].get("no chunk yet", 0)
@@ -86,7 +88,7 @@ def test_what_a_robot_waits_for_is_not_late(policy, driver, monkeypatch, max_age
         return dataclasses.replace(prediction, chunks=chunk)
 
     monkeypatch.setattr(Policy, "streams", False)
-    config = ControlConfig(hz=20.0, seam="switch", safety=SafetyConfig(max_age_s=max_age_s))
+    config = ControlConfig(hz=20.0, transition="switch", safety=SafetyConfig(max_age_s=max_age_s))
     with Controller(driver, policy, config) as controller:
         monkeypatch.setattr(policy, "predict", late)
         controller.listeners.append(moments.append)
@@ -340,7 +342,7 @@ def test_a_robot_that_stalls_and_shows_old_pictures_is_commanded_on(policy, driv
 
     monkeypatch.setattr(driver, "command", stall)
     monkeypatch.setattr(driver, "observe", lambda: dataclasses.replace(observe(), time=time.monotonic() - 0.3))
-    with Controller(driver, policy, ControlConfig(hz=20.0, seam="committed")) as controller:
+    with Controller(driver, policy, ControlConfig(hz=20.0, transition="prefix")) as controller:
         record = controller.run("reach", seconds=2.0)
     assert record["skipped"] >= 6 and record["errors"] == []
     assert np.abs(actions(driver)[1:-1, :6]).max() > 0

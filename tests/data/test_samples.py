@@ -37,7 +37,7 @@ def test_a_mixture_continues_the_share_that_it_is_asked_for(dataset, robot):
     samples = ChunkSamples(demos, robot.cameras, 48, 4, source=0)
     early = np.array([frame for frame in range(demos.num_frames) if frame % 9 < 5])  # whole chunks only
     for share, low, high in ((0.0, 0, 0), (0.5, 70, 130), (1.0, 200, 200)):
-        mixture = Mixture([samples], [early], None, seed=1, draws=200, augmentation=AugmentConfig(committed=share))
+        mixture = Mixture([samples], [early], None, seed=1, draws=200, augmentation=AugmentConfig(prefix=share))
         given = sum(not mixture[draw].valid[0] for draw in range(200))
         assert low <= given <= high
 

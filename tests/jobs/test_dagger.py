@@ -140,7 +140,9 @@ def test_the_coin_can_be_flipped_at_every_step_or_once(tmp_path):
 def test_beta_1_gives_the_experts_own_trajectories(tmp_path):
     student = Wanderer()
     theirs = Demonstrations(roll_in(settings(beta=1.0), 1, student, tmp_path / "rolled"))
-    plain = CollectConfig((ENV_ID,), tmp_path / "plain", 5, ROUNDS_APART, keep="all", workers=1, adapter=adapter())
+    plain = CollectConfig(
+        env=(ENV_ID,), out=tmp_path / "plain", episodes=5, seed=ROUNDS_APART, keep="all", workers=1, adapter=adapter()
+    )
     ours = Demonstrations(collect(plain))
     assert student.batches == [], "a student that never drives is not asked"
     assert [e.seed for e in theirs.episodes] == [e.seed for e in ours.episodes]
@@ -237,7 +239,7 @@ def test_the_whole_job_stopped_resumed_and_extended(tmp_path, start_vla):
 
 def test_roll_ins_go_where_the_policy_fails_alone(tmp_path):
     """Where nothing moves, who starts near the goal succeeds: scene 10017, not 10016."""
-    seen = collect(CollectConfig((ENV_ID,), tmp_path / "seen", 3, adapter=adapter()))
+    seen = collect(CollectConfig(env=(ENV_ID,), out=tmp_path / "seen", episodes=3, adapter=adapter()))
     still = {"module": "tests.pointworld", "max_steps": 4, "kwargs": {"gain": 0.0}}
     values = {"data": [str(seen)], "rounds": 1, "trials": 2, "warm_start": False, "adapter": still}
     info = dagger(tiny(tmp_path / "out", seed=16, **values))

@@ -327,7 +327,7 @@ def test_closed_loop_evaluation_during_training(tmp_path):
     from vla.config import CollectConfig
     from vla.jobs.collect import collect
 
-    demos = collect(CollectConfig(("vla/Reach-v0",), tmp_path / "demos", episodes=2, workers=1))
+    demos = collect(CollectConfig(env=("vla/Reach-v0",), out=tmp_path / "demos", episodes=2, workers=1))
     cfg = small(data=[demos], out=tmp_path / "run", steps=3, rollout_every=2, rollout_episodes=1)
     run = pretrain(config.from_dict(TrainConfig, config.to_dict(cfg) | {"rollout_env": ["vla/Reach-v0"]}))
     info = json.loads((run / "rollout-2" / "eval_info.json").read_text())
@@ -341,7 +341,7 @@ def test_a_closed_loop_evaluation_that_fails_does_not_end_training(tmp_path, cap
 
     world = AdapterConfig(module="tests.rollout_env", expert="random", kwargs={"raise_on": 100_000})
     env = ("toy/Slide-v0",)
-    demos = collect(CollectConfig(env, tmp_path / "demos", episodes=2, keep="all", workers=1, adapter=world))
+    demos = collect(CollectConfig(env=env, out=tmp_path / "demos", episodes=2, keep="all", workers=1, adapter=world))
     cfg = small(data=[demos], out=tmp_path / "run", steps=3, save_every=2, rollout_every=2, rollout_episodes=1)
     run = pretrain(dataclasses.replace(cfg, rollout_env=env, adapter=world))
     assert "step 2: no closed-loop evaluation: every episode failed" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from vla.config.files import STRICT
 from vla.config.limits import Count, Natural, NonNegative, Seed, Share
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
     """Where to find images, state, instruction and success in a Gymnasium environment.
 
@@ -50,7 +50,7 @@ class AdapterConfig:
     max_steps: Count | None = None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CollectConfig:
     """`vla collect`: run an expert and write its successful episodes as a LeRobotDataset v3.
 
@@ -91,7 +91,7 @@ class CollectConfig:
         return None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class InspectConfig:
     """`vla inspect`: print and plot the contents of a dataset, and report its problems.
 
@@ -107,7 +107,7 @@ class InspectConfig:
     bins: Annotated[int, Ge(2)] | None = None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ReplayConfig:
     """`vla replay`: replay recorded actions in the environment that they were recorded in, and report success.
 

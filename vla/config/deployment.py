@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from vla.config.data import AdapterConfig
 from vla.config.evaluation import GREEDY, DecodingConfig
@@ -12,7 +12,7 @@ from vla.config.files import STRICT
 from vla.config.limits import Count, Finite, NonNegative, Port, Positive, Seed, Share
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SafetyConfig:
     """Limits on commands and on the observations that they are based on.
 
@@ -40,16 +40,16 @@ class SafetyConfig:
     max_entropy: Positive | None = None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ControlConfig:
     """The real-time control loop.
 
     Attributes:
         hz: commands per second; None: the robot's control rate.
-        seam: transition from one chunk to the next: "switch" (replace it), "ensemble" (average overlapping chunks), or
-            prefix conditioning with "committed" (the chunk continues the actions executed while it is decoded).
-        trust: acceptance threshold for "committed". An executed action stays in the prefix while its tokens have at
-            least this fraction of the probability of the policy's best token. 0: always, even when the images
+        transition: from one chunk to the next: "switch" (replace it), "ensemble" (average overlapping chunks), or
+            "prefix" (prefix conditioning: the chunk continues the actions that are executed while it is decoded).
+        prefix_threshold: acceptance threshold for "prefix". An executed action stays in the prefix while its tokens
+            have at least this fraction of the probability of the policy's best token. 0: always, even when the images
             contradict the plan.
         injected_latency_s: extra latency added to each decoding, in seconds, to simulate a remote policy.
         black_box_s: seconds of history (observations, tokens, commands, timings, reasons) to keep and to write to the
@@ -57,15 +57,16 @@ class ControlConfig:
     """
 
     __pydantic_config__ = STRICT
+    RENAMED: ClassVar = {"seam": "transition", "trust": "prefix_threshold"}
     hz: Positive | None = None
-    seam: Literal["switch", "ensemble", "committed"] = "switch"
-    trust: Share = 0.5
+    transition: Literal["switch", "ensemble", "prefix"] = "switch"
+    prefix_threshold: Share = 0.5
     injected_latency_s: NonNegative = 0.0
     black_box_s: NonNegative = 30.0
     safety: SafetyConfig = SafetyConfig()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DeployConfig:
     """`vla deploy`: run a policy in real time on a simulated robot, on recorded demonstrations, or on your own robot.
 
@@ -120,7 +121,7 @@ class DeployConfig:
         return None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class KeysConfig:
     """Keys in clients' requests that cannot be inferred. Join the parts of a nested key with "/".
 
@@ -136,7 +137,7 @@ class KeysConfig:
     prompt: str | None = None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ServeConfig:
     """`vla serve`: serve a policy over the protocols of OpenVLA (POST /act) and openpi (websocket).
 
@@ -191,7 +192,7 @@ class ServeConfig:
         return None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DoctorConfig:
     """`vla doctor`: find problems with this machine, and how to fix them.
 

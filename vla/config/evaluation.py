@@ -11,7 +11,7 @@ from vla.config.files import STRICT
 from vla.config.limits import Count, Finite, Natural, NonNegative, Positive, Quota, Seed
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodingConfig:
     """How action tokens are decoded. The default is greedy decoding.
 
@@ -62,7 +62,7 @@ class DecodingConfig:
 GREEDY = DecodingConfig()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
     """`vla rollout`: evaluate a policy in closed loop on several environments and seeds.
 
@@ -103,7 +103,7 @@ class RolloutConfig:
         return None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class BenchmarkConfig:
     """`vla benchmark metaworld`: evaluate a policy on Meta-World with the protocol of published results.
 
@@ -139,7 +139,7 @@ class BenchmarkConfig:
     adapter: AdapterConfig = AdapterConfig()
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ExposureConfig:
     """`vla analyze exposure`: measure exposure bias, the accuracy lost by decoding from the policy's own tokens instead
     of the demonstrated ones.

@@ -53,6 +53,8 @@ def _sentence(cls: Any, problem: Any) -> str:
     name, got = ".".join(path), problem["input"]
     parent = _type_at(cls, path[:-1])
     if problem["type"] == "unexpected_keyword_argument" and dataclasses.is_dataclass(parent):
+        if (new := getattr(parent, "RENAMED", {}).get(path[-1])) is not None:
+            return f"{name} is now called {'.'.join([*path[:-1], new])}."
         return unknown("key", name, [field.name for field in dataclasses.fields(parent)])
     if problem["type"] == "literal_error":
         return unknown(name, got, get_args(_unwrapped(_type_at(cls, path))))

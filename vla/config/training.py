@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Le, MinLen
 
@@ -15,7 +15,7 @@ from vla.config.limits import Count, Fraction, Natural, NonNegative, Positive, Q
 ROUNDS_APART = 10_000  # offset between the first seeds of two DAgger rounds, so that no two episodes share a seed
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig:
     """LoRA (Hu et al., 2021), and which other weights `vla train` trains.
 
@@ -47,7 +47,7 @@ class LoraConfig:
     train_vision: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
     """Augmentation of training samples. All cameras of a sample share the colour factors; the shift differs.
 
@@ -56,20 +56,21 @@ class AugmentConfig:
         brightness: half-width of the range of the random factor around 1.
         contrast: likewise.
         saturation: likewise.
-        committed: fraction of prefix-conditioned samples. In these, the first actions (one to half a chunk) are the
+        prefix: fraction of prefix-conditioned samples. In these, the first actions (one to half a chunk) are the
             executed (noisy) actions instead of the clean labels, and they are masked out of the loss. Needed for
-            prefix conditioning at deployment (`vla deploy --seam committed`).
+            prefix conditioning at deployment (`vla deploy --transition prefix`).
     """
 
     __pydantic_config__ = STRICT
+    RENAMED: ClassVar = {"committed": "prefix"}
     shift: Share = 0.04
     brightness: Share = 0.1
     contrast: Share = 0.1
     saturation: Share = 0.1
-    committed: Share = 0.0
+    prefix: Share = 0.0
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The policy to train. None: the value of the checkpoint that training starts from, otherwise the default.
 
@@ -106,7 +107,7 @@ class ModelConfig:
     freeze_vision: bool = False
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """`vla train` (LoRA or full fine-tuning) and `vla pretrain` (all weights).
 
@@ -183,7 +184,7 @@ class TrainConfig:
         return None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DaggerConfig:
     """`vla dagger`: DAgger (Ross et al., 2011). Each round rolls out the policy, lets the expert label the visited
     states, and trains on all data.
@@ -262,7 +263,7 @@ class DaggerConfig:
         return None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class QuickstartConfig:
     """`vla quickstart`: collect demonstrations of a task that is new to the embedded backbone, fine-tune it with LoRA,
     and evaluate it before and after.

@@ -12,7 +12,7 @@ import numpy as np
 
 from vla.transforms.chunks import ensemble
 
-Transition = Literal["switch", "ensemble", "committed"]
+Transition = Literal["switch", "ensemble", "prefix"]
 TRANSITIONS: tuple[Transition, ...] = get_args(Transition)
 _COEFFICIENT = 0.01  # of temporal ensembling, as in ACT
 
@@ -21,8 +21,8 @@ class ChunkBuffer:
     """Chunks on the axis of ticks.
 
     Args:
-        transition: "switch" and "committed" execute the newest chunk that covers a tick (for "committed" it was decoded
-            as a continuation of the one before); "ensemble" averages all chunks that cover it (temporal ensembling),
+        transition: "switch" and "prefix" execute the newest chunk that covers a tick (for "prefix" it was decoded as a
+            continuation of the one before); "ensemble" averages all chunks that cover it (temporal ensembling),
             except for the gripper's entry, where an average is not a valid command and the newest chunk counts.
     """
 

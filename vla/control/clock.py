@@ -1,7 +1,7 @@
 """The control rate.
 
-Owns: absolute deadlines on a monotonic clock, and the record of how well they were kept. A late tick does not move the
-ticks after it, and ticks that were slept through are skipped and counted, never made up for in a burst.
+Owns: absolute deadlines on a monotonic clock, and the record of how well they were kept. A late tick does not delay the
+ticks after it. Ticks that passed meanwhile are skipped and counted; there is no burst to catch up.
 """
 
 from __future__ import annotations
@@ -9,7 +9,15 @@ from __future__ import annotations
 import array
 import math
 import time
-from collections.abc import Callable
+from typing import Protocol
+
+
+class Clock(Protocol):
+    """A monotonic clock in seconds; the module `time` is one."""
+
+    def monotonic(self) -> float: ...
+
+    def sleep(self, seconds: float, /) -> None: ...
 
 
 class Rate:
@@ -17,20 +25,14 @@ class Rate:
 
     Attributes:
         tick: index of the tick that `wait` last returned; -1 before the first.
-        skipped: ticks that nobody was awake for.
+        skipped: number of ticks that passed during a step.
         lateness: seconds from each tick's deadline to its command: the jitter of the command stream.
     """
 
-    def __init__(
-        self,
-        hz: float,
-        start: float | None = None,
-        now: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
-        self.period = 1.0 / hz
-        self._start = now() if start is None else start
-        self._now, self._sleep = now, sleep
+    def __init__(self, hz: float, start: float | None = None, clock: Clock = time) -> None:
+        self.hz, self.period = hz, 1.0 / hz
+        self.clock = clock
+        self._start = clock.monotonic() if start is None else start
         self.tick, self.skipped = -1, 0
         self.lateness = array.array("d")
 
@@ -39,24 +41,24 @@ class Rate:
 
     def left(self) -> float:
         """Seconds until the next tick is due."""
-        return self.deadline(self.tick + 1) - self._now()
+        return self.deadline(self.tick + 1) - self.clock.monotonic()
 
     def wait(self) -> int:
         """Sleep until the next tick and return its index."""
         due = self.tick + 1
         # A tick is gone when the next one is due.
-        missed = math.floor((self._now() - self.deadline(due)) / self.period)
+        missed = math.floor((self.clock.monotonic() - self.deadline(due)) / self.period)
         if missed > 0:
             self.skipped += missed
             due += missed
-        while (left := self.deadline(due) - self._now()) > 0:
-            self._sleep(left)
+        while (left := self.deadline(due) - self.clock.monotonic()) > 0:
+            self.clock.sleep(left)
         self.tick = due
         return due
 
     def sent(self) -> None:
         """The command of this tick has left."""
-        self.lateness.append(self._now() - self.deadline(self.tick))
+        self.lateness.append(self.clock.monotonic() - self.deadline(self.tick))
 
     @property
     def missed(self) -> int:

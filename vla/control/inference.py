@@ -14,6 +14,7 @@ import traceback
 
 import numpy as np
 
+from vla.control.clock import Clock
 from vla.policy import ChunkPolicy, Prediction
 from vla.policy.session import Draft
 from vla.spec import Observation
@@ -49,12 +50,15 @@ class Inference:
     Args:
         whole: pass on complete chunks only; otherwise a policy that `streams` passes on action after action.
         injected_latency_s: added to every decoding, for a chunk as a whole, as a network would.
+        clock: time, in `busy_since`, latencies and the injected latency.
     Attributes:
         busy_since: time of the running request; None when there is none.
     """
 
-    def __init__(self, policy: ChunkPolicy, whole: bool = False, injected_latency_s: float = 0.0) -> None:
-        self._policy, self._injected = policy, injected_latency_s
+    def __init__(
+        self, policy: ChunkPolicy, whole: bool = False, injected_latency_s: float = 0.0, clock: Clock = time
+    ) -> None:
+        self._policy, self._injected, self._clock = policy, injected_latency_s, clock
         self._streams = policy.streams and not whole and not injected_latency_s
         self._wake = threading.Condition()
         self._request: tuple[int, Observation, str, Draft | None] | None = None
@@ -70,7 +74,7 @@ class Inference:
         """Start a decoding; only when none is running."""
         with self._wake:
             assert self.busy_since is None, "one request at a time"
-            self._request, self.busy_since = (tick, observation, instruction, draft), time.monotonic()
+            self._request, self.busy_since = (tick, observation, instruction, draft), self._clock.monotonic()
             self._wake.notify()
 
     def take(self) -> Answer | None:
@@ -99,14 +103,14 @@ class Inference:
             self._decode(tick, observation, instruction, draft)
 
     def _decode(self, tick: int, observation: Observation, instruction: str, draft: Draft | None) -> None:
-        request, start = ([observation], [instruction], [draft]), time.monotonic()
+        request, start = ([observation], [instruction], [draft]), self._clock.monotonic()
         known: list[np.ndarray] = []
         first_s = 0.0
 
         def hand_over(index: int, action: np.ndarray) -> None:
             nonlocal first_s
             known.append(action)
-            seconds = time.monotonic() - start
+            seconds = self._clock.monotonic() - start
             first_s = first_s or seconds
             self._put(Answer(tick, first_s, seconds, np.stack(known)))
 
@@ -117,8 +121,8 @@ class Inference:
         except Exception as problem:  # any error: the control loop must go on
             error = "".join(traceback.format_exception_only(problem)).strip()
         if self._injected:
-            time.sleep(self._injected)
-        seconds = time.monotonic() - start
+            self._clock.sleep(self._injected)
+        seconds = self._clock.monotonic() - start
         if known or error is None:  # a failure is not a latency
             self._first_s.append(first_s or seconds)
             self.latency = float(np.quantile(self._first_s, 0.99))

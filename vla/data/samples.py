@@ -196,6 +196,6 @@ class Mixture:
         frame = int(indices[rng.integers(len(indices))])
         if self._augmentation is None:
             return self._sources[source][frame]
-        samples, share = self._sources[source], self._augmentation.committed
+        samples, share = self._sources[source], self._augmentation.prefix
         sample = samples.continued(frame, rng) if share and rng.random() < share else samples[frame]
         return dataclasses.replace(sample, images=augment(sample.images, self._augmentation, rng))

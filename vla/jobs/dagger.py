@@ -140,10 +140,10 @@ def _demonstrate(config: DaggerConfig, out: Path, episodes: int, seed: int) -> P
     if not (out / INFO).is_file():
         collect(
             CollectConfig(
-                config.env,
-                out,
-                episodes,
-                seed,
+                env=config.env,
+                out=out,
+                episodes=episodes,
+                seed=seed,
                 noise=config.noise,
                 noise_share=config.noise_share,
                 resume=out.exists(),
@@ -172,11 +172,11 @@ def _evaluate(
     """Results of a policy alone, with `episodes` per environment."""
     return results.finished(report) or rollout(
         RolloutConfig(
-            policy,
-            config.env,
-            episodes,
-            seed,
-            config.n_envs,
+            policy=policy,
+            env=config.env,
+            episodes=episodes,
+            seed=seed,
+            n_envs=config.n_envs,
             videos=videos,
             out=report,
             device=config.device,

@@ -46,7 +46,7 @@ def quickstart(cfg: QuickstartConfig) -> Path:
 
     console.print(Rule(f"1/4  {cfg.demonstrations} demonstrations of {cfg.env}", align="left"))
     if not (demos / INFO).is_file():
-        collect(CollectConfig((cfg.env,), demos, cfg.demonstrations, noise=0.5, resume=demos.exists()))
+        collect(CollectConfig(env=(cfg.env,), out=demos, episodes=cfg.demonstrations, noise=0.5, resume=demos.exists()))
 
     console.print(Rule("2/4  the embedded backbone, which has never seen this task", align="left"))
     before = _rollout(cfg, "nano", cfg.out / "before")
@@ -101,7 +101,7 @@ def _training(cfg: QuickstartConfig, demos: Path, run: Path) -> TrainConfig:
 
 def _rollout(cfg: QuickstartConfig, policy: str, out: Path, compare: Path | None = None) -> dict[str, Any]:
     return results.finished(out) or rollout(
-        RolloutConfig(policy, (cfg.env,), cfg.episodes, seed=UNSEEN, out=out, compare=compare)
+        RolloutConfig(policy=policy, env=(cfg.env,), episodes=cfg.episodes, seed=UNSEEN, out=out, compare=compare)
     )
 
 

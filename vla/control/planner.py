@@ -1,0 +1,224 @@
+"""When the control loop requests a chunk, and which control step each of its actions is for.
+
+Owns: the request that is open or was answered last, the draft for the next one, and the chunks that were received. It
+does not know limits or how the loop spends its time.
+
+Actions carry the step that they are for: action i of a chunk that was requested with the observation of step k is for
+step k + i. A policy decodes actions in order and the first is usually ready in time for step k, so each is executed as
+soon as it is known while the rest is decoded. With the transition "prefix", the actions that execute while a chunk is
+decoded are given to the decoder as the chunk's first tokens (prefix conditioning, `vla.decoding.prefix`).
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import enum
+import math
+from typing import Any
+
+import numpy as np
+
+from vla.config import ControlConfig
+from vla.control.buffer import ChunkBuffer
+from vla.control.clock import Rate
+from vla.control.inference import Answer, Inference
+from vla.control.record import RunRecord
+from vla.control.robot import Reading
+from vla.policy import ChunkPolicy
+from vla.policy.session import Session
+
+_HISTORY = 1000  # commands that are kept
+
+
+class RequestState(enum.Enum):
+    """pending -> partial -> done; failed from the first two."""
+
+    PENDING = "pending"
+    PARTIAL = "partial"
+    DONE = "done"
+    FAILED = "failed"
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A request for a chunk.
+
+    Attributes:
+        step: control step of its observation.
+        taken: time of its observation, in seconds of `time.monotonic`.
+        heard: time at which actions last arrived; before the first, `taken`.
+        delay: the chunk's first action is for step `step + delay`.
+        stalled: whether actions were ever more than `max_age_s` apart; `delay` then no longer changes.
+    """
+
+    step: int
+    taken: float
+    heard: float
+    state: RequestState = RequestState.PENDING
+    delay: int = 0
+    stalled: bool = False
+
+
+def place_chunk(request: Request, heard: float, waited: int, max_age_s: float) -> Request:
+    """The request after more of its actions arrived at time `heard`, with the place of its chunk in time.
+
+    | while the chunk was decoded, the robot   | the chunk's first action is for                          |
+    |------------------------------------------|----------------------------------------------------------|
+    | executed earlier actions                 | the observation's step; actions that are late are dropped |
+    | held for `waited` steps without an action | `waited` steps later: the robot is where it was observed  |
+    | waited longer than `max_age_s`           | as before the stall: the world may have changed meanwhile |
+    """
+    stalled = request.stalled or heard - request.heard > max_age_s
+    delay = request.delay if stalled else waited
+    return dataclasses.replace(request, heard=heard, state=RequestState.PARTIAL, delay=delay, stalled=stalled)
+
+
+class Planner:
+    """The chunks of one run.
+
+    Attributes:
+        begun: whether a chunk has arrived since the start or the last `reset`.
+        entropy: mean entropy of the tokens of the last complete chunk, in nats.
+    """
+
+    def __init__(
+        self,
+        policy: ChunkPolicy,
+        inference: Inference,
+        rate: Rate,
+        config: ControlConfig,
+        buffer: ChunkBuffer,
+        record: RunRecord,
+    ) -> None:
+        self._policy, self._inference, self._rate = policy, inference, rate
+        self._config, self._buffer, self._record = config, buffer, record
+        self._session = Session()  # its instruction is that of the last request, and its draft begins at its step
+        self._request: Request | None = None
+        self._executed: int | None = None  # actions of the last chunk to execute; None: none has arrived
+        self._commands: collections.deque[tuple[int, np.ndarray]] = collections.deque(maxlen=_HISTORY)
+        self._idle: collections.deque[int] = collections.deque(maxlen=_HISTORY)  # steps that had no action
+        self.begun, self.entropy = False, 0.0
+
+    def due(self, step: int, instruction: str) -> bool:
+        """Whether to request a chunk that is executed from `step` on: `n_action_steps` after the last request, when the
+        buffer would run out before the answer, or if the last request failed.
+
+        If an answer takes longer than half a chunk, the request waits until the last action is about to be executed.
+        Requested earlier, the chunk is for a state that the robot has left: with a delay of 6 steps, 39 of 40 episodes
+        succeed if no action is left at the request, and 34 if two or four are (docs/log.md).
+        """
+        request = self._request
+        if request is None or request.state is RequestState.FAILED or self._session.instruction != instruction:
+            return True
+        near = self._near
+        pace = near and step - request.step >= self._policy.n_action_steps
+        return pace or self._buffer.ahead(step) <= (self._steps_to_answer if near else 1)
+
+    def is_new(self, reading: Reading, instruction: str) -> bool:
+        """Whether the answer for this observation can differ from the last one."""
+        request = self._request
+        if request is None or request.state is RequestState.FAILED:
+            return True
+        return reading.time > request.taken or self._session.instruction != instruction
+
+    @property
+    def idle(self) -> bool:
+        """Whether a request can be made: no chunk is being decoded."""
+        return self._inference.busy_since is None
+
+    def request(self, reading: Reading, instruction: str, step: int) -> None:
+        """Request a chunk for `reading`; `step` is the next control step."""
+        if self._session.instruction != instruction:
+            self._session = Session(instruction)  # the old draft is for another task
+            self._buffer.new_task()
+        now, last = self._rate.clock.monotonic(), self._request
+        due = max(now, self._rate.deadline(step))
+        observed = max(step - math.floor((due - reading.time) * self._rate.hz), last.step if last else 0)
+        if last is not None:
+            waited = last.delay if last.stalled else self._waited(last.step, observed)
+            self._session.advance(observed - last.step - waited)
+        self._request = Request(observed, reading.time, reading.time)
+        self._executed = None
+        draft = self._session.draft
+        if self._config.transition == "prefix" and draft is not None:
+            passing = max(0.0, now + self._inference.latency - self._rate.deadline(step))
+            end = step + math.ceil(passing * self._rate.hz)
+            prefix = self._expected(observed, min(end - observed, len(draft) - 1), step)
+            draft = draft.given(prefix, self._config.prefix_threshold) if len(prefix) else draft
+        self._inference.request(observed, reading.observation, instruction, draft)
+
+    def receive(self, step: int) -> dict[str, Any] | None:
+        """Take the actions that have been decoded; `step` is the next control step.
+
+        Returns:
+            `StepEvent.decoding` when a decoding has ended, else None.
+        """
+        answer = self._inference.take()
+        if answer is None:
+            return None
+        event = {"asked": answer.tick, "ms": round(1e3 * answer.seconds, 3)}
+        if answer.error is not None:
+            self._buffer.complete()
+            if self._request is not None:
+                self._request = dataclasses.replace(self._request, state=RequestState.FAILED)
+            self._record.failed(answer.error)
+            return event | {"error": answer.error}
+        if answer.prediction is not None:
+            self._record.decoded(answer.seconds, answer.first_s)
+            self.entropy = float(answer.prediction.entropy.mean())
+        if self._request is not None and self._request.step == answer.tick:  # else: a `reset` has dropped it
+            self._accept(answer, self._request, step)
+        if answer.prediction is None:
+            return None
+        return event | {"entropy": self.entropy, "ids": answer.prediction.ids[0].tolist()}
+
+    def _accept(self, answer: Answer, request: Request, step: int) -> None:
+        assert answer.actions is not None
+        waited = self._waited(request.step, step)
+        request = place_chunk(request, self._rate.clock.monotonic(), waited, self._config.safety.max_age_s)
+        first, self.begun = request.step + request.delay, True
+        if self._executed is None:
+            self._executed = step - first + (self._policy.horizon if self._near else self._policy.n_action_steps)
+        if answer.prediction is not None:
+            self._session.draft = answer.prediction.next_draft[0]
+            request = dataclasses.replace(request, state=RequestState.DONE)
+        self._request = request
+        self._buffer.put(answer.actions[: self._executed], first, step, answer.more)
+
+    def action(self, step: int) -> np.ndarray | None:
+        """The action for `step`, float32 [D]; None if there is none."""
+        return self._buffer.at(step)
+
+    def sent(self, step: int, command: np.ndarray, idle: bool) -> None:
+        """`command` was sent in `step`; `idle` if there was no action for it."""
+        self._commands.append((step, command))
+        if idle:
+            self._idle.append(step)
+
+    def reset(self) -> None:
+        """Drop all chunks and the open request: what follows a hold starts anew."""
+        self._buffer.clear()
+        self._session = Session(self._session.instruction)
+        self._request, self.begun = None, False
+
+    @property
+    def _steps_to_answer(self) -> int:
+        """Largest number of control steps until the answer to a request can be executed."""
+        return math.floor(self._inference.latency * self._rate.hz) + 1
+
+    @property
+    def _near(self) -> bool:
+        """Whether answers arrive within half a chunk, so that the robot need not wait for them."""
+        return self._steps_to_answer <= self._policy.horizon // 2
+
+    def _waited(self, first: int, end: int) -> int:
+        """Number of steps from `first` to before `end` that had no action."""
+        return sum(first <= step < end for step in self._idle)
+
+    def _expected(self, first: int, count: int, now: int) -> np.ndarray:
+        """Actions of `count` steps from `first` on if no other chunk arrives, [at most count, D]: past commands, then
+        the buffer's actions; `now` is the next step."""
+        past = [command for step, command in self._commands if step >= first and step not in self._idle]
+        ahead = [self._buffer.at(step) for step in range(now, first + count)]
+        return np.array(past + [action for action in ahead if action is not None], np.float32)[:count]
