@@ -44,7 +44,7 @@ def _check_datasets(folders: Iterable[Path], cameras: Iterable[str]) -> None:
 def _check_environment(env_id: str, adapter: configuration.AdapterConfig) -> None:
     """Check this package's environments only: importing another package may take long."""
     if env_id.removeprefix("envs:").startswith("vla") and adapter.module is None:
-        from vla.simulation.adapter import resolve
+        from vla.simulation.environments import resolve
 
         resolve(env_id, adapter)
 

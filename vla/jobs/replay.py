@@ -25,6 +25,7 @@ from vla.data.format import PLAN
 from vla.data.reader import Demonstrations, Episode
 from vla.errors import DataError, SimulatorError
 from vla.simulation import adapter as simulator
+from vla.simulation.environments import OWN
 from vla.support.run_folder import RunFolder
 
 FILE = "replay.json"
@@ -194,7 +195,7 @@ def _recorded_env(demos: Demonstrations, episode: Episode, adapter: AdapterConfi
         )
     module, _, name = episode.env_id.rpartition(":")
     module = module or collected_module or ""
-    if module.partition(".")[0] == simulator.OWN:
+    if module.partition(".")[0] == OWN:
         return f"{module}:{name}"
     if module and adapter.module is None and name not in gym.registry:
         raise SimulatorError(

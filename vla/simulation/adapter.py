@@ -9,12 +9,10 @@ registry) or policies.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
-import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import gymnasium as gym
@@ -23,12 +21,13 @@ from gymnasium import spaces
 
 from vla.config import AdapterConfig
 from vla.errors import SimulatorError, SpecError, VLAError, unknown
+from vla.simulation.environments import resolve
+from vla.simulation.trees import is_nested, leaves, look_up, shapes
 from vla.spec import RobotSpec
 from vla.support import plugins
 from vla.transforms.images import ImageFormat
 from vla.transforms.prompt import text
 
-OWN = "envs"  # the package with this project's environments
 LONGEST = 20_000  # maximum steps per episode in an environment without a limit of its own
 
 
@@ -203,7 +202,7 @@ class SimulatedRobot(gym.Wrapper):
             except SpecError as error:
                 raise SpecError(
                     f"environment {self.env_id!r}, adapter.images, {path!r}: {error} The observation contains: "
-                    f"{_shapes(observation)}."
+                    f"{shapes(observation)}."
                 ) from None
         image = self._formats[camera].convert(image, camera)
         return np.ascontiguousarray(image[::-1, ::-1]) if camera in self.adapter.flip else image
@@ -228,12 +227,12 @@ class SimulatedRobot(gym.Wrapper):
 
     def _read(self, observation: Any, path: str, field: str) -> Any:
         try:
-            found = _look_up(observation, path)
+            found = look_up(observation, path)
         except KeyError:
             found = {}
-        if _is_nested(found):
+        if is_nested(found):
             fix = "Use `state: []` for a policy without proprioception." if field == "state" else ""
-            message = unknown("path into the observation", path, dict(_leaves(observation)), fix)
+            message = unknown("path into the observation", path, dict(leaves(observation)), fix)
             raise SimulatorError(f"environment {self.env_id!r}, adapter.{field}: {message}")
         return found
 
@@ -271,10 +270,10 @@ class SimulatedRobot(gym.Wrapper):
         """
         path = self.adapter.success
         try:
-            value = _look_up(info, path)
+            value = look_up(info, path)
         except KeyError:
             value = None
-        if value is not None and not _is_nested(value):
+        if value is not None and not is_nested(value):
             flags = self._array(value, "success", path)
             if flags.dtype.kind not in "biuf" or not flags.size or np.isnan(flags).any():
                 raise SimulatorError(
@@ -283,7 +282,7 @@ class SimulatedRobot(gym.Wrapper):
                 )
             self._solved = bool(np.all(flags >= 0.5))
         if over and self._solved is None:
-            message = unknown("path into the info of a step", path, dict(_leaves(info)))
+            message = unknown("path into the info of a step", path, dict(leaves(info)))
             raise SimulatorError(
                 f"environment {self.env_id!r}, adapter.success: {message} An episode ended, and none of its steps had "
                 "this entry."
@@ -351,32 +350,6 @@ def within(action: np.ndarray, space: spaces.Box) -> np.ndarray:
     return action if space.dtype.kind == "f" else np.rint(action)
 
 
-def resolve(env_id: str, adapter: AdapterConfig) -> str:
-    """Import the module that registers `env_id` and return the registered id; SimulatorError if it is unknown."""
-    module, _, name = env_id.rpartition(":")
-    module = module or adapter.module or (OWN if name.startswith("vla") else "")
-    if module:
-        try:
-            plugins.import_module(module)
-        except Exception as error:
-            raise SimulatorError(
-                f"environment {env_id!r}: cannot import {module!r} ({error}). Install the package that provides it, or "
-                "run this command in the folder that contains the module."
-            ) from error
-    if name in gym.registry:
-        return name
-    fix = "For an environment of another package, set `adapter.module` or write the id as module:Id."
-    family = name.rpartition("/")[0]
-    kin = [known for known in gym.registry if family and known.rpartition("/")[0] == family]
-    if kin:
-        raise SimulatorError(unknown("environment", name, kin, fix))
-    with contextlib.suppress(Exception):  # to suggest the right id if "vla/" was forgotten
-        importlib.import_module(OWN)
-    near = difflib.get_close_matches(name, gym.registry, n=3, cutoff=0.6)
-    hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-    raise SimulatorError(f"unknown environment {name!r}.{hint} {fix}")
-
-
 def _failure(env_id: str, error: Exception) -> SimulatorError:
     return SimulatorError(
         f"environment {env_id!r} failed to start: {type(error).__name__}: {error}. "
@@ -390,13 +363,9 @@ def _cameras(observation: Any, env_id: str) -> list[str]:
         raise SimulatorError(
             f'environment {env_id!r} has no observation["pixels"][camera]. Set `images` in the adapter, '
             f'e.g. `images: {{top: pixels}}` or `images: {{top: "render()"}}`. The observation contains: '
-            f"{_shapes(observation)}."
+            f"{shapes(observation)}."
         )
     return list(map(str, pixels))
-
-
-def _shapes(observation: Any) -> str:
-    return ", ".join(f"{path!r} {list(np.shape(value))}" for path, value in _leaves(observation))
 
 
 def _remedy(space: gym.Space) -> str:
@@ -413,50 +382,12 @@ def _remedy(space: gym.Space) -> str:
 def _bounds(env: gym.Env, path: str) -> tuple[float, float] | None:
     """Lowest and highest value of the observation space at `path`; None if it is not a Box of floats."""
     try:
-        space = _look_up(env.observation_space, path)
+        space = look_up(env.observation_space, path)
     except (AttributeError, KeyError):  # no space, no such entry, or an image from `render()`
         return None
     if not isinstance(space, spaces.Box) or space.dtype.kind != "f":
         return None
     return float(space.low.min()), float(space.high.max())
-
-
-def _children(tree: Any) -> Iterator[tuple[str, Any]]:
-    """Pairs (name, child) of a mapping, a tuple or a list, or of a Dict or Tuple space."""
-    if isinstance(tree, Mapping):
-        yield from ((str(key), child) for key, child in tree.items())
-    elif isinstance(tree, tuple | list | spaces.Tuple):
-        names = getattr(tree, "_fields", None) or map(str, range(len(tree)))
-        yield from zip(names, tree, strict=True)
-
-
-def _look_up(tree: Any, path: str) -> Any:
-    """The entry of `tree` at a dotted path ("": all of it); KeyError if it does not exist. Keys may contain dots."""
-    if not path:
-        return tree
-    for name, child in _children(tree):
-        if path == name:
-            return child
-        if path.startswith(f"{name}."):
-            with contextlib.suppress(KeyError):
-                return _look_up(child, path[len(name) + 1 :])
-    raise KeyError(path)
-
-
-def _is_nested(tree: Any) -> bool:
-    """Whether `tree` is a mapping, or a tuple or list that contains arrays or nested values (not just numbers)."""
-    if isinstance(tree, tuple | list):
-        return any(getattr(child, "ndim", 0) or _is_nested(child) for child in tree)
-    return isinstance(tree, Mapping)
-
-
-def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Pairs (dotted path, value) of all leaves of nested mappings, tuples and lists; '' if `tree` is a leaf."""
-    if not _is_nested(tree):
-        yield path, tree
-        return
-    for name, child in _children(tree):
-        yield from _leaves(child, f"{path}.{name}" if path else name)
 
 
 def _space_of(value: Any) -> spaces.Space:
