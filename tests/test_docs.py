@@ -1,6 +1,7 @@
 """The how-to pages are executed: their files, commands and Python."""
 
 import re
+import runpy
 import shlex
 import sys
 from pathlib import Path
@@ -36,6 +37,13 @@ def test_an_environment_of_ones_own_from_nothing_to_a_deployment(tmp_path, monke
 def test_recording_of_ones_own(tmp_path, capsys):
     exec(block((DOCS / "datasets.md").read_text(), "test", "python"), {"folder": tmp_path / "mine"})
     assert capsys.readouterr().out == "20\n"
+
+
+def test_the_api_reference_is_made_from_the_docstrings(tmp_path):
+    main = runpy.run_path(str(DOCS.parent / "scripts" / "api"))["main"]
+    main(["vla", "vla.policy", "vla.spec", "--out", str(tmp_path)])
+    page = (tmp_path / "vla" / "policy.html").read_text()
+    assert "Chunks for a batch of observations" in page and (tmp_path / "vla" / "spec.html").is_file()
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.stem)

@@ -5,11 +5,13 @@ import time
 from types import SimpleNamespace
 
 import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vla.config import AugmentConfig
 from vla.data import samples as samples_module
 from vla.data.reader import Demonstrations
-from vla.data.samples import ChunkSamples, Mixture, cached_frames
+from vla.data.samples import ChunkSamples, Mixture, cached_frames, split_episodes
 
 
 def test_a_continued_sample_begins_with_what_was_executed(dataset, robot, monkeypatch):
@@ -40,6 +42,18 @@ def test_a_mixture_continues_the_share_that_it_is_asked_for(dataset, robot):
         mixture = Mixture([samples], [early], None, seed=1, draws=200, augmentation=AugmentConfig(prefix=share))
         given = sum(not mixture[draw].valid[0] for draw in range(200))
         assert low <= given <= high
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.floats(0, 0.99), st.integers(0, 5))
+def test_episodes_are_on_one_side_and_both_sides_have_some(lengths, val_fraction, seed):
+    starts = np.cumsum([0, *lengths[:-1]])
+    episodes = [SimpleNamespace(start=start, length=n) for start, n in zip(starts.tolist(), lengths, strict=True)]
+    training, validation = split_episodes(SimpleNamespace(episodes=episodes), val_fraction, seed)
+    assert sorted([*training, *validation]) == list(range(sum(lengths)))
+    for episode in episodes:
+        frames = np.arange(episode.start, episode.start + episode.length)
+        assert np.isin(frames, validation).mean() in (0, 1)
+    assert (len(validation) > 0) == (val_fraction > 0 and len(lengths) > 1) and len(training) > 0
 
 
 def test_frames_are_in_memory_where_the_copies_of_all_processes_fit(dataset, robot, monkeypatch):
