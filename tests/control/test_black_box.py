@@ -23,7 +23,7 @@ def step(tick: int, reasons: tuple[str, ...] = (), decoding: dict | None = None)
 def read(path) -> tuple[list[dict], dict[str, np.ndarray]]:
     with zipfile.ZipFile(path) as box:
         ticks = [json.loads(line) for line in io.TextIOWrapper(box.open("ticks.jsonl"))]
-        names = {name for tick in ticks for name in tick["pictures"].values()}
+        names = {name for tick in ticks for name in tick["images"].values()}
         return ticks, {name: cv2.imdecode(np.frombuffer(box.read(name), np.uint8), 1) for name in names}
 
 
@@ -41,7 +41,7 @@ def test_a_fault_leaves_the_last_seconds_on_disk(tmp_path):
     assert ticks[-1]["reasons"] == ["stale observation"] and ticks[-2]["decoding"]["ids"] == [4, 5]
     assert ticks[-1]["state"] == [51.0, 0.5] and ticks[-1]["command"] == pytest.approx([0.1, 51])
     for tick in ticks:
-        for name in tick["pictures"].values():
+        for name in tick["images"].values():
             assert abs(int(pictures[name][8, 8, 2]) - tick["tick"]) < 8  # red, as it was seen
 
 

@@ -94,7 +94,7 @@ def step(tick: int, observation, reasons=(), decoding=None, late: float = 0.001)
 
 def test_what_is_told_is_what_happened(console, observations):
     (observation,) = observations(1)
-    assert console.status()["state"] == "starting" and console.picture("front") is None
+    assert console.status()["state"] == "starting" and console.jpeg("front") is None
     console.begin(7, "reach")
     console.listen(step(0, observation, ("no chunk yet",)))
     console.listen(step(1, observation, decoding={"asked": 0, "ms": 21.5, "ids": [1], "entropy": 0.1}))
@@ -126,30 +126,30 @@ def test_pictures_are_those_of_the_latest_reading(console, observations):
 
     first, second = observations(2)
     console.listen(step(0, first))
-    picture = console.picture("front")
-    assert console.picture("front") is picture
+    picture = console.jpeg("front")
+    assert console.jpeg("front") is picture
     image = cv2.imdecode(np.frombuffer(picture, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
     assert image.shape == (96, 96, 3) and np.abs(image - first["pixels"]["front"].astype(int)).mean() < 20
     console.listen(step(1, second))
-    assert console.picture("front") is not picture
+    assert console.jpeg("front") is not picture
     console.listen(step(2, {"pixels": {"front": np.zeros((4, 0, 3))}, "agent_pos": np.array(["x"])}))
-    assert console.picture("front") is None and console.picture("wrist") is None
+    assert console.jpeg("front") is None and console.jpeg("wrist") is None
     assert console.status()["robot"]["state"] == []
     console.listen(step(3, {"pixels": {"front": np.zeros((720, 1280, 3), np.uint8)}}))
-    assert cv2.imdecode(np.frombuffer(console.picture("front"), np.uint8), cv2.IMREAD_COLOR).shape == (360, 640, 3)
+    assert cv2.imdecode(np.frombuffer(console.jpeg("front"), np.uint8), cv2.IMREAD_COLOR).shape == (360, 640, 3)
 
 
 def test_a_new_scene_shows_nothing_of_the_one_before(console, observations):
     before, after = observations(2)
     console.begin(7, "reach")
     console.listen(step(0, before))
-    assert console.status()["robot"]["info"] == {"reached": 1, "torque": None} and console.picture("front")
+    assert console.status()["robot"]["info"] == {"reached": 1, "torque": None} and console.jpeg("front")
     console.end(False)
     assert console.status()["robot"] is not None  # a scene that is over is still to be seen
     console.begin(8, "push")
-    assert console.status()["robot"] is None and console.picture("front") is None
+    assert console.status()["robot"] is None and console.jpeg("front") is None
     console.listen(step(0, after))
-    assert console.status()["robot"]["state"] and console.picture("front")
+    assert console.status()["robot"]["state"] and console.jpeg("front")
 
 
 def test_nothing_grows_for_ever(console, observations):
@@ -189,7 +189,7 @@ def test_scenes_that_a_person_had_a_hand_in_are_not_counted(console, observation
     status = console.status()
     assert status["tally"] == {"success": 1, "failure": 1, "guided": 4}
     assert status["outcomes"] == ["success", "failure", "guided", "guided", "guided", "guided"]
-    assert status["last"]["person"] == ["hold"] and status["suggestions"] == ["reach", "push it"]
+    assert status["last"]["orders"] == ["hold"] and status["suggestions"] == ["reach", "push it"]
 
 
 def test_a_robot_that_is_held_waits_for_a_person(console, controller):
@@ -404,8 +404,8 @@ def test_a_person_tells_the_robot_something_else_and_stops_it(deployed, tmp_path
     os.kill(job.pid, signal.SIGTERM)
     assert job.wait(timeout=60) == 143
     info = json.loads((tmp_path / "deploy.json").read_text())
-    guided = [episode for episode in info["episodes"] if episode["person"]]
-    assert f"instruction: pick up {name}" in guided[-1]["person"] and "emergency stop" in guided[-1]["person"]
+    guided = [episode for episode in info["episodes"] if episode["orders"]]
+    assert f"instruction: pick up {name}" in guided[-1]["orders"] and "emergency stop" in guided[-1]["orders"]
     assert info["n_guided"] == len(guided) and info["n_episodes"] == len(info["episodes"]) - len(guided)
 
 

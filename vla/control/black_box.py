@@ -25,8 +25,8 @@ import numpy as np
 from vla.control.events import StepEvent
 from vla.control.robot import Reading
 
-_AFTERMATH_S = 1.0  # what follows a fault belongs to it
-_WAITING = 100  # events; more of them would hold too many images
+_AFTERMATH_S = 1.0  # recorded after a fault
+_WAITING = 100  # events in the queue; they hold images
 
 
 class BlackBox:
@@ -91,30 +91,30 @@ class BlackBox:
         reading = event.reading
         if self._last_reading is None or self._last_reading[0] is not reading:
             self._last_reading = reading, *self._encode(reading)
-        _, names, pictures = self._last_reading
+        _, names, images = self._last_reading
         tick = {
             "tick": event.tick,
             "lateness_ms": round(1e3 * event.lateness_s, 3),
             "observed": round(reading.time, 4),
             "state": _plain(reading.observation.get("agent_pos")),
-            "pictures": names,
+            "images": names,
             "command": [float(value) for value in event.command],
             "reasons": event.reasons,
             "decoding": event.decoding,
         }
-        self._ticks.append((tick, pictures))
+        self._ticks.append((tick, images))
 
     def _encode(self, reading: Reading) -> tuple[dict[str, str], dict[str, bytes]]:
         """File names of a reading's images by camera, and JPEGs by file name."""
-        names, pictures = {}, {}
+        names, images = {}, {}
         pixels = reading.observation.get("pixels")
         for camera, image in pixels.items() if isinstance(pixels, dict) else ():
             if getattr(image, "ndim", 0) != 3 or image.dtype != np.uint8 or image.shape[-1] != 3 or not image.size:
                 continue  # malformed; the step's reasons say so
             names[camera] = f"{camera}/{self._number:06d}.jpg"
-            pictures[names[camera]] = cv2.imencode(".jpg", image[..., ::-1])[1].tobytes()
+            images[names[camera]] = cv2.imencode(".jpg", image[..., ::-1])[1].tobytes()
         self._number += 1
-        return names, pictures
+        return names, images
 
     def _write(self, fault: str) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -123,7 +123,7 @@ class BlackBox:
         scratch = path.with_suffix(".partial")
         with zipfile.ZipFile(scratch, "w") as box:
             box.writestr("ticks.jsonl", "".join(json.dumps(tick) + "\n" for tick, _ in self._ticks))
-            for name, data in {name: data for _, pictures in self._ticks for name, data in pictures.items()}.items():
+            for name, data in {name: data for _, images in self._ticks for name, data in images.items()}.items():
                 box.writestr(name, data)
         scratch.replace(path)
         self.files.append(path)

@@ -1,8 +1,8 @@
 """The operator console: what the operator of a deployment sees and can do.
 
 Owns: the last seconds of a deployment as plain values (state, scene, commands, timings, safety events) and as images,
-the tally of scenes, and the operator's orders. It does not know how this reaches the operator (`vla.control.page`
-does), and it does not run scenes: the job says when one begins and ends.
+the tally of scenes, and the operator's commands. It does not know how the operator is connected (`vla.control.page`
+does) and does not run scenes: the job calls `begin` and `end`.
 
 The control loop only hands events over (`listen`); slow work is done in the caller's thread. Both sides share
 deques of a fixed length: appending to one and copying one are single steps for Python, so no lock can delay the loop.
@@ -27,30 +27,30 @@ from vla.policy import ChunkPolicy
 from vla.spec import RobotSpec, check_image
 
 _PLOTTED_S = 10.0
-_TIMED_S = 60.0  # commands whose lateness is told
+_TIMED_S = 60.0  # commands whose lateness is reported
 _DECODINGS = 300
 _EVENTS = 40
-_SAME_EVENT_S = 1.0  # a reason that comes back within this time is the same event
-_SHOWN_S = 1.5  # a success is to be seen before the next scene begins
-_USUAL = "no chunk yet"  # every scene begins like that: no event
+_SAME_EVENT_S = 1.0  # the same reason within this time is the same event
+_SHOWN_S = 1.5  # a success is shown for this long before the next scene begins
+_USUAL = "no chunk yet"  # every scene begins like that; it is not an event
 _LONGEST = 200  # characters of an instruction
-_WIDEST = 640  # pixels of a picture that is shown
-#: Robots' pictures are small: colours at half the resolution would show.
+_WIDEST = 640  # pixels, of the images that are sent
+#: Robots' images are small: chroma subsampling would be visible.
 _JPEG = (cv2.IMWRITE_JPEG_QUALITY, 90, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444)
 
 
 class Refused(VLAError):
-    """An order that cannot be carried out; the message says why."""
+    """An order of the operator that cannot be carried out; the message gives the reason."""
 
 
 @dataclasses.dataclass
 class _Scene:
     number: int
     seed: int
-    instruction: str  # its own: what its success is judged by
+    instruction: str  # the scene's own, which its success depends on
     begun: float
     ticks: int = 0
-    person: list[str] = dataclasses.field(default_factory=list)  # what a person did
+    orders: list[str] = dataclasses.field(default_factory=list)  # of the operator
     ended: float | None = None
     success: bool = False
 
@@ -60,7 +60,7 @@ class _Tick(NamedTuple):
     time: float
     command: np.ndarray
     reasons: tuple[str, ...]
-    decoded: bool  # a chunk came in
+    decoded: bool  # a chunk was completed
 
 
 @dataclasses.dataclass
@@ -73,11 +73,11 @@ class _Event:
 
 
 class OperatorConsole:
-    """Sees every `StepEvent` of `controller` once `listen` is among its listeners. All methods are for any thread.
+    """Shows the events of `controller`, whose listeners must include `listen`. Methods can be called from any thread.
 
     Args:
-        spec: of the robot that is shown.
-        policy: whose chunks are timed.
+        spec: the robot's RobotSpec.
+        policy: the policy that the controller runs.
         title: policy and robot, for display.
     Attributes:
         cameras: names of the cameras.
@@ -89,12 +89,12 @@ class OperatorConsole:
         self._start, self._wall = time.monotonic(), time.time()
         self._held = self._next = False
         self._scene: _Scene | None = None
-        self._last: _Scene | None = None  # that has ended
+        self._last: _Scene | None = None  # the last scene that ended
         self._outcomes: collections.deque[str] = collections.deque(maxlen=30)
         self._tally: collections.Counter[str] = collections.Counter()
-        self._told: collections.deque[str] = collections.deque(maxlen=3)
+        self._instructed: collections.deque[str] = collections.deque(maxlen=3)
         self._reading: Reading | None = None
-        self._pictures: dict[str, tuple[Reading, bytes | None]] = {}
+        self._jpegs: dict[str, tuple[Reading, bytes | None]] = {}
         self._number, self._tick, self._due, self._missed = 0, -1, 0, 0
         self._ticks: collections.deque[_Tick] = collections.deque(maxlen=math.ceil(_PLOTTED_S * controller.hz))
         self._lateness: collections.deque[float] = collections.deque(maxlen=math.ceil(_TIMED_S * controller.hz))
@@ -109,7 +109,7 @@ class OperatorConsole:
         now, decoding = time.monotonic(), step.decoding or {}
         self._number += 1
         self._reading = step.reading
-        # Not the event itself: its reading holds images.
+        # Not the event itself, which holds images.
         self._ticks.append(_Tick(self._number, now, step.command, step.reasons, "ids" in decoding))
         self._lateness.append(step.lateness_s)
         self._due += step.tick - self._tick
@@ -134,26 +134,26 @@ class OperatorConsole:
         event.count += 1
 
     def begin(self, seed: int, instruction: str) -> None:
-        """A scene begins, with an instruction of its own."""
+        """Begin a scene with its own instruction."""
         number = self._scene.number + 1 if self._scene else 1
         self._tick, self._next = -1, False
-        self._reading = None  # of the scene before
-        self._scene = _Scene(number, seed, instruction, time.monotonic(), person=["hold"] if self._held else [])
+        self._reading = None  # it is of the previous scene
+        self._scene = _Scene(number, seed, instruction, time.monotonic(), orders=["hold"] if self._held else [])
 
     def end(self, success: bool) -> list[str]:
-        """The scene is over. Returns the operator's orders in it: a scene with orders is not counted."""
+        """End the scene. Returns the operator's orders during it; a scene with orders is not counted."""
         scene = self._scene
         assert scene is not None, "begin comes first"
-        if not scene.ticks:  # only an order that came a moment after the scene before had ended does that
-            scene.person.append("new scene")
+        if not scene.ticks:  # an order arrived just after the previous scene had ended
+            scene.orders.append("new scene")
         scene.success, scene.ended, self._last = success, time.monotonic(), scene
-        outcome = "guided" if scene.person else "success" if success else "failure"
+        outcome = "guided" if scene.orders else "success" if success else "failure"
         self._tally[outcome] += 1
         self._outcomes.append(outcome)
-        return scene.person
+        return scene.orders
 
     def waiting(self) -> bool:
-        """Whether the next scene is to wait: a success is being shown, or the robot is held until a person lets go."""
+        """Whether the next scene must wait: a success is being shown, or the operator holds the robot."""
         scene = self._scene
         if self._next or scene is None or scene.ended is None:
             return False
@@ -167,13 +167,13 @@ class OperatorConsole:
         if not text or len(text) > _LONGEST or not text.isprintable():
             raise Refused(f"an instruction is a text of 1 to {_LONGEST} characters.")
         if scene is None or scene.ended is not None or not scene.ticks:
-            raise Refused("no scene is running that this could be told to. Wait for the next one, or press New scene.")
+            raise Refused("no scene is running. Wait for the next one, or press New scene.")
         if text == self._controller.instruction:
             return
         self._controller.instruction = text
-        scene.person.append(f"instruction: {text}")
-        if text != scene.instruction and text not in self._told:
-            self._told.append(text)
+        scene.orders.append(f"instruction: {text}")
+        if text != scene.instruction and text not in self._instructed:
+            self._instructed.append(text)
 
     def start(self) -> None:
         """End the hold."""
@@ -183,36 +183,36 @@ class OperatorConsole:
         self._controller.resume()
 
     def hold(self) -> None:
-        """The robot holds until `start`."""
+        """Hold until `start`."""
         self._hold("hold")
 
     def emergency_stop(self) -> None:
-        """The robot holds from its next command on, until `release` and `start`."""
+        """Hold from the next command on, until `release` and `start`."""
         self._controller.safety.emergency_stop()
         self._hold("emergency stop")
 
     def release(self) -> None:
-        """Unlatch the emergency stop. The robot goes on holding: that it moves again is another decision (`start`)."""
+        """Unlatch the emergency stop. The robot still holds until `start`."""
         self._controller.safety.release()
 
     def new_scene(self) -> None:
-        """End the scene that is running, or stop waiting for the next one."""
+        """End the current scene, or begin the next one without waiting."""
         self._next, scene = True, self._scene
         if scene is not None and scene.ended is None:
-            scene.person.append("new scene")
+            scene.orders.append("new scene")
             self._controller.stop()
 
     def _hold(self, order: str) -> None:
         self._held = True
         self._controller.hold()
         scene = self._scene
-        if scene is not None and scene.ended is None and order not in scene.person:
-            scene.person.append(order)
+        if scene is not None and scene.ended is None and order not in scene.orders:
+            scene.orders.append(order)
 
     # What the operator sees ---------------------------------------------------------------------------------------
 
     def describe(self) -> dict[str, Any]:
-        """What does not change: names, rate and limits."""
+        """Constant properties: names, rate and limits."""
         low, high = self._policy.action_limits
         return {
             "title": self._title,
@@ -240,50 +240,50 @@ class OperatorConsole:
         return "running" if self._scene.ended is None else "scene over"
 
     def status(self, since: int = 0) -> dict[str, Any]:
-        """All that is known, as JSON's types; of the ticks those whose number is higher than `since`."""
-        # The scene first: whoever sees a new one must not see the reading of the one before.
+        """The current status as JSON values, with the control steps after number `since`."""
+        # The scene first: with a new one, the reading must not be of the previous one.
         now, scene, reading = time.monotonic(), self._scene, self._reading
         return {
             "now": round(now - self._start, 3),
             "state": self.state,
             "emergency_stop": self._controller.safety.stopped,
             "held": self._held,
-            "scene": None if scene is None else self._about_scene(scene, now),
+            "scene": None if scene is None else self._scene_row(scene, now),
             "suggestions": self._suggestions(),
             "last": None if self._last is None else _outcome(self._last),
             "tally": {name: self._tally[name] for name in ("success", "failure", "guided")},
             "outcomes": list(self._outcomes),
             "timing": self._timing(),
-            "events": self._told_events(),
-            "robot": None if reading is None else self._about(reading, now),
-            "ticks": [self._told_tick(tick) for tick in self._ticks.copy() if tick.number > since],
+            "events": self._event_rows(),
+            "robot": None if reading is None else self._robot_row(reading, now),
+            "ticks": [self._step_row(tick) for tick in self._ticks.copy() if tick.number > since],
         }
 
-    def picture(self, camera: str) -> bytes | None:
-        """The latest picture as JPEG; None when there is none. The same object while there is no newer one."""
+    def jpeg(self, camera: str) -> bytes | None:
+        """The latest image as JPEG; None without one. The same object until there is a newer image."""
         reading = self._reading
         if reading is None:
             return None
-        known = self._pictures.get(camera)
+        known = self._jpegs.get(camera)
         if known is None or known[0] is not reading:
-            known = self._pictures[camera] = reading, _jpeg(reading, camera)
+            known = self._jpegs[camera] = reading, _jpeg(reading, camera)
         return known[1]
 
-    def _about_scene(self, scene: _Scene, now: float) -> dict[str, Any]:
+    def _scene_row(self, scene: _Scene, now: float) -> dict[str, Any]:
         return {
             "number": scene.number,
             "seed": scene.seed,
             "own_instruction": scene.instruction,
-            # Before its first tick the controller's is still that of the scene before.
+            # Before its first step, the controller still has the previous instruction.
             "instruction": self._controller.instruction if scene.ticks else scene.instruction,
             "seconds": round((scene.ended or now) - scene.begun, 1),
-            "person": list(scene.person),
+            "orders": list(scene.orders),
             "over": scene.ended is not None,
         }
 
     def _suggestions(self) -> list[str]:
         own = [self._scene.instruction] if self._scene else []
-        return own + [text for text in reversed(self._told.copy()) if text not in own]
+        return own + [text for text in reversed(self._instructed.copy()) if text not in own]
 
     def _timing(self) -> dict[str, Any]:
         late = 1e3 * np.array(self._lateness.copy())
@@ -297,7 +297,7 @@ class OperatorConsole:
             "decode_ms": [round(ms, 1) for ms in self._decodings.copy()],
         }
 
-    def _told_events(self) -> list[dict[str, Any]]:
+    def _event_rows(self) -> list[dict[str, Any]]:
         wall = self._wall - self._start
         return [
             {
@@ -310,18 +310,18 @@ class OperatorConsole:
             for event in reversed(self._events.copy())
         ]
 
-    def _about(self, reading: Reading, now: float) -> dict[str, Any]:
+    def _robot_row(self, reading: Reading, now: float) -> dict[str, Any]:
         try:
             state = np.asarray(reading.observation.get("agent_pos", ()), np.float64).ravel().tolist()
         except (TypeError, ValueError):
-            state = []  # a faulty driver's; the safety event tells
+            state = []  # from a faulty driver; there is a safety event for it
         return {
             "state": [_plain(value) for value in state],
             "info": {name: _plain(value) for name, value in reading.info.items()},
             "age_s": round(now - reading.time, 3),
         }
 
-    def _told_tick(self, tick: _Tick) -> dict[str, Any]:
+    def _step_row(self, tick: _Tick) -> dict[str, Any]:
         return {
             "n": tick.number,
             "t": round(tick.time - self._start, 3),
@@ -338,7 +338,7 @@ def _outcome(scene: _Scene) -> dict[str, Any]:
         "success": scene.success,
         "seconds": round(scene.ended - scene.begun, 1),
         "instruction": scene.instruction,
-        "person": list(scene.person),
+        "orders": list(scene.orders),
     }
 
 
@@ -352,7 +352,7 @@ def _jpeg(reading: Reading, camera: str) -> bytes | None:
         image = reading.observation["pixels"][camera]
         check_image(image, camera)
     except (VLAError, KeyError, TypeError):
-        return None  # a faulty driver's picture; the safety event tells
+        return None  # from a faulty driver; there is a safety event for it
     if image.shape[1] > _WIDEST:
         height = max(1, round(image.shape[0] * _WIDEST / image.shape[1]))
         image = cv2.resize(image, (_WIDEST, height), interpolation=cv2.INTER_AREA)

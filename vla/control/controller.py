@@ -221,7 +221,7 @@ class Controller:
 
     @property
     def _held(self) -> bool:
-        """Whether the robot holds until a person releases it."""
+        """Whether the robot holds until the operator ends the hold."""
         return self._on_hold or self.safety.stopped
 
     def _first_reading(self) -> Reading:

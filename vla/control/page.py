@@ -1,11 +1,11 @@
 """The live page: an `OperatorConsole` in a browser.
 
 Owns: the addresses of the page (`GET /`), of its live connection (websocket `/live`) and of the emergency stop
-(`POST /stop`, so that `curl -X POST` stops the robot too), the messages that go over them, and who may: whoever
-reaches the port with a page of ours or without any, but no other web site. It does not know robots or policies.
+(`POST /stop`, so that `curl -X POST` stops the robot too), their messages, and access: any client that reaches the
+port, except the pages of other web sites. It does not know robots or policies.
 
 To the browser: `{"robot": ...}` once, `{"status": ...}` ten times per second, `{"error": ...}` for an order that was
-not carried out, and every new picture as its camera's number (one byte) and a JPEG. From it: `{"do": "start"}`, "hold",
+not carried out, and every new image as its camera's number (one byte) and a JPEG. From it: `{"do": "start"}`, "hold",
 "stop" (the emergency stop), "release", "new_scene", or `{"do": "instruct", "text": ...}`.
 """
 
@@ -35,10 +35,10 @@ from vla.errors import ConfigError, VLAError, unknown
 from vla.support.pages import templates
 from vla.support.sockets import listen
 
-_PERIOD_S = 0.05  # between looks for new pictures
-_STATUS_EVERY = 2  # looks
+_PERIOD_S = 0.05  # between checks for new images
+_STATUS_EVERY = 2  # checks
 _LARGEST_ORDER = 2**16  # bytes
-#: The page needs nothing from elsewhere, and no other page may put it into a frame and lure clicks to its buttons.
+#: The page loads nothing from elsewhere, and no other page may embed it (clickjacking).
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "img-src data:; connect-src 'self' ws: wss:; frame-ancestors 'none'",
@@ -47,8 +47,8 @@ _HEADERS = {
 
 
 def page(console: OperatorConsole, host: str = "127.0.0.1") -> Starlette:
-    """The app. `host` is what it will be bound to: beside addresses and this machine's name, what browsers may call
-    it."""
+    """The application. `host` is the name that it will be bound to; browsers may also use addresses and this machine's
+    name."""
     html = templates().get_template("live.html").render()
 
     async def home(_: Request) -> Response:
@@ -74,12 +74,12 @@ def page(console: OperatorConsole, host: str = "127.0.0.1") -> Starlette:
 
 @contextlib.contextmanager
 def serve_in_thread(app: ASGIApp, host: str, port: int) -> Iterator[str]:
-    """Serve `app` beside whatever the main thread does, which keeps its signal handlers; yields the address for people.
+    """Serve `app` in a thread, without touching signal handlers; yields the URL to open.
 
     Args:
-        port: 0 takes a free one.
+        port: 0: any free port.
     Raises:
-        ConfigError: nothing can listen there.
+        ConfigError: the address or port cannot be used.
     """
     listener = listen(host, port, "Take another --port (0: any free one), or deploy with --no-ui.")
     config = uvicorn.Config(
@@ -87,7 +87,7 @@ def serve_in_thread(app: ASGIApp, host: str, port: int) -> Iterator[str]:
         log_level="warning",
         lifespan="off",
         ws_max_size=_LARGEST_ORDER,
-        ws_per_message_deflate=False,  # what is sent most is JPEG
+        ws_per_message_deflate=False,  # most messages are JPEGs
         timeout_graceful_shutdown=1,
     )
     server = uvicorn.Server(config)
@@ -102,21 +102,21 @@ def serve_in_thread(app: ASGIApp, host: str, port: int) -> Iterator[str]:
 
 
 async def _show(console: OperatorConsole, connection: WebSocket) -> None:
-    """Send status and pictures until cancelled. A slow connection gets fewer: each is the latest when it is sent."""
+    """Send status and images until cancelled. A slow connection skips some: each is the latest when it is sent."""
     await connection.send_text(_message("robot", console.describe()))
     shown: dict[str, bytes] = {}
-    number = look = 0
+    number = check = 0
     while True:
         for index, camera in enumerate(console.cameras):
-            picture = console.picture(camera)
-            if picture is not None and shown.get(camera) is not picture:
-                shown[camera] = picture
-                await connection.send_bytes(bytes([index]) + picture)
-        if look % _STATUS_EVERY == 0:
+            jpeg = console.jpeg(camera)
+            if jpeg is not None and shown.get(camera) is not jpeg:
+                shown[camera] = jpeg
+                await connection.send_bytes(bytes([index]) + jpeg)
+        if check % _STATUS_EVERY == 0:
             status = console.status(since=number)
             number = max((tick["n"] for tick in status["ticks"]), default=number)
             await connection.send_text(_message("status", status))
-        look += 1
+        check += 1
         await asyncio.sleep(_PERIOD_S)
 
 
@@ -154,10 +154,10 @@ def _message(kind: str, content: object) -> str:
 
 
 class _OurPagesOnly:
-    """Refuses what other web sites make a browser send.
+    """Rejects requests that other web sites make a browser send.
 
-    A browser says which page a request comes from (Origin): it must be the one that is asked. And it says which name it
-    asked for (Host): a site can make its own name point to this machine, but not an address or a name of ours.
+    A request's Origin must equal its Host (no cross-site requests), and its Host must be an address or a name of this
+    machine: another site can make its own name resolve to this machine (DNS rebinding).
     """
 
     def __init__(self, app: ASGIApp, host: str) -> None:
@@ -194,10 +194,10 @@ def _is_address(name: str) -> bool:
 
 
 def _reachable(host: str) -> str:
-    """`host` as a browser needs it; for "all interfaces" the one that leads out of this machine, else this machine."""
+    """`host` for a URL; for "all interfaces", the address of the interface that leads out of this machine."""
     if host in ("0.0.0.0", "::"):
         host = "127.0.0.1"
         with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect(("192.0.2.1", 9))  # nothing is sent: it only chooses the interface
+            probe.connect(("192.0.2.1", 9))  # sends nothing; only selects the interface
             host = probe.getsockname()[0]
     return f"[{host}]" if ":" in host else host

@@ -1,6 +1,6 @@
 """`vla deploy`: a policy in real time, on a simulated robot, on recorded demonstrations or on your own robot.
 
-Owns: the episodes of a deployment and their record. The loop is `vla.control`'s, the live page `vla.control.page`'s.
+Owns: the episodes of a deployment and their record. The control loop is in `vla.control`.
 """
 
 from __future__ import annotations
@@ -43,22 +43,22 @@ from vla.support.statistics import percentiles, wilson
 
 FILE = "deploy.json"
 _NO_LIMIT = 2**31  # steps
-_REMEMBERED = 10_000  # episodes, where nobody says how many: a deployment may last for weeks
+_REMEMBERED = 10_000  # episodes whose records are kept: a deployment may last for weeks
 
 
 def deploy(config: DeployConfig) -> dict[str, Any]:
-    """Run the episodes in real time, print and write their record.
+    """Run the episodes in real time; print and write their record.
 
     Raises:
-        VLAError: before the first episode, when policy, robot and configuration do not fit.
-        KeyboardInterrupt: stopped; the robot holds, and the finished episodes are written.
+        VLAError: policy, robot and configuration do not fit; raised before the first episode.
+        KeyboardInterrupt: stopped. The robot holds, and the finished episodes are written.
     """
     configuration.check(config)
     policy = client.load(
         config.policy, config.device, config.unnorm_key, config.n_action_steps, connect_s=config.connect_s
     )
     records: deque[dict[str, Any]] = deque(maxlen=_REMEMBERED)
-    # A thread that wants to run may have to wait this long for Python's lock: less than the jitter that matters.
+    # The longest that a thread waits for Python's lock: less than the jitter that matters.
     sys.setswitchinterval(0.0005)
     robot = _robot(config)
     with (
@@ -85,7 +85,7 @@ def deploy(config: DeployConfig) -> dict[str, Any]:
                 if isinstance(robot, ReplayRobot):
                     record["agreement"] = robot.agreement()
                 if console is not None:
-                    record["person"] = console.end(record["success"])
+                    record["orders"] = console.end(record["success"])
                 records.append({"seed": seed, "instruction": instruction} | record)
                 print(_line(records[-1]), flush=True)
                 while console is not None and console.waiting():
@@ -112,7 +112,7 @@ def _robot(config: DeployConfig) -> Robot | EpisodicRobot:
 
 
 def _controller(config: DeployConfig, robot: Robot, policy: ChunkPolicy) -> Controller:
-    """The controller, which closes the robot; if there is none, the robot is closed here."""
+    """The controller, which then owns the robot. If it cannot be made, the robot is closed."""
     try:
         if not is_episodic(robot) and not config.adapter.instruction:
             raise ConfigError(f"robot {config.robot!r} has no instruction of its own: state its task in --instruction.")
@@ -128,8 +128,8 @@ def _instruction(config: DeployConfig, robot: Robot) -> str:
 
 
 def _adapter(config: DeployConfig) -> AdapterConfig:
-    """An operator needs more time than an environment gives a policy: with the live page and no number of episodes,
-    only `config.seconds` limits an episode."""
+    """The adapter without the environment's time limit if an operator is expected (the live page, and no number of
+    episodes): then only `config.seconds` limits an episode."""
     if config.ui and config.episodes is None and config.adapter.max_steps is None:
         return dataclasses.replace(config.adapter, max_steps=_NO_LIMIT)
     return config.adapter
@@ -149,9 +149,7 @@ def _black_box(config: DeployConfig, controller: Controller) -> Iterator[None]:
         if box.problem is not None:
             print(f"the black box is not complete: {box.problem}", flush=True)
         if box.files:
-            print(
-                f"the seconds before a fault (its name says which) are in {', '.join(map(str, box.files))}", flush=True
-            )
+            print(f"recordings of the seconds before faults: {', '.join(map(str, box.files))}", flush=True)
 
 
 @contextlib.contextmanager
@@ -174,11 +172,10 @@ def _live_page(
 
 @contextlib.contextmanager
 def _held_by_signals(controller: Controller) -> Iterator[Callable[[], None]]:
-    """Ctrl-C and SIGTERM end the run at its next tick, with the hold command; only then, when what is yielded is
-    called, they do what they did before. A second one does so at once.
+    """Ctrl-C and SIGTERM end the run at its next control step, with the hold command. Their usual handlers run when the
+    yielded function is called, or at once for a second signal.
 
-    A signal that is ignored stays ignored: shells have the jobs that a script starts in the background (`vla deploy &`)
-    ignore SIGINT, because Ctrl-C is meant for the foreground."""
+    Ignored signals stay ignored: shells make background jobs of scripts (`vla deploy &`) ignore SIGINT."""
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
         return
@@ -203,7 +200,7 @@ def _held_by_signals(controller: Controller) -> Iterator[Callable[[], None]]:
 
     heard = [signum for signum in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(signum) is not signal.SIG_IGN]
     if signal.SIGINT not in heard:
-        print(f"SIGINT is ignored, as in every background job of a script; `kill {os.getpid()}` stops this", flush=True)
+        print(f"SIGINT is ignored, as in background jobs of scripts; stop with `kill {os.getpid()}`", flush=True)
     before = {signum: signal.signal(signum, stop) for signum in heard}
     try:
         yield check
@@ -213,8 +210,8 @@ def _held_by_signals(controller: Controller) -> Iterator[Callable[[], None]]:
 
 def _line(record: dict[str, Any]) -> str:
     what = "success" if record["success"] else "no success"
-    if record.get("person"):
-        what += f" (a person: {', '.join(record['person'])})"
+    if record.get("orders"):
+        what += f" (operator: {', '.join(record['orders'])})"
     if "agreement" in record:
         what = "differs from the demonstration by " + ", ".join(f"{k} {v:.2g}" for k, v in record["agreement"].items())
     decode = record["decode_ms"]
@@ -224,8 +221,8 @@ def _line(record: dict[str, Any]) -> str:
 
 
 def _summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    # A success or failure that a person had a hand in says nothing about the policy.
-    alone = [record for record in records if not record.get("person")]
+    # Episodes with orders of the operator say nothing about the policy.
+    alone = [record for record in records if not record.get("orders")]
     successes, total = sum(record["success"] for record in alone), len(alone)
     ticks = sum(record["commands"] + record["skipped"] for record in records)
     interventions: Counter[str] = Counter()
@@ -252,10 +249,10 @@ def _summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _print(info: dict[str, Any]) -> None:
     table = Table(show_header=False)
     low, high = (100 * limit for limit in info["interval"])
-    guided = f"; {info['n_guided']} in which a person had a hand are not counted" if info["n_guided"] else ""
+    guided = f"; {info['n_guided']} with orders of the operator are not counted" if info["n_guided"] else ""
     rows = {
         "success": f"{info['successes']}/{info['n_episodes']} (95 % interval {low:.0f} to {high:.0f}){guided}",
-        "ticks": f"{info['ticks']}, {100 * info['missed']:.2f} % of the deadlines missed",
+        "control steps": f"{info['ticks']}, {100 * info['missed']:.2f} % of the deadlines missed",
         "lateness of a command": _spread(info["lateness_ms"]),
         "until the first action": _spread(info["first_action_ms"]),
         "until the whole chunk": _spread(info["decode_ms"]),
