@@ -30,6 +30,7 @@ from vla.model.sources.hub import (
     misfit,
     read_json,
 )
+from vla.model.vision import adapter
 from vla.spec import RobotSpec
 from vla.support.locations import missing_folder
 from vla.transforms.tokenizers.base import ActionTokenizer
@@ -210,7 +211,7 @@ def _compose(
     whole = [hasattr(vision, "vision_config") for vision in visions]
     visions = [getattr(vision, "vision_config", vision) for vision in visions]
     for name, vision in zip(model.vision, visions, strict=True):
-        _check_grid(name, vision)
+        adapter(vision).check(name, vision)
     means, stds = zip(*(image_statistics(n, v) for n, v in zip(model.vision, visions, strict=True)), strict=True)
     begin = _action_rows(text_config.vocab_size, tokenizer.all_special_ids)
     config = VLAConfig(
@@ -230,8 +231,7 @@ def _compose(
     _set_policy(config, model, facts, robot)
     _make_room(config)
     for name, vision in zip(model.vision, config.vision_configs, strict=True):
-        # DINOv2 interpolates its position embeddings itself (it was trained on images of 518 pixels).
-        if vision.image_size != config.image_size and not vision.model_type.startswith("dinov2"):
+        if vision.image_size != config.image_size and not adapter(vision).any_size:
             raise ConfigError(f"the vision tower was built for images of {vision.image_size}, not {config.image_size}.")
         check_tower(name, vision, config.image_size, config.vision_feature_layer)
     decoder = _load_decoder(backbone, text_config)
@@ -252,17 +252,6 @@ def _check_language_model(name: str, config: PreTrainedConfig) -> None:
         )
     if not isinstance(getattr(config, "vocab_size", None), int):
         raise ConfigError(f"{name!r} ({config.model_type}) is not a language model: its config.json has no vocab_size.")
-
-
-def _check_grid(name: str, vision: PreTrainedConfig) -> None:
-    """Raise ConfigError unless a vision tower splits images of a fixed size into patches."""
-    if not isinstance(getattr(vision, "patch_size", None), int):
-        raise ConfigError(f"vision tower {name!r} ({vision.model_type}) has no patch grid.")
-    if not isinstance(getattr(vision, "image_size", None), int):
-        raise ConfigError(
-            f"vision tower {name!r} ({vision.model_type}) has no fixed image size. Use a variant that has one, such as "
-            "the -224 or -256 variant of SigLIP 2 instead of -naflex."
-        )
 
 
 def _load_decoder(backbone: str, config: PreTrainedConfig) -> Any:

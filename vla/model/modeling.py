@@ -30,7 +30,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 import vla.model.nano_vision  # noqa: F401  (registers the embedded backbone's vision tower)
-from vla.errors import ConfigError
+from vla.model import vision
 from vla.model.configuration import VLAConfig
 
 
@@ -63,15 +63,15 @@ class VLAForActionPrediction(PreTrainedModel, GenerationMixin):
     ) -> None:
         """Build the network from `config`. Pretrained parts, if passed, replace randomly initialised ones."""
         super().__init__(config)
-        towers = vision_towers or [AutoModel.from_config(vision) for vision in config.vision_configs]
+        towers = vision_towers or [AutoModel.from_config(tower) for tower in config.vision_configs]
         self.vision_towers = nn.ModuleList(towers)
         hidden = config.projector_hidden or config.hidden_size
-        vision_width = sum(vision.hidden_size for vision in config.vision_configs)
+        vision_width = sum(tower.hidden_size for tower in config.vision_configs)
         self.projector = Projector(vision_width, hidden, config.hidden_size, config.projector_layers)
         self.camera_embedding = nn.Embedding(config.max_cameras, config.hidden_size)
         self.state_projector = Projector(config.max_state_dim, config.hidden_size, config.hidden_size, 2)
         self.language_model: Any = language_model or AutoModelForCausalLM.from_config(config.text_config)
-        self.tokens_per_image = count_image_tokens(config)
+        self.tokens_per_image = vision.tokens_per_image(config.vision_configs, config.image_size)
         self.action_tokenizer: Any = config.make_action_tokenizer() if config.action_tokenizer else None
         self.post_init()
 
@@ -127,10 +127,9 @@ class VLAForActionPrediction(PreTrainedModel, GenerationMixin):
         if _is_conditioned(tower.config):
             assert condition is not None
             condition = condition.repeat_interleave(len(images) // len(condition), dim=0).to(images.dtype)
-        else:
-            condition = None
-        hidden = tower_features(tower, images, self.config.vision_feature_layer, condition)
-        return hidden[:, -self.tokens_per_image :]  # class and register tokens come first
+            return tower(pixel_values=images, condition=condition, return_dict=True).last_hidden_state
+        features = vision.adapter(tower.config).features(tower, images, self.config.vision_feature_layer)
+        return features[:, -self.tokens_per_image :]  # class and register tokens come first
 
     def _mean_word(self, input_ids: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
         """Mean embedding [B, width] of each prompt's text tokens, without padding, placeholders and action tokens."""
@@ -147,7 +146,7 @@ class VLAForActionPrediction(PreTrainedModel, GenerationMixin):
         embeds = self.get_input_embeddings()(input_ids)
         if pixel_values is not None:
             mask = (input_ids == self.config.image_token_id).unsqueeze(-1)
-            conditioned = any(_is_conditioned(vision) for vision in self.config.vision_configs)
+            conditioned = any(map(_is_conditioned, self.config.vision_configs))
             condition = self._mean_word(input_ids, embeds) if conditioned else None
             embeds = embeds.masked_scatter(mask, self.encode_images(pixel_values, condition).to(embeds.dtype))
         if state is not None:
@@ -242,28 +241,8 @@ class VLAForActionPrediction(PreTrainedModel, GenerationMixin):
         return inputs
 
 
-def tower_features(
-    tower: nn.Module, images: torch.Tensor, layer: int, condition: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Hidden states [B, tokens, vision width] of a tower. `layer` -1 is its output, -2 the previous block, etc."""
-    inputs = {"pixel_values": images} if condition is None else {"pixel_values": images, "condition": condition}
-    if layer == -1:
-        return tower(**inputs, return_dict=True).last_hidden_state
-    return tower(**inputs, output_hidden_states=True, return_dict=True).hidden_states[layer]
-
-
-def _is_conditioned(vision: Any) -> bool:
-    return getattr(vision, "condition_size", None) is not None
-
-
-def count_image_tokens(config: VLAConfig) -> int:
-    """Tokens per camera image. ConfigError if the towers have different patch grids."""
-    counts = {(config.image_size // vision.patch_size) ** 2 for vision in config.vision_configs}
-    if len(counts) != 1:
-        raise ConfigError(
-            f"vision towers must have the same number of patches for images of {config.image_size}, got {counts}."
-        )
-    return counts.pop()
+def _is_conditioned(tower_config: Any) -> bool:
+    return getattr(tower_config, "condition_size", None) is not None
 
 
 AutoConfig.register("vla", VLAConfig)

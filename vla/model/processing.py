@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from vla.model.configuration import VLAConfig
-from vla.model.modeling import count_image_tokens
+from vla.model.vision import tokens_per_image
 from vla.spec import Observation
 from vla.transforms.images import resize
 from vla.transforms.prompt import build_prompt
@@ -34,7 +34,7 @@ class VLAProcessor:
         self.config, self.tokenizer = config, tokenizer
         self.robot = config.robot_spec
         self.action_tokenizer = config.make_action_tokenizer()
-        self.tokens_per_image = count_image_tokens(config)
+        self.tokens_per_image = tokens_per_image(config.vision_configs, config.image_size)
         self._prompts: dict[str, list[int]] = {}
         self._actions = {key: config.action_normalizer(key) for key in config.statistics}
         self._states = {key: config.state_normalizer(key) for key in config.statistics}

@@ -28,6 +28,9 @@ class Registry(Generic[Member]):
     def __iter__(self) -> Iterator[str]:
         return iter(self._members)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._members
+
     def register(self, name: str) -> Callable[[Member], Member]:
         """Decorator that adds a member. ConfigError if the name is taken."""
 

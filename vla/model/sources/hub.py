@@ -18,15 +18,8 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig,
 from transformers.utils import cached_file
 
 from vla.errors import CheckpointError, ConfigError
-from vla.model.modeling import tower_features
+from vla.model.vision import adapter
 from vla.support.locations import missing_folder
-
-# Image mean and standard deviation in the training of each family of vision towers.
-_MEAN_STD = {
-    "siglip": ([0.5] * 3, [0.5] * 3),
-    "clip": ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
-    "dinov2": ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -100,7 +93,7 @@ def misfit(info: dict[str, Any]) -> str | None:
 
 
 def check_tower(name: str, vision: PreTrainedConfig, image_size: int, layer: int) -> None:
-    """Raise ConfigError unless a tower maps images [B, 3, image_size, image_size] to at least one token per patch.
+    """Raise ConfigError unless a tower maps images [B, 3, image_size, image_size] to as many tokens as it states.
 
     The check runs on the meta device, without weights, so it costs no time.
     """
@@ -109,16 +102,16 @@ def check_tower(name: str, vision: PreTrainedConfig, image_size: int, layer: int
     try:
         with torch.device("meta"), torch.no_grad():
             images = torch.zeros(2, 3, image_size, image_size)
-            shape = tuple(tower_features(AutoModel.from_config(vision).eval(), images, layer).shape)
+            shape = tuple(adapter(vision).features(AutoModel.from_config(vision).eval(), images, layer).shape)
     except Exception as error:  # the forward of an arbitrary model can raise any error
         raise ConfigError(
             f"vision tower {name!r} ({vision.model_type}) rejects images of {image_size} pixels: {_first_line(error)}"
         ) from error
-    patches = (image_size // vision.patch_size) ** 2
-    if len(shape) != 3 or shape[0] != 2 or shape[1] < patches or shape[2] != vision.hidden_size:
+    tokens = adapter(vision).tokens_per_image(vision, image_size)
+    if len(shape) != 3 or shape[0] != 2 or shape[1] < tokens or shape[2] != vision.hidden_size:
         raise ConfigError(
             f"vision tower {name!r} ({vision.model_type}) gives features {list(shape)} for two images, not [2, "
-            f"{patches}, {vision.hidden_size}]. Use a SigLIP, DINOv2 or CLIP tower."
+            f"{tokens}, {vision.hidden_size}]. Use a SigLIP, DINOv2 or CLIP tower."
         )
 
 
@@ -135,11 +128,13 @@ def image_statistics(name: str, vision: PreTrainedConfig) -> tuple[list[float], 
     elif "image_mean" in stored and "image_std" in stored:
         mean, std = _three(stored["image_mean"], name, "image_mean"), _three(stored["image_std"], name, "image_std")
     else:
-        family = next((family for family in _MEAN_STD if family in vision.model_type), "siglip")
+        family = adapter(vision)
         warnings.warn(
-            f"vision tower {name!r} comes without image_mean and image_std; those of {family} are used.", stacklevel=2
+            f"vision tower {name!r} comes without image_mean and image_std; {list(family.mean)} and {list(family.std)} "
+            "are used.",
+            stacklevel=2,
         )
-        mean, std = _MEAN_STD[family]
+        mean, std = list(family.mean), list(family.std)
     # (p f - mean) / std = (p / 255 - mean / 255 f) / (std / 255 f) for pixels p and a rescale factor f.
     factor = 255 * stored.get("rescale_factor", 1 / 255) if stored.get("do_rescale", True) else 255.0
     if not factor > 0 or min(std) <= 0:

@@ -1,0 +1,102 @@
+"""Vision towers: what the network needs to know about each kind.
+
+Owns: the number of tokens per image, the features of a tower, and the image statistics of its family. A kind of tower
+is an adapter, registered under the `model_type` of its transformers configuration; `vla --plugin MODULE` adds others. A
+tower without an adapter of its own is a vision transformer.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from vla.errors import ConfigError
+from vla.support.registry import Registry
+
+
+class Tower:
+    """A vision transformer: one token per patch of a square grid, preceded by class and register tokens.
+
+    Attributes:
+        mean, std: image statistics of the family, for images scaled to [0, 1]; used if a folder states none.
+        any_size: whether the tower takes images of another size than its configuration states.
+    """
+
+    mean: ClassVar[tuple[float, float, float]] = (0.5, 0.5, 0.5)
+    std: ClassVar[tuple[float, float, float]] = (0.5, 0.5, 0.5)
+    any_size: ClassVar[bool] = False
+
+    @classmethod
+    def check(cls, name: str, config: PreTrainedConfig) -> None:
+        """ConfigError if a tower with this configuration cannot be used; `name` is for the message."""
+        if not isinstance(getattr(config, "patch_size", None), int):
+            raise ConfigError(f"vision tower {name!r} ({config.model_type}) has no patch grid.")
+        if not isinstance(getattr(config, "image_size", None), int):
+            raise ConfigError(
+                f"vision tower {name!r} ({config.model_type}) has no fixed image size. Use a variant that has one, "
+                "such as the -224 or -256 variant of SigLIP 2 instead of -naflex."
+            )
+
+    @classmethod
+    def tokens_per_image(cls, config: Any, image_size: int) -> int:
+        """Number of tokens that the decoder gets for an image of `image_size` pixels."""
+        return (image_size // config.patch_size) ** 2
+
+    @classmethod
+    def features(cls, tower: nn.Module, images: torch.Tensor, layer: int) -> torch.Tensor:
+        """Features of normalised images [B, 3, S, S], [B, tokens, hidden_size]; the last `tokens_per_image` are used.
+
+        Args:
+            layer: -1 is the output of the tower, -2 the hidden states before its last block, etc.
+        """
+        if layer == -1:
+            return tower(pixel_values=images, return_dict=True).last_hidden_state
+        return tower(pixel_values=images, output_hidden_states=True, return_dict=True).hidden_states[layer]
+
+
+TOWERS: Registry[type[Tower]] = Registry("kind of vision tower")
+
+
+@TOWERS.register("siglip_vision_model")
+class SigLIP(Tower):
+    """SigLIP (arXiv:2303.15343)."""
+
+
+@TOWERS.register("clip_vision_model")
+class CLIP(Tower):
+    """CLIP (arXiv:2103.00020)."""
+
+    mean = (0.48145466, 0.4578275, 0.40821073)
+    std = (0.26862954, 0.26130258, 0.27577711)
+
+
+@TOWERS.register("dinov2")
+class DINOv2(Tower):
+    """DINOv2 (arXiv:2304.07193). It interpolates its position embeddings (it was trained on images of 518 pixels)."""
+
+    mean = (0.485, 0.456, 0.406)
+    std = (0.229, 0.224, 0.225)
+    any_size = True
+
+
+@TOWERS.register("dinov2_with_registers")
+class DINOv2WithRegisters(DINOv2):
+    """DINOv2 with register tokens (arXiv:2309.16588)."""
+
+
+def adapter(config: Any) -> type[Tower]:
+    """The adapter for a tower's configuration."""
+    return TOWERS.get(config.model_type) if config.model_type in TOWERS else Tower
+
+
+def tokens_per_image(configs: Any, image_size: int) -> int:
+    """Tokens per camera image; the features of several towers are concatenated. ConfigError if their counts differ."""
+    counts = {adapter(config).tokens_per_image(config, image_size) for config in configs}
+    if len(counts) != 1:
+        raise ConfigError(
+            f"vision towers must have the same number of tokens for images of {image_size}, got {sorted(counts)}."
+        )
+    return counts.pop()
