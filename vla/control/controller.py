@@ -361,7 +361,7 @@ class _Run:
         if answer.prediction is not None:
             self.decode_ms.append(1e3 * answer.seconds)
             self.first_action_ms.append(1e3 * answer.first_s)
-            self.entropy = float(answer.prediction.entropy.mean())
+            self.entropy = float(answer.prediction.mean_entropy.mean())
         if self.asked == answer.tick:
             heard_at, self.heard_at = self.heard_at, time.monotonic()
             self.begun, self.fresh = True, self.fresh and self.heard_at - heard_at <= max_age_s
