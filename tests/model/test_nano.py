@@ -8,7 +8,8 @@ from tests.decoders import reference
 from vla.config import ModelConfig
 from vla.decoding.engine import Engine
 from vla.errors import ConfigError
-from vla.model.build import NANO, build_policy
+from vla.model.build import build_policy
+from vla.model.sources.checkpoint import NANO
 from vla.policy import Policy
 
 TASKS = ("Reach", "Push", "PickUp", "PickPlace", "Stack", "PressButton", "OpenDrawer", "CloseDrawer")

@@ -282,7 +282,7 @@ def _save_clip(out: Path, episode: Episode, video: bytes) -> str:
 
 def hash_of(policy: str) -> str | None:
     """sha256 of every file of a checkpoint folder, names included; None for one that is not on this disk."""
-    from vla.model.build import find_checkpoint
+    from vla.model.sources.checkpoint import find_checkpoint
 
     folder = find_checkpoint(policy)
     if folder is None:

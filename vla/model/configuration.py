@@ -20,6 +20,7 @@ from vla.transforms.tokenizers.base import ActionTokenizer, build
 # Clip normalised states at 3, so that states slightly outside the range of the data do not saturate.
 STATE_LIMIT = 3.0
 LAYOUTS = ("instruction_first", "image_first")
+N_ACTION_ROWS = 256  # ids of the vocabulary that a new policy reserves for action tokens
 
 
 @strict

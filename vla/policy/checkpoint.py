@@ -20,10 +20,11 @@ from huggingface_hub import snapshot_download
 from transformers.utils import logging as transformers_logging
 
 from vla.errors import CheckpointError, VLAError
-from vla.model.build import check_room, find_checkpoint, load_checkpoint, read_config
+from vla.model.build import check_room
 from vla.model.configuration import VLAConfig
 from vla.model.modeling import VLAForActionPrediction
 from vla.model.processing import VLAProcessor
+from vla.model.sources.checkpoint import find_checkpoint, load_checkpoint, read_config
 from vla.model.sources.hub import read_json
 from vla.spec import RobotSpec
 from vla.support.locations import check_policy

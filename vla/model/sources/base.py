@@ -1,0 +1,54 @@
+"""Sources of weights: where a policy's network comes from.
+
+Owns: the interface and the registry of sources. `vla train --backbone NAME` uses the first registered source that knows
+the name, else `vla.model.sources.composed`. `vla --plugin MODULE` adds others.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from transformers import PreTrainedTokenizerBase
+
+from vla.config import ModelConfig
+from vla.model.configuration import VLAConfig
+from vla.model.modeling import VLAForActionPrediction
+from vla.support.registry import Registry
+
+
+class Source(ABC):
+    """The backbone `name`, with the options of `model` that concern its architecture.
+
+    Attributes:
+        trained: whether camera embeddings and state projector are trained, so that the number of cameras and state
+            entries cannot grow.
+    """
+
+    trained = False
+
+    def __init__(self, name: str, model: ModelConfig) -> None:
+        self.name, self.model = name, model
+
+    @classmethod
+    @abstractmethod
+    def probe(cls, name: str) -> bool:
+        """Whether this source provides `name`. Reads small files at most. CheckpointError if one is damaged."""
+
+    @abstractmethod
+    def config(self) -> VLAConfig:
+        """The architecture. `build_policy` then adds robot, statistics, tokenizer and prompt.
+
+        Raises:
+            ConfigError: the source does not support an option, or the model is of the wrong kind.
+        """
+
+    @abstractmethod
+    def load(self, config: VLAConfig) -> tuple[VLAForActionPrediction, PreTrainedTokenizerBase]:
+        """The network and its text tokenizer.
+
+        Raises:
+            ConfigError, CheckpointError: weights are missing, damaged or do not fit `config`.
+        """
+
+
+SOURCES: Registry[type[Source]] = Registry("source of weights")

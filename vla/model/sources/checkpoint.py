@@ -1,0 +1,93 @@
+"""Policies of this package: the embedded backbone "nano", run folders and checkpoint folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from vla.config import ModelConfig
+from vla.errors import CheckpointError, ConfigError, VLAError
+from vla.model.configuration import VLAConfig
+from vla.model.modeling import VLAForActionPrediction
+from vla.model.sources.base import SOURCES, Source
+from vla.model.sources.hub import misfit, read_json
+
+NANO = Path(__file__).parents[2] / "pretrained" / "nano"
+
+
+@SOURCES.register("checkpoint")
+class Checkpoint(Source):
+    """A policy that is trained further. Options that `model` leaves unset keep the checkpoint's values."""
+
+    trained = True
+
+    @classmethod
+    def probe(cls, name: str) -> bool:
+        return find_checkpoint(name) is not None
+
+    def config(self) -> VLAConfig:
+        refuse_vision(self.name, self.model)
+        config = read_config(self._folder)
+        if self.model.image_size not in (None, config.image_size):
+            raise ConfigError(f"{self.name} was built for images of {config.image_size}, not {self.model.image_size}.")
+        return config
+
+    def load(self, config: VLAConfig) -> tuple[VLAForActionPrediction, PreTrainedTokenizerBase]:
+        return load_checkpoint(self._folder, config)
+
+    @property
+    def _folder(self) -> Path:
+        folder = find_checkpoint(self.name)
+        assert folder is not None
+        return folder
+
+
+def refuse_vision(name: str, model: ModelConfig) -> None:
+    """ConfigError if vision towers are named for a backbone that has its own."""
+    if model.vision:
+        raise ConfigError(f"{name} already has its vision tower; leave `vision` empty.")
+
+
+def find_checkpoint(name: str) -> Path | None:
+    """The folder of a checkpoint of this package, given "nano", a run folder or a checkpoint folder; None for any other
+    name. CheckpointError if a config.json cannot be read."""
+    for folder in [NANO] if name == "nano" else [Path(name) / "policy", Path(name)]:
+        config = folder / "config.json"
+        if config.is_file() and read_json(config).get("model_type") == "vla":
+            return folder
+    if name == "nano":
+        raise CheckpointError("this installation lacks the embedded backbone; reinstall the package.")
+    return None
+
+
+def read_config(folder: Path) -> VLAConfig:
+    """The configuration in a checkpoint folder of this package. CheckpointError if it is invalid."""
+    try:
+        return VLAConfig.from_pretrained(folder)
+    except VLAError:
+        raise
+    except Exception as error:  # the file may contain values of any type
+        raise CheckpointError(f"{folder}/config.json does not describe a policy: {error}") from error
+
+
+def load_checkpoint(
+    folder: Path, config: VLAConfig, dtype: torch.dtype = torch.float32
+) -> tuple[VLAForActionPrediction, PreTrainedTokenizerBase]:
+    """Load the network and text tokenizer from a checkpoint folder of this package.
+
+    Raises:
+        CheckpointError: files are damaged, or the weights do not match `config` exactly.
+    """
+    try:
+        network, info = VLAForActionPrediction.from_pretrained(
+            folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # damaged files raise various errors
+        raise CheckpointError(f"{folder} is damaged or incomplete: {error}") from error
+    # transformers initialises missing weights randomly; such a policy must not move a robot.
+    if problem := misfit(info):
+        raise CheckpointError(f"{folder}: its weights do not fit its config.json ({problem}).")
+    return network, tokenizer
