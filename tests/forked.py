@@ -27,13 +27,18 @@ JOBS = ("train", "rollout", "collect", "dagger", "benchmark", "quickstart", "rep
 class Process:
     """A running `vla`, with what is used of `subprocess.Popen`. It leads a process group of its own."""
 
-    def __init__(self, server: Path, arguments: list[str], env: Mapping[str, str]) -> None:
+    def __init__(self, server: Path, arguments: list[str], env: Mapping[str, str], cwd: Path) -> None:
         self._server = socket.socket(socket.AF_UNIX)
         self._server.connect(str(server))
         self._files = [server.parent / f"{uuid.uuid4()}.{name}" for name in ("out", "err")]
         for file in self._files:
             file.touch()
-        order = {"arguments": arguments, "env": {**os.environ, **env}, "files": list(map(str, self._files))}
+        order = {
+            "arguments": arguments,
+            "env": {**os.environ, **env},
+            "files": list(map(str, self._files)),
+            "cwd": str(cwd),
+        }
         self._server.sendall(json.dumps(order).encode() + b"\n")
         self._replies = self._server.makefile("rb", buffering=0)  # what it read ahead, `poll` would not see
         self.pid = int(self._replies.readline())
@@ -80,11 +85,11 @@ def start_vla(tmp_path_factory) -> Iterator[Any]:
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE) as server:
         started: list[Process] = []
 
-        def start(*arguments: str | Path | int, env: Mapping[str, str] | None = None) -> Process:
+        def start(*arguments: str | Path | int, env: Mapping[str, str] | None = None, cwd: Path = ROOT) -> Process:
             while not address.exists():
                 assert server.poll() is None, "the process that others are forked from is gone"
                 time.sleep(0.01)
-            started.append(Process(address, list(map(str, arguments)), env or {}))
+            started.append(Process(address, list(map(str, arguments)), env or {}, cwd))
             return started[-1]
 
         yield start
@@ -141,11 +146,12 @@ def _attend(connection: socket.socket) -> None:
         connection.sendall(f"{status}\n".encode())
 
 
-def _become(arguments: list[str], env: dict[str, str], files: list[str]) -> None:
+def _become(arguments: list[str], env: dict[str, str], files: list[str], cwd: str) -> None:
     """Be `vla <arguments>`."""
     from vla import cli
 
     os.setsid()
+    os.chdir(cwd)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for target, file in enumerate(files, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), target)

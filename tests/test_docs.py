@@ -52,6 +52,8 @@ def test_commands_parse_and_links_lead_somewhere(page):
     for lines in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
         for line in lines.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
+            if words[1:2] == ["--plugin"]:
+                del words[1:3]
             if words[:1] == ["vla"] and "..." not in words and "--config" not in words:
                 name = " ".join(words[1:3]) if " ".join(words[1:3]) in cli.VERBS else words[1]
                 cli._parse(name, cli.VERBS[name], words[1 + len(name.split()) :])

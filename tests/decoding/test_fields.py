@@ -110,7 +110,7 @@ def test_a_window_counts_from_the_real_length(nano, observations):
     """A window of exactly as many positions as prefix and chunk have is no limit; one less is."""
     network, processor = nano
     batch = processor.observe(observations(1), ["reach"])
-    needed = batch["input_ids"].shape[1] + processor.action_tokenizer.n_tokens - 1
+    needed = batch["input_ids"].shape[1] + processor.action_tokenizer.max_tokens - 1
     for window, fits in ((needed, True), (needed - 1, False)):
         network, processor = with_decoder(nano, "mistral", sliding_window=window)
         assert Policy(network, processor)._decoder.engine.fits(batch) == fits

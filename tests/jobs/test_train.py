@@ -405,7 +405,7 @@ def test_two_cameras_fourteen_actions_no_state_trains(dataset, tmp_path):
     run = pretrain(small(data=[root], out=tmp_path / "run", steps=2))
     _, processor = checkpoint.load(str(run))
     assert processor.robot.action_dim == 14 and processor.robot.state_dim == 0
-    assert processor.action_tokenizer.n_tokens == 4 * 14
+    assert processor.action_tokenizer.max_tokens == 4 * 14
 
 
 @given(

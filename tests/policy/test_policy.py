@@ -47,7 +47,7 @@ def test_every_decoded_id_is_an_action_row(nano, observations):
     network, processor = nano
     ids = greedy(network, processor.observe(observations(8), ["reach"] * 8))
     begin = network.config.action_token_begin
-    assert ids.shape == (8, processor.action_tokenizer.n_tokens)
+    assert ids.shape == (8, processor.action_tokenizer.max_tokens)
     assert ids.min() >= begin and ids.max() < begin + processor.action_tokenizer.vocab_size
 
 

@@ -57,7 +57,7 @@ def test_inactive_dimensions_cost_no_tokens():
     ids = tokenizer.encode(chunk)
     assert ids.shape == (8,)
     assert (tokenizer.decode(ids)[:, 3:6] == 0).all()
-    assert tokenizer.token_mask(np.array([True, False])).tolist() == [True] * 4 + [False] * 4
+    assert tokenizer.token_mask(ids, np.array([True, False])).tolist() == [True] * 4 + [False] * 4
 
 
 def test_odd_bins_hold_still_exactly():

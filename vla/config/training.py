@@ -86,7 +86,7 @@ class ModelConfig:
         horizon: actions per chunk, H; 8 by default.
         n_action_steps: actions executed before the next chunk is predicted; half the horizon by default.
         bins: bins per action entry; 255 by default (256 for the tokenizer "openvla").
-        tokenizer: action tokenizer, "uniform" (the default), "quantile" or "openvla".
+        tokenizer: action tokenizer, "uniform" (the default), "quantile", "openvla", or one that a plugin registers.
         normalization: "q01_q99" (the default), "min_max" or "mean_std".
         prompt: prompt template, see `vla.transforms.prompt`; "plain" by default.
         freeze_vision: do not train the vision tower.

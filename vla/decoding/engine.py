@@ -13,6 +13,10 @@ and one causal forward over a candidate a_1..a_T evaluates all T right-hand side
 candidate, the first n + 1 are greedy's own tokens; the rest of the right-hand sides are the next candidate (Jacobi
 iteration; Song et al., 2021; Santilli et al., 2023). Consecutive chunks overlap, so the first candidate is the previous
 chunk without its executed part, and the first verification rides along with the prefill.
+
+A tokenizer may rule out ids at a place, depending on the ids before it. The argmax at t is then over the ids that are
+allowed after a_<t of the candidate, so it still depends on a_<t only: the fixed point is greedy's own, and the first
+wrong token is corrected to an allowed one.
 """
 
 from __future__ import annotations
@@ -23,11 +27,13 @@ from transformers import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from vla.decoding import weights
+from vla.decoding.constraint import all_ended, completed, constrain
 from vla.decoding.graphs import Captured
 from vla.decoding.prefix import Prefix
 from vla.decoding.result import Decoded
 from vla.errors import ConfigError
 from vla.model.modeling import VLAForActionPrediction
+from vla.transforms.tokenizers.base import ActionTokenizer
 
 _ROUND = 32  # cache lengths are multiples of this
 WINDOW = 16  # tokens that a verification looks ahead, at most
@@ -46,7 +52,8 @@ class Engine:
 
     def __init__(self, network: VLAForActionPrediction, window: int = WINDOW) -> None:
         self.network, self.device = network, network.device
-        self.n_tokens, self.begin = network.action_tokenizer.n_tokens, network.config.action_token_begin
+        self.tokenizer: ActionTokenizer = network.action_tokenizer
+        self.begin: int = network.config.action_token_begin
         self.window = window
         self._placeholders = torch.tensor([network.config.image_token_id, network.config.state_token_id])
         self._weights = weights.read(network)
@@ -69,7 +76,7 @@ class Engine:
 
     def fits(self, batch: dict[str, torch.Tensor]) -> bool:
         """Whether a chunk for these prefix tensors stays within `reach`. The chunk's last token is never read."""
-        return batch["input_ids"].shape[1] + self.n_tokens - 1 <= self.reach
+        return batch["input_ids"].shape[1] + self.tokenizer.max_tokens - 1 <= self.reach
 
     @torch.inference_mode()
     def stepwise(
@@ -79,7 +86,8 @@ class Engine:
         streamer: BaseStreamer | None = None,
         stopping: StoppingCriteriaList | None = None,
     ) -> Decoded:
-        """Greedy decoding, one token per forward. On CUDA the whole chunk, camera images to tokens, is one graph.
+        """Greedy decoding, one token per forward, until all sequences have ended. On CUDA the whole chunk, camera
+        images to tokens, is one graph if the tokenizer allows every id everywhere.
 
         Args:
             batch: prefix tensors from `VLAProcessor`, on the CPU.
@@ -87,9 +95,10 @@ class Engine:
             streamer: is given every token as soon as it is decoded.
             stopping: ends the chunk early when it says so for all observations.
         """
-        n_tokens = n_tokens or self.n_tokens
+        n_tokens = n_tokens or self.tokenizer.max_tokens
         inputs, start = self._start(batch)
-        if self.device.type == "cuda" and streamer is None and stopping is None:
+        constrained = self.tokenizer.constrained
+        if self.device.type == "cuda" and streamer is None and stopping is None and not constrained:
             if n_tokens not in self._graphs:
                 self._graphs[n_tokens] = Captured(lambda **inputs: self._chunk(inputs, 0, n_tokens))
             ids, logits = self._graphs[n_tokens](inputs)
@@ -98,7 +107,8 @@ class Engine:
             self._cached = batch["input_ids"]
         if streamer is not None:
             streamer.end()
-        return Decoded(ids[:, batch["input_ids"].shape[1] :], logits, logits.shape[1])
+        decoded = Decoded(ids[:, batch["input_ids"].shape[1] :], logits, logits.shape[1])
+        return completed(self.tokenizer, self.begin, decoded, n_tokens)
 
     def _chunk(
         self,
@@ -108,17 +118,20 @@ class Engine:
         streamer: BaseStreamer | None = None,
         stopping: StoppingCriteriaList | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prefix and chunk [B, P + T], logits [B, T, rows]; never waits for the device unless somebody listens."""
+        """Prefix and chunk [B, P + T], logits [B, T, rows]; waits for the device only for a streamer, stopping or a
+        constrained tokenizer."""
         hidden, offsets = self._embed(inputs, start), inputs.get("offsets")
         length, ids, logits = start + hidden.shape[1], inputs["input_ids"], []
         for t in range(n_tokens):
-            hidden = self._forward(hidden, start, offsets)[:, -1:]
-            logits.append(self._weights.head(hidden))
-            row = logits[-1].argmax(-1)
+            found = self._weights.head(self._forward(hidden, start, offsets)[:, -1:])
+            if self.tokenizer.constrained:
+                found = constrain(self.tokenizer, found, ids[:, length:] - self.begin)
+            logits.append(found)
+            row = found.argmax(-1)
             ids = torch.cat([ids, row + self.begin], dim=1)
             if streamer is not None:
                 streamer.put(ids[:, -1].cpu())
-            if stopping is not None and bool(stopping(ids, None).all()):
+            if all_ended(self.tokenizer, row) or (stopping is not None and bool(stopping(ids, None).all())):
                 break
             hidden, start = F.embedding(row, self._weights.table), length + t
         return ids, torch.cat(logits, dim=1)
@@ -155,6 +168,8 @@ class Engine:
             found = self._weights.head(self._forward(hidden, start, offsets)[:, -window:])
             self._cached, forwards = batch["input_ids"], forwards + 1
             end = known + window
+            if self.tokenizer.constrained:
+                found = constrain(self.tokenizer, found, candidate[:, : end - 1])
             guess, kept = candidate[:, known:end], given[:, known:end]
             if prefix is not None:
                 kept = kept & prefix.accepted(found, guess)
@@ -172,14 +187,15 @@ class Engine:
                 for column in (candidate[:, known : known + gained] + self.begin).cpu().T:
                     streamer.put(column)
             known += gained
-            if known >= total:
+            if known >= total or all_ended(self.tokenizer, candidate[:, :known]):
                 break
             window = min(ahead, total - known)
             start = length + known - 1
             hidden = F.embedding(candidate[:, known - 1 : known - 1 + window], table)
         if streamer is not None:
             streamer.end()
-        return Decoded(candidate + self.begin, logits, forwards)
+        decoded = Decoded(candidate[:, :known] + self.begin, logits[:, :known], forwards)
+        return completed(self.tokenizer, self.begin, decoded, total)
 
     def _start(self, batch: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], int]:
         """The batch on the engine's device, with `offsets` [B], how many padding tokens stand in front of each row, if
@@ -192,10 +208,10 @@ class Engine:
         if not self.fits(batch):
             raise ConfigError(
                 f"attention slides over {self.reach} positions; a prefix of {length} tokens and a chunk of "
-                f"{self.n_tokens} need more."
+                f"{self.tokenizer.max_tokens} need more."
             )
-        if length + self.n_tokens > len(self._cos):
-            room = -(-(length + self.n_tokens) // _ROUND) * _ROUND
+        if length + self.tokenizer.max_tokens > len(self._cos):
+            room = -(-(length + self.tokenizer.max_tokens) // _ROUND) * _ROUND
             self._cos, self._sin = (part.to(w.table.dtype) for part in weights.rotary(self.network, room))
             self._causal = w.table.new_full((room, room), -torch.inf).triu(1)
         if self._cache.ndim < 2 or self._cache.shape[1] < rows or self._cache.shape[3] < len(self._cos):

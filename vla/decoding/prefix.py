@@ -23,6 +23,8 @@ class Prefix(NamedTuple):
     threshold: torch.Tensor
 
     def accepted(self, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """bool [B, n]: whether `tokens` int64 [B, n] pass the threshold under `logits` [B, n, rows]."""
+        """bool [B, n]: whether `tokens` int64 [B, n] pass the threshold under `logits` [B, n, rows]. Ids that are not
+        allowed (minus infinity) never do."""
         own = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-        return own >= logits.max(-1).values + self.threshold.to(logits.device).log()[:, None]
+        enough = logits.max(-1).values + self.threshold.to(logits.device).log()[:, None]
+        return (own > -torch.inf) & (own >= enough)

@@ -18,7 +18,8 @@ class Decoded:
 
     Attributes:
         ids: int64 [B, T], ids of the model's vocabulary; fewer than a whole chunk when decoding was stopped early.
-        logits: [B, T, rows], what the network says about each token given those before it, over the action rows.
+        logits: [B, T, rows], the network's logits of each token given those before it, over the action rows; minus
+            infinity for ids that the action tokenizer does not allow there.
         forwards: passes through the decoder, the prefill included.
     """
 
@@ -28,14 +29,17 @@ class Decoded:
 
     @functools.cached_property
     def distribution(self) -> torch.Tensor:
-        """log p(k | x, a_<t) over the action rows, float32 [B, T, rows]."""
+        """log p(k | x, a_<t) over the allowed action rows, float32 [B, T, rows]."""
         return self.logits.float().log_softmax(-1)
 
     def log_probs(self, begin: int) -> torch.Tensor:
-        """log p(a_t | x, a_<t) of the chosen tokens, float32 [B, T]; `begin` is the id of the first action row."""
+        """log p(a_t | x, a_<t) of the chosen tokens, float32 [B, T]; 0 behind the end of a sequence. `begin` is the id
+        of the first action row."""
         return self.distribution.gather(-1, (self.ids - begin).unsqueeze(-1)).squeeze(-1)
 
     @property
     def entropy(self) -> torch.Tensor:
-        """Entropy of each token's distribution in nats, float32 [B, T]: 0 is certain, log(rows) knows nothing."""
-        return -(self.distribution.exp() * self.distribution).sum(-1)
+        """Entropy of each token's distribution in nats, float32 [B, T]: 0 is certain (as behind the end of a sequence),
+        log(rows) is uniform."""
+        finite = self.distribution.clamp(min=torch.finfo(torch.float32).min)  # 0 * -inf would be NaN
+        return -(self.distribution.exp() * finite).sum(-1)

@@ -1,41 +1,57 @@
 """Decoding strategies: every one through transformers' `generate`, and greedy decoding through the engine.
 
 Owns: the choice of a decoder for a `DecodingConfig`, how that config becomes an exact call of `generate` (the reference
-that the engine equals), the logits processors that transformers lacks, and the restriction to action rows: a malformed
-chunk is unrepresentable under any strategy, because only action tokens can be chosen, and exactly as many as the
-tokenizer needs. It does not know what the tokens mean.
+that the engine equals), the logits processors that transformers lacks, and the restriction to allowed action tokens: a
+malformed chunk is unrepresentable under any strategy, because at each place only the action tokens can be chosen that
+the tokenizer allows there, and exactly as many as it needs. It does not know what the tokens mean.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import warnings
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from vla.config import GREEDY, DecodingConfig
+from vla.decoding.constraint import all_ended, completed, constrain
 from vla.decoding.engine import Engine
 from vla.decoding.prefix import Prefix
 from vla.decoding.result import Decoded
 from vla.errors import ConfigError
 from vla.model.modeling import VLAForActionPrediction
+from vla.transforms.tokenizers.base import ActionTokenizer
 
 
-class OnlyActionRows(LogitsProcessor):
-    """Sets every logit outside ids begin..end-1 to minus infinity."""
+class OnlyAllowed(LogitsProcessor):
+    """Keeps the logits of the action tokens that the tokenizer allows after the chunk so far, which begins behind
+    `prompt` tokens, and sets all others to minus infinity."""
 
-    def __init__(self, begin: int, end: int) -> None:
-        self.begin, self.end = begin, end
+    def __init__(self, tokenizer: ActionTokenizer, begin: int, prompt: int) -> None:
+        self.tokenizer, self.rows, self.prompt = tokenizer, slice(begin, begin + tokenizer.vocab_size), prompt
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         allowed = torch.full_like(scores, float("-inf"))
-        allowed[:, self.begin : self.end] = scores[:, self.begin : self.end]
+        before = input_ids[:, self.prompt :] - self.rows.start
+        allowed[:, self.rows] = constrain(self.tokenizer, scores[:, None, self.rows], before)[:, 0]
         return allowed
+
+
+class AllEnded(StoppingCriteria):
+    """Ends decoding once all sequences of the batch have ended."""
+
+    def __init__(self, tokenizer: ActionTokenizer, begin: int) -> None:
+        self.tokenizer, self.begin = tokenizer, begin
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **keywords: Any) -> torch.Tensor:
+        done = all_ended(self.tokenizer, input_ids - self.begin)
+        return torch.full((len(input_ids),), done, device=input_ids.device)
 
 
 class FrequencyAndPresencePenalty(LogitsProcessor):
@@ -112,13 +128,16 @@ def generate(
     Returns:
         The chosen ids, and the network's own logits: before temperature, penalties and cuts.
     """
-    tokenizer, begin = network.action_tokenizer, network.config.action_token_begin
+    tokenizer, begin, prompt = network.action_tokenizer, network.config.action_token_begin, batch["input_ids"].shape[1]
     end, n_tokens = begin + tokenizer.vocab_size, count_tokens(network, config)
-    processors = LogitsProcessorList([OnlyActionRows(begin, end)])
+    processors = LogitsProcessorList([OnlyAllowed(tokenizer, begin, prompt)])
     if config.frequency_penalty or config.presence_penalty:
         processors.append(FrequencyAndPresencePenalty(begin, end, config.frequency_penalty, config.presence_penalty))
     if prefix is not None:
-        processors.append(GivenPrefix(batch["input_ids"].shape[1], *prefix))
+        processors.append(GivenPrefix(prompt, *prefix))
+    criteria = StoppingCriteriaList(stopping or ())
+    if tokenizer.end is not None and config.num_beams == 1:  # beams of one length compare by probability
+        criteria.append(AllEnded(tokenizer, begin))
     sampling = {}
     if config.temperature > 0:
         sampling = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
@@ -130,31 +149,31 @@ def generate(
             do_sample=config.temperature > 0,
             num_beams=config.num_beams,
             repetition_penalty=config.repetition_penalty,
-            min_new_tokens=None if stopping else n_tokens,
+            min_new_tokens=None if criteria else n_tokens,
             max_new_tokens=n_tokens,
             eos_token_id=None,
             pad_token_id=0,
             logits_processor=processors,
             streamer=streamer,
-            stopping_criteria=stopping,
+            stopping_criteria=criteria,
             return_dict_in_generate=True,
             renormalize_logits=config.num_beams > 1,  # beams are compared by their probability as action tokens
             output_logits=config.num_beams == 1,
             **options,
         )
-    ids = output.sequences[:, batch["input_ids"].shape[1] :]
+    ids = output.sequences[:, prompt:]
     if config.num_beams > 1:  # the logits of beams that were left are of no use
         return teacher_forced(network, batch, ids)
-    return Decoded(ids, torch.stack(output.logits, dim=1)[..., begin:end], ids.shape[1])
+    logits = constrain(tokenizer, torch.stack(output.logits, dim=1)[..., begin:end], ids[:, :-1] - begin)
+    return completed(tokenizer, begin, Decoded(ids, logits, ids.shape[1]), n_tokens)
 
 
 @torch.inference_mode()
 def teacher_forced(network: VLAForActionPrediction, batch: dict[str, torch.Tensor], ids: torch.Tensor) -> Decoded:
     """The logits of given tokens, int64 [B, T]: one forward over prefix and chunk."""
-    begin = network.config.action_token_begin
-    end = begin + network.action_tokenizer.vocab_size
-    logits = teacher_forced_logits(network, batch, ids)
-    return Decoded(ids.to(logits.device), logits[..., begin:end], 1)
+    tokenizer, begin = network.action_tokenizer, network.config.action_token_begin
+    logits = teacher_forced_logits(network, batch, ids)[..., begin : begin + tokenizer.vocab_size]
+    return Decoded(ids.to(logits.device), constrain(tokenizer, logits, ids[:, :-1] - begin), 1)
 
 
 @torch.inference_mode()
@@ -172,9 +191,28 @@ def teacher_forced_logits(
 def count_tokens(network: VLAForActionPrediction, config: DecodingConfig) -> int:
     """Tokens that `config` decodes: a whole chunk, or its first `max_actions` actions."""
     tokenizer = network.action_tokenizer
-    if config.max_actions is None:
-        return tokenizer.n_tokens
-    return min(config.max_actions, tokenizer.horizon) * tokenizer.n_tokens // tokenizer.horizon
+    if config.max_actions is None or tokenizer.tokens_per_action is None:
+        return tokenizer.max_tokens
+    return min(config.max_actions, tokenizer.horizon) * tokenizer.tokens_per_action
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One chunk to decode for each row of a batch.
+
+    Attributes:
+        batch: prefix tensors from `VLAProcessor`.
+        draft: guess of each chunk, int64 [B, T], ids of the model's vocabulary.
+        prefix: prefix conditioning: the draft's first tokens that are given.
+        streamer: receives every token as soon as it is final.
+        stopping: ends the chunk early when it is met for all observations.
+    """
+
+    batch: dict[str, torch.Tensor]
+    draft: torch.Tensor
+    prefix: Prefix | None = None
+    streamer: BaseStreamer | None = None
+    stopping: StoppingCriteriaList | None = None
 
 
 class Decoder(Protocol):
@@ -186,23 +224,7 @@ class Decoder(Protocol):
 
     final_by_token: bool
 
-    def __call__(
-        self,
-        batch: dict[str, torch.Tensor],
-        draft: torch.Tensor,
-        prefix: Prefix | None = None,
-        streamer: BaseStreamer | None = None,
-        stopping: StoppingCriteriaList | None = None,
-    ) -> Decoded:
-        """Decode one chunk for each row of prefix tensors from `VLAProcessor`.
-
-        Args:
-            draft: guess of each chunk, int64 [B, T], ids of the model's vocabulary.
-            prefix: prefix conditioning: the draft's first tokens that are given.
-            streamer: receives every token as soon as it is final.
-            stopping: ends the chunk early when it is met for all observations.
-        """
-        ...
+    def __call__(self, request: Request) -> Decoded: ...
 
 
 class Generate:
@@ -213,17 +235,10 @@ class Generate:
         self.final_by_token = config.num_beams == 1
         self._batches = itertools.count(1)
 
-    def __call__(
-        self,
-        batch: dict[str, torch.Tensor],
-        draft: torch.Tensor,
-        prefix: Prefix | None = None,
-        streamer: BaseStreamer | None = None,
-        stopping: StoppingCriteriaList | None = None,
-    ) -> Decoded:
+    def __call__(self, request: Request) -> Decoded:
         seed = self._config.sampling_seed + next(self._batches)
-        given = None if prefix is None else (draft, prefix)
-        return generate(self._network, batch, self._config, seed, streamer, stopping, given)
+        given = None if request.prefix is None else (request.draft, request.prefix)
+        return generate(self._network, request.batch, self._config, seed, request.streamer, request.stopping, given)
 
 
 class Greedy:
@@ -236,15 +251,9 @@ class Greedy:
         self.engine = engine
         self._generate, self._n_tokens = Generate(engine.network, config), count_tokens(engine.network, config)
 
-    def __call__(
-        self,
-        batch: dict[str, torch.Tensor],
-        draft: torch.Tensor,
-        prefix: Prefix | None = None,
-        streamer: BaseStreamer | None = None,
-        stopping: StoppingCriteriaList | None = None,
-    ) -> Decoded:
-        fits = self.engine.fits(batch)
+    def __call__(self, request: Request) -> Decoded:
+        prefix, streamer, stopping = request.prefix, request.streamer, request.stopping
+        fits = self.engine.fits(request.batch)
         if not fits:
             warnings.warn(
                 f"decoding through transformers, which is slower: attention slides over {self.engine.reach} "
@@ -252,10 +261,10 @@ class Greedy:
                 stacklevel=4,
             )
         if not fits or (prefix is not None and stopping is not None):
-            return self._generate(batch, draft, prefix, streamer, stopping)
+            return self._generate(request)
         if stopping is None and (self.engine.device.type == "cpu" or prefix is not None):
-            return self.engine.parallel(batch, draft[:, : self._n_tokens], streamer, prefix)
-        return self.engine.stepwise(batch, self._n_tokens, streamer, stopping)
+            return self.engine.parallel(request.batch, request.draft[:, : self._n_tokens], streamer, prefix)
+        return self.engine.stepwise(request.batch, self._n_tokens, streamer, stopping)
 
 
 def choose_decoder(network: VLAForActionPrediction, config: DecodingConfig) -> Decoder:

@@ -23,6 +23,7 @@ from vla.data.pictures import ACCENT, INK, LINE, SOFT, WARN
 from vla.data.reader import Demonstrations
 from vla.data.samples import ChunkSamples, Sample
 from vla.decoding import strategies
+from vla.decoding.constraint import constrain
 from vla.policy import Policy
 from vla.support.progress import Progress
 from vla.support.run_folder import RunFolder
@@ -93,13 +94,16 @@ def measure(policy: Policy, samples: list[Sample]) -> Tokens:
     rows = logits[..., begin : begin + tokenizer.vocab_size]
     outside = 1 - (rows.logsumexp(-1) - logits.logsumexp(-1)).exp()
     own = policy.decode(batch).ids.cpu().numpy()
-    forced = rows.argmax(-1).cpu().numpy() + begin != truth
-    learned = np.stack([tokenizer.token_mask(sample.valid) for sample in samples])
+    likeliest = constrain(tokenizer, rows, torch.from_numpy(truth[:, :-1] - begin)).argmax(-1)
+    forced = likeliest.cpu().numpy() + begin != truth
+    learned = processor.token_mask(truth, np.stack([sample.valid for sample in samples]))
     return Tokens(forced, own != truth, outside.cpu().numpy(), learned)
 
 
 def _summarise(tokens: Tokens, steps: np.ndarray) -> dict[str, Any]:
     """Means over all tokens, by position in the chunk, and by step in the episode (`steps`, one per sample)."""
+    last = np.flatnonzero(tokens.learned.any(axis=0))[-1]  # longer sequences do not occur in the data
+    tokens = Tokens(*(values[:, : last + 1] for values in tokens))
     edges = np.unique(np.linspace(0, steps.max() + 1, _STEPS + 1).round().astype(int))
     group = np.searchsorted(edges, steps, side="right") - 1
     filled = [g for g in range(len(edges) - 1) if tokens.learned[group == g].any()]

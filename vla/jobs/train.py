@@ -119,6 +119,11 @@ def _prepare(cfg: TrainConfig, quiet: bool = False) -> tuple[trainer.VLATrainer,
     for env_id in cfg.rollout_env:
         with contextlib.closing(make(env_id, cfg.adapter)) as env:
             processor.robot.check_fits(env.robot, f"environment {env_id!r}", tolerated=("names", "rate"))
+    if cfg.augment.prefix and processor.action_tokenizer.tokens_per_action is None:
+        raise ConfigError(
+            "augment.prefix conditions chunks on their first actions; the tokens of "
+            f"{processor.action_tokenizer.name!r} span several actions."
+        )
     sources = [ChunkSamples(demo, cameras, size, horizon, i) for i, demo in enumerate(demos)]
     splits = [split_episodes(demo, cfg.val_fraction, cfg.seed) for demo in demos]
     draws = cfg.steps * cfg.batch_size * cfg.grad_accum * int(os.environ.get("WORLD_SIZE", "1"))
@@ -271,13 +276,14 @@ def _summary(cfg: TrainConfig, demos: list[Demonstrations], model: torch.nn.Modu
     parameters = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     tokenizer, horizon = processor.action_tokenizer, processor.config.horizon
+    length = f"{tokenizer.max_tokens}" if tokenizer.end is None else f"up to {tokenizer.max_tokens}"
     table = Table(title=f"vla {'train' if cfg.method == 'lora' else 'pretrain'}", show_header=False, title_style="bold")
-    still = [name for i, name in enumerate(processor.robot.action_names) if i not in tokenizer.to_dict()["active"]]
+    still = [name for i, name in enumerate(processor.robot.action_names) if i not in tokenizer.active]
     rows = {
         "data": ", ".join(f"{d.root} ({len(d.episodes)} episodes, {d.num_frames} frames)" for d in demos),
         "cameras": f"{', '.join(processor.robot.cameras)} at {processor.config.image_size} px",
         "state": _state_row(processor),
-        "chunk": f"[{horizon}, {processor.robot.action_dim}] as {tokenizer.n_tokens} tokens of {tokenizer.vocab_size}",
+        "chunk": f"[{horizon}, {processor.robot.action_dim}] as {length} tokens of {tokenizer.vocab_size}",
         "left out": ", ".join(still) + " (never move in this data)" if still else "nothing",
         "prefix": f"{len(processor.prefix_ids(demos[0].tasks[0]))} tokens for {demos[0].tasks[0]!r}",
         "parameters": f"{parameters:,}, {trainable:,} trained ({100 * trainable / parameters:.1f} %)",

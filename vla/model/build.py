@@ -32,13 +32,10 @@ from vla.model.sources.hub import (
 )
 from vla.spec import RobotSpec
 from vla.support.locations import missing_folder
-from vla.transforms.tokenizers.base import ActionTokenizer
-from vla.transforms.tokenizers.bins import OpenVLABins, QuantileBins, UniformBins
+from vla.transforms.tokenizers.base import TOKENIZERS
 
 NANO = Path(__file__).parent.parent / "pretrained" / "nano"
 N_ACTION_ROWS = 256
-# Odd, so that one bin centre is exactly 0.
-DEFAULT_BINS = 255
 
 # Untrained architectures: decoder width, decoder layers, encoder channels, encoder blocks, image size in pixels.
 _SIZES = {"nano-init": (256, 4, [48, 128], 2, 96), "small-init": (512, 8, [64, 256], 4, 144)}
@@ -334,26 +331,11 @@ def _set_policy(config: VLAConfig, model: ModelConfig, facts: DataFacts, robot: 
     active = np.flatnonzero(~constant).tolist()
     normalized = np.concatenate([normalizers[key].normalize(actions) for key, actions in facts.actions.items()])
     name = model.tokenizer or before.get("name", "uniform")
-    bins = model.bins or (None if name == "openvla" else before.get("n_bins"))
-    config.action_tokenizer = _tokenizer(name, config.horizon, bins, normalized, active).to_dict()
+    if model.bins is not None and model.bins > N_ACTION_ROWS:
+        raise ConfigError(f"bins must be between 2 and the {N_ACTION_ROWS} action rows, got {model.bins}.")
+    bins = model.bins or (before.get("n_bins") if name == before.get("name") else None)
+    config.action_tokenizer = TOKENIZERS.get(name).fit(normalized, config.horizon, bins, active).to_dict()
     config.check_policy()
-
-
-def _tokenizer(name: str, horizon: int, bins: int | None, normalized: np.ndarray, active: list[int]) -> ActionTokenizer:
-    """The action tokenizer for normalised actions [N, D]; `active` lists the dimensions that are not constant."""
-    action_dim = normalized.shape[1]
-    if bins is not None and not 2 <= bins <= N_ACTION_ROWS:
-        raise ConfigError(f"bins must be between 2 and the {N_ACTION_ROWS} action rows, got {bins}.")
-    match name:
-        case "uniform":
-            return UniformBins(horizon, action_dim, bins or DEFAULT_BINS, active)
-        case "openvla":
-            if bins not in (None, 256):
-                raise ConfigError(f"tokenizer 'openvla' has 256 bins, not {bins}; leave `bins` empty.")
-            return OpenVLABins(horizon, action_dim)
-        case "quantile":
-            return QuantileBins.fit(normalized, horizon, bins or DEFAULT_BINS, active)
-    raise ConfigError(unknown("action tokenizer", name, ["uniform", "quantile", "openvla"]))
 
 
 def _choose_cameras(robot: RobotSpec, cameras: tuple[str, ...]) -> RobotSpec:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
-from vla.errors import CheckpointError, SpecError, unknown
+from vla.errors import CheckpointError, ConfigError, SpecError, unknown
 from vla.spec import RobotSpec
 from vla.transforms.normalize import Normalizer
 from vla.transforms.prompt import check_template
@@ -107,6 +107,8 @@ class VLAConfig(PreTrainedConfig):
         values = self._needed("action_tokenizer")
         try:
             return build(values)
+        except ConfigError as error:  # an unknown name, or wrong values
+            raise CheckpointError(f"config.json: {error} In Python, import that module before loading.") from None
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"config.json: the action tokenizer {values} is not valid: {error}") from None
 

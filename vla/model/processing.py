@@ -130,6 +130,10 @@ class VLAProcessor:
         normalized = self._actions[self.config.unnorm_key(unnorm_key)].normalize(chunks)
         return self.action_tokenizer.encode(normalized) + self.config.action_token_begin
 
+    def token_mask(self, ids: np.ndarray, valid: np.ndarray) -> np.ndarray:
+        """The tokens to learn, bool [..., T], from `encode_actions` and the actions to learn, bool [..., H]."""
+        return self.action_tokenizer.token_mask(ids - self.config.action_token_begin, valid)
+
     def decode_actions(self, ids: np.ndarray, unnorm_key: str | None = None) -> np.ndarray:
         """Inverse of `encode_actions` up to the bin width: float32 [..., H, D] in the robot's units."""
         normalized = self.action_tokenizer.decode(np.asarray(ids) - self.config.action_token_begin)

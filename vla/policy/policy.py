@@ -21,6 +21,7 @@ from vla.config import GREEDY, DecodingConfig, check
 from vla.decoding import strategies
 from vla.decoding.prefix import Prefix
 from vla.decoding.result import Decoded
+from vla.decoding.strategies import Request
 from vla.decoding.streaming import ActionStreamer
 from vla.errors import ConfigError
 from vla.model.modeling import VLAForActionPrediction
@@ -38,8 +39,8 @@ class Prediction:
     Attributes:
         chunks: float32 [B, H, D], un-normalised; fewer than H actions when decoding was stopped early.
         ids: int64 [B, T], the chosen tokens, ids of the model's vocabulary.
-        log_probs: float32 [B, T], log p(a_t | x, a_<t) over the action rows, by the network itself: before temperature,
-            penalties and cuts.
+        log_probs: float32 [B, T], log p(a_t | x, a_<t) over the allowed action rows, by the network itself: before
+            temperature, penalties and cuts. 0 behind the end of a sequence of variable length.
         entropy: float32 [B, T], of the same distributions, in nats.
         forwards: forward passes of the decoder.
         next_draft: for each episode the draft of its next chunk, before any action of this one has run.
@@ -56,6 +57,12 @@ class Prediction:
     def log_likelihood(self) -> np.ndarray:
         """log p(a_1..a_T | x) of each chunk, float32 [B]."""
         return self.log_probs.sum(-1)
+
+    @property
+    def mean_entropy(self) -> np.ndarray:
+        """Mean entropy of each chunk's tokens, float32 [B]. Tokens without an alternative do not count, such as those
+        behind the end of a sequence of variable length."""
+        return self.entropy.sum(-1) / np.maximum((self.entropy > 0).sum(-1), 1)
 
     def row(self, index: int) -> Prediction:
         """One observation's part of the batch."""
@@ -178,8 +185,12 @@ class Policy(ChunkPolicy):
             raise ConfigError(f"n_action_steps must be between 1 and the horizon {self.horizon}, got {n_action_steps}.")
         if decoding.max_actions is not None and decoding.max_actions < self.n_action_steps:
             raise ConfigError(f"{self.n_action_steps} actions are executed, but max_actions is {decoding.max_actions}.")
-        if self.processor.action_tokenizer.tokens_per_action is None and decoding != GREEDY:
-            raise ConfigError("this policy's tokens span several actions; it decodes greedily only.")
+        by_action = (decoding.readout == "mean", decoding.ensemble is not None, decoding.max_actions is not None)
+        if self.processor.action_tokenizer.tokens_per_action is None and any(by_action):
+            raise ConfigError(
+                "this policy's tokens span several actions; readout 'mean', ensemble and max_actions need tokens for "
+                "each action."
+            )
         self.unnorm_key = network.config.unnorm_key(unnorm_key)
         self._decoder = strategies.choose_decoder(self.network, decoding)
 
@@ -244,12 +255,15 @@ class Policy(ChunkPolicy):
             stopping: transformers' criteria, evaluated after every token; chunks end with the last whole action.
         Raises:
             SpecError: an observation does not fit the robot.
-            ConfigError: this policy's decoding cannot stream actions, or its tokens cannot be given as a prefix.
+            ConfigError: this policy's decoding cannot stream actions, or its tokens span several actions and cannot be
+                stopped early or given as a prefix.
         """
+        size = self.processor.action_tokenizer.tokens_per_action
+        if stopping is not None and size is None:
+            raise ConfigError("this policy's tokens span several actions; it cannot be stopped within a chunk.")
         batch = self.processor.observe(observations, instructions, self.unnorm_key)
         drafts = [None] * len(observations) if drafts is None else drafts
         decoded = self.decode(batch, drafts, self._streamer(on_action, len(observations)), stopping)
-        size = self.processor.action_tokenizer.tokens_per_action
         if size is not None and decoded.ids.shape[1] % size:
             whole = decoded.ids.shape[1] // size * size
             decoded = Decoded(decoded.ids[:, :whole], decoded.logits[:, :whole], decoded.forwards)
@@ -273,14 +287,15 @@ class Policy(ChunkPolicy):
     ) -> Decoded:
         """Tokens for prefix tensors from the processor."""
         drafts = [None] * len(batch["input_ids"]) if drafts is None else drafts
-        return self._decoder(batch, self.draft_ids(drafts), self._prefix(drafts), streamer, stopping)
+        request = Request(batch, self.draft_ids(drafts), self._prefix(drafts), streamer, stopping)
+        return self._decoder(request)
 
     def draft_ids(self, drafts: Sequence[Draft | None]) -> torch.Tensor:
         """The drafts' tokens, int64 [B, T], ids of the model's vocabulary, their prefixes first; the middle action row
         where there is no draft."""
         tokenizer = self.processor.action_tokenizer
         middle = self.network.config.action_token_begin + tokenizer.vocab_size // 2
-        ids = np.full((len(drafts), tokenizer.n_tokens), middle)
+        ids = np.full((len(drafts), tokenizer.max_tokens), middle)
         for row, draft in zip(ids, drafts, strict=True):
             if draft is not None and len(draft):
                 steps = completed(draft.steps, self.horizon)

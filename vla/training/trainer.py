@@ -28,6 +28,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
 
 from vla.data.samples import Sample
+from vla.decoding.constraint import most_likely
 from vla.errors import TrainingError
 from vla.model.processing import VLAProcessor
 from vla.support.progress import Progress, duration
@@ -48,7 +49,7 @@ class Collator:
         keys = [self.unnorm_keys[sample.source] for sample in samples]
         suffix = np.stack([self.processor.encode_actions(s.chunk, key) for s, key in zip(samples, keys, strict=True)])
         states = np.stack([self.processor.state(s.state, key) for s, key in zip(samples, keys, strict=True)])
-        learn = self.processor.action_tokenizer.token_mask(np.stack([sample.valid for sample in samples]))
+        learn = self.processor.token_mask(suffix, np.stack([sample.valid for sample in samples]))
         batch = self.processor(
             [s.images for s in samples], [s.instruction for s in samples], states, suffix, pad_to=self.pad_to
         )
@@ -175,7 +176,8 @@ class VLATrainer(Trainer):
             losses.append(float(outputs.loss) * len(samples))
             correct += int(((predicted == labels) & (labels >= 0)).sum())
             total += int((labels >= 0).sum())
-            for sample, ids in zip(samples, predicted, strict=True):
+            chunks = most_likely(tokenizer, logits).cpu().numpy() + begin
+            for sample, ids in zip(samples, chunks, strict=True):
                 chunk = processor.decode_actions(ids, self.collator.unnorm_keys[sample.source])
                 errors.append(np.abs(chunk - sample.chunk))
                 valid.append(sample.valid)

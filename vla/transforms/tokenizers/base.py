@@ -1,87 +1,181 @@
-"""The action tokenizer interface, and the construction of tokenizers from their saved values.
+"""The action tokenizer interface, the registry of tokenizers, and their construction from saved values.
 
-Owns: the interface. A tokenizer maps action chunks [H, D] in [-1, 1] to a fixed number of ids in 0..vocab_size-1 and
-back. It works on ids, never on strings. It does not know normalisation (inputs are already normalised), nor where the
-ids start in a language model's vocabulary (the model's config adds `action_token_begin`).
+Owns: the interface. A tokenizer maps action chunks [H, D] in [-1, 1] to ids in 0..vocab_size-1 and back, and says which
+ids may follow which, so that decoding cannot produce a malformed chunk. Sequences have a fixed length, or a variable
+one that ends with the id `end`. It works on ids, never on strings. It does not know normalisation (inputs are already
+normalised), nor where the ids start in a language model's vocabulary (the model's config adds `action_token_begin`).
 """
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
-from vla.errors import ConfigError, unknown
+from vla.errors import ConfigError
+from vla.support.registry import Registry
 
 
 class ActionTokenizer(ABC):
-    """Chunks [..., H, D] in [-1, 1] <-> ids [..., n_tokens].
+    """Chunks [..., H, D] in [-1, 1] <-> ids [..., T], T = max_tokens.
 
     Attributes:
-        name: the tokenizer's name in configurations and checkpoints.
         horizon: H, actions per chunk.
         action_dim: D, entries per action.
+        active: dimensions that tokens encode, in ascending order; all others decode to 0, which un-normalises to the
+            constant value of a constant dimension.
         vocab_size: number of ids; they are 0..vocab_size-1.
-        n_tokens: ids per chunk. It is constant, so every decoded sequence is a valid chunk.
-        tokens_per_action: ids per action if each action has its own tokens; None if tokens are shared between actions.
+        max_tokens: T, ids per chunk. Shorter sequences are padded with `end`.
+        end: the id that ends a sequence of variable length; None: every sequence has T tokens.
+        tokens_per_action: ids per action if each action has its own tokens; None if tokens are shared between actions
+            or the length is variable.
     """
 
-    name: str
     horizon: int
     action_dim: int
+    active: list[int]
     vocab_size: int
-    n_tokens: int
+    max_tokens: int
+    end: int | None = None
     tokens_per_action: int | None = None
+
+    def __init__(self, horizon: int, action_dim: int, active: Sequence[int] | None = None) -> None:
+        if horizon < 1 or action_dim < 1:
+            raise ValueError(f"horizon and action_dim must be at least 1, got {horizon} and {action_dim}.")
+        self.horizon, self.action_dim = horizon, action_dim
+        self.active = list(range(action_dim)) if active is None else [int(dim) for dim in active]
+        if (
+            not self.active
+            or sorted(set(self.active)) != self.active
+            or not 0 <= self.active[0] <= self.active[-1] < action_dim
+        ):
+            raise ValueError(
+                f"active must list dimensions in 0..{action_dim - 1} in ascending order, got {self.active}."
+            )
+
+    @classmethod
+    @abstractmethod
+    def fit(
+        cls, actions: np.ndarray, horizon: int, n_bins: int | None = None, active: Sequence[int] | None = None
+    ) -> Self:
+        """The tokenizer for a dataset.
+
+        Args:
+            actions: float [N, D], all normalised actions of the dataset.
+            n_bins: resolution; None: the tokenizer's default.
+            active: dimensions that are not constant.
+        Raises:
+            ConfigError: the tokenizer does not support this number of bins.
+        """
 
     @abstractmethod
     def encode(self, chunks: np.ndarray) -> np.ndarray:
-        """float [..., H, D] -> int64 [..., n_tokens]. Values outside [-1, 1] are clipped."""
+        """float [..., H, D] -> int64 [..., T]. Values outside [-1, 1] are clipped."""
 
     @abstractmethod
     def decode(self, ids: np.ndarray) -> np.ndarray:
-        """int [..., n_tokens] -> float32 [..., H, D]. ValueError for ids outside 0..vocab_size-1.
+        """int [..., T] -> float32 [..., H, D] in [-1, 1]. ValueError for ids that `allowed` rules out.
 
         If each action has its own tokens, the first n actions of a chunk can be decoded alone:
         int [..., n * tokens_per_action] -> float32 [..., n, D].
         """
 
+    def allowed(self, ids: np.ndarray) -> np.ndarray | None:
+        """Which ids may stand at places 0..t, each given the ids before it; None: all ids everywhere.
+
+        At each place that permitted ids lead to, at least one id is allowed; after `end`, only `end`. Any T permitted
+        ids decode to a chunk. Behind ids that are not permitted themselves (a draft may have some) any answer will do.
+
+        Args:
+            ids: int64 [B, t], t < T.
+        Returns:
+            bool [B, t + 1, vocab_size].
+        """
+        return None
+
+    def token_mask(self, ids: np.ndarray, valid: np.ndarray) -> np.ndarray:
+        """The tokens to learn, bool [..., T], from encoded ids [..., T] and the actions to learn, bool [..., H].
+
+        Tokens behind `end` are never learned. If tokens are shared between actions, a chunk with an action to learn is
+        learned as a whole; the actions past the end of a demonstration repeat its last one.
+        """
+        if self.tokens_per_action is not None:
+            return np.repeat(np.asarray(valid, bool), self.tokens_per_action, axis=-1)
+        return ~self.ended(ids)[..., :-1] & np.any(valid, axis=-1, keepdims=True)
+
     def expect(self, probabilities: np.ndarray) -> np.ndarray:
-        """Token probabilities [..., n_tokens, vocab_size] -> expected chunk, float32 [..., H, D].
+        """Token probabilities [..., T, vocab_size] -> expected chunk, float32 [..., H, D].
 
         The first n actions can be decoded alone, as in `decode`. ConfigError if single tokens have no value.
         """
         raise ConfigError(f"action tokenizer {self.name!r} has no value per token, so no mean; use readout 'mode'.")
 
-    @abstractmethod
-    def token_mask(self, valid: np.ndarray) -> np.ndarray:
-        """Action mask bool [..., H] -> token mask bool [..., n_tokens]; both are True for what is learned."""
-
-    @abstractmethod
     def to_dict(self) -> dict[str, Any]:
-        """The arguments of `build` for an equal tokenizer, as JSON values."""
+        """The registered name and the constructor's arguments, as JSON values. Subclasses add their own arguments."""
+        return {"name": self.name, "horizon": self.horizon, "action_dim": self.action_dim, "active": self.active}
+
+    @property
+    def name(self) -> str:
+        """The name under which the class is registered. ConfigError if it is not."""
+        for name in TOKENIZERS:
+            if TOKENIZERS.get(name) is type(self):
+                return name
+        raise ConfigError(f"{type(self).__name__} has no name: decorate it with `@TOKENIZERS.register(name)`.")
+
+    @functools.cached_property
+    def constrained(self) -> bool:
+        """Whether `allowed` rules out ids."""
+        return self.allowed(np.zeros((1, 0), np.int64)) is not None
+
+    def ended(self, ids: np.ndarray) -> np.ndarray:
+        """Whether `end` stands before each of the places 0..t: int [..., t] -> bool [..., t + 1]."""
+        ends = np.asarray(ids) == (-1 if self.end is None else self.end)
+        none = np.zeros((*ends.shape[:-1], 1), bool)
+        return np.logical_or.accumulate(np.concatenate([none, ends], axis=-1), axis=-1)
+
+    def entries(self, chunks: np.ndarray) -> np.ndarray:
+        """The entries to encode: float [..., H, D] -> float64 [..., H, n active], clipped to [-1, 1].
+
+        ValueError if the shape is wrong or a value is not finite.
+        """
+        chunks = np.asarray(chunks, np.float64)
+        if chunks.shape[-2:] != (self.horizon, self.action_dim):
+            raise ValueError(f"expected chunks [..., {self.horizon}, {self.action_dim}], got {chunks.shape}.")
+        if not np.isfinite(chunks).all():
+            raise ValueError("a chunk contains values that are not finite.")
+        return np.clip(chunks[..., self.active], -1.0, 1.0)
+
+    def chunks(self, entries: np.ndarray) -> np.ndarray:
+        """Decoded entries [..., n, n active] -> chunks float32 [..., n, D], with 0 for all other dimensions."""
+        chunks = np.zeros((*entries.shape[:-1], self.action_dim), np.float32)
+        chunks[..., self.active] = entries
+        return chunks
 
     def check_ids(self, ids: np.ndarray) -> np.ndarray:
-        """The ids as int64. ValueError if this tokenizer cannot have produced them."""
+        """The ids as int64. ValueError unless they are permitted and complete: a chunk, or whole actions of one."""
         ids = np.asarray(ids, np.int64)
         length, size = ids.shape[-1], self.tokens_per_action
-        if length != self.n_tokens and (size is None or length % size or length > self.n_tokens):
-            raise ValueError(f"a chunk has {self.n_tokens} tokens, got {ids.shape[-1]}.")
+        if length != self.max_tokens and (size is None or length % size or length > self.max_tokens):
+            raise ValueError(f"a chunk has {self.max_tokens} tokens, got {length}.")
         bad = (ids < 0) | (ids >= self.vocab_size)
         if bad.any():
             raise ValueError(f"id {int(ids[bad][0])} is not an action token; valid: 0..{self.vocab_size - 1}.")
+        if self.constrained and ids.size:
+            flat = ids.reshape(-1, length)
+            permitted = np.take_along_axis(self.allowed(flat[:, :-1]), flat[..., None], axis=-1)[..., 0]
+            if not permitted.all():
+                row, place = np.argwhere(~permitted)[0]
+                raise ValueError(f"id {flat[row, place]} may not stand at place {place} of {flat[row].tolist()}.")
         return ids
 
 
-def build(values: Mapping[str, Any]) -> ActionTokenizer:
-    """Build a tokenizer from the values of `ActionTokenizer.to_dict`. ConfigError if its name is unknown."""
-    from vla.transforms.tokenizers.bins import OpenVLABins, QuantileBins, UniformBins
+TOKENIZERS: Registry[type[ActionTokenizer]] = Registry("action tokenizer")
 
-    kinds: Sequence[type[ActionTokenizer]] = (UniformBins, QuantileBins, OpenVLABins)
+
+def build(values: Mapping[str, Any]) -> ActionTokenizer:
+    """Build a tokenizer from the values of `ActionTokenizer.to_dict`. ConfigError if its name is not registered."""
     arguments = dict(values)
-    name = arguments.pop("name", None)
-    for kind in kinds:
-        if kind.name == name:
-            return kind(**arguments)
-    raise ConfigError(unknown("action tokenizer", name, [kind.name for kind in kinds]))
+    return TOKENIZERS.get(arguments.pop("name", ""))(**arguments)

@@ -9,53 +9,44 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
-from vla.transforms.tokenizers.base import ActionTokenizer
+from vla.errors import ConfigError
+from vla.transforms.tokenizers.base import TOKENIZERS, ActionTokenizer
+
+# Odd, so that one bin centre is exactly 0.
+DEFAULT_BINS = 255
 
 
 class _Bins(ActionTokenizer):
     """Base of the three tokenizers: one token per entry. Subclasses define the map between values and ids."""
 
     def __init__(self, horizon: int, action_dim: int, n_bins: int, active: Sequence[int] | None = None) -> None:
-        if horizon < 1 or action_dim < 1 or n_bins < 2:
-            raise ValueError(f"need horizon >= 1, action_dim >= 1, n_bins >= 2; got {horizon}, {action_dim}, {n_bins}.")
-        self.horizon, self.action_dim, self.vocab_size = horizon, action_dim, n_bins
-        self.active = list(range(action_dim)) if active is None else [int(dim) for dim in active]
-        if not self.active or sorted(set(self.active)) != self.active or self.active[-1] >= action_dim:
-            raise ValueError(
-                f"active must list dimensions in 0..{action_dim - 1} in ascending order, got {self.active}."
-            )
-        self.tokens_per_action = len(self.active)
-        self.n_tokens = horizon * self.tokens_per_action
+        super().__init__(horizon, action_dim, active)
+        if n_bins < 2:
+            raise ValueError(f"n_bins must be at least 2, got {n_bins}.")
+        self.vocab_size, self.tokens_per_action = n_bins, len(self.active)
+        self.max_tokens = horizon * self.tokens_per_action
+
+    @classmethod
+    def fit(
+        cls, actions: np.ndarray, horizon: int, n_bins: int | None = None, active: Sequence[int] | None = None
+    ) -> Self:
+        return cls(horizon, actions.shape[-1], n_bins or DEFAULT_BINS, active)
 
     def encode(self, chunks: np.ndarray) -> np.ndarray:
-        chunks = np.asarray(chunks, np.float64)
-        if chunks.shape[-2:] != (self.horizon, self.action_dim):
-            raise ValueError(f"expected chunks [..., {self.horizon}, {self.action_dim}], got {chunks.shape}.")
-        if not np.isfinite(chunks).all():
-            raise ValueError("a chunk contains values that are not finite.")
-        ids = self._to_ids(np.clip(chunks[..., self.active], -1.0, 1.0))
-        return ids.reshape(*chunks.shape[:-2], self.n_tokens)
+        ids = self._to_ids(self.entries(chunks))
+        return ids.reshape(*ids.shape[:-2], self.max_tokens)
 
     def decode(self, ids: np.ndarray) -> np.ndarray:
         ids = self.check_ids(ids)
-        return self._chunks(self._to_values(ids.reshape(*ids.shape[:-1], -1, len(self.active))))
+        return self.chunks(self._to_values(ids.reshape(*ids.shape[:-1], -1, len(self.active))))
 
     def expect(self, probabilities: np.ndarray) -> np.ndarray:
         by_action = probabilities.reshape(*probabilities.shape[:-2], -1, len(self.active), self.vocab_size)
-        return self._chunks((by_action * self.centres()).sum(-1))
-
-    def _chunks(self, values: np.ndarray) -> np.ndarray:
-        """Values [..., n, n active] -> chunks [..., n, D], with 0 for constant dimensions."""
-        chunks = np.zeros((*values.shape[:-1], self.action_dim), np.float32)
-        chunks[..., self.active] = values
-        return chunks
-
-    def token_mask(self, valid: np.ndarray) -> np.ndarray:
-        return np.repeat(np.asarray(valid, bool), len(self.active), axis=-1)
+        return self.chunks((by_action * self.centres()).sum(-1))
 
     def centres(self) -> np.ndarray:
         """Bin centres, float32 [n active, vocab_size]: the value of each id, per active dimension."""
@@ -71,19 +62,12 @@ class _Bins(ActionTokenizer):
         """Ids [..., n active] -> bin centres of the same shape."""
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "horizon": self.horizon,
-            "action_dim": self.action_dim,
-            "n_bins": self.vocab_size,
-            "active": self.active,
-        }
+        return super().to_dict() | {"n_bins": self.vocab_size}
 
 
+@TOKENIZERS.register("uniform")
 class UniformBins(_Bins):
     """`n_bins` equal bins on [-1, 1]. With an odd number, one centre is exactly 0. Round-trip error <= 1 / n_bins."""
-
-    name = "uniform"
 
     def _to_ids(self, values: np.ndarray) -> np.ndarray:
         ids = np.floor((values + 1) * (self.vocab_size / 2)).astype(np.int64)
@@ -93,6 +77,7 @@ class UniformBins(_Bins):
         return (2 * ids + 1) / self.vocab_size - 1
 
 
+@TOKENIZERS.register("openvla")
 class OpenVLABins(_Bins):
     """OpenVLA's tokenizer, id for id: 256 edges on [-1, 1], 255 centres; the highest value has the lowest id.
 
@@ -101,12 +86,19 @@ class OpenVLABins(_Bins):
     centre. Source: OpenVLA (Kim et al., arXiv:2406.09246).
     """
 
-    name = "openvla"
-
     def __init__(self, horizon: int, action_dim: int, n_bins: int = 256, active: Sequence[int] | None = None) -> None:
         super().__init__(horizon, action_dim, n_bins, active)
         self._edges = np.linspace(-1.0, 1.0, n_bins)
         self._centres = (self._edges[:-1] + self._edges[1:]) / 2
+
+    @classmethod
+    def fit(
+        cls, actions: np.ndarray, horizon: int, n_bins: int | None = None, active: Sequence[int] | None = None
+    ) -> Self:
+        """As in OpenVLA, constant dimensions have tokens too: `active` is not used."""
+        if n_bins not in (None, 256):
+            raise ConfigError(f"tokenizer 'openvla' has 256 bins, not {n_bins}; leave `bins` empty.")
+        return cls(horizon, actions.shape[-1])
 
     def _to_ids(self, values: np.ndarray) -> np.ndarray:
         return self.vocab_size - np.digitize(values, self._edges)
@@ -115,6 +107,7 @@ class OpenVLABins(_Bins):
         return self._centres[np.clip(self.vocab_size - ids - 1, 0, self.vocab_size - 2)]
 
 
+@TOKENIZERS.register("quantile")
 class QuantileBins(_Bins):
     """Bins with equal counts per dimension: fine where actions are frequent, coarse where they are rare.
 
@@ -123,8 +116,6 @@ class QuantileBins(_Bins):
     Attributes:
         values: float [n active, n_bins], the bin centres in increasing order.
     """
-
-    name = "quantile"
 
     def __init__(
         self,
@@ -143,8 +134,11 @@ class QuantileBins(_Bins):
         self._edges = (self.values[:, :-1] + self.values[:, 1:]) / 2
 
     @classmethod
-    def fit(cls, actions: np.ndarray, horizon: int, n_bins: int, active: Sequence[int] | None = None) -> QuantileBins:
+    def fit(
+        cls, actions: np.ndarray, horizon: int, n_bins: int | None = None, active: Sequence[int] | None = None
+    ) -> Self:
         """Fit the centres to the quantiles (k + 1/2) / n_bins of normalised actions [N, D]."""
+        n_bins = n_bins or DEFAULT_BINS
         dims = list(range(actions.shape[-1]) if active is None else active)
         shares = (np.arange(n_bins) + 0.5) / n_bins
         values = np.quantile(np.clip(actions, -1, 1), shares, axis=0).T[dims]

@@ -1,0 +1,61 @@
+"""The ids that an action tokenizer allows, applied to logits.
+
+Owns: masking logits over the action rows so that every sequence chosen from them is a chunk, and completing sequences
+of variable length. It does not know how tokens are chosen. A tokenizer that allows every id everywhere, such as the
+bins, leaves the logits as they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch.nn import functional as F
+
+from vla.decoding.result import Decoded
+from vla.transforms.tokenizers.base import ActionTokenizer
+
+
+def constrain(tokenizer: ActionTokenizer, logits: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+    """Logits of the last n of the places 0..t, with minus infinity for ids that may not stand there.
+
+    Args:
+        logits: [B, n, rows].
+        before: int64 [B, t], the tokenizer's ids at places 0..t-1.
+    """
+    if not tokenizer.constrained:
+        return logits
+    allowed = tokenizer.allowed(before.cpu().numpy())
+    assert allowed is not None
+    allowed = allowed[:, -logits.shape[1] :]
+    # Ids that are not permitted, as in a draft, may lead to a place without any id. It keeps its logits: minus infinity
+    # alone would become NaN.
+    ruled_out = torch.from_numpy(~allowed & allowed.any(axis=-1, keepdims=True))
+    return logits.masked_fill(ruled_out.to(logits.device), -torch.inf)
+
+
+def all_ended(tokenizer: ActionTokenizer, ids: torch.Tensor) -> bool:
+    """Whether all sequences, the tokenizer's ids int64 [B, n], have ended. Behind `end`, only `end` is allowed."""
+    return tokenizer.end is not None and bool((ids[:, -1] == tokenizer.end).all())
+
+
+def completed(tokenizer: ActionTokenizer, begin: int, decoded: Decoded, n_tokens: int) -> Decoded:
+    """Pad sequences that have all ended to `n_tokens` with `end`, whose probability there is 1; leave others as they
+    are. `begin` is the id of the first action row."""
+    missing = n_tokens - decoded.ids.shape[1]
+    if not missing or not all_ended(tokenizer, decoded.ids - begin):
+        return decoded
+    logits = F.pad(decoded.logits, (0, 0, 0, missing), value=-torch.inf)
+    logits[:, -missing:, tokenizer.end] = 0
+    ids = F.pad(decoded.ids, (0, missing), value=begin + (tokenizer.end or 0))
+    return dataclasses.replace(decoded, ids=ids, logits=logits)
+
+
+def most_likely(tokenizer: ActionTokenizer, logits: torch.Tensor) -> torch.Tensor:
+    """The chunk that given logits [B, T, rows] make most likely token by token, int64 [B, T]."""
+    if not tokenizer.constrained:
+        return logits.argmax(-1)
+    ids = torch.zeros(len(logits), 0, dtype=torch.int64, device=logits.device)
+    for place in range(logits.shape[1]):
+        ids = torch.cat([ids, constrain(tokenizer, logits[:, place, None], ids).argmax(-1)], dim=1)
+    return ids
