@@ -18,7 +18,7 @@ from transformers import MaxLengthCriteria, StoppingCriteriaList
 
 from tests import random_models
 from tests.test_docs import DOCS, block
-from vla.config import DecodingConfig, ModelConfig
+from vla.config import AugmentConfig, DecodingConfig, ModelConfig, TrainConfig
 from vla.data.samples import Sample
 from vla.decoding.constraint import most_likely
 from vla.decoding.engine import Engine
@@ -26,6 +26,7 @@ from vla.decoding.prefix import Prefix
 from vla.decoding.strategies import generate, teacher_forced
 from vla.errors import CheckpointError, ConfigError
 from vla.jobs.analyze import Tokens, _summarise, measure
+from vla.jobs.train import train
 from vla.model.build import DataFacts, build_policy
 from vla.policy import Policy
 from vla.policy.session import Draft, Session, predict
@@ -349,7 +350,8 @@ def test_tokens_behind_the_end_are_not_learned(held):
 
 def test_a_plugin_trains_and_its_checkpoint_names_what_it_needs(robot, dataset, tmp_path, start_vla, observations):
     (tmp_path / "hold_last.py").write_text(HOLD_LAST)
-    flags = ["--data", dataset("squares", robot, episodes=3), "--out", "run", "--backbone", "nano-init", "--steps", 2]
+    demos = dataset("squares", robot, episodes=3)
+    flags = ["--data", demos, "--out", "run", "--backbone", "nano-init", "--steps", 2]
     flags += ["--batch-size", 2, "--tokenizer", "hold-last", "--bins", 15, "--horizon", 3, "--method", "full"]
     process = start_vla(
         "--plugin", "hold_last", "train", *flags, "--val-fraction", 0.4, "--eval-every", 1, cwd=tmp_path
@@ -362,6 +364,9 @@ def test_a_plugin_trains_and_its_checkpoint_names_what_it_needs(robot, dataset, 
     chunk = policy.predict_chunk(observations(1)[0], "go to square 1")
     assert chunk.shape == (3, 7) and np.isfinite(chunk).all()
 
+    model = ModelConfig(backbone="nano-init", tokenizer="hold-last")
+    with pytest.raises(ConfigError, match=r"augment.prefix .* 'hold-last' span several actions"):
+        train(TrainConfig(data=(demos,), out=tmp_path / "other", model=model, augment=AugmentConfig(prefix=0.5)))
     file = tmp_path / "run" / "policy" / "config.json"
     values = json.loads(file.read_text())
     assert values["action_tokenizer"]["name"] == "hold-last"

@@ -121,7 +121,7 @@ def _prepare(cfg: TrainConfig, quiet: bool = False) -> tuple[trainer.VLATrainer,
             processor.robot.check_fits(env.robot, f"environment {env_id!r}", tolerated=("names", "rate"))
     if cfg.augment.prefix and processor.action_tokenizer.tokens_per_action is None:
         raise ConfigError(
-            f"augment.prefix conditions chunks on a prefix of actions; the tokens of "
+            "augment.prefix conditions chunks on their first actions; the tokens of "
             f"{processor.action_tokenizer.name!r} span several actions."
         )
     sources = [ChunkSamples(demo, cameras, size, horizon, i) for i, demo in enumerate(demos)]
