@@ -151,7 +151,7 @@ def _serve(pipe: Connection, make_server: Callable[..., Server], *arguments: Any
 
 @BACKENDS.register("local")
 class Processes:
-    """Workers in processes of this machine."""
+    """Workers in processes of this machine. Nothing is configured."""
 
     def __init__(self, config: HostsConfig, size: int) -> None: ...
 

@@ -84,7 +84,8 @@ class Actors:
             where = "on this machine" if address is None else f"at {address!r}"
             raise ConfigError(
                 f"cannot use a Ray cluster {where} ({reason}). `ray start --head` starts one and prints its address; "
-                "without --address, a cluster of this machine alone is started."
+                "without --address, a cluster of this machine alone is started. For a cluster that is protected by a "
+                "token, set RAY_AUTH_MODE=token."
             ) from error
         finally:
             with contextlib.suppress(ValueError):  # not the main thread: Ray has not set a handler
@@ -107,7 +108,12 @@ class _RayWorker:
         except self._ray.exceptions.RayError as error:
             last = str(error).strip().splitlines()[-1].strip()
             if getattr(error, "actor_init_failed", False):
-                return Fault.of(ConfigError(f"a Ray worker cannot start: {last}"))
+                return Fault.of(
+                    ConfigError(
+                        f"a Ray worker cannot start ({last}). Every machine of the cluster needs this package, version "
+                        f"{__version__}, with its `ray` extra."
+                    )
+                )
             return Fault(f"the worker's Ray actor died ({type(error).__name__}: {last})", "died")
 
     def kill(self) -> None:
