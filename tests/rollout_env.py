@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -27,8 +28,19 @@ class Slide(gym.Env):
 
     metadata = {"render_modes": []}  # noqa: RUF012  (Gymnasium's own convention)
 
-    def __init__(self, raise_on=-1, kill_on=-1, hang_on=-1, stop=True, words="slide to the column", **_):
+    def __init__(
+        self,
+        raise_on=-1,
+        kill_on=-1,
+        kill_once=None,
+        hang_on=-1,
+        delay=0.0,
+        stop=True,
+        words="slide to the column",
+        **_,
+    ):
         self.raise_on, self.kill_on, self.hang_on, self.stop, self.words = raise_on, kill_on, hang_on, stop, words
+        self.kill_once, self.delay = kill_once, delay  # a file that marks the kill, None: every time; seconds per step
         self.observation_space = gym.spaces.Dict(
             pixels=gym.spaces.Dict(front=gym.spaces.Box(0, 255, (SIZE, SIZE, 3), np.uint8)),
             agent_pos=gym.spaces.Box(-2, 2, (1,), np.float32),
@@ -45,10 +57,13 @@ class Slide(gym.Env):
     def step(self, action):
         if self.seed == self.raise_on:
             raise ZeroDivisionError("the motor came off")
-        if self.seed == self.kill_on:
+        if self.seed == self.kill_on and not (self.kill_once and Path(self.kill_once).exists()):
+            if self.kill_once:
+                Path(self.kill_once).touch()
             os.kill(os.getpid(), signal.SIGKILL)
         if self.seed == self.hang_on:
             time.sleep(60)
+        time.sleep(self.delay)
         self.x = float(np.clip(self.x + action[0], -2, 2))
         info = self._say()
         return self._see(), float(info["is_success"]), self.stop and info["is_success"], False, info

@@ -1,6 +1,7 @@
 """A simulated robot whose world does not wait, and the verb that drives it."""
 
 import json
+import multiprocessing
 import signal
 import time
 from types import SimpleNamespace
@@ -50,9 +51,10 @@ def test_a_world_that_cannot_be_built_or_dies_says_so():
         SimRobot("envs:vla/Nowhere-v0")
     with SimRobot("envs:vla/Reach-v0") as robot:
         robot.reset(seed=0)
-        robot._process.kill()
-        robot._process.join()
-        with pytest.raises(SimulatorError, match="process died"):
+        (process,) = (child for child in multiprocessing.active_children() if child.name == "vla-sim-robot")
+        process.kill()
+        process.join()
+        with pytest.raises(SimulatorError, match=r"simulated robot failed: .*process died \(signal SIGKILL"):
             for _ in range(50):
                 robot.observe()
 

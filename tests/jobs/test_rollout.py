@@ -19,7 +19,8 @@ from vla.errors import CheckpointError, ConfigError, DataError, SimulatorError, 
 from vla.jobs.rollout import rollout
 from vla.policy import Prediction
 from vla.policy.session import Draft
-from vla.simulation.pool import Fault, Pool
+from vla.simulation.hosts import Fault
+from vla.simulation.pool import Pool
 from vla.spec import RobotSpec
 
 
@@ -104,7 +105,15 @@ def test_an_exception_in_one_environment_is_that_episodes_outcome(tmp_path):
     assert info["overall"]["pc_success"] == pytest.approx(100 * 5 / 6)
 
 
-def test_a_killed_process_costs_one_episode(tmp_path):
+def test_a_process_that_is_killed_once_costs_nothing_but_time(tmp_path):
+    kwargs = {"kill_on": 100_001, "kill_once": str(tmp_path / "died")}
+    runs = [rollout(settings(tmp_path / name, kwargs, videos=1), Slider()) for name in ("killed", "whole")]
+    timing = {"decode_ms_p50", "decode_ms_max"}
+    facts = [[{k: v for k, v in e.items() if k not in timing} for e in run["per_episode"]] for run in runs]
+    assert (tmp_path / "died").exists() and facts[0] == facts[1]
+
+
+def test_a_killed_process_costs_one_episode_if_its_replay_is_killed(tmp_path):
     info = rollout(settings(tmp_path / "r", {"kill_on": 100_001}), Slider())
     assert [e["outcome"] for e in info["per_episode"]] == ["success", "fault"] + ["success"] * 4
     assert "SIGKILL" in info["per_episode"][1]["fault"]

@@ -5,7 +5,7 @@ flag). It does not know how the jobs use the values. Whether a named file or env
 `vla.preflight`.
 """
 
-from vla.config.data import AdapterConfig, CollectConfig, InspectConfig, ReplayConfig
+from vla.config.data import AdapterConfig, CollectConfig, HostsConfig, InspectConfig, ReplayConfig
 from vla.config.deployment import ControlConfig, DeployConfig, DoctorConfig, KeysConfig, SafetyConfig, ServeConfig
 from vla.config.evaluation import GREEDY, BenchmarkConfig, DecodingConfig, ExposureConfig, RolloutConfig
 from vla.config.files import dump, from_dict, load, to_dict
@@ -24,6 +24,7 @@ __all__ = [
     "DeployConfig",
     "DoctorConfig",
     "ExposureConfig",
+    "HostsConfig",
     "InspectConfig",
     "KeysConfig",
     "LoraConfig",

@@ -1,4 +1,4 @@
-"""Configuration of jobs on demonstrations (collect, inspect, replay), and of the adapter for environments."""
+"""Configuration of jobs on demonstrations (collect, inspect, replay), and of environments and where they run."""
 
 from __future__ import annotations
 
@@ -51,6 +51,26 @@ class AdapterConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class HostsConfig:
+    """Where the workers that run environments are. Results do not depend on it.
+
+    Attributes:
+        backend: "local": processes of this machine. "ray": actors of a Ray cluster.
+        address: address of the Ray cluster: "auto" (the one that this machine belongs to), "host:port" or
+            "ray://host:port"; None: start one on this machine.
+    """
+
+    __pydantic_config__ = STRICT
+    backend: str = "local"
+    address: str | None = None
+
+    def contradiction(self) -> str | None:
+        if self.address is not None and self.backend == "local":
+            return f"address {self.address!r} is for workers in a Ray cluster; add --backend ray, or leave it out."
+        return None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CollectConfig:
     """`vla collect`: run an expert and write its successful episodes as a LeRobotDataset v3.
 
@@ -62,7 +82,7 @@ class CollectConfig:
         noise: strength of the expert's noise (0: no noise); the recorded action is always the clean one.
         noise_share: fraction of episodes with noise.
         keep: which episodes to write: "success" or "all".
-        workers: number of worker processes; 0: one per core.
+        workers: number of workers; 0: one per core of this machine.
         resume: continue an interrupted collection in `out`.
     """
 
@@ -77,6 +97,7 @@ class CollectConfig:
     workers: Natural = 0
     resume: bool = False
     adapter: AdapterConfig = AdapterConfig()
+    hosts: HostsConfig = HostsConfig()
 
     def contradiction(self) -> str | None:
         if not self.env:

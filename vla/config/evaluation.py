@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from vla.config.data import AdapterConfig
+from vla.config.data import AdapterConfig, HostsConfig
 from vla.config.files import STRICT
 from vla.config.limits import Count, Finite, Natural, NonNegative, Positive, Quota, Seed
 
@@ -96,6 +96,7 @@ class RolloutConfig:
     device: str = "auto"
     overwrite: bool = False
     adapter: AdapterConfig = AdapterConfig()
+    hosts: HostsConfig = HostsConfig()
 
     def contradiction(self) -> str | None:
         if not self.env or len(set(self.env)) < len(self.env):
@@ -107,7 +108,7 @@ class RolloutConfig:
 class BenchmarkConfig:
     """`vla benchmark metaworld`: evaluate a policy on Meta-World with the protocol of published results.
 
-    Re-running with the same `out` resumes; only `n_envs` and `videos` may differ.
+    Re-running with the same `out` resumes; only `n_envs`, `videos` and `hosts` may differ.
 
     Attributes:
         policy: the embedded backbone "nano", a run folder, a checkpoint folder, or the address of a `vla serve`
@@ -137,6 +138,7 @@ class BenchmarkConfig:
     out: Path = Path("runs/metaworld-benchmark")
     device: str = "auto"
     adapter: AdapterConfig = AdapterConfig()
+    hosts: HostsConfig = HostsConfig()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Le, MinLen
 
-from vla.config.data import AdapterConfig
+from vla.config.data import AdapterConfig, HostsConfig
 from vla.config.files import STRICT
 from vla.config.limits import Count, Fraction, Natural, NonNegative, Positive, Quota, Seed, Share
 
@@ -219,7 +219,7 @@ class DaggerConfig:
         compare_bc: finally, also train on demonstrations alone (behaviour cloning) with the same number of labels and
             optimizer steps, and compare.
         train: training configuration of each round; its datasets, folders and unnorm_keys are set by this job.
-        resume: continue the run in `out`; rounds, labels, target and compare_bc may differ.
+        resume: continue the run in `out`; rounds, labels, target, compare_bc and hosts may differ.
     """
 
     __pydantic_config__ = STRICT
@@ -249,6 +249,7 @@ class DaggerConfig:
     device: str = "auto"
     resume: bool = False
     adapter: AdapterConfig = AdapterConfig()
+    hosts: HostsConfig = HostsConfig()
 
     def contradiction(self) -> str | None:
         seeds = range(self.seed, self.seed + ROUNDS_APART * (self.rounds + 1))

@@ -28,14 +28,16 @@ from vla.data.packing import finalise
 from vla.data.staging import EPISODE, check_staging, drop_staging, finished, open_staging
 from vla.errors import ConfigError, SimulatorError
 from vla.simulation import adapter as simulator
-from vla.simulation.experts import Attempt, Job, Outcome, Pool
+from vla.simulation.experts import PATIENCE_S, Attempt, ExpertServer, Outcome, Recording
+from vla.simulation.hosts import Fault
+from vla.simulation.pool import Pool
 from vla.spec import RobotSpec
 from vla.support import machine
 from vla.support.progress import Progress
 from vla.support.run_folder import RunFolder, write_text
 
 FAILURES = "failures.jsonl"  # one line per attempt that was not kept
-FREE = ("episodes", "workers")  # may change when a collection is resumed
+FREE = ("episodes", "workers", "hosts")  # may change when a collection is resumed
 
 SEEDS_APART = 1_000_000  # between the seeds of an episode's attempts: no two episodes share one
 HOPELESS = 50  # failures in an environment without a success, after which collecting stops
@@ -125,20 +127,32 @@ class _Run:
         """Collect all missing episodes."""
         if not self.todo:
             return
-        job = Job(
-            staging=self.staging,
-            adapter=self.config.adapter,
-            keep_all=self.config.keep == "all",
-            executed_actions=self.config.noise > 0 or ":" in self.config.adapter.expert,
+        config = self.config
+        recording = Recording(
+            staging=self.staging.resolve(),
+            keep_all=config.keep == "all",
+            executed_actions=config.noise > 0 or ":" in config.adapter.expert,
         )
-        count = min(self.config.workers or machine.cores(), len(self.todo))
-        with Pool(count, job) as pool, Progress(self.config.episodes, "episodes", done=len(self.done)) as progress:
-            while self.todo or pool.busy:
-                pool.assign(self.todo)
-                for tried, outcome in pool.outcomes():
-                    self._account(tried, outcome)
-                    if outcome.kind == "kept":
-                        progress.advance(self.describe())
+        count = min(config.workers or machine.cores(), len(self.todo))
+        try:
+            with (
+                Pool(count, config.adapter, config.hosts, ExpertServer, PATIENCE_S) as pool,
+                Progress(config.episodes, "episodes", done=len(self.done)) as progress,
+            ):
+                running: dict[int, Attempt] = {}  # by slot
+                last: dict[int, str] = {}  # by slot: environment id of the last attempt
+                while self.todo or running:
+                    for slot in pool.idle[: len(self.todo)]:
+                        running[slot] = self._next(last.get(slot))
+                        last[slot] = running[slot].env_id
+                        pool.submit(slot, ("attempt", running[slot], recording))
+                    for slot, reply in pool.completed().items():
+                        self._account(running.pop(slot), reply)
+                        if reply.kind == "kept":
+                            progress.advance(self.describe())
+        finally:
+            for leftover in self.staging.glob(".episode-*"):
+                shutil.rmtree(leftover, ignore_errors=True)
 
     def write_failures(self, path: Path) -> None:
         """Write the failed attempts of this dataset, in an order that does not depend on timing."""
@@ -175,10 +189,15 @@ class _Run:
     def _about(self, number: int) -> dict[str, Any]:
         return read_json(self.staging / EPISODE.format(number) / "episode.json")
 
-    def _account(self, tried: Attempt, outcome: Outcome) -> None:
-        if outcome.error is not None:
+    def _next(self, env_id: str | None) -> Attempt:
+        """Take the next attempt; if possible one in the environment that the worker already has."""
+        same = (i for i, tried in enumerate(self.todo) if tried.env_id == env_id)
+        return self.todo.pop(next(same, 0))
+
+    def _account(self, tried: Attempt, outcome: Outcome | Fault) -> None:
+        if isinstance(outcome, Fault) and outcome.error is not None:  # no further attempt can succeed
             raise outcome.error
-        if outcome.kind == "kept":
+        if isinstance(outcome, Outcome) and outcome.kind == "kept":
             self.done.add(tried.episode)
             self.solved += outcome.success
             self.frames += outcome.frames
@@ -194,7 +213,7 @@ class _Run:
         self._give_up_if_hopeless(tried, outcome)
         self.todo.insert(0, attempt(self.config, tried.episode, tried.turn + 1))
 
-    def _give_up_if_hopeless(self, tried: Attempt, outcome: Outcome) -> None:
+    def _give_up_if_hopeless(self, tried: Attempt, outcome: Outcome | Fault) -> None:
         if any(attempt(self.config, number, 0).env_id == tried.env_id for number in self.done):
             if tried.turn + 1 < TRIES:
                 return

@@ -44,7 +44,7 @@ from vla.support.run_folder import RunFolder
 from vla.training.dagger_rollouts import first_seed, roll_in, scenes_of
 
 FILE, PICTURE, SETTINGS = "dagger.json", "dagger.png", "dagger.yaml"
-FREE = ("rounds", "labels", "target", "compare_bc", "device")  # may change when a run is resumed
+FREE = ("rounds", "labels", "target", "compare_bc", "device", "hosts")  # may change when a run is resumed
 KEY = "dagger"  # one unnorm_key for all rounds: they share the robot and the meaning of every action token
 
 _console = Console()
@@ -148,6 +148,7 @@ def _demonstrate(config: DaggerConfig, out: Path, episodes: int, seed: int) -> P
                 noise_share=config.noise_share,
                 resume=out.exists(),
                 adapter=config.adapter,
+                hosts=config.hosts,
             )
         )
     return out
@@ -181,6 +182,7 @@ def _evaluate(
             out=report,
             device=config.device,
             adapter=config.adapter,
+            hosts=config.hosts,
         )
     )
 

@@ -6,6 +6,9 @@ the page `vla.evaluation.report`'s.
 
 The loop goes in rounds: fill free slots from the queue, decode one batch, execute `n_action_steps` of each chunk. The
 batches therefore do not depend on timing: the same seeds give the same results.
+
+An environment that raises an exception fails its episode. An episode whose worker died (a crash, a hang, a kill) is
+played once more from its seed, before all others; if the worker dies again, the episode is a fault.
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ from vla.evaluation import report, results
 from vla.evaluation.comparison import common_environments, compare
 from vla.evaluation.results import Episode
 from vla.policy.session import Session, predict
-from vla.simulation.pool import Description, Fault, Pool, ResetResult, StepResult
+from vla.simulation.hosts import Fault
+from vla.simulation.pool import Description, Pool, ResetResult, StepResult
 from vla.spec import RobotSpec
 from vla.support import machine
 from vla.support.progress import Progress
@@ -60,7 +64,7 @@ def rollout(config: RolloutConfig, policy: ChunkPolicy | None = None) -> dict[st
         for i, env_id in enumerate(config.env)
         for k in range(config.episodes)
     ]
-    with Pool(min(config.n_envs, len(episodes)), config.adapter) as pool:
+    with Pool(min(config.n_envs, len(episodes)), config.adapter, config.hosts) as pool:
         descriptions = _describe(pool, config.env)
         identity = (
             {"path": None, "sha256": None} if policy else {"path": config.policy, "sha256": hash_of(config.policy)}
@@ -116,6 +120,7 @@ class _Run:
         self._running: dict[int, Episode] = {}  # by slot
         self._views: dict[int, ResetResult | StepResult] = {}  # by slot: the last that was seen of its episode
         self._sessions: dict[int, Session] = {}  # by slot
+        self._replayed: set[int] = set()  # `episode_ix` of the episodes whose worker died
         self._failures: collections.Counter[str] = collections.Counter()  # by environment id: failures on video
         self._done: list[Episode] = []
         self._progress = Progress(len(episodes), "episodes")
@@ -149,7 +154,8 @@ class _Run:
         failed: dict[int, str | None] = {}
         for slot, reply in self._pool.exchange(requests).items():
             if isinstance(reply, Fault):
-                failed[slot] = f"at reset: {reply.message}"
+                if not self._replay(slot, reply):
+                    failed[slot] = f"at reset: {reply.message}"
                 continue
             episode, self._views[slot] = self._running[slot], reply
             episode.instruction, episode.image_hash = reply.instruction, reply.image_hash
@@ -183,13 +189,24 @@ class _Run:
             episode = self._running[slot]
             if isinstance(reply, Fault):
                 when = f"after step {episode.length}" if reply.step is None else f"at step {reply.step}"
-                ended[slot] = f"{when}: {reply.message}"
+                if not self._replay(slot, reply):
+                    ended[slot] = f"{when}: {reply.message}"
                 continue
             self._views[slot] = reply
             _account(episode, reply)
             if reply.terminated or reply.truncated:
                 ended[slot] = None
         self._finish(ended)
+
+    def _replay(self, slot: int, fault: Fault) -> bool:
+        """Put the episode of this slot back into the queue if its worker died for the first time."""
+        episode = self._running[slot]
+        if fault.kind != "died" or episode.episode_ix in self._replayed:
+            return False
+        self._replayed.add(episode.episode_ix)
+        self._queue.appendleft(Episode(episode.episode_ix, episode.env_id, episode.seed))
+        del self._running[slot]
+        return True
 
     def _finish(self, ended: dict[int, str | None]) -> None:
         """Take the episodes of these slots (slot -> fault) out of the loop, and fetch the videos worth keeping."""
@@ -259,8 +276,7 @@ def _describe(pool: Pool, env_ids: Sequence[str]) -> dict[str, Description]:
         replies = pool.exchange({slot: ("make", env_id) for slot, env_id in enumerate(batch)})
         for slot, env_id in enumerate(batch):
             if isinstance(replies[slot], Fault):
-                message = replies[slot].message
-                raise SimulatorError(message if replies[slot].expected else f"environment {env_id!r}: {message}")
+                raise replies[slot].error or SimulatorError(f"environment {env_id!r}: {replies[slot].message}")
             descriptions[env_id] = replies[slot]
     return descriptions
 

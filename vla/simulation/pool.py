@@ -1,11 +1,11 @@
-"""A pool of environments, each in a process of its own.
+"""A pool of environments, each in a worker of its own.
 
-Owns: the processes, which execute one action chunk per request, and turning any failure (an exception, a crash, a hang,
-a kill) into a `Fault` without disturbing the other environments. It does not know policies, the order of episodes or
-results.
+Owns: the requests that a worker answers (`EnvServer`), and waiting for replies. A worker that crashes, hangs or is
+killed is replaced, and its request is answered with a `Fault`; the others are not disturbed. This module does not know
+policies, the order of episodes or results, nor where workers run (`hosts`).
 
-`Pool.exchange` sends requests to many workers and waits for all replies, so the results do not depend on the relative
-speed of the processes.
+`Pool.exchange` waits for the replies of all workers, so that results do not depend on their relative speed.
+`Pool.completed` returns replies as they come, for independent requests.
 """
 
 from __future__ import annotations
@@ -14,19 +14,20 @@ import contextlib
 import dataclasses
 import hashlib
 import math
-import multiprocessing
-import signal
+import platform
 import time
 from collections.abc import Mapping
-from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vla.config import AdapterConfig
-from vla.errors import SimulatorError, VLAError
+from vla.config import AdapterConfig, HostsConfig
+from vla.errors import DataError, SimulatorError
 from vla.simulation import adapter as simulator
+from vla.simulation import ray_hosts  # noqa: F401  (registers its backend)
 from vla.simulation.clips import Recorder
+from vla.simulation.hosts import BACKENDS, Fault
 from vla.spec import Observation
 from vla.support import machine
 
@@ -73,40 +74,31 @@ class StepResult:
     target: int | str | None
 
 
-@dataclasses.dataclass(frozen=True)
-class Fault:
-    """Why a request failed.
-
-    Attributes:
-        expected: whether this is an error of this package, whose message is sufficient.
-        step: the step of the episode that raised the error, starting at 1; None if it is unknown (the process ended).
-    """
-
-    message: str
-    expected: bool = False
-    step: int | None = None
-
-
 class Pool:
-    """A pool of `size` workers. A context manager; it ends all processes on exit.
+    """A pool of `size` workers. A context manager; it ends all workers on exit.
 
     Args:
         adapter: adapter of the environments.
+        hosts: where the workers run.
+        server: class that answers requests in a worker; a subclass of `EnvServer` can add requests.
         patience_s: time limit per request in seconds.
-        host: class that answers requests in a worker; a subclass of `EnvServer` can add requests.
+    Raises:
+        ConfigError: the backend does not exist or cannot be reached.
     """
 
     def __init__(
-        self, size: int, adapter: AdapterConfig, patience_s: float = PATIENCE_S, host: type[EnvServer] | None = None
+        self,
+        size: int,
+        adapter: AdapterConfig,
+        hosts: HostsConfig | None = None,
+        server: type[EnvServer] | None = None,
+        patience_s: float = PATIENCE_S,
     ) -> None:
-        self._adapter, self._patience_s, self._host = adapter, patience_s, host or EnvServer
-        # Not a plain fork, which copies GL contexts and locks of this process and hangs. A fork server is a clean,
-        # single-threaded process that imports the modules once.
-        method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-        self._context = multiprocessing.get_context(method)
-        if method == "forkserver":
-            self._context.set_forkserver_preload(["vla.simulation.pool"])
-        self._workers = [_Worker(self._context, adapter, self._host) for _ in range(size)]
+        self._adapter, self._server, self._patience_s = adapter, server or EnvServer, patience_s
+        hosts = hosts or HostsConfig()
+        self._backend = BACKENDS.get(hosts.backend)(hosts, size)
+        self._workers = [self._backend.start(self._server, adapter) for _ in range(size)]
+        self._deadlines: dict[int, float] = {}  # by slot: of the requests without a reply
 
     def __len__(self) -> int:
         return len(self._workers)
@@ -115,10 +107,14 @@ class Pool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for worker in self._workers:
-            worker.close()
-        for worker in self._workers:
-            worker.stop()
+        for slot in self._deadlines:
+            self._workers[slot].kill()
+        self._backend.close([worker for slot, worker in enumerate(self._workers) if slot not in self._deadlines])
+
+    @property
+    def idle(self) -> list[int]:
+        """Slots of the workers without a request."""
+        return [slot for slot in range(len(self)) if slot not in self._deadlines]
 
     def exchange(self, requests: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:
         """Send each worker its request and wait for all replies; the reply of a failed worker is a `Fault`.
@@ -126,74 +122,35 @@ class Pool:
         Requests and their replies: ("make", env_id) -> Description; ("reset", env_id, seed, record) -> ResetResult;
         ("run", actions [n, D]) -> StepResult; ("clip", fps) -> mp4 bytes.
         """
-        deadline = time.monotonic() + self._patience_s
         for slot, request in requests.items():
-            self._workers[slot].send(request)
-        replies = {slot: self._workers[slot].receive(deadline) for slot in requests}
-        for slot in requests:
-            if not self._workers[slot].alive:
-                self._workers[slot].stop()
-                self._workers[slot] = _Worker(self._context, self._adapter, self._host)
+            self.submit(slot, request)
+        replies: dict[int, Any] = {}
+        while not requests.keys() <= replies.keys():
+            replies |= self.completed()
+        return {slot: replies[slot] for slot in requests}
+
+    def submit(self, slot: int, request: tuple[Any, ...]) -> None:
+        """Send an idle worker a request; `completed` returns the reply."""
+        self._workers[slot].send(request)
+        self._deadlines[slot] = time.monotonic() + self._patience_s
+
+    def completed(self, timeout: float = 1.0) -> dict[int, Any]:
+        """Wait until a worker replies, for at most `timeout` seconds; replies by slot, perhaps none."""
+        waiting = {slot: self._workers[slot] for slot in self._deadlines}
+        left = min(self._deadlines.values(), default=0.0) - time.monotonic()
+        ready = self._backend.ready(list(waiting.values()), max(0.0, min(timeout, left)))
+        replies = {}
+        for slot, worker in waiting.items():
+            if worker in ready:
+                replies[slot] = worker.receive()
+            elif time.monotonic() > self._deadlines[slot]:
+                replies[slot] = Fault("the environment did not respond in time; its process was killed", "died")
+        for slot, reply in replies.items():
+            del self._deadlines[slot]
+            if isinstance(reply, Fault) and reply.kind == "died":
+                self._workers[slot].kill()
+                self._workers[slot] = self._backend.start(self._server, self._adapter)
         return replies
-
-
-class _Worker:
-    """The parent's side of a worker."""
-
-    def __init__(self, context: Any, adapter: AdapterConfig, host: type[EnvServer]) -> None:
-        self._pipe, theirs = context.Pipe()
-        arguments = (theirs, adapter, host)
-        self._process = context.Process(target=_serve, args=arguments, daemon=True, name="vla-environment")
-        self._process.start()
-        theirs.close()
-        self.alive = True
-
-    def send(self, request: tuple[Any, ...]) -> None:
-        with contextlib.suppress(OSError):  # `receive` detects a dead worker and reports how it died
-            self._pipe.send(request)
-
-    def receive(self, deadline: float) -> Any:
-        try:
-            if self._pipe.poll(max(0.0, deadline - time.monotonic())):
-                return self._pipe.recv()
-            fault = "the environment did not respond in time; its process was killed"
-        except (EOFError, OSError):
-            self._process.join(timeout=5)
-            code = self._process.exitcode
-            how = f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
-            fault = f"the environment's process died ({how})"
-        self.alive = False
-        return Fault(fault)
-
-    def close(self) -> None:
-        """Close the connection; an idle worker then exits by itself."""
-        self._pipe.close()
-
-    def stop(self) -> None:
-        """Make sure that the process has ended."""
-        self.close()
-        self._process.join(timeout=2 if self.alive else 0)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
-
-
-def _serve(pipe: Connection, adapter: AdapterConfig, kind: type[EnvServer]) -> None:
-    """Main loop of a worker process: answer requests until the parent closes the connection."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent handles it
-    host = kind(adapter)
-    with contextlib.suppress(EOFError, OSError):
-        while True:
-            verb, *arguments = pipe.recv()
-            try:
-                reply = getattr(host, verb)(*arguments)
-            except Exception as error:
-                known = isinstance(error, VLAError)
-                message = str(error) if known else f"{type(error).__name__}: {error}"
-                reply = Fault(message, known, host.steps if verb == "run" else None)
-                host.abandon()
-            pipe.send(reply)
-    host.abandon()
 
 
 class EnvServer:
@@ -209,6 +166,15 @@ class EnvServer:
         self._recorder: Recorder | None = None
         self.env: simulator.SimulatedRobot | None = None
         self.steps = 0
+
+    def answer(self, request: tuple[Any, ...]) -> Any:
+        """The reply to `(method, *arguments)`; a `Fault`, and no environment, if the method raises."""
+        method, *arguments = request
+        try:
+            return getattr(self, method)(*arguments)
+        except Exception as error:
+            self.abandon()
+            return Fault.of(error, self.steps)
 
     def make(self, env_id: str) -> Description:
         env = self._ready(env_id)  # creating it has rendered an image, so the GL context can report its name
@@ -270,6 +236,15 @@ class EnvServer:
             self.abandon()
             self.env = simulator.make(env_id, self._adapter)
         return self.env
+
+
+def check_shared(folder: Path) -> None:
+    """DataError if this worker's machine does not have the folder that the caller has created."""
+    if not folder.is_dir():
+        raise DataError(
+            f"a worker on {platform.node()} does not see {folder}. Workers write into it themselves: choose an --out "
+            "that is in a folder of all machines of the cluster."
+        )
 
 
 def _label(value: Any) -> int | str | None:

@@ -35,7 +35,8 @@ from vla.errors import SimulatorError
 from vla.policy.session import Session, predict
 from vla.simulation.adapter import Expert
 from vla.simulation.experts import EXPERT_SEED, consult, executable
-from vla.simulation.pool import EnvServer, Fault, Pool, ResetResult, StepResult
+from vla.simulation.hosts import Fault
+from vla.simulation.pool import EnvServer, Pool, ResetResult, StepResult, check_shared
 from vla.support.progress import Progress
 
 if TYPE_CHECKING:
@@ -76,12 +77,12 @@ def roll_in(config: DaggerConfig, number: int, student: ChunkPolicy, out: Path, 
     waves = [range(first, min(first + size, len(scenes))) for first in range(0, len(scenes), size)]
     todo = [wave for wave in waves if not done.issuperset(wave)]
     with (
-        Pool(size, config.adapter, host=Labeller) as pool,
+        Pool(size, config.adapter, config.hosts, Labeller) as pool,
         Progress(len(scenes), "roll-ins", done=len(scenes) - sum(map(len, todo))) as progress,
     ):
         for wave in todo:
             trials = [_Trial(config, number, episode, scenes[episode]) for episode in wave]
-            _Wave(trials, number, student, pool, staging, progress).play()
+            _Wave(trials, number, student, pool, staging.resolve(), progress).play()
     if not finished(staging):
         return None
     finalise(out)
@@ -105,6 +106,7 @@ class Labeller(EnvServer):
 
     def begin(self, env_id: str, seed: int, staging: Path, number: int, length: int | None) -> ResetResult:
         """Start the episode that is to become number `number` of the recording; it ends after `length` frames."""
+        check_shared(staging)
         start = self.reset(env_id, seed, False)
         assert self.env is not None
         self._expert = self.env.make_expert(seed=EXPERT_SEED + seed)

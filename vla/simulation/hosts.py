@@ -1,0 +1,169 @@
+"""Worker processes, and the backends that start them.
+
+Owns: the message protocol, a process with its pipe, and turning a crash, a hang or a kill into a `Fault`. A request is
+`(method, *arguments)`; its reply is a value or a `Fault`. This module does not know environments, nor what is asked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import multiprocessing
+import signal
+from collections.abc import Callable, Sequence
+from multiprocessing import connection
+from multiprocessing.connection import Connection
+from typing import Any, Literal, Protocol
+
+from vla.config import HostsConfig
+from vla.errors import VLAError
+from vla.support.registry import Registry
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """Why a request failed.
+
+    Attributes:
+        kind: "error": the request raised an exception. "died": the worker crashed, hung or was killed.
+        error: the exception, if it is an error of this package; its message is sufficient.
+        step: number of steps started in the episode that raised the exception; None for "died".
+    """
+
+    message: str
+    kind: Literal["error", "died"] = "error"
+    error: VLAError | None = None
+    step: int | None = None
+
+    @classmethod
+    def of(cls, error: Exception, step: int | None = None) -> Fault:
+        if isinstance(error, VLAError):
+            return cls(str(error), error=error, step=step)
+        return cls(f"{type(error).__name__}: {error}", step=step)
+
+
+class Server(Protocol):
+    """What a worker runs. `answer` executes a request; it returns a `Fault` instead of raising."""
+
+    def answer(self, request: tuple[Any, ...]) -> Any: ...
+
+    def abandon(self) -> None: ...
+
+
+class Worker(Protocol):
+    """The caller's side of a worker. It executes one request at a time."""
+
+    def send(self, request: tuple[Any, ...]) -> None: ...
+
+    def receive(self) -> Any:
+        """The reply, or a `Fault` of kind "died"; blocks until there is one."""
+
+    def kill(self) -> None:
+        """End the worker at once."""
+
+
+class Backend(Protocol):
+    """Where workers run."""
+
+    def start(self, make_server: Callable[..., Server], *arguments: Any) -> Worker:
+        """Start a worker that runs `make_server(*arguments)`."""
+
+    def ready(self, workers: Sequence[Any], timeout: float) -> list[Any]:
+        """Wait until one of these workers has a reply or is dead, for at most `timeout` s; those that have, or are."""
+
+    def close(self, idle: Sequence[Any]) -> None:
+        """Let idle workers exit by themselves, and release what the backend holds."""
+
+
+#: Backends by name. Each is called with its configuration and the number of workers that run at the same time.
+BACKENDS: Registry[Callable[[HostsConfig, int], Backend]] = Registry("backend")
+
+
+class Process:
+    """A process of this machine, and the caller's end of its pipe.
+
+    Args:
+        target: called in the process with the other end of the pipe and `arguments`.
+    """
+
+    def __init__(self, target: Callable[..., None], *arguments: Any, name: str) -> None:
+        # Not a plain fork, which copies GL contexts and locks of this process and hangs. A fork server is a clean,
+        # single-threaded process that imports the modules once.
+        method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+        context: Any = multiprocessing.get_context(method)
+        if method == "forkserver":
+            context.set_forkserver_preload(["vla.simulation.pool"])
+        self.pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_run, args=(target, theirs, *arguments), daemon=True, name=name)
+        self._process.start()
+        theirs.close()
+
+    def send(self, request: tuple[Any, ...]) -> None:
+        with contextlib.suppress(OSError):  # `receive` detects a dead process and reports how it died
+            self.pipe.send(request)
+
+    def poll(self, timeout: float = 0.0) -> bool:
+        """Wait for a message, for at most `timeout` s. Whether `receive` returns at once."""
+        try:
+            return self.pipe.poll(timeout)
+        except (EOFError, OSError):
+            return True  # with a `Fault`
+
+    def receive(self) -> Any:
+        """The next message; a `Fault` if the process is dead."""
+        try:
+            return self.pipe.recv()
+        except (EOFError, OSError):
+            self._process.join(timeout=5)
+            code = self._process.exitcode
+            how = f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"
+            return Fault(f"the worker process died ({how})", "died")
+
+    def kill(self) -> None:
+        self.pipe.close()
+        self._process.kill()
+        self._process.join()
+
+    def close(self, patience_s: float = 2.0) -> None:
+        """Close the pipe, upon which the process exits by itself; kill it if it does not."""
+        self.pipe.close()
+        self._process.join(patience_s)
+        self.kill()
+
+
+def _run(target: Callable[..., None], pipe: Connection, *arguments: Any) -> None:
+    """A process from its start until the caller closes the pipe."""
+    for signum in (signal.SIGINT, signal.SIGTERM):  # sent to the whole process group; the caller decides
+        signal.signal(signum, signal.SIG_IGN)
+    with contextlib.suppress(EOFError, OSError):
+        target(pipe, *arguments)
+
+
+def _serve(pipe: Connection, make_server: Callable[..., Server], *arguments: Any) -> None:
+    """Answer requests until the caller closes the pipe."""
+    server = make_server(*arguments)
+    try:
+        while True:
+            pipe.send(server.answer(pipe.recv()))
+    finally:
+        server.abandon()
+
+
+@BACKENDS.register("local")
+class Processes:
+    """Workers in processes of this machine. Nothing is configured."""
+
+    def __init__(self, config: HostsConfig, size: int) -> None: ...
+
+    def start(self, make_server: Callable[..., Server], *arguments: Any) -> Process:
+        return Process(_serve, make_server, *arguments, name="vla-environment")
+
+    def ready(self, workers: Sequence[Process], timeout: float) -> list[Process]:
+        found = connection.wait([worker.pipe for worker in workers], timeout)
+        return [worker for worker in workers if worker.pipe in found]
+
+    def close(self, idle: Sequence[Process]) -> None:
+        for worker in idle:
+            worker.pipe.close()
+        for worker in idle:
+            worker.close()

@@ -1,0 +1,150 @@
+"""Workers as actors of a Ray cluster (https://docs.ray.io), on one machine or on many.
+
+Owns: the connection to the cluster, the actors, and turning Ray's errors into a `Fault` or a ConfigError. Ray is an
+optional dependency; it is imported only when this backend is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import platform
+import signal
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from vla import __version__
+from vla.config import HostsConfig
+from vla.errors import ConfigError
+from vla.simulation.hosts import BACKENDS, Fault, Server
+from vla.support import machine
+
+CONNECT_S = 5.0  # time limit for the address of a cluster to accept a connection
+
+
+@BACKENDS.register("ray")
+class Actors:
+    """Workers in a Ray cluster, one CPU each. Without an address, a cluster of this machine is started, and ended.
+
+    Raises:
+        ConfigError: Ray is not installed, there is no cluster at the address, or it has fewer CPUs than workers.
+    """
+
+    def __init__(self, config: HostsConfig, size: int) -> None:
+        try:
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports to its authors otherwise
+            import ray
+        except ImportError as error:
+            raise ConfigError(
+                f"--backend ray needs Ray, which cannot be imported ({error}). Install it on every machine of the "
+                "cluster: pip install '.[ray]' in the checkout of this package."
+            ) from None
+        self._ray: Any = ray
+        self._ours = not self._ray.is_initialized()
+        if self._ours:
+            self._connect(config.address, size)
+        cpus = int(self._ray.cluster_resources().get("CPU", 0))
+        if cpus < size:
+            self.close([])
+            raise ConfigError(
+                f"the Ray cluster has {cpus} CPUs, but {size} workers need one each. Add machines to it (`ray start "
+                "--address ...`), or use fewer workers (--n-envs, --workers of `vla collect`)."
+            )
+        self._actor = self._ray.remote(num_cpus=1)(_Actor)
+
+    def start(self, make_server: Callable[..., Server], *arguments: Any) -> _RayWorker:
+        place = (__version__, str(Path.cwd()), os.environ.get("MUJOCO_GL"))
+        return _RayWorker(self._ray, self._actor.remote(place, make_server, arguments))
+
+    def ready(self, workers: Sequence[_RayWorker], timeout: float) -> list[_RayWorker]:
+        by_reply = {worker.reply: worker for worker in workers}
+        found, _ = self._ray.wait(list(by_reply), timeout=timeout)
+        return [by_reply[reply] for reply in found]
+
+    def close(self, idle: Sequence[_RayWorker]) -> None:
+        for worker in idle:
+            worker.kill()
+        if self._ours:
+            self._ray.shutdown()
+
+    def _connect(self, address: str | None, size: int) -> None:
+        quiet: dict[str, Any] = {"logging_level": "warning", "include_dashboard": False}
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            if address is None:
+                self._ray.init("local", num_cpus=max(size, machine.cores()), **quiet)
+            else:
+                _check_port(address)
+                self._ray.init(address, logging_level="warning")
+        except Exception as error:  # Ray has no common type for this
+            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            where = "on this machine" if address is None else f"at {address!r}"
+            raise ConfigError(
+                f"cannot use a Ray cluster {where} ({reason}). `ray start --head` starts one and prints its address; "
+                "without --address, a cluster of this machine alone is started. For a cluster that is protected by a "
+                "token, set RAY_AUTH_MODE=token."
+            ) from error
+        finally:
+            with contextlib.suppress(ValueError):  # not the main thread: Ray has not set a handler
+                signal.signal(signal.SIGTERM, handler)
+
+
+class _RayWorker:
+    """The caller's side of an actor. `reply` is the future reply of its request."""
+
+    def __init__(self, ray: Any, actor: Any) -> None:
+        self._ray, self._actor = ray, actor
+        self.reply: Any = None
+
+    def send(self, request: tuple[Any, ...]) -> None:
+        self.reply = self._actor.answer.remote(request)
+
+    def receive(self) -> Any:
+        try:
+            return copy.deepcopy(self._ray.get(self.reply))  # the arrays of Ray's own copy are read-only
+        except self._ray.exceptions.RayError as error:
+            last = str(error).strip().splitlines()[-1].strip()
+            if getattr(error, "actor_init_failed", False):
+                return Fault.of(
+                    ConfigError(
+                        f"a Ray worker cannot start ({last}). Every machine of the cluster needs this package, version "
+                        f"{__version__}, with its `ray` extra."
+                    )
+                )
+            return Fault(f"the worker's Ray actor died ({type(error).__name__}: {last})", "died")
+
+    def kill(self) -> None:
+        self._ray.kill(self._actor)
+
+
+class _Actor:
+    """Runs a server in a process of the cluster, under the same conditions as in a process of the caller's machine.
+
+    Args:
+        place: version of this package, working directory and GL backend of the caller.
+    """
+
+    def __init__(
+        self, place: tuple[str, str, str | None], make_server: Callable[..., Server], arguments: tuple[Any, ...]
+    ) -> None:
+        version, folder, gl = place
+        if version != __version__:
+            raise ConfigError(f"vla {__version__} is installed on {platform.node()}, but {version} is needed.")
+        with contextlib.suppress(OSError):  # it does not exist there: then no module in it is needed
+            os.chdir(folder)
+        if gl is not None:
+            os.environ["MUJOCO_GL"] = gl  # before an environment imports MuJoCo
+        self._server = make_server(*arguments)
+
+    def answer(self, request: tuple[Any, ...]) -> Any:
+        return self._server.answer(copy.deepcopy(request))  # read-only arrays, as above
+
+
+def _check_port(address: str) -> None:
+    """OSError if nothing accepts connections at "host:port". Ray itself waits for minutes, and may end the process."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
