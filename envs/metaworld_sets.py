@@ -1,13 +1,16 @@
-"""Sets of Meta-World tasks on which benchmark results are reported.
+"""Meta-World as a benchmark: task sets, tiers, protocol and published results, as plain data.
 
-Owns the names of the sets and their environment ids. Does not import Meta-World.
+Owns these facts. Does not import Meta-World.
 
-`mt50` has all tasks; `mt10` and the two `ml45` sets are Meta-World's own (Yu et al., 2019). The four tiers `mt50/...`
-rank tasks by their difficulty for visual policies: Seo et al., "Masked World Models for Visual Control" (2022),
-appendix. TinyVLA, SmolVLA and LeRobot, and the papers that compare with them, use the same 28, 11, 6 and 5 tasks.
+`mt50` has all tasks; `mt10` and the two `ml45` sets are Meta-World's own (Yu et al., 2019, arXiv:1910.10897). The four
+tiers `mt50/...` rank tasks by their difficulty for visual policies: Seo et al., "Masked World Models for Visual
+Control" (2022), appendix. TinyVLA, SmolVLA and LeRobot, and the papers that compare with them, use the same 28, 11, 6
+and 5 tasks, 10 episodes per task, and at most 400 or 500 steps.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from envs.metaworld_instructions import TASKS
 
@@ -39,4 +42,37 @@ SETS: dict[str, tuple[str, ...]] = {
     ),
     "ml45-train": tuple(env_id for env_id in _ALL if env_id not in _ML45_TEST),
     "ml45-test": _ML45_TEST,
+}
+
+
+def _published(
+    policy: str, average: float, source: str, tiers: tuple[float, ...] | None = None, note: str = ""
+) -> dict[str, Any]:
+    return {"policy": policy, "average": average, "source": source, "tiers": tiers, "note": note}
+
+
+_SMOLVLA = "arXiv:2506.01844"  # its table of results on Meta-World also has those of earlier policies
+
+SUITE: dict[str, Any] = {
+    "name": "metaworld",
+    "title": "Meta-World",
+    "sets": SETS,
+    "whole": "mt50",
+    "tiers": ("mt50/easy", "mt50/medium", "mt50/hard", "mt50/very_hard"),
+    "episodes": 10,
+    # Success in percent: the mean over the tiers, and per tier where it is published.
+    "published": (
+        _published("Diffusion Policy", 10.5, _SMOLVLA, (23.1, 10.7, 1.9, 6.1)),
+        _published("TinyVLA-H 1.3B", 31.6, _SMOLVLA, (77.6, 21.5, 11.4, 15.8)),
+        _published("pi0", 47.9, _SMOLVLA, (71.8, 48.2, 41.7, 30.0)),
+        _published("SmolVLA 0.45B", 57.3, _SMOLVLA),
+        _published("SmolVLA 2.25B", 68.2, _SMOLVLA, (87.1, 51.8, 70.0, 64.0)),
+        _published(
+            "pi0 + PPO", 78.1, "arXiv:2510.25889", (92.1, 74.6, 61.7, 84.0), "reinforcement learning in the simulator"
+        ),
+        _published("ProgVLA 0.1B", 78.5, "arXiv:2605.28231", (84.9, 72.7, 77.0, 79.6)),
+        _published("Evo-1 0.77B", 80.6, "arXiv:2511.04555", (89.2, 76.8, 77.2, 79.2), "observes the object's position"),
+        _published("ALAM + pi0", 85.0, "arXiv:2605.10819"),
+        _published("FabriVLA 0.89B", 90.0, "arXiv:2607.08575"),
+    ),
 }

@@ -107,6 +107,8 @@ def test_a_wrong_flag_ends_the_process_with_2():
         ("replay --data {0}/squres", "no folder"),
         ("dagger --env vla/Rech-v0", "Did you mean 'vla/Reach-v0'"),
         ("analyze exposure --policy nowhere", "no policy at 'nowhere'"),
+        ("benchmark metawrld", "unknown suite 'metawrld'. Did you mean 'metaworld'"),
+        ("benchmark no_such:SUITE", "cannot import the suite 'no_such:SUITE' .*No module named 'no_such'"),
     ],
 )
 def test_what_is_wrong_with_a_name_or_a_number_is_told_before_the_job_is_imported(
@@ -124,7 +126,8 @@ def test_cheap_checks_import_nothing_heavy(tmp_path):
     code = (
         "import sys\nfrom vla.cli import main\n"
         "for words in (['train', '--data', 'nope'], ['rollout', '--policy', 'nope'], ['serve', '--port', '-1'],\n"
-        "              ['collect', '--env', 'vla/Nope-v0'], ['train', '--config', 'nope.yaml']):\n"
+        "              ['collect', '--env', 'vla/Nope-v0'], ['train', '--config', 'nope.yaml'],\n"
+        "              ['benchmark', 'nope']):\n"
         "    assert main(words) == 2\n"
         "assert not {'torch', 'transformers', 'uvicorn'} & set(sys.modules)"
     )

@@ -21,8 +21,7 @@ FILES = sorted(set(CONFIGS.glob("*/*.yaml")) - ROS)
 def load(path: Path):
     if path.name == "ros2-control.yaml":  # the part of a DeployConfig that a real robot needs
         return config.load(ControlConfig, path)
-    folder, words = path.parent.name, f"{path.parent.name} {path.stem}"  # benchmark/metaworld.yaml: a verb of two words
-    return config.load(getattr(config, VERBS[folder if folder in VERBS else words].config), path)
+    return config.load(getattr(config, VERBS[path.parent.name].config), path)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")

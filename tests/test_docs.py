@@ -1,14 +1,18 @@
 """The how-to pages are executed: their files, commands and Python."""
 
+import json
 import re
 import runpy
 import shlex
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import requests
 
 from vla import cli
+from vla.serving.protocols import PROTOCOLS
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -20,18 +24,33 @@ def block(page: str, mark: str, language: str) -> str:
 
 def test_an_environment_of_ones_own_from_nothing_to_a_deployment(tmp_path, monkeypatch, capsys):
     page = (DOCS / "environments.md").read_text()
-    for name, language in (("my_world.py", "python"), ("my_world.yaml", "yaml")):
+    for name, language in (("my_world.py", "python"), ("my_world.yaml", "yaml"), ("my_suite.py", "python")):
         (tmp_path / name).write_text(block(page, f"file: {name}", language))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [path for path in sys.path if path])
     monkeypatch.setattr("sys.meta_path", list(sys.meta_path))
     # Smaller, so that it takes seconds.
     sizes = {"--episodes": "2", "--steps": "2", "--batch-size": "2"}
-    for line in block(page, "commands", "bash").strip().splitlines():
+    commands = block(page, "commands", "bash") + block(page, "suite commands", "bash")
+    for line in commands.strip().splitlines():
         words = shlex.split(line)[1:]
         words = [sizes.get(before, word) for before, word in zip(["", *words], words, strict=False)]
         assert cli.main(words) == 0, (line, capsys.readouterr())
     assert (tmp_path / "report" / "report.html").is_file() and (tmp_path / "deployment" / "deploy.json").is_file()
+    benchmark = json.loads((tmp_path / "my-benchmark" / "benchmark.json").read_text())
+    assert benchmark["episode_average"]["n_episodes"] == 10 and benchmark["tier_average"] is not None
+
+
+def test_a_wire_protocol_of_ones_own(serving, observations, monkeypatch):
+    monkeypatch.setattr(PROTOCOLS, "_members", dict(PROTOCOLS._members))
+    exec(block((DOCS / "inputs.md").read_text(), "file: my_protocol.py", "python"), {})
+    (observation,) = observations(1)
+    images = {camera: image.tolist() for camera, image in observation["pixels"].items()}
+    request = {"images": images, "state": observation["agent_pos"].tolist(), "prompt": "go"}
+    with serving() as served:
+        reply = requests.post(served.http + "/plain", json=request, timeout=20).json()
+        np.testing.assert_array_equal(np.float32(reply["actions"]), served.policy.predict_chunk(observation, "go"))
+        assert "no image" in requests.post(served.http + "/plain", json={}, timeout=20).json()["detail"]
 
 
 def test_recording_of_ones_own(tmp_path, capsys):

@@ -31,11 +31,15 @@ from vla.support import plugins, search_path
 
 
 class Verb(NamedTuple):
-    """A verb: its configuration class in `vla.config`, the function that runs it, and its line in `vla --help`."""
+    """A verb: its configuration class in `vla.config`, the function that runs it, and its line in `vla --help`.
+
+    `operand` is the field that the word after the verb sets, if it is not a flag.
+    """
 
     config: str
     job: str
     summary: str
+    operand: str | None = None
 
 
 VERBS = {
@@ -52,8 +56,11 @@ VERBS = {
     ),
     "serve": Verb("ServeConfig", "vla.jobs.serve:serve", "serve a policy to OpenVLA's and openpi's robot clients"),
     "dagger": Verb("DaggerConfig", "vla.jobs.dagger:dagger", "train on a policy's own rollouts, labelled by an expert"),
-    "benchmark metaworld": Verb(
-        "BenchmarkConfig", "vla.jobs.benchmark:benchmark", "evaluate a policy with Meta-World's protocol"
+    "benchmark": Verb(
+        "BenchmarkConfig",
+        "vla.jobs.benchmark:benchmark",
+        "evaluate a policy on a benchmark suite: metaworld, or your own",
+        operand="suite",
     ),
     "analyze exposure": Verb(
         "ExposureConfig", "vla.jobs.analyze:exposure", "measure a policy's exposure bias on a dataset"
@@ -164,6 +171,8 @@ def _parse(name: str, verb: Verb, arguments: Sequence[str]) -> Any:
     cls = getattr(config, verb.config)
     first = argparse.ArgumentParser(prog=f"vla {name}", add_help=False, allow_abbrev=False)
     first.add_argument("--config", metavar="PATH")
+    if verb.operand and arguments and not arguments[0].startswith("-"):
+        arguments = [f"--{verb.operand}", *arguments]
     known, flags = first.parse_known_args(arguments)
     summary = f"{verb.summary[0].upper()}{verb.summary[1:]}."
     values, rest = tyro.cli(

@@ -1,8 +1,8 @@
 """Fast checks that everything named in a configuration exists, before heavy imports.
 
-Owns: the checks of datasets, cameras, policies and this package's environments. A field name has the same meaning in
-every verb, so checks are selected by field name. A job that is called from Python raises the same errors when it opens
-the dataset, policy or environment.
+Owns: the checks of datasets, cameras, policies, suites and this package's environments. A field name has the same
+meaning in every verb, so checks are selected by field name. A job that is called from Python raises the same errors
+when it opens the dataset, policy or environment.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ def preflight(config: Any) -> None:
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     if "policy" in values:
         check_policy(values["policy"])
+    if "suite" in values:
+        from vla.evaluation import suites
+
+        suites.find(values["suite"])
     datasets = [folder for name in ("data", "replay") for folder in _several(values.get(name))]
     if datasets:
         _check_datasets(datasets, getattr(values.get("model"), "cameras", ()))

@@ -1,29 +1,37 @@
-"""`vla benchmark metaworld`: a stopped benchmark goes on where it was, and its averages are the ones papers report."""
+"""`vla benchmark`: a stopped benchmark resumes, its averages are those that papers report, and a suite is only data."""
 
 import dataclasses
 import json
 import math
 import signal
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from envs.metaworld_sets import SETS
+from tests import toy_suite
 from tests.jobs.test_rollout import Slider
+from tests.rollout_env import ROBOT
 from vla import cli
 from vla import config as configuration
-from vla.config import AdapterConfig, BenchmarkConfig
+from vla.config import AdapterConfig, BenchmarkConfig, ModelConfig
 from vla.errors import ConfigError, SimulatorError
 from vla.evaluation import results
 from vla.evaluation.comparison import compare
-from vla.jobs import benchmark as job
-from vla.jobs.benchmark import PUBLISHED, benchmark, chosen, score
+from vla.evaluation.scores import score
+from vla.evaluation.suites import SUITES, Published, Suite, find
+from vla.jobs.benchmark import benchmark
+from vla.model.build import DataFacts, build_policy
+from vla.spec import RobotSpec
 from vla.support.statistics import difference, mean_interval, wilson
+from vla.transforms.normalize import compute_statistics
 
-TOYS = {"mt50": ("toy/Slide-v0", "toy/Glide-v0"), "mt50/easy": ("toy/Slide-v0",), "mt50/hard": ("toy/Glide-v0",)}
+METAWORLD = find("metaworld")
 TIERS = ("easy", "medium", "hard", "very_hard")
 
 
@@ -48,21 +56,19 @@ def test_the_other_sets_are_those_of_the_package():
 
 
 def test_tasks_are_named_by_set_or_by_id():
-    assert chosen(["mt50"], SETS) == list(SETS["mt50"])
-    both = chosen(["vla-metaworld/reach-v3", "mt10"], SETS)
+    assert METAWORLD.choose(["mt50"]) == list(SETS["mt50"])
+    both = METAWORLD.choose(["vla-metaworld/reach-v3", "mt10"])
     assert len(both) == 10 and both[0] == "vla-metaworld/reach-v3"
-    with pytest.raises(ConfigError, match=r"unknown set of tasks 'mt50/heasy'. Did you mean 'mt50/easy'"):
-        chosen(["mt50/heasy"], SETS)
+    with pytest.raises(ConfigError, match=r"unknown task set 'mt50/heasy'. Did you mean 'mt50/easy'"):
+        METAWORLD.choose(["mt50/heasy"])
     with pytest.raises(ConfigError, match=r"unknown task .*Did you mean 'vla-metaworld/reach-v3'"):
-        chosen(["vla-metaworld/reech-v3"], SETS)
-    with pytest.raises(ConfigError, match="tasks needs one or more of: mt50, "):
-        chosen([], SETS)
+        METAWORLD.choose(["vla-metaworld/reech-v3"])
 
 
 def test_averages_are_as_worked_out_by_hand():
     share = {"easy": 10, "medium": 5, "hard": 3, "very_hard": 0}  # successes of 10, the same for each task of a tier
     counts = {env_id: (wins, 10) for tier, wins in share.items() for env_id in SETS[f"mt50/{tier}"]}
-    found = score(counts, SETS)
+    found = score(counts, METAWORLD)
     assert [tier["pc_success"] for tier in found["tiers"].values()] == [100, 50, 30, 0]
     assert [tier["n_episodes"] for tier in found["tiers"].values()] == [280, 110, 60, 50]
     assert found["tier_average"]["pc_success"] == pytest.approx(45)  # (100 + 50 + 30 + 0) / 4
@@ -78,10 +84,10 @@ def test_averages_are_as_worked_out_by_hand():
 
 def test_a_missing_task_leaves_the_tiers_but_not_their_mean():
     counts = {env_id: (1, 2) for env_id in SETS["mt50"] if env_id != "vla-metaworld/reach-v3"}
-    found = score(counts, SETS)
+    found = score(counts, METAWORLD)
     assert (found["tiers"]["easy"]["n_tasks"], found["tiers"]["easy"]["n_tasks_of"]) == (27, 28)
     assert found["tier_average"] is None
-    found = score({"vla-metaworld/push-v3": (1, 4)}, SETS)
+    found = score({"vla-metaworld/push-v3": (1, 4)}, METAWORLD)
     assert found["tiers"]["easy"]["pc_success"] is None and found["tiers"]["hard"]["pc_success"] == 25
 
 
@@ -100,21 +106,80 @@ def test_the_interval_of_a_mean_covers_the_truth_as_often_as_it_says():
 
 
 def test_published_averages_are_means_of_their_tiers():
-    for entry in PUBLISHED:
+    for entry in METAWORLD.published:
         assert entry.tiers is None or np.mean(entry.tiers) == pytest.approx(entry.average, abs=0.06)
+        assert entry.source.startswith("arXiv:")
 
 
-@pytest.fixture
-def toys(monkeypatch):
-    monkeypatch.setattr(job, "_task_sets", lambda: TOYS)
+def test_a_suite_without_tiers_has_one():
+    suite = Suite(name="flat", title="Flat", sets={"all": ("a/X-v0", "a/Y-v0")}, whole="all")
+    found = score({"a/X-v0": (1, 10), "a/Y-v0": (5, 10)}, suite)
+    assert found["tiers"].keys() == {"all"} and found["tier_average"]["pc_success"] == 30
+    assert found["tier_average"]["pc_success_ci95"] == pytest.approx([100 * x for x in wilson(6, 20)])
 
 
-def settings(out: Path, kwargs: dict | None = None, **values) -> BenchmarkConfig:
+def test_a_suite_of_several_sets_with_limits_of_their_own():
+    """LIBERO's form: papers average four of five sets; each set has its maximum of steps."""
+    limits = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
+    sizes = {name: 90 if name == "libero_90" else 10 for name in limits}
+    sets = {name: tuple(f"vla-libero/{name}-{i}-v0" for i in range(size)) for name, size in sizes.items()}
+    tiers = tuple(limits)[:4]
+    whole = tuple(env_id for name in tiers for env_id in sets[name])
+    libero = Suite(
+        name="libero",
+        title="LIBERO",
+        sets=sets | {"libero": whole},
+        whole="libero",
+        tiers=tiers,
+        episodes=50,
+        seed=0,
+        max_steps=limits,
+    )
+    configuration.check(libero)
+    assert (len(libero.tasks), len(libero.choose(["libero"])), len(libero.choose(["libero_90", "libero"]))) == (
+        130,
+        40,
+        130,
+    )
+    assert {name: libero.max_steps_of(members[0]) for name, members in sets.items()} == limits
+    assert (libero.tier_of(sets["libero_goal"][3]), libero.tier_of(sets["libero_90"][3])) == ("libero_goal", None)
+    found = score(dict.fromkeys(sets["libero_90"], (1, 2)), libero)
+    assert found["tier_average"] is None and found["episode_average"]["n_episodes"] == 180
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"episodes": 0}, "episodes must be at least 1, got 0"),
+        ({"whole": "al"}, "suite 'toys': unknown task set 'al'. Did you mean 'all'"),
+        ({"tiers": ("all/easy",)}, "each task of 'all' must be in exactly one tier"),
+        ({"tiers": ("all", "all/easy")}, "each task of 'all' must be in exactly one tier"),
+        ({"max_steps": {"all/hrd": 3}}, "unknown task set 'all/hrd'. Did you mean 'all/hard'"),
+        ({"sets": {"all": ()}, "tiers": ()}, "the task set 'all' is empty"),
+        ({"sets": {"all": ("a/X-v0", "b/X-v0")}, "tiers": ()}, "must differ in the last part"),
+        (
+            {"published": (Published(policy="Snail", average=20.0, tiers=(20.0,)),)},
+            "the result of 'Snail' has 1 tiers; the suite has 2",
+        ),
+        ({"published": (Published(policy="Snail", average=200.0),)}, "average must be between 0 and 100, got 200"),
+        ({"teirs": ()}, "unknown key 'teirs'. Did you mean 'tiers'"),
+    ],
+)
+def test_an_invalid_suite_is_explained(change, message, monkeypatch):
+    values = {field.name: getattr(toy_suite.SUITE, field.name) for field in dataclasses.fields(Suite)} | {
+        "max_steps": {}
+    }
+    monkeypatch.setattr(toy_suite, "BROKEN", values | change, raising=False)
+    with pytest.raises(ConfigError, match=message):
+        find("tests.toy_suite:BROKEN")
+
+
+def settings(out: Path | None, kwargs: dict | None = None, **values) -> BenchmarkConfig:
     adapter = AdapterConfig(module="tests.rollout_env", kwargs=kwargs or {})
-    return BenchmarkConfig(**{"episodes": 2, "n_envs": 2, "adapter": adapter, "out": out} | values)
+    return BenchmarkConfig(**{"suite": "toys", "seed": 100_000, "n_envs": 2, "adapter": adapter, "out": out} | values)
 
 
-def test_a_benchmark_is_the_rollouts_of_its_tasks(toys, tmp_path, capsys):
+def test_a_benchmark_is_the_rollouts_of_its_tasks(tmp_path, capsys):
     found = benchmark(settings(tmp_path / "b"), Slider())
     assert json.loads((tmp_path / "b/benchmark.json").read_text()) == found
     assert found["tier_average"]["pc_success"] == found["episode_average"]["pc_success"] == 100
@@ -132,16 +197,17 @@ def test_a_benchmark_is_the_rollouts_of_its_tasks(toys, tmp_path, capsys):
     videos = [tmp_path / "b" / e["video_path"] for e in whole["per_episode"] if e["video_path"]]
     assert len(videos) == 2 and all(video.is_file() for video in videos)
     page = (tmp_path / "b/report.html").read_text()
-    assert "By tier of difficulty" in page and "SmolVLA 2.25B" in page and "data:video/mp4" in page
+    assert "Toys, 2 tasks" in page and "Success by tier" in page and "data:video/mp4" in page
+    assert "Snail" in page and "arXiv:1234.56789" in page
     printed = capsys.readouterr().out
-    assert "mean of the tiers" in printed and "FabriVLA" in printed
+    assert "mean of the tiers" in printed and "Hare" in printed
     other = benchmark(settings(tmp_path / "c"), Slider(direction=-1.0))
     assert other["tier_average"]["pc_success"] == 0
     assert compare(tmp_path / "b", tmp_path / "c")["only_a"] == 4
 
 
-def test_what_is_finished_is_not_played_again_and_what_a_kill_left_is(toys, tmp_path):
-    first = settings(tmp_path / "b", tasks=("mt50",))
+def test_what_is_finished_is_not_played_again_and_what_a_kill_left_is(tmp_path):
+    first = settings(tmp_path / "b", tasks=("all",))
     with pytest.raises(KeyboardInterrupt):
         benchmark(first, Slider(stop_at=3, error=KeyboardInterrupt()))
     stopped = json.loads((tmp_path / "b/benchmark.json").read_text())
@@ -155,18 +221,18 @@ def test_what_is_finished_is_not_played_again_and_what_a_kill_left_is(toys, tmp_
     assert benchmark(first, Slider(stop_at=0, error=ZeroDivisionError()))["tasks"] == again["tasks"]  # nothing to play
 
 
-def test_a_task_in_which_an_environment_failed_is_played_again(toys, tmp_path):
-    found = benchmark(settings(tmp_path / "b", tasks=("mt50/easy",)), Slider())
+def test_a_task_in_which_an_environment_failed_is_played_again(tmp_path):
+    found = benchmark(settings(tmp_path / "b", tasks=("all/easy",)), Slider())
     task = tmp_path / "b/tasks/Slide-v0"
     info = results.read(task)
     info["per_episode"][0]["fault"], info["overall"]["outcomes"] = "the process died", {"fault": 1, "success": 1}
     results.write(info, task)
-    assert benchmark(settings(tmp_path / "b", tasks=("mt50/easy",)), Slider())["tasks"].keys() == found["tasks"].keys()
+    assert benchmark(settings(tmp_path / "b", tasks=("all/easy",)), Slider())["tasks"].keys() == found["tasks"].keys()
     assert results.read(task)["per_episode"][0]["fault"] is None
 
 
-def test_parts_that_do_not_belong_together_are_refused(toys, tmp_path, monkeypatch):
-    asked = settings(tmp_path / "b", tasks=("mt50/easy",))
+def test_parts_that_do_not_belong_together_are_refused(tmp_path, monkeypatch):
+    asked = settings(tmp_path / "b", tasks=("all/easy",))
     with pytest.raises(SimulatorError, match="no_such_module"):
         benchmark(dataclasses.replace(asked, adapter=AdapterConfig(module="no_such_module")), Slider())
     benchmark(asked, Slider())  # nothing was played, so that nothing has to fit
@@ -183,21 +249,77 @@ def test_parts_that_do_not_belong_together_are_refused(toys, tmp_path, monkeypat
     assert (tmp_path / "notes/todo.txt").is_file()
 
 
-def test_a_suite_that_cannot_be_imported_is_explained(tmp_path, monkeypatch):
-    monkeypatch.setattr(job, "SETS_MODULE", "no_such_suite")
-    with pytest.raises(SimulatorError, match="no_such_suite"):
-        benchmark(settings(tmp_path / "b"))
+def test_a_suite_that_cannot_be_found_is_explained(tmp_path):
+    with pytest.raises(SimulatorError, match=r"no_such_suite.*metaworld"):
+        benchmark(settings(tmp_path / "b", suite="no_such_suite:SUITE"))
+    with pytest.raises(ConfigError, match=r"unknown suite 'toy'. Did you mean 'toys'\? Valid: 'metaworld', 'toys'"):
+        benchmark(settings(tmp_path / "b", suite="toy"))
     assert not (tmp_path / "b").exists()
+
+
+def test_the_suite_defines_the_protocol_and_the_command_line_overrides_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = benchmark(settings(None, suite="tests.toy_suite:SUITE", seed=None), Slider(direction=-1.0))
+    whole = results.read(tmp_path / "runs/toys-benchmark")
+    assert found["config"]["tasks"] == ["all"] and found["published"][0]["source"] == "arXiv:1234.56789"
+    assert [e["seed"] for e in whole["per_episode"]] == [500, 501] * 2
+    assert [e["length"] for e in whole["per_episode"]] == [12, 12, 10, 10]  # the environment's limit, and the suite's
+    other = settings(tmp_path / "c", tasks=("all/hard",), episodes=1, seed=7)
+    benchmark(dataclasses.replace(other, adapter=dataclasses.replace(other.adapter, max_steps=1)), Slider())
+    assert [(e["seed"], e["length"]) for e in results.read(tmp_path / "c")["per_episode"]] == [(7, 1)]
+
+
+def test_a_folder_from_before_there_were_suites_is_resumed(tmp_path):
+    """Its settings name no suite, and mean Meta-World's."""
+    out, reach = tmp_path / "b", "vla-metaworld/reach-v3"
+    benchmark(settings(out, tasks=("toy/Slide-v0",)), Slider())
+    (out / "tasks/Slide-v0").rename(out / "tasks/reach-v3")
+    values = yaml.safe_load((out / "config.yaml").read_text()) | {"tasks": [reach]}
+    del values["suite"]
+    (out / "config.yaml").write_text(yaml.safe_dump(values))
+    asked = settings(out, suite="metaworld", tasks=(reach,), episodes=2)
+    found = benchmark(asked, Slider(stop_at=0, error=ZeroDivisionError()))
+    assert found["tasks"][reach]["tier"] == "easy" and not found["interrupted"]
+    with pytest.raises(ConfigError, match="suite = metaworld, not toys"):
+        benchmark(dataclasses.replace(asked, suite="toys", tasks=("all/easy",)), Slider())
+
+
+@pytest.fixture(scope="module")
+def toy_policy(tmp_path_factory) -> Path:
+    """An untrained policy for the robot of the toy environments."""
+    rng = np.random.default_rng(0)
+    actions, states = (rng.uniform(-1, 1, (500, 1)).astype(np.float32) for _ in range(2))
+    statistics = {"toys": {"action": compute_statistics(actions), "state": compute_statistics(states)}}
+    torch.manual_seed(0)
+    model = ModelConfig(backbone="nano-init", horizon=2, n_action_steps=2, bins=31)
+    folder = tmp_path_factory.mktemp("toys") / "policy"
+    for part in build_policy(model, DataFacts(RobotSpec.from_dict(ROBOT), statistics, {"toys": actions})):
+        part.save_pretrained(folder)
+    return folder
+
+
+def test_a_suite_of_a_plugin_on_the_command_line(toy_policy, tmp_path, capsys, monkeypatch):
+    """Nothing in the package names it."""
+    monkeypatch.delitem(SUITES._members, "toys")
+    monkeypatch.delitem(sys.modules, "tests.toy_suite")
+    (tmp_path / "toys.yaml").write_text("adapter: {module: tests.rollout_env}\n")
+    command = ["benchmark", "toys", "--config", tmp_path / "toys.yaml", "--policy", toy_policy]
+    command = [*map(str, command), "--n-envs", "2", "--out", str(tmp_path / "b")]
+    assert cli.main(command) == 2
+    assert "unknown suite 'toys'. Valid: 'metaworld'. A module of your own" in capsys.readouterr().err
+    assert cli.main(["--plugin", "tests.toy_suite", *command, "--tasks", "all/easy"]) == 0
+    found = json.loads((tmp_path / "b/benchmark.json").read_text())
+    assert found["episode_average"]["n_episodes"] == 2 and found["config"]["suite"] == "toys"
+    capsys.readouterr()
+    assert cli.main([*command, "--tasks", "all/easy"]) == 0  # finished
+    assert "task 1 of" not in capsys.readouterr().err
 
 
 @pytest.fixture
 def checkpoint(tmp_path) -> Path:
     """An untrained policy for Meta-World's robot, of the embedded architecture."""
     pytest.importorskip("metaworld")
-    from vla.config import ModelConfig
-    from vla.model.build import DataFacts, build_policy
     from vla.simulation import adapter as simulator
-    from vla.transforms.normalize import compute_statistics
 
     env = simulator.make("vla-metaworld/reach-v3", AdapterConfig(kwargs={"action_repeat": 4}))
     robot = env.robot
@@ -226,7 +348,7 @@ def test_the_command_line_is_stopped_and_goes_on(checkpoint, tmp_path, capsys, s
     running.send_signal(signal.SIGINT)
     _, said = running.communicate(timeout=60)
     assert running.returncode == 130, said
-    assert "1 of 2 tasks are finished; the same command plays the others" in said
+    assert "1 of 2 tasks are finished; the same command runs the others" in said
     stopped = json.loads((out / "benchmark.json").read_text())
     assert stopped["interrupted"] and list(stopped["tasks"]) == tasks[:1]
     before = first.stat().st_mtime_ns

@@ -12,7 +12,7 @@ def test_a_broken_client_costs_a_few_lines_per_period(caplog):
     refusals = Refusals(now=lambda: now[0])
     for _ in range(50 * 600):  # ten minutes at 50 Hz
         now[0] += 0.02
-        refusals.tell("10.0.0.7", "POST /act", "state: expected 7 entries")
+        refusals.log("10.0.0.7", "POST /act", "state: expected 7 entries")
     assert len(lines(caplog)) <= 2 * 600 / PERIOD_S + 1
     assert lines(caplog)[0] == "refused: POST /act from 10.0.0.7: state: expected 7 entries"
     assert lines(caplog)[1].endswith("more refusals in the last 60 s")
@@ -25,14 +25,14 @@ def test_a_broken_client_costs_a_few_lines_per_period(caplog):
 def test_another_client_and_another_reason_are_told_at_once(caplog):
     refusals = Refusals(now=lambda: 0.0)
     for who, why in (("a", "x"), ("a", "y"), ("b", "x"), ("a", "x")):
-        refusals.tell(who, "POST /act", why)
+        refusals.log(who, "POST /act", why)
     assert len(lines(caplog)) == 3
     for number in range(1000):  # a reason that is another one every time
-        refusals.tell("a", "POST /act", f"unknown unnorm_key {number}")
+        refusals.log("a", "POST /act", f"unknown unnorm_key {number}")
     assert len(lines(caplog)) == MOST
 
 
 def test_a_client_cannot_write_lines_of_its_own(caplog):
-    Refusals().tell("a", "POST /act", "unknown unnorm_key 'x\n12:00 all is well\x1b[2J" + "y" * 10_000)
+    Refusals().log("a", "POST /act", "unknown unnorm_key 'x\n12:00 all is well\x1b[2J" + "y" * 10_000)
     (line,) = lines(caplog)
     assert "\n" not in line and "\x1b" not in line and len(line) < 500

@@ -133,7 +133,7 @@ def test_aloha_by_names_and_by_configuration(robot):
     twin = dataclasses.replace(robot, cameras=("cam_high", "cam_low", "cam_left_wrist", "cam_right_wrist"))
     found = read(aloha, twin, 4, NONE).observation["pixels"]
     assert [int(found[name].max()) for name in twin.cameras] == [0, 1, 2, 3]
-    with pytest.raises(SpecError, match=r"no picture can be told to be camera 'wrist'.*--images wrist KEY"):
+    with pytest.raises(SpecError, match=r"no image can be assigned to camera 'wrist'.*--images wrist KEY"):
         read(aloha, robot, 4, KeysConfig(images={"front": "images/cam_low"}))
     keys = KeysConfig(images={"front": "images/cam_low", "wrist": "images/cam_right_wrist"}, state=("state",))
     found = read(aloha, robot, 4, keys).observation["pixels"]
@@ -151,7 +151,7 @@ def test_an_image_only_client_and_an_image_only_policy(robot):
     [
         (
             {"observation/image": None},
-            "no picture can be told to be camera 'front'; the request has 'observation/wrist",
+            "no image can be assigned to camera 'front'; the images of the request are 'observation/wrist",
         ),
         ({"observation/image": picture(1)[..., :2]}, "expected 3 colour channels"),
         ({"observation/image": picture(9).astype(np.float32)}, "must be in 0..1"),
@@ -160,27 +160,27 @@ def test_an_image_only_client_and_an_image_only_policy(robot):
         ({"observation/image": picture(1).astype(np.uint16)}, "expected uint8"),
         ({"observation/image": picture(1).astype(np.int64) - 2}, "expected uint8|must be in 0..255"),
         ({"observation/image": picture(1)[:4]}, "too small|expected 3 colour channels"),
-        ({"observation/image": [[[1, 2], [3]]]}, "no picture can be told to be camera 'front'"),
+        ({"observation/image": [[[1, 2], [3]]]}, "no image can be assigned to camera 'front'"),
         ({"observation/image": b"\xff\xd8\xff\xe0..."}, "'observation/image' is a JPEG or PNG file: send its pixels"),
         ({"observation/image": "iVBORw0KGgo"}, "'observation/image' is a JPEG or PNG file: send its pixels"),
         ({"observation/state": np.stack([STATE] * 2)}, r"expected 7 entries .*got shape \(14,\)"),
-        ({"prompt": ["go", "stop"]}, "'prompt' must be a text, got list"),
+        ({"prompt": ["go", "stop"]}, "'prompt' must be a string, got list"),
         ({"vla/draft": np.zeros((4, 7)), "vla/trust": np.float32(np.nan)}, "trust must be between 0 and 1"),
-        ({"observation/second_image": picture(1)}, "no picture can be told to be camera 'front'"),
+        ({"observation/second_image": picture(1)}, "no image can be assigned to camera 'front'"),
         ({"observation/state": None}, "must be numbers|not finite|expected 7"),
         ({"observation/state": STATE[:3]}, "state: expected 7 entries"),
         ({"observation/state": STATE * np.nan}, "not finite"),
         ({"observation/state": "up"}, "must be numbers"),
-        ({"prompt": 7}, "'prompt' must be a text, got int"),
-        ({"unnorm_key": 7}, "unnorm_key must be a text"),
+        ({"prompt": 7}, "'prompt' must be a string, got int"),
+        ({"unnorm_key": 7}, "unnorm_key must be a string"),
         ({"vla/draft": np.zeros((3, 7))}, r"vla/draft must be an array of finite actions \[4, 7\], got shape \[3, 7\]"),
         ({"vla/draft": [[1.0], [2.0, 3.0]]}, r"vla/draft must be an array .* got list"),
-        ({"prompt": "go " * 1000}, "'prompt' has 3000 characters; at most 1000"),
+        ({"prompt": "go " * 1000}, "'prompt' has 3000 characters; the maximum is 1000"),
         ({"observation/state": [10**400] * 7}, "state must be numbers"),
-        ({"observation/image": np.zeros((16, 0, 3))}, "no picture can be told to be camera 'front'"),
-        ({"k" * 500: 1}, "keys have at most 200 characters"),
-        ({"deep": {"er": {"still": {"more": {"end": 1}}}}}, "4 maps in each other"),
-        ({"wide": dict.fromkeys(map(str, range(300)), 0)}, "at most 256 keys"),
+        ({"observation/image": np.zeros((16, 0, 3))}, "no image can be assigned to camera 'front'"),
+        ({"k" * 500: 1}, "keys may have up to 200 characters"),
+        ({"deep": {"er": {"still": {"more": {"end": 1}}}}}, "4 levels of maps"),
+        ({"wide": dict.fromkeys(map(str, range(300)), 0)}, "up to 256 keys"),
         ({"vla/draft": np.zeros((4, 7)), "vla/committed": 4}, "committed must be between 0 and 3"),
     ],
 )

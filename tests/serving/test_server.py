@@ -94,7 +94,7 @@ def test_openvlas_clients_see_their_error_and_others_a_reason(serving, observati
         stock = act(served.http, blind)
         assert (stock.status_code, stock.json()) == (200, "error")
         for values, words in (
-            (blind, "no picture can be told to be camera 'front'"),
+            (blind, "no image can be assigned to camera 'front'"),
             (openvla(observation) | {"state": np.zeros(3)}, "state: expected 7 entries"),
             (openvla(observation) | {"unnorm_key": "brigde"}, "unknown unnorm_key 'brigde'"),
             (b"{", "not valid JSON"),

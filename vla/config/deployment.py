@@ -139,7 +139,7 @@ class KeysConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServeConfig:
-    """`vla serve`: serve a policy over the protocols of OpenVLA (POST /act) and openpi (websocket).
+    """`vla serve`: serve a policy over the protocols of OpenVLA (POST /act), openpi (websocket) and plugins.
 
     If the environment variable VLA_API_KEY is set, clients must send `Authorization: Api-Key <key>` (or Bearer).
 

@@ -106,36 +106,39 @@ class RolloutConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BenchmarkConfig:
-    """`vla benchmark metaworld`: evaluate a policy on Meta-World with the protocol of published results.
+    """`vla benchmark <suite>`: evaluate a policy on a benchmark suite with the protocol of its published results.
 
     Re-running with the same `out` resumes; only `n_envs`, `videos` and `hosts` may differ.
 
     Attributes:
+        suite: "metaworld", a suite that a plugin registers, or "module:attribute" for a suite of your own
+            (docs/environments.md).
         policy: the embedded backbone "nano", a run folder, a checkpoint folder, or the address of a `vla serve`
             ("ws://host:8000").
-        tasks: task sets (mt50, mt50/easy, mt50/medium, mt50/hard, mt50/very_hard, mt10, ml45-train, ml45-test) or
-            environment ids.
-        episodes: episodes per task; published results use 10.
-        seed: first environment seed; episode i of every task uses seed + i.
+        tasks: task sets of the suite (Meta-World: mt50, mt50/easy, mt50/medium, mt50/hard, mt50/very_hard, mt10,
+            ml45-train, ml45-test) or environment ids; none: the set that published averages refer to (mt50).
+        episodes: episodes per task; None: as in published results (Meta-World: 10).
+        seed: first environment seed; episode i of every task uses seed + i. None: the suite's.
         n_envs: number of environments of a task that run in parallel.
         n_action_steps: actions executed per chunk; None: the checkpoint's value.
         unnorm_key: dataset whose statistics un-normalise the actions; needed only if the checkpoint has several.
         decoding: how action tokens are decoded; greedy by default.
         videos: number of videos per task: this many of the first episodes, and as many of failures.
-        out: result folder, with one subfolder per task.
+        out: result folder, with one subfolder per task; None: runs/<name of the suite>-benchmark.
     """
 
     __pydantic_config__ = STRICT
+    suite: str = "metaworld"
     policy: str = "nano"
-    tasks: tuple[str, ...] = ("mt50",)
-    episodes: Count = 10
-    seed: Seed = 100_000
+    tasks: tuple[str, ...] = ()
+    episodes: Count | None = None
+    seed: Seed | None = None
     n_envs: Count = 5
     n_action_steps: Count | None = None
     unnorm_key: str | None = None
     decoding: DecodingConfig = GREEDY
     videos: Natural = 1
-    out: Path = Path("runs/metaworld-benchmark")
+    out: Path | None = None
     device: str = "auto"
     adapter: AdapterConfig = AdapterConfig()
     hosts: HostsConfig = HostsConfig()

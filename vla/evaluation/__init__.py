@@ -1,1 +1,1 @@
-"""Evaluation: results of rollouts, their comparison, and reports."""
+"""Evaluation: results of rollouts, benchmark suites and their scores, comparison of runs, reports."""

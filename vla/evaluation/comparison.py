@@ -1,7 +1,7 @@
-"""Which of two policies is better, and whether that can be said at all.
+"""Comparison of two runs: which policy is better, and whether the difference is significant.
 
-Owns: pairing the episodes of two runs and stating the difference with its interval and an exact test, in numbers and in
-words. It knows the results of runs (`vla.evaluation.results`), not how they were obtained.
+Owns: pairing the episodes of two runs, and the difference with its interval and an exact test, in numbers and in words.
+It knows the results of runs (`vla.evaluation.results`), not how they were obtained.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ Key = tuple[str, int]  # environment id without its module, seed
 def compare(run_a: Mapping[str, Any] | str | Path, run_b: Mapping[str, Any] | str | Path) -> dict[str, Any]:
     """Whether A or B succeeds more often, with the interval of the difference and an exact test.
 
-    Episodes are paired by (environment, seed) where the runs share any (exact McNemar); runs without shared episodes
-    of shared environments are compared as independent samples (Fisher). All rates and differences are in percent
-    points, A - B.
+    Episodes are paired by (environment, seed) if the runs share any (exact McNemar test); otherwise the episodes of
+    common environments are compared as independent samples (Fisher's exact test). Rates are in percent, differences
+    A - B in percentage points.
 
     Raises:
         DataError: a run without results, or runs without a common environment.
@@ -57,7 +57,7 @@ def compare(run_a: Mapping[str, Any] | str | Path, run_b: Mapping[str, Any] | st
 
 
 def common_environments(a: Iterable[str], b: Iterable[str]) -> list[str]:
-    """Environment ids, without their modules, that two runs have in common; DataError when there are none."""
+    """Environment ids, without their modules, that two runs have in common; DataError if there are none."""
     of_b = {_bare(env_id) for env_id in b}
     common = [env_id for env_id in dict.fromkeys(map(_bare, a)) if env_id in of_b]
     if not common:
@@ -103,7 +103,7 @@ def _words(name_a: str, name_b: str, found: Mapping[str, Any], paired: bool) -> 
 
 
 def _names(info_a: Mapping[str, Any], info_b: Mapping[str, Any]) -> tuple[str, str]:
-    """What to call the two runs: by policy, or by report folder when the policy is the same."""
+    """Names of the two runs: the policies, or the report folders if the policy is the same."""
     for part, key in (("policy", "path"), ("config", "out")):
         names = [info.get(part, {}).get(key) for info in (info_a, info_b)]
         if all(names) and names[0] != names[1]:

@@ -1,8 +1,7 @@
-"""The rollout report: one HTML file that needs nothing else.
+"""The report of a rollout or benchmark: one self-contained HTML file, and text for the terminal.
 
-Owns: how results look, as a page for people and as a few lines for a terminal. It knows `eval_info.json` and the video
-files that it names; it does not compute results. Pages are self-contained (styles, charts as SVG, videos as data), work
-on a phone and follow the reader's light or dark setting.
+Owns: how results look. It reads `eval_info.json` and the video files that it names; it does not compute results. Pages
+contain their styles, charts (SVG) and videos (data URLs), work on a phone and follow the light or dark setting.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.table import Table
 
 from vla.evaluation.results import OUTCOMES
 from vla.support.pages import templates
@@ -82,13 +82,42 @@ def summary(info: Mapping[str, Any], folder: Path) -> str:
     return "\n".join([*lines, f"report: {folder / FILE}"])
 
 
+def tables(summary: Mapping[str, Any], title: str) -> list[Table]:
+    """A benchmark's scores, and if they are complete the published results beside them, for the terminal."""
+    policy, average = summary["policy"]["path"], summary["tier_average"]
+    scores = Table(title=f"{policy} on {title}, success in %")
+    for column in ("", "tasks", "success", "95 % interval", "episodes"):
+        scores.add_column(column, justify="right" if column else "left")
+    rows = {name.replace("_", " "): tier for name, tier in summary["tiers"].items() if tier["n_episodes"]}
+    rows |= {"Avg (mean of the tiers)": average, "all episodes": summary["episode_average"]}
+    for name, row in rows.items():
+        if row is not None:
+            low, high = row["pc_success_ci95"]
+            tasks = f"{row['n_tasks']}/{row['n_tasks_of']}" if "n_tasks" in row else ""
+            episodes = f"{row['n_successes']}/{row['n_episodes']}" if "n_tasks" in row else ""
+            scores.add_row(name, tasks, f"{row['pc_success']:.1f}", f"{low:.1f} to {high:.1f}", episodes)
+    if average is None or not summary["published"]:
+        return [scores]
+    tiers = {name: tier["pc_success"] for name, tier in summary["tiers"].items()}
+    known = [(entry["policy"], entry["tiers"], entry["average"]) for entry in summary["published"]]
+    known.append((f"{policy} (this)", list(tiers.values()), average["pc_success"]))
+    published = Table(title="published results, and this policy")
+    for column in ("policy", *(name.replace("_", " ") for name in tiers), "Avg"):
+        published.add_column(column, justify="left" if column == "policy" else "right")
+    for name, of_tiers, mean in sorted(known, key=lambda row: row[2]):
+        published.add_row(
+            name, *(f"{rate:.1f}" for rate in of_tiers or ()), *[""] * (0 if of_tiers else len(tiers)), f"{mean:.1f}"
+        )
+    return [scores, published]
+
+
 def short(env_id: str) -> str:
     """ "vla/PickUp-v0" of "envs:vla/PickUp-v0"."""
     return env_id.rpartition(":")[2]
 
 
 def _videos(episodes: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[str, Any]]:
-    """Episodes with a video, each with its mp4 as a data address; beyond `MOST_EMBEDDED` a link to the file."""
+    """Episodes with a video, each with its mp4 as a data URL; beyond `MOST_EMBEDDED`, a link to the file."""
     found, left = [], MOST_EMBEDDED
     for episode in episodes:
         path = folder / episode["video_path"] if episode["video_path"] else None
@@ -103,7 +132,7 @@ def _videos(episodes: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[st
 
 
 def _lengths(episodes: Sequence[Mapping[str, Any]]) -> str:
-    """How long episodes took: successes stacked on the others."""
+    """Histogram of episode lengths: successes, and the other episodes stacked on them."""
     lengths = [episode["length"] for episode in episodes]
     if not lengths:
         return ""
@@ -114,7 +143,7 @@ def _lengths(episodes: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _histogram(edges: Sequence[float], counts: Sequence[int], above: Sequence[int] = ()) -> str:
-    """Bars [n] between edges [n + 1], with optional bars stacked above, as SVG that takes its colours from the page."""
+    """Bars [n] between edges [n + 1], with optional bars stacked above, as SVG in the colours of the page."""
     width, height, foot, head = 480, 150, 22, 14
     above = list(above) or [0] * len(counts)
     tallest = max(1, *(a + b for a, b in zip(counts, above, strict=True)))
@@ -142,7 +171,7 @@ def _histogram(edges: Sequence[float], counts: Sequence[int], above: Sequence[in
 
 
 def _number(value: float | None, digits: int = 3) -> str:
-    """A number for people: three significant digits, no exponent; a dash for none."""
+    """Three significant digits without an exponent; a dash for None."""
     if value is None:
         return "–"
     return f"{value:.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"

@@ -1,7 +1,7 @@
 """Results of a rollout, as data.
 
-Owns: the record of one episode and how episodes become `eval_info.json` (LeRobot's names, with intervals). It does not
-know how episodes are run, how two runs compare, nor how a page looks.
+Owns: the record of an episode and the contents of `eval_info.json` (LeRobot's names, with intervals). It does not know
+how episodes are run, how two runs are compared, or how a report looks.
 
 *Success* is `final`: at the last step of the episode. `ever` (success at any step) is reported beside it. A fault of
 the environment counts as a failure, and is also counted separately.
@@ -37,7 +37,7 @@ OUTCOMES = {
 
 @dataclasses.dataclass
 class Episode:
-    """One episode, from its place in the queue to its end. Rewards are as the environment gives them, times in ms."""
+    """One episode. Rewards are the environment's own; times are in milliseconds."""
 
     episode_ix: int
     env_id: str
@@ -78,6 +78,12 @@ class Episode:
         values["decode_ms_max"] = max(decode_ms, default=None)
         return values | {"outcome": self.outcome}
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Episode:
+        """Inverse of `to_dict`, without `decode_ms`, of which a record has the percentiles only."""
+        names = [field.name for field in dataclasses.fields(cls) if field.name != "decode_ms"]
+        return cls(**{name: values[name] for name in names})
+
 
 def evaluate(episodes: Sequence[Episode], seconds: float) -> dict[str, Any]:
     """The part of eval_info.json computed from episodes: per episode, task and group, and overall."""
@@ -100,8 +106,29 @@ def evaluate(episodes: Sequence[Episode], seconds: float) -> dict[str, Any]:
     }
 
 
+def merge(infos: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The results of several rollouts as those of one.
+
+    Args:
+        infos: folder of a rollout, relative to the common report folder -> its results.
+    """
+    records = [
+        record | {"video_path": record["video_path"] and f"{folder}/{record['video_path']}"}
+        for folder, info in infos.items()
+        for record in info["per_episode"]
+    ]
+    records = [record | {"episode_ix": i} for i, record in enumerate(records)]
+    return evaluate(
+        list(map(Episode.from_dict, records)), sum(info["overall"]["eval_s"] for info in infos.values())
+    ) | {
+        "per_episode": records,
+        # Percentiles of several runs cannot be merged; the report of each rollout has its own.
+        "decode_latency": {"n_forwards": sum(info["decode_latency"]["n_forwards"] for info in infos.values())},
+    }
+
+
 def summarise(episodes: Sequence[Episode]) -> dict[str, Any]:
-    """Success with its interval, rewards, lengths and outcomes. Averages of no episodes are None."""
+    """Success with its interval, rewards, lengths and outcomes. Averages over no episodes are None."""
     trials, successes = len(episodes), sum(episode.success for episode in episodes)
     outcomes = collections.Counter(episode.outcome for episode in episodes)
     return {
@@ -119,7 +146,7 @@ def summarise(episodes: Sequence[Episode]) -> dict[str, Any]:
 
 
 def latency(forwards: Sequence[tuple[int, float]]) -> dict[str, Any]:
-    """Percentiles of (batch size, seconds) per batched forward, in ms. The first forward warms up: it is separate."""
+    """Percentiles of (batch size, seconds) per batched forward, in ms. The first forward, a warm-up, is separate."""
     if not forwards:
         return {"n_forwards": 0}
     steady = forwards[1:] or forwards
@@ -150,12 +177,12 @@ def write(info: Mapping[str, Any], folder: Path) -> Path:
 
 
 def finished(folder: Path) -> dict[str, Any] | None:
-    """The results in `folder`; None when there are none or the rollout was interrupted."""
+    """The results in `folder`; None if there are none or the rollout was interrupted."""
     return read(folder) if RunFolder(folder).is_finished(FILE) else None
 
 
 def read(run: str | Path) -> dict[str, Any]:
-    """The results in a report folder (or an `eval_info.json`). DataError when there are none."""
+    """The results in a report folder (or an `eval_info.json`). DataError if there are none."""
     path = Path(run) / FILE if Path(run).is_dir() else Path(run)
     try:
         info = json.loads(path.read_text())

@@ -15,11 +15,10 @@ from vla.support.sockets import listen
 
 
 def serve(config: ServeConfig) -> None:
-    """Serve until Ctrl-C or SIGTERM; pending requests are still answered.
+    """Serve until Ctrl-C or SIGTERM. Pending requests are answered before the server stops.
 
     Raises:
-        ConfigError: the address is not available, one file of the TLS pair is missing, or temporal ensembling is asked
-            for.
+        ConfigError: the address is not available, a TLS file is missing, or temporal ensembling is configured.
         VLAError: the policy cannot be loaded.
     """
     check(config)

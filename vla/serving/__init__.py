@@ -1,1 +1,1 @@
-"""What reaches a policy or a robot over the network: the servers of a policy, and the live page of a deployment."""
+"""Policies over the network: the server (`vla serve`), its wire protocols, and the client."""

@@ -1,7 +1,7 @@
-"""One policy, many clients.
+"""Batching of concurrent requests.
 
-Owns: the queue of requests in front of the policy and the thread that decodes: requests that are queued when the thread
-becomes idle form one batch. It does not know protocols.
+Owns: the queue of requests and the thread that decodes. Requests that are queued when the thread becomes idle form one
+batch. It does not know protocols.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vla.serving.requests import Request
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """The prediction for one request (a batch of one), and the seconds that its batch took."""
+    """The prediction for one request (a batch of one), and the decoding time of its batch in seconds."""
 
     prediction: Prediction
     seconds: float
@@ -36,7 +36,7 @@ class _Job:
 
 
 class Batcher:
-    """Answers requests in the order in which they come.
+    """Answers requests in the order of their arrival.
 
     Args:
         on_batch: called with the size of every batch.
@@ -57,23 +57,23 @@ class Batcher:
         return self._queue.qsize()
 
     async def answer(self, request: Request) -> Answer:
-        """Wait for the answer.
+        """Queue a request and wait for its answer.
 
         Raises:
-            ServerError: too many requests wait already.
-            VLAError: this request cannot be answered.
-            Exception: whatever the policy raised.
+            ServerError: the queue is full.
+            VLAError: the request is invalid.
+            Exception: the error that the policy raised.
         """
         if self.waiting >= self._max_queue:
-            raise ServerError(f"{self.waiting} requests wait already; try again later.")
-        self._policy_for(request)  # a wrong key is the client's error: refused at once
+            raise ServerError(f"{self.waiting} requests are waiting already; try again later.")
+        self._policy_for(request)  # refuse an unknown key before it is queued
         loop = asyncio.get_running_loop()
         job = _Job(request, loop, loop.create_future())
         self._queue.put(job)
         return await job.future
 
     def close(self) -> None:
-        """Decode what is queued, then end."""
+        """Decode the queued requests, then stop the thread."""
         self._queue.put(None)
         self._thread.join(timeout=30)
 
@@ -91,8 +91,7 @@ class Batcher:
                     jobs.append(self._queue.get_nowait())
             batches = defaultdict(list)
             for job in jobs:
-                # The client is gone.
-                if job is not None and not job.future.cancelled():
+                if job is not None and not job.future.cancelled():  # cancelled: the client is gone
                     batches[self._policy_for(job.request)].append(job)
             for policy, batch in batches.items():
                 self._decode(policy, batch)
@@ -127,5 +126,5 @@ def _settle(job: _Job, settle: Callable, value: object) -> None:
         if not job.future.done():
             settle(value)
 
-    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+    with contextlib.suppress(RuntimeError):  # the event loop is closed
         job.loop.call_soon_threadsafe(call)

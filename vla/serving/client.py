@@ -1,7 +1,7 @@
-"""A policy on another machine.
+"""The client of `vla serve`.
 
-Owns: the client's side of `vla serve`'s websocket, with the interface of `Policy`: a deadline for every call, and a
-connection that is made anew when it breaks. It does not know what decodes at the other end.
+Owns: openpi's websocket protocol on the client's side, with the interface of `Policy`, a deadline for every call and
+reconnection.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from vla.spec import Observation, RobotSpec
 from vla.transforms.chunks import completed
 
 _RETRY_S = 0.05
-#: What must not change when a server comes back: a robot must not go on with another policy.
+#: Metadata that must be the same after a reconnection, so that an episode never continues with another policy.
 _IDENTITY = ("robot", "horizon", "image_size", "tokenizer_sha256", "unnorm_keys", "action_limits", "weights")
-_BUSY = 503  # the server goes down, and may be back
+_BUSY = 503  # the server is going down; it may come back
 
 
 def load(
@@ -41,35 +41,38 @@ def load(
     decoding: DecodingConfig = GREEDY,
     connect_s: float = 30.0,
 ) -> ChunkPolicy:
-    """The policy of that name, here; or, for an address ("ws://host:8000"), the one that is served there, for which
-    this waits up to `connect_s` seconds, and says so."""
+    """Load the policy `name` on this machine or, for an address ("ws://host:8000"), connect to a server.
+
+    Args:
+        connect_s: how long to wait for the server, in seconds.
+    """
     if name.startswith(("ws://", "wss://")):
         if decoding != GREEDY:
             raise ConfigError(
-                "how a served policy decodes is said where it is served, as in `vla serve --temperature ...`."
+                "decoding options of a served policy are set where it is served, as in `vla serve --temperature ...`."
             )
         print(f"connecting to {name}", file=sys.stderr, flush=True)
         return RemotePolicy(
-            name, patience_s=connect_s, unnorm_key=unnorm_key, n_action_steps=n_action_steps, on_wait=_tell_why
+            name, patience_s=connect_s, unnorm_key=unnorm_key, n_action_steps=n_action_steps, on_wait=_print_reason
         )
     return Policy.from_pretrained(name, device, unnorm_key, n_action_steps, decoding)
 
 
-def _tell_why(reason: str, left: float) -> None:
-    print(f"{reason} Trying again for {left:.0f} s; Ctrl-C ends it.", file=sys.stderr, flush=True)
+def _print_reason(reason: str, left: float) -> None:
+    print(f"{reason} Trying again for {left:.0f} s; Ctrl-C stops.", file=sys.stderr, flush=True)
 
 
 class RemotePolicy(ChunkPolicy):
-    """The policy of a `vla serve`.
+    """A policy served by `vla serve`.
 
     Args:
         address: "ws://host:port", or "wss://..." with TLS.
-        deadline_s: of every call, connecting again included.
-        patience_s: how long to wait for the server in the beginning.
-        api_key: None takes the environment variable VLA_API_KEY.
-        on_wait: is called once, with the reason and the seconds left, when the server cannot be reached at first.
+        deadline_s: time limit of every call in seconds, including reconnections.
+        patience_s: how long to wait for the server at the start, in seconds.
+        api_key: None: the environment variable VLA_API_KEY.
+        on_wait: called once, with the reason and the seconds left, if the server cannot be reached at the start.
     Raises:
-        ServerError: from every call: not reached in time, too busy, or its answer is an error.
+        ServerError: from every call: the server is not reached in time, is too busy, or replies with an error.
     """
 
     def __init__(
@@ -89,15 +92,15 @@ class RemotePolicy(ChunkPolicy):
         self._leave = contextlib.ExitStack()  # closes it
         self.metadata: dict[str, Any] = {}
         self._connect(time.monotonic() + patience_s, on_wait)
-        said = self.metadata
-        self.robot = RobotSpec.from_dict(said["robot"])
-        self.horizon, self.image_size = said["horizon"], said["image_size"]
-        self.n_action_steps = n_action_steps or said["n_action_steps"]
+        metadata = self.metadata
+        self.robot = RobotSpec.from_dict(metadata["robot"])
+        self.horizon, self.image_size = metadata["horizon"], metadata["image_size"]
+        self.n_action_steps = n_action_steps or metadata["n_action_steps"]
         if not 1 <= self.n_action_steps <= self.horizon:
             raise ConfigError(f"n_action_steps must be between 1 and the horizon {self.horizon}, got {n_action_steps}.")
-        self.unnorm_key = unnorm_key or said["unnorm_key"]
-        if self.unnorm_key not in said["unnorm_keys"]:
-            raise ConfigError(unknown("unnorm_key", self.unnorm_key, said["unnorm_keys"]))
+        self.unnorm_key = unnorm_key or metadata["unnorm_key"]
+        if self.unnorm_key not in metadata["unnorm_keys"]:
+            raise ConfigError(unknown("unnorm_key", self.unnorm_key, metadata["unnorm_keys"]))
 
     @property
     def action_limits(self) -> tuple[np.ndarray, np.ndarray]:
@@ -111,11 +114,12 @@ class RemotePolicy(ChunkPolicy):
         drafts: Sequence[Draft | None] | None = None,
         on_action: Callable[[int, np.ndarray], None] | None = None,
     ) -> Prediction:
-        """One request after the other; the server batches requests of different clients.
+        """Send one request per observation, one after the other; the server batches requests of different clients.
 
-        The drafts are actions in the robot's units: a client has no tokenizer."""
+        Drafts are sent as actions in the robot's units, because a client has no tokenizer.
+        """
         if on_action is not None:
-            raise ConfigError("a served chunk arrives as a whole: its actions cannot be streamed.")
+            raise ConfigError("the actions of a served policy cannot be streamed: a chunk arrives as a whole.")
         drafts = [None] * len(observations) if drafts is None else drafts
         answers = [self._ask(*request) for request in zip(observations, instructions, drafts, strict=True)]
         chunks = np.stack([answer["actions"] for answer in answers])
@@ -127,7 +131,8 @@ class RemotePolicy(ChunkPolicy):
         return Prediction(chunks, ids, log_probs, entropy, forwards, tuple(map(Draft, chunks)))
 
     def close(self) -> None:
-        with contextlib.suppress(Exception):  # whatever state it is in
+        """Close the connection."""
+        with contextlib.suppress(Exception):  # the connection may be in any state
             self._leave.close()
         self._socket = None
 
@@ -146,11 +151,11 @@ class RemotePolicy(ChunkPolicy):
             request |= {"vla/draft": steps, "vla/committed": len(given), "vla/trust": float(draft.threshold)}
         answer = self._exchange(wire.to_msgpack(request))
         if "error" in answer:
-            raise ServerError(f"{self._address} answered: {answer['error']}")
+            raise ServerError(f"{self._address} replied with an error: {answer['error']}")
         return answer
 
     def _exchange(self, request: bytes) -> dict[str, Any]:
-        """Send and wait, through as many connections as it takes until the deadline: asking twice does no harm."""
+        """Send a request and wait for the reply, with reconnections until the deadline. Requests can be repeated."""
         deadline = time.monotonic() + self._deadline_s
         while True:
             try:
@@ -161,13 +166,13 @@ class RemotePolicy(ChunkPolicy):
                     self._socket.send(request)
                 return _map(self._socket.recv(timeout=max(0.0, deadline - time.monotonic())))
             except (OSError, websockets.WebSocketException):
-                self.close()  # a late answer must not be taken for that of the next question
+                self.close()  # a late reply must not be taken for that of the next request
                 if time.monotonic() >= deadline:
                     raise ServerError(f"{self._address} did not answer within {self._deadline_s:g} s.") from None
                 time.sleep(_RETRY_S)
 
     def _connect(self, deadline: float, on_wait: Callable[[str, float], None] | None = None) -> None:
-        """Connect and read who the server is; again and again until the deadline."""
+        """Connect and read the server's metadata; retry until the deadline."""
         address = self._address + ("&" if "?" in self._address else "?") + "errors=plain"
         while self._socket is None:
             try:
@@ -180,13 +185,13 @@ class RemotePolicy(ChunkPolicy):
                             max_size=None,
                             proxy=None,
                             open_timeout=max(0.01, deadline - time.monotonic()),
-                            close_timeout=_RETRY_S,  # a server that no longer answers does not say goodbye either
+                            close_timeout=_RETRY_S,  # a server that does not reply does not close properly either
                         )
                     )
-                    self._meet(_map(connection.recv(timeout=max(0.01, deadline - time.monotonic()))))
+                    self._identify(_map(connection.recv(timeout=max(0.01, deadline - time.monotonic()))))
                     self._socket, self._leave = connection, leave.pop_all()
             except websockets.InvalidURI:
-                raise ConfigError(f"{self._address!r} is no address; ws://host:port is one.") from None
+                raise ConfigError(f"invalid address {self._address!r}; expected ws://host:port.") from None
             except (OSError, websockets.WebSocketException) as error:
                 status = error.response.status_code if isinstance(error, websockets.InvalidStatus) else None
                 if status is not None and status != _BUSY:
@@ -201,19 +206,19 @@ class RemotePolicy(ChunkPolicy):
                     on_wait = None
                 time.sleep(_RETRY_S)
 
-    def _meet(self, said: dict[str, Any]) -> None:
-        """Take what a server says of itself; ServerError when it is not the one that this policy began with."""
+    def _identify(self, metadata: dict[str, Any]) -> None:
+        """Store the server's metadata; ServerError if it describes another policy than at the start."""
         for name in _IDENTITY:
-            if name not in said:
-                raise ServerError(f"{self._address} is no `vla serve`: it does not say its {name}.")
-            if self.metadata and wire.to_msgpack(said[name]) != wire.to_msgpack(self.metadata[name]):
-                raise ServerError(f"{self._address} serves another policy now: its {name} has changed.")
-        self.metadata = said
+            if name not in metadata:
+                raise ServerError(f"{self._address} is not a `vla serve`: its metadata has no {name!r}.")
+            if self.metadata and wire.to_msgpack(metadata[name]) != wire.to_msgpack(self.metadata[name]):
+                raise ServerError(f"{self._address} serves another policy now: its {name!r} has changed.")
+        self.metadata = metadata
 
 
 @contextlib.contextmanager
 def _cut_at(deadline: float, connection: ClientConnection) -> Iterator[None]:
-    """End a connection that still sends at the deadline: by itself it would wait for as long as nobody reads."""
+    """Shut a connection down that is still sending at the deadline: `send` has no time limit of its own."""
 
     def cut() -> None:
         with contextlib.suppress(OSError):
@@ -231,5 +236,5 @@ def _cut_at(deadline: float, connection: ClientConnection) -> Iterator[None]:
 def _map(message: str | bytes) -> dict[str, Any]:
     values = wire.from_msgpack(message) if isinstance(message, bytes) else None
     if not isinstance(values, Mapping):
-        raise ServerError(f"the server sent {str(message)[:200]!r} where a msgpack map was expected.")
+        raise ServerError(f"the server sent {str(message)[:200]!r}; expected a msgpack map.")
     return dict(values)

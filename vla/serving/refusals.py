@@ -1,7 +1,7 @@
-"""What the log hears of requests that were refused or failed.
+"""The log of refused and failed requests.
 
-Owns: one line per refusal (who, what, why), and a bound on how many: a broken client that asks fifty times a second
-fills no disk. It does not know protocols.
+Owns: one line per refusal (client, address, reason), and a limit on their number: a broken client that sends fifty
+requests per second must not fill the disk. It does not know protocols.
 """
 
 from __future__ import annotations
@@ -13,40 +13,40 @@ from collections.abc import Callable
 log = logging.getLogger("vla.serve")
 
 PERIOD_S = 60.0
-MOST = 20  # different refusals that are told per period
-_LONGEST = 300  # characters of a reason: it may quote what the client sent
+MOST = 20  # maximum number of lines per period
+_LONGEST = 300  # characters of a reason, which may quote the request
 
 
 class Refusals:
-    """Logs the first of equal refusals in each period; those after it are counted, and the next period says so."""
+    """Logs the first of equal refusals in each period, and the number of the others at the start of the next one."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now, self._since = now, now()
-        self._told: set[tuple[str, str, str]] = set()
-        self._silent = 0
+        self._logged: set[tuple[str, str, str]] = set()
+        self._suppressed = 0
 
-    def tell(self, who: str, what: str, why: str) -> bool:
-        """`what` of the client at `who` was refused because of `why`; whether the log has heard of it."""
+    def log(self, client: str, address: str, reason: str) -> bool:
+        """Log that a request to `address` was refused. False if the line was suppressed."""
         if self._now() - self._since >= PERIOD_S:
             self.flush()
-        refusal = (who, what, why)
-        if refusal in self._told or len(self._told) >= MOST:
-            self._silent += 1
+        refusal = (client, address, reason)
+        if refusal in self._logged or len(self._logged) >= MOST:
+            self._suppressed += 1
             return False
-        self._told.add(refusal)
-        log.warning("refused: %s from %s: %s", _line(what), who, _line(why))
+        self._logged.add(refusal)
+        log.warning("refused: %s from %s: %s", _line(address), client, _line(reason))
         return True
 
     def flush(self) -> None:
-        """Say how many refusals were not told, and begin another period."""
-        if self._silent:
-            log.warning("%d more refusals in the last %.0f s", self._silent, self._now() - self._since)
-        self._since, self._silent = self._now(), 0
-        self._told.clear()
+        """Log the number of suppressed lines, and begin a new period."""
+        if self._suppressed:
+            log.warning("%d more refusals in the last %.0f s", self._suppressed, self._now() - self._since)
+        self._since, self._suppressed = self._now(), 0
+        self._logged.clear()
 
 
 def _line(text: str) -> str:
-    """One printable line of bounded length: clients must not be able to forge lines of a log."""
+    """One printable line of limited length, so that clients cannot forge log lines."""
     text = " ".join(text.split())
     text = "".join(character if character.isprintable() else "?" for character in text)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."

@@ -1,13 +1,12 @@
-"""What a client sends, as an observation.
+"""Conversion of requests to observations.
 
-Owns: how the keys of existing clients (openpi's LIBERO, DROID and ALOHA forms, OpenVLA's and OpenVLA-OFT's, and this
-package's own `{"pixels": ..., "agent_pos": ..., "prompt": ...}`) become the cameras, the state and the instruction of a
-policy. It does not know how requests travel or what answers them.
+Owns: the mapping from the keys of existing clients (openpi's LIBERO, DROID and ALOHA forms, OpenVLA's and
+OpenVLA-OFT's, and this package's own `{"pixels": ..., "agent_pos": ..., "prompt": ...}`) to the cameras, the state and
+the instruction of a policy. It does not know the wire protocols.
 
-A policy's cameras are found by name (the last part of a key: "observation/wrist_image" is no name of a camera, but
-"images/front" is "front"). What is left is unambiguous when one picture of a hand ("wrist" in its name) or one other
-picture is left on either side. Whatever else there is must be said with `keys`. A batch of
-one observation is read as that observation.
+An image is assigned to the camera that the last part of its key names ("images/front": "front"). If one camera and one
+image remain among those of the hand ("wrist" or "hand" in the name), or among the others, they are matched. All other
+assignments must be configured with `keys`. A batch of one observation is read as that observation.
 """
 
 from __future__ import annotations
@@ -33,16 +32,16 @@ _STATES = (
 )
 _PROMPTS = ("prompt", "instruction", "task", "language_instruction")
 _SMALLEST = 8  # pixels on a side of an image
-# No client needs more. Names are joined and listed in errors; all in a batch wait for the longest instruction.
+# Limits beyond the needs of any client: errors list the keys, and a batch takes as long as its longest instruction.
 _DEEPEST, _KEYS, _LONGEST_KEY, _LONGEST_PROMPT = 4, 256, 200, 1000
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One observation to answer.
+    """A request for one action chunk.
 
     Attributes:
-        draft: of the next chunk of the client's episode; None at its start.
+        draft: draft of this chunk, from the previous chunk of the client's episode; None at its start.
     """
 
     observation: Observation
@@ -52,13 +51,15 @@ class Request:
 
 
 def read(values: Any, robot: RobotSpec, horizon: int, keys: KeysConfig, draft: Draft | None = None) -> Request:
-    """Read a decoded request; SpecError lists what is missing or ambiguous and what was sent.
+    """Read a decoded request. SpecError lists what is missing or ambiguous, and the keys of the request.
 
-    `draft` is the connection's, for clients that send none."""
+    Args:
+        draft: used if the request has no draft of its own.
+    """
     if not isinstance(values, Mapping):
-        raise SpecError(f"a request is a map of keys and values, got {type(values).__name__}.")
+        raise SpecError(f"a request must be a map of keys and values, got {type(values).__name__}.")
     flat = dict(_flatten(values))
-    observation: dict[str, Any] = {"pixels": _pictures(flat, robot, keys)}
+    observation: dict[str, Any] = {"pixels": _images(flat, robot, keys)}
     if robot.state_dim:
         observation["agent_pos"] = _state(flat, robot, keys)
     robot.check_observation(observation)
@@ -66,24 +67,24 @@ def read(values: Any, robot: RobotSpec, horizon: int, keys: KeysConfig, draft: D
     if isinstance(unnorm_key, bytes):
         unnorm_key = unnorm_key.decode("utf-8", "replace")
     if unnorm_key is not None and not isinstance(unnorm_key, str):
-        raise SpecError(f"unnorm_key must be a text, got {type(unnorm_key).__name__}.")
+        raise SpecError(f"unnorm_key must be a string, got {type(unnorm_key).__name__}.")
     sent = _draft(values, horizon, robot.action_dim)
     return Request(observation, _prompt(flat, keys), unnorm_key, draft if sent is None else sent)
 
 
 def _flatten(tree: Mapping[Any, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
     if len(tree) > _KEYS or len(path) >= _DEEPEST:
-        raise SpecError(f"a request has at most {_KEYS} keys in each map and {_DEEPEST} maps in each other.")
+        raise SpecError(f"a request may have up to {_KEYS} keys per map and {_DEEPEST} levels of maps.")
     for key, value in tree.items():
         if len(str(key)) > _LONGEST_KEY:
-            raise SpecError(f"keys have at most {_LONGEST_KEY} characters.")
+            raise SpecError(f"keys may have up to {_LONGEST_KEY} characters.")
         if isinstance(value, Mapping):
             yield from _flatten(value, (*path, str(key)))
         else:
             yield "/".join((*path, str(key))), value
 
 
-def _pictures(flat: dict[str, Any], robot: RobotSpec, keys: KeysConfig) -> dict[str, np.ndarray]:
+def _images(flat: dict[str, Any], robot: RobotSpec, keys: KeysConfig) -> dict[str, np.ndarray]:
     found = {key: array for key, value in flat.items() if (array := _array(value)) is not None}
     chosen: dict[str, str] = {}
     for camera in robot.cameras:
@@ -100,28 +101,24 @@ def _pictures(flat: dict[str, Any], robot: RobotSpec, keys: KeysConfig) -> dict[
             chosen[cameras[0]] = left[0]
         elif cameras:
             raise SpecError(
-                f"no picture can be told to be camera {cameras[0]!r}; the request has "
-                f"{', '.join(map(repr, found)) or 'no pictures (arrays of three axes)'}. "
-                + (
-                    _encoded(flat)
-                    or f"Say which key is which camera when the server starts: --images {cameras[0]} KEY."
-                )
+                f"no image can be assigned to camera {cameras[0]!r}; the images of the request are "
+                f"{', '.join(map(repr, found)) or '(none; an image is an array of three axes)'}. "
+                + (_encoded(flat) or f"Assign one when the server starts: --images {cameras[0]} KEY.")
             )
     missing = [key for key in chosen.values() if key not in found]
     if missing:
         has = ", ".join(map(repr, found)) or "none"
-        raise SpecError(f"the request has no picture {missing[0]!r}; it has {has}. {_encoded(flat)}".rstrip())
+        raise SpecError(f"the request has no image {missing[0]!r}; its images are {has}. {_encoded(flat)}".rstrip())
     return {camera: ImageFormat.of(found[key], key).convert(found[key], key) for camera, key in chosen.items()}
 
 
 def _coloured_first(found: dict[str, np.ndarray], keys: list[str]) -> list[str]:
-    """Those of three axes; where there are none, those of two, which may be grey images, depth maps or matrices."""
+    """The keys of arrays with three axes; if there are none, of those with two: grey images, depth maps or matrices."""
     return [key for key in keys if found[key].ndim > 2] or keys
 
 
 def _array(value: Any) -> np.ndarray | None:
-    """What may be an image: an array, or nested lists as plain JSON has them, of a batch of one its only image. None
-    for all else."""
+    """`value` as an array if it may be an image: an array, nested lists (plain JSON), or a batch of one image."""
     if isinstance(value, list) and value and isinstance(value[0], list):
         try:
             value = np.asarray(value)
@@ -136,7 +133,7 @@ def _array(value: Any) -> np.ndarray | None:
 
 
 def _encoded(flat: dict[str, Any]) -> str:
-    """What to do about images that were sent as files; "" where there are none."""
+    """The remedy if an image was sent as a file; "" otherwise."""
     for key, value in flat.items():
         if isinstance(value, bytes | str) and value[:4] in (
             b"\xff\xd8\xff\xe0",
@@ -169,18 +166,18 @@ def _state(flat: dict[str, Any], robot: RobotSpec, keys: KeysConfig) -> np.ndarr
 def _prompt(flat: dict[str, Any], keys: KeysConfig) -> str:
     for name in (keys.prompt,) if keys.prompt else _PROMPTS:
         if name in flat:
-            said = flat[name]
-            said = text(said[0] if isinstance(said, list | tuple) and len(said) == 1 else said)
-            if said is None:
-                raise SpecError(f"{name!r} must be a text, got {type(flat[name]).__name__}.")
-            if len(said) > _LONGEST_PROMPT:
-                raise SpecError(f"{name!r} has {len(said)} characters; at most {_LONGEST_PROMPT} are read.")
-            return said
+            value = flat[name]
+            prompt = text(value[0] if isinstance(value, list | tuple) and len(value) == 1 else value)
+            if prompt is None:
+                raise SpecError(f"{name!r} must be a string, got {type(value).__name__}.")
+            if len(prompt) > _LONGEST_PROMPT:
+                raise SpecError(f"{name!r} has {len(prompt)} characters; the maximum is {_LONGEST_PROMPT}.")
+            return prompt
     raise SpecError(f"the request has no instruction; it is expected under {keys.prompt or ' or '.join(_PROMPTS)}.")
 
 
 def _draft(values: Mapping[Any, Any], horizon: int, action_dim: int) -> Draft | None:
-    """The draft that a client sends: actions in the robot's units, because it has no tokenizer."""
+    """The draft in a request: actions in the robot's units, because a client has no tokenizer."""
     draft, committed, trust = (values.get(f"vla/{name}", 0) for name in ("draft", "committed", "trust"))
     if "vla/draft" not in values:
         return None

@@ -1,6 +1,6 @@
-"""The HTTP server of a policy: uvicorn's settings, an orderly stop, and the metadata that clients receive.
+"""The HTTP server of `vla serve`: uvicorn's settings, a graceful stop, and the metadata that clients receive.
 
-It does not know the protocols (`vla.serving.app`).
+It does not know the protocols (`vla.serving.protocols`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vla.support.sockets import BACKLOG
 
 
 def describe(policy: Policy) -> dict[str, Any]:
-    """What a client has to know of a policy: the metadata that a websocket begins with."""
+    """The metadata of a policy that clients receive when they connect."""
     tokenizer = policy.processor.action_tokenizer.to_dict()
     keys = sorted(policy.network.config.statistics)
     return {
@@ -43,7 +43,7 @@ def describe(policy: Policy) -> dict[str, Any]:
 
 
 def _fingerprint(network: torch.nn.Module) -> str:
-    """Tells other weights from these by a few numbers of every tensor: all of a large network's would take minutes."""
+    """sha256 over about 64 numbers of every tensor: enough to recognise other weights, without minutes of hashing."""
     digest = hashlib.sha256()
     for name, tensor in network.state_dict().items():
         few = tensor.flatten()[:: max(1, tensor.numel() // 64)]
@@ -52,7 +52,7 @@ def _fingerprint(network: torch.nn.Module) -> str:
 
 
 def settings(app: PolicyApp, config: ServeConfig) -> uvicorn.Config:
-    """How uvicorn serves `app`: messages of openpi's size, no compression, patience of `config`."""
+    """uvicorn's settings: large websocket messages, no compression, and the time limits of `config`."""
     return uvicorn.Config(
         app.asgi,
         http=_hurried(config.patience_s),
@@ -70,22 +70,24 @@ def settings(app: PolicyApp, config: ServeConfig) -> uvicorn.Config:
 
 
 class Server(uvicorn.Server):
-    """Answers pending requests before it closes connections."""
+    """Answers pending requests before it closes connections. uvicorn's own shutdown closes websockets first."""
 
     def __init__(self, config: uvicorn.Config, app: PolicyApp) -> None:
         super().__init__(config)
         self._app = app
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        print("stopping: requests that wait are still answered", file=sys.stderr, flush=True)
+        print("stopping: pending requests are still answered", file=sys.stderr, flush=True)
         await self._app.drain()
-        await asyncio.sleep(0.05)  # the last replies are on their way
+        await asyncio.sleep(0.05)  # for the last replies to be sent
         await super().shutdown(sockets)
 
 
 def _hurried(patience_s: float) -> type[H11Protocol]:
-    """uvicorn's HTTP for which a client that does not finish the headers of a request in time is gone: uvicorn itself
-    would wait for ever (the attack called slowloris)."""
+    """uvicorn's HTTP protocol with a time limit for the headers of a request, against slowloris attacks.
+
+    uvicorn itself waits for headers without a limit, and has no setting or hook for it.
+    """
 
     class Hurried(H11Protocol):
         def connection_made(self, transport: Any) -> None:
@@ -94,10 +96,10 @@ def _hurried(patience_s: float) -> type[H11Protocol]:
 
         def on_response_complete(self) -> None:
             self.loop.call_later(patience_s, self._hurry, self.cycle)
-            super().on_response_complete()  # which may begin the next request
+            super().on_response_complete()  # may begin the next request
 
         def _hurry(self, last: Any) -> None:
-            """Since the request `last` no other has begun. A websocket has another protocol by then."""
+            """Close the connection if no request has begun since `last`. A websocket has another protocol by then."""
             if self.cycle is last and not self.transport.is_closing() and self.transport.get_protocol() is self:
                 self.transport.close()
 

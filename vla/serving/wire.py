@@ -1,8 +1,8 @@
-"""Arrays on the wire: the two encodings that robot clients use.
+"""Encodings of arrays: the two that robot clients use.
 
-Owns: json-numpy (OpenVLA: base64 in JSON objects) and openpi's msgpack-numpy, both ways, byte for byte as their own
-packages write them, and what is refused: anything that is not a plain array of numbers of the size that it says. It
-does not know what the values mean. Nothing here can execute code, whoever sent the bytes.
+Owns: json-numpy (OpenVLA: base64 in JSON objects) and openpi's msgpack-numpy, in both directions, byte for byte as
+their own packages write them. Only plain arrays of numbers whose size matches their data are accepted, and decoding
+never executes code. It does not know what the values mean.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vla.errors import VLAError
 
 
 class WireError(VLAError):
-    """The bytes are not what the protocol says."""
+    """A message is not valid in its encoding."""
 
 
 def to_json(value: Any) -> str:
@@ -45,7 +45,7 @@ def from_msgpack(data: bytes) -> Any:
     """Inverse of `to_msgpack`; arrays are read-only views of the bytes."""
     try:
         return msgpack.unpackb(data, object_hook=_decode_msgpack, raw=False, strict_map_key=False)
-    # Besides its own exceptions msgpack passes on what unhashable keys and broken text raise.
+    # Besides its own exceptions, msgpack raises those of unhashable keys and invalid UTF-8.
     except (ValueError, TypeError, RecursionError, msgpack.exceptions.UnpackException) as error:
         raise WireError(f"not valid msgpack: {type(error).__name__}: {error}.") from None
 
@@ -107,7 +107,7 @@ def _array(data: Any, dtype: Any, shape: Any) -> np.ndarray:
 
 
 def _dtype(name: Any) -> np.dtype:
-    """Numbers and flags only: nothing structured, no objects, no text."""
+    """A dtype of numbers or booleans; WireError for structured types, objects and text."""
     try:
         dtype = np.dtype(name) if isinstance(name, str) else None
     except TypeError:

@@ -1,0 +1,19 @@
+"""A benchmark suite of two tasks, as a user defines one: `--plugin tests.toy_suite` registers it."""
+
+from vla.evaluation.suites import SUITES, Published, Suite
+
+SUITE = Suite(
+    name="toys",
+    title="Toys",
+    sets={"all": ("toy/Slide-v0", "toy/Glide-v0"), "all/easy": ("toy/Slide-v0",), "all/hard": ("toy/Glide-v0",)},
+    whole="all",
+    tiers=("all/easy", "all/hard"),
+    episodes=2,
+    seed=500,
+    max_steps={"all/hard": 10},
+    published=(
+        Published(policy="Snail", average=20.0, tiers=(30.0, 10.0), note="slow", source="arXiv:1234.56789"),
+        Published(policy="Hare", average=60.0),
+    ),
+)
+SUITES.register("toys")(SUITE)

@@ -1,0 +1,56 @@
+"""Benchmark scores: success per tier, over tiers and over episodes.
+
+Owns: the averages and their intervals. It does not know how episodes are run or how a report looks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from vla.evaluation.suites import Suite
+from vla.support.statistics import mean_interval, wilson
+
+Counts = tuple[int, int]  # successes, episodes
+
+
+def score(counts: Mapping[str, Counts], suite: Suite) -> dict[str, Any]:
+    """Success rates in percent, with 95 % intervals.
+
+    A tier pools the episodes of its tasks. "tier_average", which papers call Avg, is the unweighted mean over the
+    tiers; it is None while the results of a task are missing. "episode_average" weights all episodes equally.
+
+    Args:
+        counts: environment id -> (successes, episodes).
+    """
+    tiers = {name: (members, _pool(counts, members)) for name, members in suite.tier_sets.items()}
+    average = None
+    if all(env_id in counts for members, _ in tiers.values() for env_id in members):
+        pooled = [count for _, count in tiers.values()]
+        limits = mean_interval(pooled)
+        rate = sum(successes / episodes for successes, episodes in pooled) / len(pooled)
+        average = {"pc_success": 100 * rate, "pc_success_ci95": [100 * limit for limit in limits]}
+    return {
+        "tiers": {
+            name: {"n_tasks": sum(m in counts for m in members), "n_tasks_of": len(members)} | _rate(count)
+            for name, (members, count) in tiers.items()
+        },
+        "tier_average": average,
+        "episode_average": {"n_tasks": len(counts), "n_tasks_of": len(suite.tasks)} | _rate(_pool(counts, counts)),
+    }
+
+
+def _pool(counts: Mapping[str, Counts], members: Iterable[str]) -> Counts:
+    """Successes and episodes of those `members` that have results."""
+    finished = [counts[env_id] for env_id in members if env_id in counts]
+    return sum(successes for successes, _ in finished), sum(episodes for _, episodes in finished)
+
+
+def _rate(count: Counts) -> dict[str, Any]:
+    successes, episodes = count
+    return {
+        "n_episodes": episodes,
+        "n_successes": successes,
+        "pc_success": 100 * successes / episodes if episodes else None,
+        "pc_success_ci95": [100 * limit for limit in wilson(successes, episodes)],
+    }

@@ -1,0 +1,155 @@
+"""Benchmark suites.
+
+Owns: what a suite consists of (tasks, task sets, tiers, protocol, published results), its validation, and the lookup by
+name. A suite's facts are plain data beside its environments; this module does not know any particular one.
+
+A module of your own adds a suite with `SUITES.register("my-suite")(Suite(...))`; or `vla benchmark module:attribute`
+reads it from there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from annotated_types import Ge, Le
+
+from vla import config as configuration
+from vla.config.files import STRICT
+from vla.config.limits import Count, Seed
+from vla.errors import ConfigError, SimulatorError, unknown
+from vla.support import plugins
+from vla.support.registry import Registry
+
+Percentage = Annotated[float, Ge(0), Le(100)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Published:
+    """A published result on a suite.
+
+    Attributes:
+        policy: name of the policy.
+        average: mean success over the tiers, in percent.
+        tiers: success per tier in percent, in the order of the suite's tiers; None: not published.
+        note: what to know when comparing with it.
+        source: where it is published: an arXiv id ("arXiv:2506.01844") or a URL.
+    """
+
+    __pydantic_config__ = STRICT
+    policy: str
+    average: Percentage
+    tiers: tuple[Percentage, ...] | None = None
+    note: str = ""
+    source: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Suite:
+    """A benchmark suite: which tasks are evaluated in which way, and the results published for them.
+
+    Attributes:
+        name: short name, for files and folders.
+        title: name in reports.
+        sets: task set -> environment ids.
+        whole: the set that published averages refer to; evaluated by default.
+        tiers: sets that partition `whole`; the average is their unweighted mean. Empty: `whole` is the only tier.
+        episodes: episodes per task.
+        seed: first environment seed; episode i of every task uses seed + i.
+        max_steps: task set -> maximum steps per episode; other tasks have their environment's limit.
+        published: published results.
+    """
+
+    __pydantic_config__ = STRICT
+    name: str
+    title: str
+    sets: dict[str, tuple[str, ...]]
+    whole: str
+    tiers: tuple[str, ...] = ()
+    episodes: Count = 10
+    seed: Seed = 100_000
+    max_steps: dict[str, Count] = dataclasses.field(default_factory=dict)
+    published: tuple[Published, ...] = ()
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The environment ids of all sets, each once."""
+        return tuple(dict.fromkeys(env_id for members in self.sets.values() for env_id in members))
+
+    @property
+    def tier_sets(self) -> dict[str, tuple[str, ...]]:
+        """Tier -> environment ids. A tier is called by the last part of its set's name: "easy" for "mt50/easy"."""
+        return {name.rpartition("/")[2]: self.sets[name] for name in self.tiers or (self.whole,)}
+
+    def tier_of(self, env_id: str) -> str | None:
+        """The tier of a task; None if it is not in `whole`."""
+        return next((name for name, members in self.tier_sets.items() if env_id in members), None)
+
+    def max_steps_of(self, env_id: str) -> int | None:
+        """The maximum steps per episode of a task; None: the environment's own limit."""
+        return next((steps for name, steps in self.max_steps.items() if env_id in self.sets[name]), None)
+
+    def choose(self, names: Sequence[str]) -> list[str]:
+        """The environment ids, each once, of the task sets and ids in `names`. ConfigError for an unknown name."""
+        chosen: dict[str, None] = {}
+        for name in names:
+            if name in self.sets:
+                chosen |= dict.fromkeys(self.sets[name])
+            elif name in self.tasks:
+                chosen[name] = None
+            else:
+                raise ConfigError(self._unknown(name))
+        return list(chosen)
+
+    def _unknown(self, name: str) -> str:
+        namespace = name.rpartition("/")[0]
+        siblings = [env_id for env_id in self.tasks if env_id.rpartition("/")[0] == namespace]
+        if siblings:
+            return unknown("task", name, siblings)
+        return unknown("task set", name, self.sets, f"Or the id of a task, such as {self.tasks[0]}.")
+
+    def contradiction(self) -> str | None:
+        for name in (self.whole, *self.tiers, *self.max_steps):
+            if name not in self.sets:
+                return f"suite {self.name!r}: " + unknown("task set", name, self.sets)
+        if empty := [name for name, members in self.sets.items() if not members]:
+            return f"suite {self.name!r}: the task set {empty[0]!r} is empty."
+        in_tiers = [env_id for members in self.tier_sets.values() for env_id in members]
+        if sorted(in_tiers) != sorted(set(self.sets[self.whole])):
+            return f"suite {self.name!r}: each task of {self.whole!r} must be in exactly one tier, and no other task."
+        if len({env_id.rpartition("/")[2] for env_id in self.tasks}) < len(self.tasks):
+            return f"suite {self.name!r}: tasks must differ in the last part of their ids, which names their folders."
+        for entry in self.published:
+            if entry.tiers is not None and len(entry.tiers) != len(self.tier_sets):
+                return (
+                    f"suite {self.name!r}: the result of {entry.policy!r} has {len(entry.tiers)} tiers; the suite has "
+                    f"{len(self.tier_sets)}."
+                )
+        return None
+
+
+#: A suite, or the "module:attribute" to read it from.
+SUITES: Registry[Suite | str] = Registry("suite")
+SUITES.register("metaworld")("envs.metaworld_sets:SUITE")
+
+
+def find(name: str) -> Suite:
+    """The suite of that name: a registered one, or the `Suite` or mapping of its fields at "module:attribute".
+
+    Raises:
+        ConfigError: the suite is unknown or invalid.
+        SimulatorError: its module cannot be imported.
+    """
+    found: Any = name if ":" in name else SUITES.get(name)
+    if isinstance(found, str):
+        try:
+            found = plugins.load(found)
+        except Exception as error:  # environments import a GL library, and each fails in its own way
+            raise SimulatorError(
+                f"cannot import the suite {found!r} ({type(error).__name__}: {error}). A suite is called by its name "
+                f"({', '.join(SUITES)}) or as module:attribute; `vla doctor` finds problems of the installation."
+            ) from error
+    suite = found if isinstance(found, Suite) else configuration.from_dict(Suite, found, f"suite {name!r}")
+    configuration.check(suite)
+    return suite

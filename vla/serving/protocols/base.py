@@ -1,0 +1,58 @@
+"""What a wire protocol is.
+
+Owns: the interface between a protocol and the application (`vla.serving.app`), and the registry. A protocol owns its
+routes, the envelope of its messages, the form of replies and the form of errors. The application owns keys, limits,
+draining and the log, for all protocols alike.
+
+A module of your own adds a protocol with `@PROTOCOLS.register("my-protocol")`; `vla --plugin my_module serve` serves it
+beside the others.
+"""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from starlette.responses import Response
+from starlette.routing import Route, WebSocketRoute
+
+from vla.serving import wire
+from vla.support.registry import Registry
+
+if TYPE_CHECKING:
+    from vla.serving.app import PolicyApp
+
+LARGE = 2**20  # bytes; larger messages take longer to decode than a thread takes to start
+
+
+class WireProtocol(abc.ABC):
+    """A wire protocol.
+
+    Attributes:
+        app: the application, which reads bodies (`body`), answers requests (`answer`), and logs and counts errors
+            (`failed`).
+    """
+
+    def __init__(self, app: PolicyApp) -> None:
+        self.app = app
+
+    @abc.abstractmethod
+    def routes(self) -> Sequence[Route | WebSocketRoute]:
+        """The Starlette routes of this protocol. The application checks the API key before it calls them."""
+
+
+PROTOCOLS: Registry[type[WireProtocol]] = Registry("wire protocol")
+
+
+async def decode(decoder: Callable[[Any], Any], data: Any) -> Any:
+    """`decoder(data)`; in a thread if `data` is large, so that other requests are not delayed."""
+    if isinstance(data, str | bytes) and len(data) > LARGE:
+        return await asyncio.to_thread(decoder, data)
+    return decoder(data)
+
+
+def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """`value` as JSON, with arrays encoded by json-numpy."""
+    return Response(wire.to_json(value), status, headers, media_type="application/json")

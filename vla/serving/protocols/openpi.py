@@ -1,0 +1,110 @@
+"""openpi's websocket protocol (Physical Intelligence: `openpi-client`, `websocket_client_policy.py`).
+
+Binary messages of msgpack with numpy arrays, on any path:
+
+* the server speaks first: its metadata (`vla.serving.server.describe`);
+* request: a flat map with LIBERO's, DROID's or ALOHA's keys, or {"pixels", "agent_pos", "prompt"};
+  `vla.serving.requests` reads all forms;
+* reply: {"actions": float32 [H, D], "policy_timing", "server_timing"}. openpi's chunk broker slices every array of a
+  reply, so there are no others;
+* error: a text message, then the connection is closed with code 1011, which stock clients raise as RuntimeError. With
+  `?errors=plain` in the URL: {"error": message}, and the connection stays open.
+
+`vla.serving.client.RemotePolicy` also sends "vla/draft", "vla/committed" and "vla/trust" (`vla.serving.requests`), and
+asks with "vla/details" for tokens and log-likelihoods: {"vla": {"ids", "log_probs", "entropy", "forwards"}}.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from starlette.routing import WebSocketRoute
+from starlette.types import Message
+from starlette.websockets import WebSocket
+
+from vla.policy.session import Draft
+from vla.serving import wire
+from vla.serving.batcher import Answer
+from vla.serving.protocols.base import PROTOCOLS, WireProtocol, decode
+
+_TOO_LARGE = 1009  # the close code for a message that is too large
+_REASON = "Internal server error. Traceback included in previous frame."  # openpi's own words
+
+
+@PROTOCOLS.register("openpi")
+class OpenPI(WireProtocol):
+    """Requests and replies on a websocket."""
+
+    def routes(self) -> list[WebSocketRoute]:
+        return [WebSocketRoute("/{path:path}", self._converse)]
+
+    async def _converse(self, socket: WebSocket) -> None:
+        await socket.accept()
+        await socket.send_bytes(wire.to_msgpack(self.app.metadata))
+        plain = socket.query_params.get("errors") == "plain"
+        draft: Draft | None = None
+        total_ms = None
+        inbox = _Inbox(socket)
+        while True:
+            message = await inbox.receive()
+            if message["type"] == "websocket.disconnect":
+                if message.get("code") == _TOO_LARGE:
+                    self.app.log_refusal(socket, self.app.too_large)
+                return
+            start = time.perf_counter()
+            try:
+                if message.get("bytes") is None:
+                    raise wire.WireError("a request is a binary message (msgpack), got text.")
+                values = await decode(wire.from_msgpack, message["bytes"])
+                answer = await self.app.answer(values, inbox.peek, draft, len(message["bytes"]))
+            except Exception as error:
+                _, text = self.app.failed("openpi", error, socket)
+                if plain:
+                    await socket.send_bytes(wire.to_msgpack({"error": text}))
+                    continue
+                await socket.send_text(text)
+                await socket.close(1011, _REASON)
+                return
+            # Stock clients do not send how many actions they execute; n_action_steps is the most likely number.
+            draft = answer.prediction.next_draft[0].after(self.app.policy.n_action_steps)
+            reply = _reply(answer, values.get("vla/details") is True)
+            reply["server_timing"] = {"infer_ms": 1e3 * (time.perf_counter() - start)}
+            if total_ms is not None:
+                reply["server_timing"]["prev_total_ms"] = total_ms
+            await socket.send_bytes(wire.to_msgpack(reply))
+            total_ms = 1e3 * (time.perf_counter() - start)
+            self.app.metrics.answered("openpi", total_ms / 1e3, answer.seconds)
+            if self.app.draining:
+                await socket.close(1001, "the server is going down.")
+                return
+
+
+class _Inbox:
+    """A websocket's messages; `peek` returns the next one without removing it."""
+
+    def __init__(self, socket: WebSocket) -> None:
+        self._socket = socket
+        self._next: Message | None = None
+
+    async def peek(self) -> Message:
+        if self._next is None:
+            self._next = await self._socket.receive()
+        return self._next
+
+    async def receive(self) -> Message:
+        message, self._next = await self.peek(), None
+        return message
+
+
+def _reply(answer: Answer, details: bool) -> dict[str, Any]:
+    prediction = answer.prediction
+    reply: dict[str, Any] = {"actions": prediction.chunks[0], "policy_timing": {"infer_ms": 1e3 * answer.seconds}}
+    if details:
+        reply["vla"] = {
+            "ids": prediction.ids[0],
+            "log_probs": prediction.log_probs[0],
+            "entropy": prediction.entropy[0],
+            "forwards": prediction.forwards,
+        }
+    return reply
