@@ -19,13 +19,13 @@ from tests.jobs.test_rollout import Slider
 from tests.rollout_env import ROBOT
 from vla import cli
 from vla import config as configuration
-from vla.config import AdapterConfig, BenchmarkConfig, ModelConfig
+from vla.config import AdapterConfig, BenchmarkConfig, DecodingConfig, HostsConfig, ModelConfig, RolloutConfig
 from vla.errors import ConfigError, SimulatorError
 from vla.evaluation import results
 from vla.evaluation.comparison import compare
 from vla.evaluation.scores import score
 from vla.evaluation.suites import SUITES, Published, Suite, find
-from vla.jobs.benchmark import benchmark
+from vla.jobs.benchmark import _of_task, benchmark
 from vla.model.build import DataFacts, build_policy
 from vla.spec import RobotSpec
 from vla.support.statistics import difference, mean_interval, wilson
@@ -53,6 +53,18 @@ def test_the_other_sets_are_those_of_the_package():
     assert sorted(names("mt50")) == sorted(suites.MT50_V3)
     assert sorted(names("ml45-train")) == sorted(suites.ML45_V3["train"])
     assert sorted(names("ml45-test")) == sorted(suites.ML45_V3["test"])
+
+
+def test_every_option_reaches_the_rollouts_of_the_tasks():
+    other = {"decoding": DecodingConfig(temperature=0.5), "adapter": AdapterConfig(max_steps=7)}
+    other |= {"hosts": HostsConfig(backend="ray"), "policy": "mine", "unnorm_key": "a", "device": "cpu"}
+    other |= dict.fromkeys(("episodes", "seed", "n_envs", "n_action_steps", "videos"), 3)
+    shared = {field.name for field in dataclasses.fields(RolloutConfig)} & {
+        field.name for field in dataclasses.fields(BenchmarkConfig)
+    } - {"out"}
+    assert shared == set(other)
+    task = _of_task(BenchmarkConfig(**other), METAWORLD, "vla-metaworld/reach-v3", Path("there"))
+    assert task == RolloutConfig(**other, env=("vla-metaworld/reach-v3",), out=Path("there"))
 
 
 def test_tasks_are_named_by_set_or_by_id():

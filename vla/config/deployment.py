@@ -27,7 +27,8 @@ class SafetyConfig:
         max_velocity: limits by action entry, in the entry's unit per second.
         max_acceleration: limits by action entry, in the entry's unit per second squared.
         workspace: action entry -> (state entry that it moves, minimum, maximum).
-        max_entropy: hold while the mean entropy of the chunk's tokens is higher than this, in nats; None: never.
+        max_entropy: hold while the mean entropy of the chunk's tokens is higher than this, in nats; None: never. Places
+            behind the end of a chunk of variable length count as 0.
     """
 
     __pydantic_config__ = STRICT

@@ -166,7 +166,7 @@ class Planner:
             return event | {"error": answer.error}
         if answer.prediction is not None:
             self._record.decoded(answer.seconds, answer.first_s)
-            self.entropy = float(answer.prediction.mean_entropy.mean())
+            self.entropy = float(answer.prediction.entropy.mean())
         if self._request is not None and self._request.step == answer.tick:  # else: a `reset` has dropped it
             self._accept(answer, self._request, step)
         if answer.prediction is None:

@@ -130,6 +130,7 @@ def _of_task(config: BenchmarkConfig, suite: Suite, env_id: str, folder: Path) -
         out=folder,
         device=config.device,
         adapter=adapter,
+        hosts=config.hosts,
     )
 
 

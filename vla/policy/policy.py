@@ -41,7 +41,7 @@ class Prediction:
         ids: int64 [B, T], the chosen tokens, ids of the model's vocabulary.
         log_probs: float32 [B, T], log p(a_t | x, a_<t) over the allowed action rows, by the network itself: before
             temperature, penalties and cuts. 0 behind the end of a sequence of variable length.
-        entropy: float32 [B, T], of the same distributions, in nats.
+        entropy: float32 [B, T], of the same distributions, in nats; also 0 there.
         forwards: forward passes of the decoder.
         next_draft: for each episode the draft of its next chunk, before any action of this one has run.
     """
@@ -57,12 +57,6 @@ class Prediction:
     def log_likelihood(self) -> np.ndarray:
         """log p(a_1..a_T | x) of each chunk, float32 [B]."""
         return self.log_probs.sum(-1)
-
-    @property
-    def mean_entropy(self) -> np.ndarray:
-        """Mean entropy of each chunk's tokens, float32 [B]. Tokens without an alternative do not count, such as those
-        behind the end of a sequence of variable length."""
-        return self.entropy.sum(-1) / np.maximum((self.entropy > 0).sum(-1), 1)
 
     def row(self, index: int) -> Prediction:
         """One observation's part of the batch."""
