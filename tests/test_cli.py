@@ -1,8 +1,10 @@
 """The command line: flags become a configuration, errors become one message and an exit status."""
 
+import dataclasses
 import errno
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -150,6 +152,24 @@ def test_help_keeps_names_as_they_are_and_has_no_empty_defaults(capsys):
     assert "--kwargs {KEY: VALUE, ...}" in said and "--robot {KEY: VALUE, ...}" in said and "joint_position" in said
     assert "Serve a policy to OpenVLA's and openpi's robot clients." in said
     assert "(default: )" not in said and "(default: none)" in said
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_help_shows_an_example_that_parses_and_says_what_every_flag_is(name, capsys):
+    with pytest.raises(SystemExit):
+        main([*name.split(), "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"example: {VERBS[name].example}" in shown
+    assert cli._parse(name, VERBS[name], shlex.split(VERBS[name].example)[1 + len(name.split()) :])
+
+    def undocumented(cls, path=""):
+        for field, kind in cli._hints(cls).items():
+            if dataclasses.is_dataclass(kind):
+                yield from undocumented(kind, f"{path}{field}.")
+            elif not re.search(rf"^        (\w+, )*{field}(, \w+)*: ", cls.__doc__, re.M):
+                yield path + field
+
+    assert not list(undocumented(getattr(config, VERBS[name].config)))
 
 
 @pytest.mark.parametrize("name", [name for name, verb in VERBS.items() if hasattr(config, verb.config)])

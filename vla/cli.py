@@ -31,39 +31,99 @@ from vla.support import plugins, search_path
 
 
 class Verb(NamedTuple):
-    """A verb: its configuration class in `vla.config`, the function that runs it, and its line in `vla --help`.
+    """A verb of the command line.
 
-    `operand` is the field that the word after the verb sets, if it is not a flag.
+    Attributes:
+        config: its configuration class in `vla.config`.
+        job: the function that runs it.
+        summary: its line in `vla --help`.
+        example: a typical call, in `vla <verb> --help`.
+        operand: the field that the word after the verb sets, if it is not a flag.
     """
 
     config: str
     job: str
     summary: str
+    example: str
     operand: str | None = None
 
 
 VERBS = {
-    "quickstart": Verb("QuickstartConfig", "vla.jobs.quickstart:quickstart", "collect, fine-tune, evaluate in minutes"),
-    "doctor": Verb("DoctorConfig", "vla.jobs.doctor:doctor", "find problems with this machine and how to fix them"),
-    "collect": Verb("CollectConfig", "vla.jobs.collect:collect", "run an expert and record its successes as a dataset"),
-    "inspect": Verb("InspectConfig", "vla.jobs.inspect:inspect", "show the contents of a dataset and its problems"),
-    "replay": Verb("ReplayConfig", "vla.jobs.replay:replay", "replay recorded actions in their environment"),
-    "train": Verb("TrainConfig", "vla.jobs.train:train", "fine-tune a policy on demonstrations"),
-    "pretrain": Verb("TrainConfig", "vla.jobs.train:pretrain", "train all weights of a policy"),
-    "rollout": Verb("RolloutConfig", "vla.jobs.rollout:rollout", "evaluate a policy in closed loop and write a report"),
-    "deploy": Verb(
-        "DeployConfig", "vla.jobs.deploy:deploy", "run a policy in real time, on a simulated robot or your own"
+    "quickstart": Verb(
+        "QuickstartConfig",
+        "vla.jobs.quickstart:quickstart",
+        "collect, fine-tune, evaluate in minutes",
+        "vla quickstart --minutes 5",
     ),
-    "serve": Verb("ServeConfig", "vla.jobs.serve:serve", "serve a policy to OpenVLA's and openpi's robot clients"),
-    "dagger": Verb("DaggerConfig", "vla.jobs.dagger:dagger", "train on a policy's own rollouts, labelled by an expert"),
+    "doctor": Verb(
+        "DoctorConfig", "vla.jobs.doctor:doctor", "find problems with this machine and how to fix them", "vla doctor"
+    ),
+    "collect": Verb(
+        "CollectConfig",
+        "vla.jobs.collect:collect",
+        "run an expert and record its successes as a dataset",
+        "vla collect --env vla/OpenDrawer-v0 --episodes 100 --noise 0.5 --out datasets/drawer",
+    ),
+    "inspect": Verb(
+        "InspectConfig",
+        "vla.jobs.inspect:inspect",
+        "show the contents of a dataset and its problems",
+        "vla inspect --data datasets/drawer",
+    ),
+    "replay": Verb(
+        "ReplayConfig",
+        "vla.jobs.replay:replay",
+        "replay recorded actions in their environment",
+        "vla replay --data datasets/drawer",
+    ),
+    "train": Verb(
+        "TrainConfig",
+        "vla.jobs.train:train",
+        "fine-tune a policy on demonstrations",
+        "vla train --data datasets/drawer --out runs/drawer --steps 1000",
+    ),
+    "pretrain": Verb(
+        "TrainConfig",
+        "vla.jobs.train:pretrain",
+        "train all weights of a policy",
+        "vla pretrain --data datasets/a datasets/b --out runs/base --steps 50000",
+    ),
+    "rollout": Verb(
+        "RolloutConfig",
+        "vla.jobs.rollout:rollout",
+        "evaluate a policy in closed loop and write a report",
+        "vla rollout --policy runs/drawer --env vla/OpenDrawer-v0 --episodes 50 --out runs/drawer-eval",
+    ),
+    "deploy": Verb(
+        "DeployConfig",
+        "vla.jobs.deploy:deploy",
+        "run a policy in real time, on a simulated robot or your own",
+        'vla deploy --policy runs/drawer --robot my_robot:Arm --instruction "open the drawer"',
+    ),
+    "serve": Verb(
+        "ServeConfig",
+        "vla.jobs.serve:serve",
+        "serve a policy to OpenVLA's and openpi's robot clients",
+        "vla serve --policy runs/drawer --host 0.0.0.0",
+    ),
+    "dagger": Verb(
+        "DaggerConfig",
+        "vla.jobs.dagger:dagger",
+        "train on a policy's own rollouts, labelled by an expert",
+        "vla dagger --config configs/dagger/tabletop.yaml",
+    ),
     "benchmark": Verb(
         "BenchmarkConfig",
         "vla.jobs.benchmark:benchmark",
         "evaluate a policy on a benchmark suite: metaworld, or your own",
+        "vla benchmark metaworld --policy runs/mt50 --config configs/benchmark/metaworld.yaml",
         operand="suite",
     ),
     "analyze exposure": Verb(
-        "ExposureConfig", "vla.jobs.analyze:exposure", "measure a policy's exposure bias on a dataset"
+        "ExposureConfig",
+        "vla.jobs.analyze:exposure",
+        "measure a policy's exposure bias on a dataset",
+        "vla analyze exposure --policy runs/drawer --data datasets/drawer",
     ),
 }
 
@@ -178,7 +238,8 @@ def _parse(name: str, verb: Verb, arguments: Sequence[str]) -> Any:
     values, rest = tyro.cli(
         cls,
         prog=f"vla {name}",
-        description=f"{summary}\n\n--config PATH: YAML file with values for these flags; flags override it.",
+        description=f"{summary}\n\nexample: {verb.example}\n\n--config PATH: YAML file with values for these flags; "
+        "flags override it.",
         args=_with_values(cls, flags),
         default=config.load(cls, known.config) if known.config else cls(),
         config=(tyro.conf.OmitArgPrefixes,) if _short(cls) else (),

@@ -81,6 +81,7 @@ class DeployConfig:
             `vla.control.robot.Robot` (docs/robots.md). Its task is `--instruction`.
         robot_kwargs: keyword arguments of that callable, e.g. {port: /dev/ttyUSB0}.
         episodes: number of episodes, one after the other; episode i uses seed + i. None: until stopped.
+        seed: seed of the first episode in a simulation.
         seconds: time limit of an episode.
         out: folder of `deploy.json` and of the black boxes.
         ui: serve the live page: cameras, instruction, hold and emergency stop.

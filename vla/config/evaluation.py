@@ -79,6 +79,8 @@ class RolloutConfig:
         videos: number of videos per environment: this many of the first episodes, and as many of failures.
         out: report folder.
         compare: another report folder to compare with.
+        device: torch device; "auto" chooses one.
+        overwrite: replace the results in `out`.
     """
 
     __pydantic_config__ = STRICT
@@ -125,6 +127,7 @@ class BenchmarkConfig:
         decoding: how action tokens are decoded; greedy by default.
         videos: number of videos per task: this many of the first episodes, and as many of failures.
         out: result folder, with one subfolder per task; None: runs/<name of the suite>-benchmark.
+        device: torch device; "auto" chooses one.
     """
 
     __pydantic_config__ = STRICT
@@ -156,6 +159,7 @@ class ExposureConfig:
         frames: maximum number of frames, spaced evenly over all episodes.
         batch_size: frames per forward pass.
         unnorm_key: dataset whose statistics normalise the actions; needed only if the checkpoint has several.
+        device: torch device; "auto" chooses one.
     """
 
     __pydantic_config__ = STRICT

@@ -128,6 +128,7 @@ class TrainConfig:
         precision: "auto" uses bf16 if the hardware supports it natively, otherwise float32.
         compile: use torch.compile.
         workers: number of processes that load data; 0: load it in the main process.
+        seed: seed of initial weights, sample order and augmentation.
         val_fraction: fraction of episodes held out for validation.
         eval_every: optimizer steps between validations.
         save_every: optimizer steps between checkpoints.
@@ -143,17 +144,17 @@ class TrainConfig:
 
     __pydantic_config__ = STRICT
     data: Annotated[tuple[Path, ...], MinLen(1)] = (Path("datasets/demos"),)
-    weights: tuple[NonNegative, ...] = ()
-    unnorm_keys: tuple[str, ...] = ()
     out: Path = Path("runs/train")
-    model: ModelConfig = ModelConfig()
     method: Literal["lora", "full"] = "lora"
-    lora: LoraConfig = LoraConfig()
-    augment: AugmentConfig = AugmentConfig()
     steps: Count = 2000
     batch_size: Count = 64
-    grad_accum: Count = 1
     learning_rate: Positive = 1.0e-3
+    weights: tuple[NonNegative, ...] = ()
+    unnorm_keys: tuple[str, ...] = ()
+    model: ModelConfig = ModelConfig()
+    lora: LoraConfig = LoraConfig()
+    augment: AugmentConfig = AugmentConfig()
+    grad_accum: Count = 1
     weight_decay: NonNegative = 0.01
     warmup_steps: Natural = 50
     max_grad_norm: NonNegative = 1.0
@@ -219,6 +220,7 @@ class DaggerConfig:
         compare_bc: finally, also train on demonstrations alone (behaviour cloning) with the same number of labels and
             optimizer steps, and compare.
         train: training configuration of each round; its datasets, folders and unnorm_keys are set by this job.
+        device: torch device for rollouts and evaluation; "auto" chooses one.
         resume: continue the run in `out`; rounds, labels, target, compare_bc and hosts may differ.
     """
 

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import gc
 import os
-import shlex
 import sys
 import tempfile
 import time
@@ -20,9 +19,6 @@ from typing import Any
 import numpy as np
 import peft
 import torch
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.utils import logging as transformers_logging
 
@@ -39,7 +35,7 @@ from vla.policy import checkpoint
 from vla.simulation.adapter import make
 from vla.support.machine import cpu_flags
 from vla.support.run_folder import RunFolder
-from vla.training import trainer
+from vla.training import summary, trainer
 from vla.transforms.normalize import compute_statistics
 
 VALIDATION_FRAMES = 512
@@ -81,7 +77,7 @@ def train(cfg: TrainConfig, conclude: bool = True) -> Path:
         _export(job.model, job.collator.processor, cfg)
         trainer.plot_metrics(cfg.out)
         if conclude:
-            print(_conclusion(cfg, demos), flush=True)
+            print(summary.conclusion(cfg, demos), flush=True)
     _leave(job)
     return cfg.out
 
@@ -132,7 +128,7 @@ def _prepare(cfg: TrainConfig, quiet: bool = False) -> tuple[trainer.VLATrainer,
     model = _trainable(network, cfg)
     arguments = _arguments(cfg, validate=bool(validation))
     if not quiet and arguments.process_index == 0:
-        _summary(cfg, demos, model, processor)
+        summary.show(cfg, demos, model, processor, bf16(cfg.precision))
     if arguments.n_gpu > 1:
         # One process drives one device: torch's own DataParallel would change what a batch is.
         print(f"using one of {arguments.n_gpu} GPUs; `accelerate launch -m vla.cli train ...` uses all.")
@@ -272,53 +268,6 @@ def bf16(precision: str) -> bool:
     return bool(cpu_flags() & {"amx_bf16", "avx512_bf16"})
 
 
-def _summary(cfg: TrainConfig, demos: list[Demonstrations], model: torch.nn.Module, processor: VLAProcessor) -> None:
-    parameters = sum(p.numel() for p in model.parameters())
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    tokenizer, horizon = processor.action_tokenizer, processor.config.horizon
-    length = f"{tokenizer.max_tokens}" if tokenizer.end is None else f"up to {tokenizer.max_tokens}"
-    table = Table(title=f"vla {'train' if cfg.method == 'lora' else 'pretrain'}", show_header=False, title_style="bold")
-    still = [name for i, name in enumerate(processor.robot.action_names) if i not in tokenizer.active]
-    rows = {
-        "data": ", ".join(f"{d.root} ({len(d.episodes)} episodes, {d.num_frames} frames)" for d in demos),
-        "cameras": f"{', '.join(processor.robot.cameras)} at {processor.config.image_size} px",
-        "state": _state_row(processor),
-        "chunk": f"[{horizon}, {processor.robot.action_dim}] as {length} tokens of {tokenizer.vocab_size}",
-        "left out": ", ".join(still) + " (never move in this data)" if still else "nothing",
-        "prefix": f"{len(processor.prefix_ids(demos[0].tasks[0]))} tokens for {demos[0].tasks[0]!r}",
-        "parameters": f"{parameters:,}, {trainable:,} trained ({100 * trainable / parameters:.1f} %)",
-        "memory": f"{(4 * parameters + 12 * trainable) / 2**30:.2f} GiB for weights, gradients and optimizer",
-        "steps": f"{cfg.steps} of {cfg.batch_size * cfg.grad_accum} samples",
-        "precision": "bf16" if bf16(cfg.precision) else "float32",
-    }
-    for name, value in rows.items():
-        table.add_row(name, value)
-    Console().print(table)
-    for note in _left_out(processor, demos):
-        Console().print(f"[bold yellow]note[/]: {escape(note)}", highlight=False, soft_wrap=True)
-
-
-def _state_row(processor: VLAProcessor) -> str:
-    if not processor.config.use_state:
-        return "not used (use_state is off)"
-    return ", ".join(processor.robot.state_names) or "none: the data has no observation.state"
-
-
-def _left_out(processor: VLAProcessor, demos: list[Demonstrations]) -> list[str]:
-    """Notes on features of the datasets that the policy does not use, although a reader may expect it."""
-    notes = [f"{d.root}: depth images are left out: {', '.join(d.info.depth)}." for d in demos if d.info.depth]
-    for demo in demos:
-        if processor.config.use_state and demo.states is None:
-            similar = (
-                f" Rename or join one of these to use it: {', '.join(demo.info.unread)}." if demo.info.unread else ""
-            )
-            notes.append(
-                f"{demo.root} has no feature observation.state, so the policy gets no state.{similar} "
-                "(`--no-use-state` says that this is meant.)"
-            )
-    return notes
-
-
 def _dry_run(cfg: TrainConfig) -> Path:
     """One optimizer step, as training takes it; writes nothing."""
     job, _ = _prepare(dataclasses.replace(cfg, steps=1, log_every=1, report_to="none"))
@@ -341,15 +290,6 @@ def _forget_start(run: Path) -> None:
         (run / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # not empty
         run.rmdir()
-
-
-def _conclusion(cfg: TrainConfig, demos: list[Demonstrations]) -> str:
-    """Where the results are, and the command that evaluates the policy."""
-    env_ids = dict.fromkeys(e.env_id for demo in demos for e in demo.episodes if e.env_id)
-    command = ["vla", "rollout", "--policy", str(cfg.out), "--env", *(env_ids or ["<environment id>"])]
-    places = {"policy": cfg.out / "policy", "metrics": cfg.out / trainer.METRICS, "curves": cfg.out / trainer.CURVES}
-    lines = [f"{name + ':':<9}{place}" for name, place in places.items() if place.exists()]
-    return "\n".join([*lines, f"{'next:':<9}{shlex.join(command)}"])
 
 
 def _export(model: Any, processor: VLAProcessor, cfg: TrainConfig) -> None:

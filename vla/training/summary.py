@@ -1,0 +1,79 @@
+"""What a training run prints before its first step and after its last.
+
+Owns: the table of its data, sequence and size, notes on features of the data that are not used, and where the results
+are.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from vla.config import TrainConfig
+from vla.data.reader import Demonstrations
+from vla.model.processing import VLAProcessor
+from vla.training.trainer import CURVES, METRICS
+
+
+def show(
+    cfg: TrainConfig, demos: Sequence[Demonstrations], model: torch.nn.Module, processor: VLAProcessor, bf16: bool
+) -> None:
+    """Print the facts of a training run before its first step."""
+    parameters = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    tokenizer, horizon = processor.action_tokenizer, processor.config.horizon
+    length = f"{tokenizer.max_tokens}" if tokenizer.end is None else f"up to {tokenizer.max_tokens}"
+    table = Table(title=f"vla {'train' if cfg.method == 'lora' else 'pretrain'}", show_header=False, title_style="bold")
+    still = [name for i, name in enumerate(processor.robot.action_names) if i not in tokenizer.active]
+    rows = {
+        "data": ", ".join(f"{d.root} ({len(d.episodes)} episodes, {d.num_frames} frames)" for d in demos),
+        "cameras": f"{', '.join(processor.robot.cameras)} at {processor.config.image_size} px",
+        "state": _state_row(processor),
+        "chunk": f"[{horizon}, {processor.robot.action_dim}] as {length} tokens of {tokenizer.vocab_size}",
+        "left out": ", ".join(still) + " (never move in this data)" if still else "nothing",
+        "prefix": f"{len(processor.prefix_ids(demos[0].tasks[0]))} tokens for {demos[0].tasks[0]!r}",
+        "parameters": f"{parameters:,}, {trainable:,} trained ({100 * trainable / parameters:.1f} %)",
+        "memory": f"{(4 * parameters + 12 * trainable) / 2**30:.2f} GiB for weights, gradients and optimizer",
+        "steps": f"{cfg.steps} of {cfg.batch_size * cfg.grad_accum} samples",
+        "precision": "bf16" if bf16 else "float32",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    Console().print(table)
+    for note in _left_out(processor, demos):
+        Console().print(f"[bold yellow]note[/]: {escape(note)}", highlight=False, soft_wrap=True)
+
+
+def _state_row(processor: VLAProcessor) -> str:
+    if not processor.config.use_state:
+        return "not used (use_state is off)"
+    return ", ".join(processor.robot.state_names) or "none: the data has no observation.state"
+
+
+def _left_out(processor: VLAProcessor, demos: Sequence[Demonstrations]) -> list[str]:
+    """Notes on features of the datasets that the policy does not use, although a reader may expect it."""
+    notes = [f"{d.root}: depth images are left out: {', '.join(d.info.depth)}." for d in demos if d.info.depth]
+    for demo in demos:
+        if processor.config.use_state and demo.states is None:
+            similar = (
+                f" Rename or join one of these to use it: {', '.join(demo.info.unread)}." if demo.info.unread else ""
+            )
+            notes.append(
+                f"{demo.root} has no feature observation.state, so the policy gets no state.{similar} "
+                "(`--no-use-state` says that this is meant.)"
+            )
+    return notes
+
+
+def conclusion(cfg: TrainConfig, demos: Sequence[Demonstrations]) -> str:
+    """Where the results are, and the command that evaluates the policy."""
+    env_ids = dict.fromkeys(e.env_id for demo in demos for e in demo.episodes if e.env_id)
+    command = ["vla", "rollout", "--policy", str(cfg.out), "--env", *(env_ids or ["<environment id>"])]
+    places = {"policy": cfg.out / "policy", "metrics": cfg.out / METRICS, "curves": cfg.out / CURVES}
+    lines = [f"{name + ':':<9}{place}" for name, place in places.items() if place.exists()]
+    return "\n".join([*lines, f"{'next:':<9}{shlex.join(command)}"])
