@@ -15,6 +15,7 @@ import pytest
 
 from vla import cli, config
 from vla.cli import VERBS, main
+from vla.config import flags
 from vla.errors import ConfigError, VLAError
 
 ALONE = "import sys; from vla.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -163,7 +164,7 @@ def test_help_shows_an_example_that_parses_and_says_what_every_flag_is(name, cap
     assert cli._parse(name, VERBS[name], shlex.split(VERBS[name].example)[1 + len(name.split()) :])
 
     def undocumented(cls, path=""):
-        for field, kind in cli._hints(cls).items():
+        for field, kind in flags.hints(cls).items():
             if dataclasses.is_dataclass(kind):
                 yield from undocumented(kind, f"{path}{field}.")
             elif not re.search(rf"^        (\w+, )*{field}(, \w+)*: ", cls.__doc__, re.M):
