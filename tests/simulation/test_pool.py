@@ -85,7 +85,7 @@ def test_an_expert_needs_the_folder_of_the_caller(tmp_path):
     ("hosts", "message"),
     [
         (HostsConfig(address="auto"), "'auto' is for workers in a Ray cluster; add --backend ray"),
-        (HostsConfig("rey"), r"unknown backend 'rey'. Did you mean 'ray'"),
+        (HostsConfig(backend="rey"), r"unknown backend 'rey'. Did you mean 'ray'"),
     ],
 )
 def test_hosts_that_make_no_sense(hosts, message, tmp_path):

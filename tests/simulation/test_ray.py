@@ -16,7 +16,7 @@ from vla.jobs.rollout import rollout
 from vla.simulation import ray_hosts
 from vla.simulation.ray_hosts import Actors
 
-RAY = HostsConfig("ray")
+RAY = HostsConfig(backend="ray")
 
 
 @pytest.fixture(scope="module", autouse=True)
