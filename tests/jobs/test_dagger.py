@@ -23,7 +23,7 @@ from vla.jobs.dagger import dagger
 from vla.policy import Prediction
 from vla.policy.session import Draft
 from vla.simulation import adapter as simulator
-from vla.training import dagger_rollouts as rollin
+from vla.training import dagger_rollouts
 from vla.training.dagger_rollouts import scenes_of
 
 
@@ -64,8 +64,8 @@ def settings(beta: float = 0.5, episodes: int = 5, kwargs: dict | None = None, *
     )
 
 
-def roll_in(config: DaggerConfig, number: int, student: "Wanderer", out: Path) -> Path | None:
-    return rollin.roll_in(config, number, student, out, scenes_of(config, number))
+def rollouts(config: DaggerConfig, number: int, student: "Wanderer", out: Path) -> Path | None:
+    return dagger_rollouts.collect_rollouts(config, number, student, out, scenes_of(config, number))
 
 
 def blocks(demos: Demonstrations):
@@ -84,7 +84,7 @@ def by_student(executed: np.ndarray, states: np.ndarray, student: Wanderer) -> b
 def mixed(tmp_path_factory) -> Path:
     """A reference that was never interrupted; two of its episodes cannot be solved, one is replaced."""
     out = tmp_path_factory.mktemp("dagger") / "mixed"
-    return roll_in(settings(0.2, kwargs=SOME_FAIL), 1, Wanderer(), out)
+    return rollouts(settings(0.2, kwargs=SOME_FAIL), 1, Wanderer(), out)
 
 
 SOME_FAIL = {"unsolvable": [ROUNDS_APART + 1, ROUNDS_APART + 2], "raise_on": [ROUNDS_APART + 3]}
@@ -118,7 +118,7 @@ ALL_FAIL = {"unsolvable": list(range(ROUNDS_APART, ROUNDS_APART + 5))}  # long e
 
 def test_the_expert_takes_over_for_whole_decisions(tmp_path):
     drivers, student = [], Wanderer()
-    demos = Demonstrations(roll_in(settings(kwargs=ALL_FAIL), 1, student, tmp_path / "set"))
+    demos = Demonstrations(rollouts(settings(kwargs=ALL_FAIL), 1, student, tmp_path / "set"))
     for executed, labels, states in blocks(demos):
         drivers.append(by_student(executed, states, student))
         assert drivers[-1] or np.array_equal(executed, labels)
@@ -127,19 +127,19 @@ def test_the_expert_takes_over_for_whole_decisions(tmp_path):
 
 def test_the_coin_can_be_flipped_at_every_step_or_once(tmp_path):
     student = Wanderer()
-    steps = Demonstrations(roll_in(settings(mixture="step", kwargs=ALL_FAIL), 1, student, tmp_path / "s"))
+    steps = Demonstrations(rollouts(settings(mixture="step", kwargs=ALL_FAIL), 1, student, tmp_path / "s"))
     own = np.all(steps.executed_actions == steps.actions, axis=1)
     assert 0.3 < own.mean() < 0.7
     shared = [not by_student(e, s, student) and not np.array_equal(e, a) for e, a, s in blocks(steps)]
     assert np.mean(shared) > 0.5, "within a decision both drive"
-    episodes = Demonstrations(roll_in(settings(mixture="episode", kwargs=ALL_FAIL), 1, student, tmp_path / "e"))
+    episodes = Demonstrations(rollouts(settings(mixture="episode", kwargs=ALL_FAIL), 1, student, tmp_path / "e"))
     own = np.all(episodes.executed_actions == episodes.actions, axis=1)
     assert {own[episode.rows].mean() for episode in episodes.episodes} == {0.0, 1.0}
 
 
 def test_beta_1_gives_the_experts_own_trajectories(tmp_path):
     student = Wanderer()
-    theirs = Demonstrations(roll_in(settings(beta=1.0), 1, student, tmp_path / "rolled"))
+    theirs = Demonstrations(rollouts(settings(beta=1.0), 1, student, tmp_path / "rolled"))
     plain = CollectConfig(
         env=(ENV_ID,), out=tmp_path / "plain", episodes=5, seed=ROUNDS_APART, keep="all", workers=1, adapter=adapter()
     )
@@ -153,7 +153,7 @@ def test_beta_1_gives_the_experts_own_trajectories(tmp_path):
 def test_beta_0_executes_the_students_actions(tmp_path):
     student = Wanderer()
     student.predict = lambda seen, *_: prediction(np.stack([student.plan(o["agent_pos"]) for o in seen]))
-    demos = Demonstrations(roll_in(settings(beta=0.0), 1, student, tmp_path / "rolled"))
+    demos = Demonstrations(rollouts(settings(beta=0.0), 1, student, tmp_path / "rolled"))
     for executed, _, states in blocks(demos):
         assert np.array_equal(executed, np.clip(student.plan(states[0])[: len(executed)], -1, 1))
 
@@ -162,26 +162,26 @@ def test_beta_0_executes_the_students_actions(tmp_path):
 def test_an_interruption_does_not_change_the_dataset(mixed, tmp_path, stop_at):
     out = tmp_path / "set"
     with pytest.raises(KeyboardInterrupt):
-        roll_in(settings(0.2, kwargs=SOME_FAIL), 1, Wanderer(stop_at), out)
+        rollouts(settings(0.2, kwargs=SOME_FAIL), 1, Wanderer(stop_at), out)
     with pytest.raises(DataError, match="not finished"):
         Demonstrations(out)
     assert not list((out / ".partial").glob(".episode-*"))
     assert bool(finished(out / ".partial")) == bool(stop_at)
-    roll_in(settings(0.2, kwargs=SOME_FAIL), 1, Wanderer(), out)
+    rollouts(settings(0.2, kwargs=SOME_FAIL), 1, Wanderer(), out)
     assert same_files(mixed, out)
 
 
 def test_one_forward_serves_all_that_the_student_drives(tmp_path):
     student = Wanderer()
-    roll_in(settings(beta=0.0, episodes=4), 1, student, tmp_path / "set")
+    rollouts(settings(beta=0.0, episodes=4), 1, student, tmp_path / "set")
     assert max(student.batches) == 2
 
 
 def test_an_environment_that_always_fails_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(rollin, "TRIES", 2)
+    monkeypatch.setattr(dagger_rollouts, "TRIES", 2)
     lost = {"raise_on": [ROUNDS_APART], "die_on": [ROUNDS_APART + 1_000_000]}
     with pytest.raises(SimulatorError, match=r"episode 0 of round 1 failed with 2 seeds.*1010000.*died \(exit code 9"):
-        roll_in(settings(episodes=1, kwargs=lost), 1, Wanderer(), tmp_path / "set")
+        rollouts(settings(episodes=1, kwargs=lost), 1, Wanderer(), tmp_path / "set")
 
 
 def tiny(out: Path, **values) -> DaggerConfig:
@@ -237,7 +237,7 @@ def test_the_whole_job_stopped_resumed_and_extended(tmp_path, start_vla):
         assert same_files(*(tmp_path / name / f"round-{number}" / "data" for name in ("broken", "whole")))
 
 
-def test_roll_ins_go_where_the_policy_fails_alone(tmp_path):
+def test_rollouts_go_where_the_policy_fails_alone(tmp_path):
     """Where nothing moves, who starts near the goal succeeds: scene 10017, not 10016."""
     seen = collect(CollectConfig(env=(ENV_ID,), out=tmp_path / "seen", episodes=3, adapter=adapter()))
     still = {"module": "tests.pointworld", "max_steps": 4, "kwargs": {"gain": 0.0}}
@@ -255,10 +255,10 @@ def test_roll_ins_go_where_the_policy_fails_alone(tmp_path):
     assert len(info["rounds"]) == 1 and info["stopped"] == "nothing to label"
 
 
-def test_a_roll_in_without_end_is_told(tmp_path, monkeypatch):
+def test_a_rollout_without_end_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(simulator, "LONGEST", 5)
     gym.register("test/Endless-v0", PointWorld)
-    host = rollin.Labeller(adapter(unsolvable=[3]))
+    host = dagger_rollouts.LabellingServer(adapter(unsolvable=[3]))
     host.begin("test/Endless-v0", 3, tmp_path, 0, None)
     with pytest.raises(SimulatorError, match=r"has not ended after 5 steps. Set adapter\.max_steps"):
         host.drive(np.zeros((6, 3), np.float32), np.zeros(6, bool), True)
@@ -278,7 +278,7 @@ INTERVENTIONS = {"beta": 0.0, "intervention": 4, "intervention_after": 2}
 def test_of_an_intervention_the_expert_drives_all_and_nothing_before_it_is_labelled(tmp_path):
     student, begun = Wanderer(), []
     config = settings(episodes=60, kwargs={"unsolvable": list(range(ROUNDS_APART, ROUNDS_APART + 60))}, **INTERVENTIONS)
-    demos = Demonstrations(roll_in(config, 1, student, tmp_path / "set"))
+    demos = Demonstrations(rollouts(config, 1, student, tmp_path / "set"))
     assert [episode.seed - ROUNDS_APART for episode in demos.episodes] == list(range(60))
     assert {(episode.length, episode.success) for episode in demos.episodes} == {(4, None)}
     assert np.array_equal(demos.actions, demos.executed_actions)
@@ -296,24 +296,24 @@ def test_of_an_intervention_the_expert_drives_all_and_nothing_before_it_is_label
 
 
 @pytest.mark.parametrize("stop_at", [4, 12])
-def test_an_interruption_of_roll_ins_with_interventions(tmp_path, stop_at):
+def test_an_interruption_of_rollouts_with_interventions(tmp_path, stop_at):
     """Some are over before the expert is asked; they are not played again."""
     config = settings(0.3, episodes=12, intervention=2, intervention_after=6)
     whole, out, student = Wanderer(), tmp_path / "set", Wanderer(stop_at)
-    reference = roll_in(config, 1, whole, tmp_path / "reference")
+    reference = rollouts(config, 1, whole, tmp_path / "reference")
     assert 0 < len(Demonstrations(reference).episodes) < 12
     with pytest.raises(KeyboardInterrupt):
-        roll_in(config, 1, student, out)
+        rollouts(config, 1, student, out)
     played = len(list((out / ".partial").glob("*-0*")))
     rest = Wanderer()
-    roll_in(config, 1, rest, out)
+    rollouts(config, 1, rest, out)
     assert same_files(reference, out)
     assert played >= 2 and len(rest.batches) <= len(whole.batches) - played // 2
 
 
-def test_roll_ins_that_are_all_over_before_anybody_was_asked(tmp_path):
+def test_rollouts_that_are_all_over_before_anybody_was_asked(tmp_path):
     config = settings(1.0, intervention=2, intervention_after=10**9)
-    assert roll_in(config, 1, Wanderer(), tmp_path / "set") is None
+    assert rollouts(config, 1, Wanderer(), tmp_path / "set") is None
 
 
 @pytest.mark.parametrize(

@@ -1,73 +1,36 @@
-"""A kind of vision tower that `vla` does not know: a convolutional network, registered from outside the package."""
+"""Kinds of vision towers and sources of weights that `vla` does not know, registered from outside the package."""
 
 import pytest
 import torch
-from huggingface_hub.dataclasses import strict
-from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
+from transformers import AutoTokenizer
 
 from tests.random_models import save_llama
+from tests.test_docs import DOCS, block
 from vla.config import ModelConfig
 from vla.errors import ConfigError
 from vla.model.build import build_policy
-from vla.model.vision import TOWERS, Tower
+from vla.model.modeling import VLAForActionPrediction
+from vla.model.sources.base import SOURCES, Source
+from vla.model.sources.checkpoint import NANO
+from vla.model.sources.untrained import untrained_config
+from vla.model.vision import TOWERS
 from vla.policy import Policy, checkpoint
 
 
-@strict
-class ConvConfig(PreTrainedConfig):
-    model_type = "toy_convnet"
-    hidden_size: int = 24
-    image_size: int = 40
-
-
-class ConvModel(PreTrainedModel):
-    """Features [B, 24, 2, 2], whatever the image's size."""
-
-    config_class = ConvConfig
-    main_input_name = "pixel_values"
-
-    def __init__(self, config: ConvConfig) -> None:
-        super().__init__(config)
-        self.net = nn.Sequential(nn.Conv2d(3, config.hidden_size, 4, 4), nn.ReLU(), nn.AdaptiveAvgPool2d(2))
-        self.post_init()
-
-    def forward(self, pixel_values: torch.Tensor, return_dict: bool = True) -> BaseModelOutput:
-        return BaseModelOutput(last_hidden_state=self.net(pixel_values))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def registered():
-    AutoConfig.register("toy_convnet", ConvConfig)
-    AutoModel.register(ConvConfig, ConvModel)
-
-    @TOWERS.register("toy_convnet")
-    class Convolutional(Tower):
-        any_size = True
-
-        @classmethod
-        def check(cls, name, config):
-            if config.hidden_size % 2:
-                raise ConfigError(f"{name} is odd.")
-
-        @classmethod
-        def tokens_per_image(cls, config, image_size):
-            return 4
-
-        @classmethod
-        def features(cls, tower, images, layer):
-            return tower(pixel_values=images).last_hidden_state.flatten(2).transpose(1, 2)
-
-    yield
-    del TOWERS._members["toy_convnet"]
+@pytest.fixture(scope="module")
+def tower():
+    """The module in docs/backbones.md."""
+    module = {"__name__": "my_tower"}
+    exec(block((DOCS / "backbones.md").read_text(), "file: my_tower.py", "python"), module)
+    yield module
+    del TOWERS._members["my_convnet"]
 
 
 @pytest.mark.filterwarnings("ignore:.*comes without image_mean")
-def test_a_tower_of_another_kind_is_composed_saved_and_decoded(tmp_path, facts, observations):
+def test_a_tower_of_another_kind_is_composed_saved_and_decoded(tower, tmp_path, facts, observations):
     save_llama(tmp_path / "llama")
     torch.manual_seed(0)
-    ConvModel(ConvConfig()).save_pretrained(tmp_path / "eyes")
+    tower["ConvModel"](tower["ConvConfig"]()).save_pretrained(tmp_path / "eyes")
     model = ModelConfig(backbone=str(tmp_path / "llama"), vision=(str(tmp_path / "eyes"),), horizon=2, bins=31)
     network, processor = build_policy(model, facts)
     assert processor.tokens_per_image == network.tokens_per_image == 4
@@ -80,9 +43,40 @@ def test_a_tower_of_another_kind_is_composed_saved_and_decoded(tmp_path, facts, 
     assert (other.log_probs != before.log_probs).any()  # the images matter
 
 
-def test_its_own_check_is_asked(tmp_path, facts):
+def test_its_own_check_is_asked(tower, tmp_path, facts, monkeypatch):
+    def check(name, config):
+        raise ConfigError(f"{name} is odd.")
+
     save_llama(tmp_path / "llama")
-    ConvModel(ConvConfig(hidden_size=25)).save_pretrained(tmp_path / "eyes")
+    tower["ConvModel"](tower["ConvConfig"]()).save_pretrained(tmp_path / "eyes")
     model = ModelConfig(backbone=str(tmp_path / "llama"), vision=(str(tmp_path / "eyes"),))
+    monkeypatch.setattr(tower["Convolutional"], "check", check)
     with pytest.raises(ConfigError, match="eyes is odd"):
         build_policy(model, facts)
+
+
+def test_a_source_of_its_own_provides_its_names_only(facts, observations):
+    @SOURCES.register("zeros")
+    class Zeros(Source):
+        @classmethod
+        def probe(cls, name):
+            return name.startswith("zeros:")
+
+        def config(self):
+            return untrained_config("nano-init", int(self.name.partition(":")[2]))
+
+        def load(self, config):
+            network = VLAForActionPrediction(config)
+            for parameter in network.language_model.lm_head.parameters():
+                torch.nn.init.zeros_(parameter)
+            return network, AutoTokenizer.from_pretrained(NANO)
+
+    try:
+        network, processor = build_policy(ModelConfig(backbone="zeros:48", horizon=2, bins=31), facts)
+        assert processor.config.image_size == 48 and processor.config.horizon == 2
+        prediction = Policy(network.eval(), processor).predict(observations(1), ["reach"])
+        assert prediction.log_probs == pytest.approx(-torch.log(torch.tensor(31.0)).item(), abs=1e-5)
+        with pytest.raises(ConfigError, match="unknown backbone 'ones:48'"):
+            build_policy(ModelConfig(backbone="ones:48"), facts)
+    finally:
+        del SOURCES._members["zeros"]

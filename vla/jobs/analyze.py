@@ -19,12 +19,12 @@ from rich.console import Console
 from rich.table import Table
 
 from vla.config import ExposureConfig, check
-from vla.data.pictures import ACCENT, INK, LINE, SOFT, WARN
 from vla.data.reader import Demonstrations
 from vla.data.samples import ChunkSamples, Sample
 from vla.decoding import strategies
 from vla.decoding.constraint import constrain
 from vla.policy import Policy
+from vla.support.palette import ACCENT, INK, LINE, SOFT, WARN
 from vla.support.progress import Progress
 from vla.support.run_folder import RunFolder
 

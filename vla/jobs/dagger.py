@@ -31,7 +31,6 @@ from vla import config as configuration
 from vla.config import CollectConfig, DaggerConfig, RolloutConfig, TrainConfig
 from vla.config.training import ROUNDS_APART
 from vla.data.format import INFO, Info
-from vla.data.pictures import ACCENT, INK, LINE, SOFT, WARN
 from vla.data.reader import Demonstrations
 from vla.evaluation import results
 from vla.evaluation.comparison import compare
@@ -40,10 +39,11 @@ from vla.jobs.rollout import rollout
 from vla.jobs.train import train
 from vla.policy import Policy
 from vla.simulation import adapter as simulator
+from vla.support.palette import ACCENT, INK, LINE, SOFT, WARN
 from vla.support.run_folder import RunFolder
-from vla.training.dagger_rollouts import first_seed, roll_in, scenes_of
+from vla.training.dagger_rollouts import collect_rollouts, first_seed, scenes_of
 
-FILE, PICTURE, SETTINGS = "dagger.json", "dagger.png", "dagger.yaml"
+FILE, FIGURE, SETTINGS = "dagger.json", "dagger.png", "dagger.yaml"
 FREE = ("rounds", "labels", "target", "compare_bc", "device", "hosts")  # may change when a run is resumed
 KEY = "dagger"  # one unnorm_key for all rounds: they share the robot and the meaning of every action token
 
@@ -78,7 +78,7 @@ def _round(config: DaggerConfig, before: Sequence[dict[str, Any]]) -> dict[str, 
     """One round: demonstrations, training, evaluation. None: there was nothing to label."""
     number = len(before)
     folder = config.out / f"round-{number}"
-    title = f"expert drives {config.beta**number:.0%} of the roll-ins" if number else "behaviour cloning"
+    title = f"expert drives {config.beta**number:.0%} of the rollouts" if number else "behaviour cloning"
     _console.print(Rule(f"round {number}: {title}", align="left"))
     steps = config.train.steps if not number or config.finetune_steps is None else config.finetune_steps
     if number:
@@ -88,8 +88,8 @@ def _round(config: DaggerConfig, before: Sequence[dict[str, Any]]) -> dict[str, 
             failures = _failures(config, number, last["policy"]) if config.trials else None
             if failures and not any(failures):
                 return None
-            student = Policy.from_pretrained(last["policy"], config.device)
-            if roll_in(config, number, student, new[0], scenes_of(config, number, failures)) is None:
+            policy, scenes = Policy.from_pretrained(last["policy"], config.device), scenes_of(config, number, failures)
+            if collect_rollouts(config, number, policy, new[0], scenes) is None:
                 return None
         data = [*map(Path, last["data"]), *new]
         backbone, done = (last["policy"], last["optimizer_steps"]) if config.warm_start else (None, 0)
@@ -228,7 +228,7 @@ def _check(config: DaggerConfig) -> None:
 
 def _write(config: DaggerConfig, info: dict[str, Any]) -> None:
     RunFolder(config.out).write_json(FILE, info | {"config": configuration.to_dict(config)})
-    _draw(info).savefig(config.out / PICTURE, dpi=150, facecolor="white")
+    _draw(info).savefig(config.out / FIGURE, dpi=150, facecolor="white")
 
 
 def _print(info: dict[str, Any], out: Path) -> None:
@@ -244,7 +244,7 @@ def _print(info: dict[str, Any], out: Path) -> None:
     _console.print(table)
     if "comparison" in info:
         _console.print(info["comparison"]["words"], highlight=False)
-    _console.print(f"picture: {out / PICTURE}", soft_wrap=True, highlight=False)
+    _console.print(f"figure: {out / FIGURE}", soft_wrap=True, highlight=False)
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """`vla inspect`: show what is in a dataset, and what is wrong with it.
 
-Owns: the report of a dataset: tables on the terminal, pictures, and one HTML page that needs nothing else. What counts
-as odd is decided in `data.checks`, what pictures look like in `data.pictures`. It changes nothing in the dataset.
+Owns: the report of a dataset: tables on the terminal, figures, and one self-contained HTML page. The checks are in
+`data.checks`, the figures in `data.figures`. It changes nothing in the dataset.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from rich.table import Table
 
 from vla.config import InspectConfig
 from vla.config import check as check_config
-from vla.data import pictures
 from vla.data.checks import Finding, check, check_images, moves
+from vla.data.figures import MOMENTS, action_histograms, camera_strip, length_histogram
 from vla.data.reader import Demonstrations, Episode
 from vla.support.pages import templates
 from vla.transforms.normalize import Normalizer, compute_statistics
@@ -45,9 +45,9 @@ def inspect(config: InspectConfig) -> Path:
     statistics = compute_statistics(demos.actions)
     normalizer = Normalizer.from_statistics(statistics, "q01_q99")
     findings = [*check(demos), *_image_findings(demos)]
-    figures = {"actions": pictures.action_histograms(demos, normalizer, bins)}
+    figures = {"actions": action_histograms(demos, normalizer, bins)}
     figures |= {f"camera-{camera}": _strip(demos, camera) for camera in demos.cameras}
-    figures["lengths"] = pictures.length_histogram(demos)
+    figures["lengths"] = length_histogram(demos)
     for name, figure in figures.items():
         figure.savefig(out / f"{name}.png", dpi=150, facecolor="white")
 
@@ -121,10 +121,10 @@ def _strip(demos: Demonstrations, camera: str) -> Any:
     images, titles = [], []
     for episode in _spread(demos.episodes, ROWS):
         frames = list(demos.frames(episode.index, camera))
-        wanted = np.linspace(0, len(frames) - 1, len(pictures.MOMENTS)).round().astype(int)
+        wanted = np.linspace(0, len(frames) - 1, len(MOMENTS)).round().astype(int)
         images.append([frames[i] for i in wanted])
         titles.append(f"episode {episode.index}\n{episode.instruction}")
-    return pictures.camera_strip(images, titles)
+    return camera_strip(images, titles)
 
 
 def _image_findings(demos: Demonstrations) -> list[Finding]:

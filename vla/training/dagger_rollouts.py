@@ -1,20 +1,19 @@
-"""Roll-ins: episodes that a student and an expert drive together, with the expert's opinion of every state.
+"""DAgger rollouts: episodes that policy and expert control together, with the expert's label for every state.
 
-Owns: the data collection of DAgger (Ross, Gordon and Bagnell 2011, algorithm 3.1): who moves the robot when, and a
-dataset in which `action` is what the expert would have done and `executed_action` what was done. Every episode stays,
-solved or not: states from which the student does not find back are what the expert's own demonstrations lack. It does
-not know rounds' results, training or evaluation.
+Owns: the data collection of DAgger (Ross, Gordon and Bagnell 2011, algorithm 3.1): who controls the robot when, and a
+dataset in which `action` is the expert's label and `executed_action` the action that was executed. Unsolved episodes
+are kept: demonstrations lack the states from which the policy does not recover. It does not know the results of rounds,
+training or evaluation.
 
-With interventions, most of a roll-in only leads to where the expert is asked: it is not recorded, and neither are
-roll-ins that are over before.
+With interventions, only the intervention is recorded; episodes that end before it are discarded.
 
-Episodes are played in waves of as many as run side by side, and a wave that was interrupted is played again as a whole:
-the student then decodes the same batches, whose size touches the last digits of a network's output. So the dataset
-depends on the configuration and the student alone.
+Episodes run in batches of `n_envs`, and an interrupted batch is repeated as a whole. The policy then decodes the same
+batches, whose size affects the last digits of its outputs, so the dataset depends on the configuration and the policy
+alone.
 
-The label of a chunk is what the expert says along the states that were visited. Where the student drives, only its
-first action is what the expert would do from there; where the expert drives, all that are executed are, and in an
-intervention all that there are.
+The label of a chunk consists of the expert's actions along the visited states. Under the policy's control, only the
+first of them is what the expert would do from there; under the expert's control, all executed ones are, and during an
+intervention the whole chunk is.
 """
 
 from __future__ import annotations
@@ -42,16 +41,16 @@ from vla.support.progress import Progress
 if TYPE_CHECKING:
     from vla.policy import ChunkPolicy
 
-TURNS_APART = 1_000_000  # between the seed of an episode and that of its next try, when the environment failed
-TRIES = 5  # of one episode
+TURNS_APART = 1_000_000  # offset of the seed for each further try, after a failure of the environment
+TRIES = 5  # per episode
 
 Scene = tuple[str, int]  # environment id, seed
 
 
 def scenes_of(config: DaggerConfig, number: int, shares: Sequence[float] | None = None) -> list[Scene]:
-    """Where round `number` is played: over the environments evenly, or in proportion to `shares`, one per environment.
+    """The scenes of round `number`: distributed over the environments evenly, or in proportion to `shares`.
 
-    Environment after environment, because a worker that changes it spends longer on that than on an episode.
+    They are sorted by environment, because creating another environment takes a worker longer than an episode.
     """
     ends = np.cumsum(np.ones(len(config.env)) if shares is None else shares)
     places = np.searchsorted(ends / ends[-1], (np.arange(config.episodes) + 0.5) / config.episodes)
@@ -62,50 +61,51 @@ def first_seed(config: DaggerConfig, number: int) -> int:
     return config.seed + ROUNDS_APART * number
 
 
-def roll_in(config: DaggerConfig, number: int, student: ChunkPolicy, out: Path, scenes: Sequence[Scene]) -> Path | None:
-    """Play `scenes` in round `number` with a student that knows their environments, and return the dataset `out`; None:
-    every roll-in was over before the expert was asked.
+def collect_rollouts(
+    config: DaggerConfig, number: int, policy: ChunkPolicy, out: Path, scenes: Sequence[Scene]
+) -> Path | None:
+    """Run `scenes` in round `number` and return the dataset `out`; None: all episodes ended before an intervention.
 
-    What an earlier call has left in `out` is continued.
+    An interrupted collection in `out` is continued.
 
     Raises:
         DataError: `out` holds something else, or the disk is full.
-        SimulatorError: an episode fails with seed after seed.
+        SimulatorError: the environment fails with `TRIES` seeds in a row.
     """
     staging = open_staging(out, resume=out.exists())
-    done, size = {*finished(staging), *_unasked(staging)}, min(config.n_envs, len(scenes))
-    waves = [range(first, min(first + size, len(scenes))) for first in range(0, len(scenes), size)]
-    todo = [wave for wave in waves if not done.issuperset(wave)]
+    done, size = {*finished(staging), *_unlabelled(staging)}, min(config.n_envs, len(scenes))
+    batches = [range(first, min(first + size, len(scenes))) for first in range(0, len(scenes), size)]
+    todo = [batch for batch in batches if not done.issuperset(batch)]
     with (
-        Pool(size, config.adapter, config.hosts, Labeller) as pool,
-        Progress(len(scenes), "roll-ins", done=len(scenes) - sum(map(len, todo))) as progress,
+        Pool(size, config.adapter, config.hosts, LabellingServer) as pool,
+        Progress(len(scenes), "rollouts", done=len(scenes) - sum(map(len, todo))) as progress,
     ):
-        for wave in todo:
-            trials = [_Trial(config, number, episode, scenes[episode]) for episode in wave]
-            _Wave(trials, number, student, pool, staging.resolve(), progress).play()
+        for batch in todo:
+            rollouts = [_Rollout(config, number, episode, scenes[episode]) for episode in batch]
+            _Batch(rollouts, number, policy, pool, staging.resolve(), progress).run()
     if not finished(staging):
         return None
     finalise(out)
     return out
 
 
-def _unasked(staging: Path) -> list[int]:
-    """Numbers of the episodes that were over before the expert was asked."""
+def _unlabelled(staging: Path) -> list[int]:
+    """Numbers of the episodes that ended before an intervention."""
     return [int(path.name.removeprefix("unasked-")) for path in staging.glob("unasked-*")]
 
 
-class Labeller(EnvServer):
-    """A worker that asks its environment's expert before every step, and records what it says if it is asked to."""
+class LabellingServer(EnvServer):
+    """A worker that queries its environment's expert before every step and records the labels on request."""
 
     _expert: Expert
     _observation: Any
     _episode: EpisodeRecorder | None = None
     _about: dict[str, Any]
     _length: int | None
-    _unasked: Path
+    _unlabelled: Path  # marks an episode that ended before its intervention
 
     def begin(self, env_id: str, seed: int, staging: Path, number: int, length: int | None) -> ResetResult:
-        """Start the episode that is to become number `number` of the recording; it ends after `length` frames."""
+        """Start episode `number` of the dataset; it ends after `length` recorded frames."""
         check_shared(staging)
         start = self.reset(env_id, seed, False)
         assert self.env is not None
@@ -113,32 +113,35 @@ class Labeller(EnvServer):
         self._observation = start.observation
         self._episode = EpisodeRecorder(staging, number, self.env.robot, executed_actions=True)
         self._about = {"instruction": start.instruction, "env_id": env_id, "seed": seed}
-        self._length, self._unasked = length, staging / f"unasked-{number:06d}"
+        self._length, self._unlabelled = length, staging / f"unasked-{number:06d}"
         return start
 
-    def drive(self, actions: np.ndarray, overruled: np.ndarray, asked: bool) -> StepResult:
-        """Execute `actions` [n, D], or the expert's own where `overruled` [n] says so; record them and what the expert
-        says if it is `asked`; finish what ends meanwhile, or, before it was ever asked, mark it as such."""
+    def drive(self, actions: np.ndarray, by_expert: np.ndarray, label: bool) -> StepResult:
+        """Execute `actions` [n, D], or the expert's where `by_expert` [n] is True, up to the end of the episode.
+
+        Args:
+            label: record the executed actions and the expert's labels.
+        """
         if self.env is None or self._episode is None:
-            raise SimulatorError("there is no episode to go on with: begin comes first.")
-        for action, expert_drives in zip(actions, overruled, strict=True):
-            own, label = consult(self._expert, self.env.action_space)
+            raise SimulatorError("no episode is running: call begin first.")
+        for action, expert_drives in zip(actions, by_expert, strict=True):
+            own, labelled = consult(self._expert, self.env.action_space)
             executed = own if expert_drives else executable(action, self.env.action_space)
-            if asked:
-                self._episode.record(self._observation, label, executed_action=executed)
-            stretch = self.run(executed[None])
-            self._observation = stretch.observation
-            if asked:
-                self._episode.outcome(stretch.success)
-            over, enough = stretch.terminated or stretch.truncated, len(self._episode) == self._length
+            if label:
+                self._episode.record(self._observation, labelled, executed_action=executed)
+            result = self.run(executed[None])
+            self._observation = result.observation
+            if label:
+                self._episode.outcome(result.success)
+            over, enough = result.terminated or result.truncated, len(self._episode) == self._length
             if over or enough:
-                if asked:
-                    self._episode.finish(success=stretch.success if over else None, **self._about)
+                if label:
+                    self._episode.finish(success=result.success if over else None, **self._about)
                 else:
                     self._episode.discard()
-                    self._unasked.touch()
-                return dataclasses.replace(stretch, truncated=stretch.truncated or enough)
-        return stretch
+                    self._unlabelled.touch()
+                return dataclasses.replace(result, truncated=result.truncated or enough)
+        return result
 
     def abandon(self) -> None:
         if self._episode is not None:
@@ -146,102 +149,102 @@ class Labeller(EnvServer):
         super().abandon()
 
 
-class _Trial:
-    """One try at an episode of a round, and what it carries from chunk to chunk."""
+class _Rollout:
+    """One try at an episode of a round: its seed, its session, and who controls the robot."""
 
     def __init__(self, config: DaggerConfig, number: int, episode: int, scene: Scene, turn: int = 0) -> None:
-        self._made_of = (config, number, episode, scene, turn)
+        self._arguments = (config, number, episode, scene, turn)
         self.episode = episode
         self.env_id = scene[0]
         self.seed = scene[1] + TURNS_APART * turn
         self.session = Session()
-        # Not the numbers that lay out the scene, which the seed alone would give.
+        # Independent of the scene layout, which follows from the seed alone.
         self._coins = np.random.default_rng([self.seed, 1])
         self._beta = config.beta**number
         self._mixture = config.mixture
         self._whole = self._flip(1)[0]
         self._intervenes, self._after = config.intervention is not None, config.intervention_after
-        self.length = config.intervention  # of what is recorded
-        self.asked = not self._intervenes
+        self.length = config.intervention  # recorded frames
+        self.labelled = not self._intervenes
 
     def decide(self, steps: int) -> np.ndarray:
-        """At which of the next `steps` steps the expert drives, bool [steps], and (`asked`) whether they are labelled.
+        """In which of the next `steps` steps the expert controls the robot, bool [steps]; sets `labelled`.
 
-        The paper flips a coin at every step of a policy that decides at every step. A policy of chunks decides once in
-        `steps`, and so does the coin by default: the rest of a chunk is a plan from where its first action led, and an
-        expert that takes over in its midst would leave behind actions that nobody chose for the state they act on. The
-        expert's turns are as long, and are the places where what it says about a chunk is a plan that was carried out.
+        The paper chooses at every step, for a policy that decides at every step. A chunked policy decides once in
+        `steps`, and so does the choice by default: the rest of a chunk continues its first action, and if the expert
+        took over in between, the remaining actions would apply to states that they were not chosen for. The expert
+        controls the robot for equally many steps, over which its chunk labels are executed plans.
         """
         if self._intervenes:
-            self.asked = self.asked or bool(self._coins.random() < 1 / (1 + self._after))
-            if self.asked:
+            self.labelled = self.labelled or bool(self._coins.random() < 1 / (1 + self._after))
+            if self.labelled:
                 return np.ones(steps, bool)
         if self._mixture == "step":
             return self._flip(steps)
         drives = self._whole if self._mixture == "episode" else self._flip(1)[0]
         return np.full(steps, drives)
 
-    def after(self, fault: Fault) -> _Trial:
-        """The next try, with another seed."""
-        config, number, episode, scene, turn = self._made_of
+    def after(self, fault: Fault) -> _Rollout:
+        """The next try after a failure, with another seed."""
+        config, number, episode, scene, turn = self._arguments
         if turn + 1 == TRIES:
             raise SimulatorError(
                 f"environment {self.env_id!r}: episode {episode} of round {number} failed with {TRIES} seeds; the last "
                 f"one ({self.seed}): {fault.message}"
             )
-        return _Trial(config, number, episode, scene, turn + 1)
+        return _Rollout(config, number, episode, scene, turn + 1)
 
     def _flip(self, count: int) -> np.ndarray:
-        return self._coins.random(count) < self._beta  # never for 0, always for 1
+        return self._coins.random(count) < self._beta  # 0: never, 1: always
 
 
-class _Wave:
-    """Episodes that run side by side: one forward decodes for all that the student drives."""
+class _Batch:
+    """Episodes that run in parallel; the policy decodes one batch for those that it controls."""
 
     def __init__(
         self,
-        trials: Sequence[_Trial],
+        rollouts: Sequence[_Rollout],
         number: int,
-        student: ChunkPolicy,
+        policy: ChunkPolicy,
         pool: Pool,
         staging: Path,
         progress: Progress,
     ) -> None:
-        self._number, self._student = number, student
+        self._number, self._policy = number, policy
         self._pool, self._staging, self._progress = pool, staging, progress
-        self._trials = dict(enumerate(trials))  # by slot: of all episodes that have not ended
-        self._views: dict[int, ResetResult | StepResult] = {}  # by slot: the last that was seen of those under way
+        self._rollouts = dict(enumerate(rollouts))  # by slot; without those that have ended
+        self._latest: dict[int, ResetResult | StepResult] = {}  # by slot, of the episodes that have begun
 
-    def play(self) -> None:
-        """Play the episodes to their ends."""
-        while self._trials:
-            fresh = {slot: trial for slot, trial in self._trials.items() if slot not in self._views}
-            begin = {s: (t.env_id, t.seed, self._staging, t.episode, t.length) for s, t in fresh.items()}
+    def run(self) -> None:
+        """Run the episodes to their ends."""
+        while self._rollouts:
+            new = {slot: rollout for slot, rollout in self._rollouts.items() if slot not in self._latest}
+            begin = {s: (t.env_id, t.seed, self._staging, t.episode, t.length) for s, t in new.items()}
             self._exchange({slot: ("begin", *arguments) for slot, arguments in begin.items()})
             self._exchange(self._drive())
 
     def _drive(self) -> dict[int, tuple[Any, ...]]:
-        """What to ask of every episode that is under way."""
-        steps = self._student.n_action_steps
-        overruled = {slot: self._trials[slot].decide(steps) for slot in self._views}
-        chunks = dict.fromkeys(self._views, np.zeros((steps, self._student.robot.action_dim), np.float32))
-        asked = [slot for slot in self._views if not overruled[slot].all()]
-        if asked:
-            for slot in asked:
-                self._trials[slot].session.instruction = self._views[slot].instruction
-            sessions = [self._trials[slot].session for slot in asked]
-            prediction = predict(self._student, sessions, [self._views[slot].observation for slot in asked])
-            chunks |= dict(zip(asked, prediction.chunks[:, :steps], strict=True))
-        for slot in self._views:
-            self._trials[slot].session.advance(steps)
-        return {slot: ("drive", chunks[slot], overruled[slot], self._trials[slot].asked) for slot in self._views}
+        """The next request of every episode that has begun."""
+        steps = self._policy.n_action_steps
+        by_expert = {slot: self._rollouts[slot].decide(steps) for slot in self._latest}
+        chunks = dict.fromkeys(self._latest, np.zeros((steps, self._policy.robot.action_dim), np.float32))
+        controlled = [slot for slot in self._latest if not by_expert[slot].all()]
+        if controlled:
+            for slot in controlled:
+                self._rollouts[slot].session.instruction = self._latest[slot].instruction
+            sessions = [self._rollouts[slot].session for slot in controlled]
+            prediction = predict(self._policy, sessions, [self._latest[slot].observation for slot in controlled])
+            chunks |= dict(zip(controlled, prediction.chunks[:, :steps], strict=True))
+        for slot in self._latest:
+            self._rollouts[slot].session.advance(steps)
+        return {slot: ("drive", chunks[slot], by_expert[slot], self._rollouts[slot].labelled) for slot in self._latest}
 
     def _exchange(self, requests: dict[int, tuple[Any, ...]]) -> None:
         for slot, reply in self._pool.exchange(requests).items():
-            self._views[slot] = reply
+            self._latest[slot] = reply
             if isinstance(reply, Fault):
-                del self._views[slot]
-                self._trials[slot] = self._trials[slot].after(reply)
+                del self._latest[slot]
+                self._rollouts[slot] = self._rollouts[slot].after(reply)
             elif isinstance(reply, StepResult) and (reply.terminated or reply.truncated):
-                del self._views[slot], self._trials[slot]
+                del self._latest[slot], self._rollouts[slot]
                 self._progress.advance(f"round {self._number}")

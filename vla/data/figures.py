@@ -16,9 +16,9 @@ from matplotlib.markers import TICKDOWN
 from matplotlib.ticker import MaxNLocator
 
 from vla.data.reader import Demonstrations
+from vla.support.palette import ACCENT, INK, LINE, SOFT, WARN
 from vla.transforms.normalize import Normalizer
 
-INK, SOFT, LINE, ACCENT, WARN = "#16202c", "#5c6b7c", "#dfe4ea", "#0c7d69", "#e09a2b"
 MOMENTS = ("start", "25 %", "50 %", "75 %", "end")
 _BARS = 61
 _COLUMNS = 4
