@@ -96,7 +96,7 @@ def test_what_cannot_be_played_is_said(data):
         ReplayRobot(data).reset(9)
     with pytest.raises(ConfigError, match="hz must be positive, got 0"):
         ReplayRobot(data, hz=0)
-    with pytest.raises(DataError, match="nothing was commanded"):
+    with pytest.raises(DataError, match="no commands during the replay"):
         ReplayRobot(data).agreement()
 
 

@@ -75,7 +75,7 @@ class DeployConfig:
         policy: the embedded backbone "nano", a run folder, a checkpoint folder, or the address of a `vla serve`
             ("ws://host:8000").
         env: environment id of the simulated robot.
-        replay: a dataset folder: its episodes are played in real time instead, and the policy's commands are compared
+        replay: a dataset folder: its episodes are replayed in real time instead, and the policy's commands are compared
             with the demonstrated actions.
         robot: your own robot instead, as "module:callable"; the callable returns an object with the methods of
             `vla.control.robot.Robot` (docs/robots.md). Its task is `--instruction`.

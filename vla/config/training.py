@@ -255,10 +255,10 @@ class DaggerConfig:
 
     def contradiction(self) -> str | None:
         seeds = range(self.seed, self.seed + ROUNDS_APART * (self.rounds + 1))
-        judged = range(self.eval_seed, self.eval_seed + self.eval_episodes)
+        evaluated = range(self.eval_seed, self.eval_seed + self.eval_episodes)
         if not self.env:
             return "env must be one or more environment ids."
-        if judged.start < seeds.stop and seeds.start < judged.stop:
+        if evaluated.start < seeds.stop and seeds.start < evaluated.stop:
             return f"eval_seed must be outside the training seeds, {seeds[0]} to {seeds[-1]}; got {self.eval_seed}."
         for name in ("data", "weights", "unnorm_keys", "out", "resume", "dry_run"):
             if getattr(self.train, name) != getattr(TrainConfig(), name):

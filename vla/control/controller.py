@@ -109,7 +109,7 @@ class Controller:
         self._robot.close()
 
     def hold(self) -> None:
-        """Hold until `resume`; the run goes on."""
+        """Hold until `resume`; the run continues."""
         self._on_hold = True
 
     def resume(self) -> None:

@@ -118,7 +118,7 @@ class Inference:
         try:
             prediction = self._policy.predict(*request, hand_over) if self._streams else self._policy.predict(*request)
             actions = prediction.chunks[0]
-        except Exception as problem:  # any error: the control loop must go on
+        except Exception as problem:  # any error: the control loop must continue
             error = "".join(traceback.format_exception_only(problem)).strip()
         if self._injected:
             self._clock.sleep(self._injected)

@@ -37,7 +37,7 @@ from vla.transforms.tokenizers.base import ActionTokenizer
 
 _ROUND = 32  # cache lengths are multiples of this
 WINDOW = 16  # tokens that a verification looks ahead, at most
-ROWS = 64  # and at most so many in all observations of the batch: beyond, a forward's time grows with its rows
+ROWS = 64  # limit over all observations of a batch: beyond it, the time of a forward grows with its rows
 
 
 class Engine:
@@ -62,7 +62,7 @@ class Engine:
         self._graphs: dict[int, Captured] = {}  # by number of tokens
         # On a GPU a chunk is thousands of small kernels, and what each costs is its launch: fewer are faster.
         if self.device.type == "cuda":
-            # Compiled once per shape, dtype and window; beyond 8 of them torch would go on uncompiled.
+            # Compiled once per shape, dtype and window; torch stops compiling after 8 by default.
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
             self._turn, self._gate = torch.compile(_turn), torch.compile(_gate)
         else:
@@ -91,7 +91,7 @@ class Engine:
 
         Args:
             batch: prefix tensors from `VLAProcessor`, on the CPU.
-            n_tokens: so many of a chunk's tokens; None: all.
+            n_tokens: number of tokens to decode; None: a whole chunk.
             streamer: is given every token as soon as it is decoded.
             stopping: ends the chunk early when it says so for all observations.
         """

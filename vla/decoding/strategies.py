@@ -86,8 +86,8 @@ class GivenPrefix(LogitsProcessor):
 
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Draws on `device` follow from `seed`, and go on afterwards as if there had been none; no other device's generator
-    is touched (`torch.manual_seed` seeds all of them)."""
+    """Seed the random generator of `device`, and restore its state afterwards. Generators of other devices are not
+    touched (`torch.manual_seed` seeds all of them)."""
     generator = _generator(device)
     before = generator.get_state()
     generator.manual_seed(seed)

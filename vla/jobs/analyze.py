@@ -28,7 +28,7 @@ from vla.support.palette import ACCENT, INK, LINE, SOFT, WARN
 from vla.support.progress import Progress
 from vla.support.run_folder import RunFolder
 
-FILE, PICTURE = "exposure.json", "exposure.png"
+FILE, FIGURE = "exposure.json", "exposure.png"
 _STEPS = 12  # groups of steps in the figure
 
 
@@ -59,7 +59,7 @@ def exposure(config: ExposureConfig) -> dict[str, Any]:
         "frames": len(chosen),
     }
     RunFolder(config.out).write_json(FILE, info)
-    _draw(info).savefig(config.out / PICTURE, dpi=150, facecolor="white")
+    _draw(info).savefig(config.out / FIGURE, dpi=150, facecolor="white")
     _print(info, config.out)
     return info
 
@@ -134,8 +134,8 @@ def _print(info: dict[str, Any], out: Path) -> None:
         table.add_row(name, *(f"{100 * value:.1f} %" for value in (info[key]["mean"], positions[0], positions[-1])))
     Console().print(table)
     outside = info["outside_action_rows"]
-    print(f"probability of what is no action: mean {outside['mean']:.2e}, at most {outside['max']:.2e}")
-    print(f"picture: {out / PICTURE}")
+    print(f"probability of tokens that are not actions: mean {outside['mean']:.2e}, at most {outside['max']:.2e}")
+    print(f"figure: {out / FIGURE}")
 
 
 def _draw(info: dict[str, Any]) -> Figure:
@@ -152,7 +152,7 @@ def _draw(info: dict[str, Any]) -> Figure:
     _dress(position, "wrong tokens by position in the chunk", "token", "%")
     _dress(step, "wrong tokens by step in the episode", "step", "%")
     outside.semilogy(places, np.maximum(info["outside_action_rows"]["by_position"], 1e-12), color=INK, lw=1.4)
-    _dress(outside, "probability of what is no action", "token", "")
+    _dress(outside, "probability of tokens that are not actions", "token", "")
     for axis in (position, outside):
         for boundary in np.arange(1, len(places), info["tokens_per_action"] or len(places)) - 0.5:
             axis.axvline(boundary, color=LINE, lw=0.8, zorder=0)

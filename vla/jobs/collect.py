@@ -1,7 +1,7 @@
 """`vla collect`: run an expert in an environment and write its successes as a dataset.
 
 Owns: the environment and seed of every episode, and what happens when attempts fail or the run is interrupted. It does
-not know the format on disk (`data.writer`), nor how an attempt is played (`simulation.experts`).
+not know the format on disk (`data.writer`), nor how an attempt runs (`simulation.experts`).
 
 Episode `n` depends on nothing but the configuration and `n`: neither the number of workers nor an interruption changes
 the dataset. An episode that is not kept is tried again with another seed, which depends only on `n` and the number of

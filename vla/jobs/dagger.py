@@ -1,9 +1,9 @@
 """`vla dagger`: DAgger, demonstrations of the states that the policy itself reaches (Ross et al. 2011).
 
 Owns: the rounds, the stopping criterion, and labels and success per round. Round 0 is behaviour cloning. Every later
-round plays DAgger rollouts of the last policy with the expert (`vla.training.dagger_rollouts`), trains that policy
+round runs DAgger rollouts of the last policy with the expert (`vla.training.dagger_rollouts`), trains that policy
 further (or a new one) on the demonstrations of all rounds, and evaluates it. Every stage is a job of its own; finished
-stages are not repeated. It does not know how rollouts are played, policies trained or results computed.
+stages are not repeated. It does not know how rollouts run, policies are trained or results computed.
 
     round-0/data, train, rollout     output of `vla collect`, `vla train` and `vla rollout`; likewise round-1, ...
     round-1/trials                   rollouts of the last policy alone, if they decide how many scenes each task gets
@@ -192,7 +192,7 @@ def _training(config: DaggerConfig, run: Path, data: Sequence[Path], backbone: s
     if not started:  # killed while it wrote its first files
         shutil.rmtree(run, ignore_errors=True)
     model = config.train.model
-    if backbone is not None:  # it brings its vision tower; tokenizer and horizon stay as configured
+    if backbone is not None:  # it has its own vision tower; tokenizer and horizon stay as configured
         model = dataclasses.replace(model, backbone=backbone, vision=(), image_size=None)
     # Keep the seed: it decides which episodes are held out, and those of earlier rounds must stay held out.
     return dataclasses.replace(

@@ -1,6 +1,6 @@
 """`vla doctor`: what is wrong with this machine, and the command that fixes it.
 
-Owns: the judgement of what `vla.support.machine` and `vla.simulation.probes` find. Every finding is ok, warn (works,
+Owns: the assessment of what `vla.support.machine` and `vla.simulation.probes` report. Every finding is ok, warn (works,
 but slower or not everywhere) or fail (something needed does not work), and names the fix. It knows no policies, data
 or environments.
 """
@@ -70,7 +70,7 @@ def examine(folder: Path) -> Iterator[Finding]:
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     with ThreadPoolExecutor(machine.cores()) as pool:  # more at once would measure each other
         torch = pool.submit(probe, "torch")
-        pictures = {gl: pool.submit(probe, "render", {"MUJOCO_GL": gl}) for gl in GL_BACKENDS}
+        renders = {gl: pool.submit(probe, "render", {"MUJOCO_GL": gl}) for gl in GL_BACKENDS}
         video = pool.submit(probe, "video")
         yield python_version(sys.version_info[:3])
         yield from packages(importlib.metadata.requires("vla") or [], machine.version)
@@ -78,7 +78,7 @@ def examine(folder: Path) -> Iterator[Finding]:
         yield processor(machine.cores(), machine.cpu_quota(), load, os.environ.get("OMP_NUM_THREADS"))
         yield from memory()
         yield disk(folder)
-        yield rendering(_results(pictures), os.environ)
+        yield rendering(_results(renders), os.environ)
         yield encoding(video.result())
         yield torch_build(torch.result(), has_nvidia=shutil.which("nvidia-smi") is not None, flags=machine.cpu_flags())
         yield embedded_policy()

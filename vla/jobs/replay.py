@@ -129,7 +129,7 @@ def explain(results: Sequence[Replay]) -> str:
     if any(result.early_end for result in wrong):
         return "The environment ends the episodes early: is adapter.max_steps below the recorded lengths?"
     if all(result.drift is None for result in wrong):
-        return "The dataset has no states, so it cannot be told where the replay departs from the recording."
+        return "The dataset has no states, so the step at which the replay departs from the recording is unknown."
     return (
         "The states agree, but the task is not solved: success is defined differently now, depends on something that "
         "the state does not show, or adapter.success names the wrong entry of `info`."

@@ -1,14 +1,14 @@
 """`vla rollout`: evaluate a policy closed loop on environments x seeds.
 
 Owns: the queue of episodes, the loop that decodes one batch for all environments that need a chunk, and what happens
-when an episode fails or the run is stopped. Processes are `vla.simulation.pool`'s, numbers `vla.evaluation.results`',
-the page `vla.evaluation.report`'s.
+when an episode fails or the run is stopped. Processes are in `vla.simulation.pool`, metrics in
+`vla.evaluation.results`, the report in `vla.evaluation.report`.
 
-The loop goes in rounds: fill free slots from the queue, decode one batch, execute `n_action_steps` of each chunk. The
-batches therefore do not depend on timing: the same seeds give the same results.
+The loop runs in rounds: fill free slots from the queue, decode one batch, execute `n_action_steps` of each chunk.
+Batches therefore do not depend on timing: the same seeds give the same results.
 
-An environment that raises an exception fails its episode. An episode whose worker died (a crash, a hang, a kill) is
-played once more from its seed, before all others; if the worker dies again, the episode is a fault.
+An exception of the environment ends its episode as a fault. An episode whose worker died (a crash, a hang, a kill) runs
+once more from its seed, before all others; if the worker dies again, it is a fault.
 """
 
 from __future__ import annotations

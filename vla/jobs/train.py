@@ -321,7 +321,7 @@ class _Ends(TrainerCallback):
 
 
 class _Rollouts(TrainerCallback):
-    """Evaluates the network closed loop every `rollout_every` steps. Training goes on when an evaluation fails."""
+    """Evaluates the network closed loop every `rollout_every` steps. A failed evaluation does not end training."""
 
     def __init__(self, cfg: TrainConfig, processor: VLAProcessor) -> None:
         self.cfg, self.processor = cfg, processor

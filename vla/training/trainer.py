@@ -79,7 +79,7 @@ class VLATrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=list(validation) or None,
             data_collator=collator,
-            # A checkpoint is a whole policy: its text tokenizer lies beside the weights.
+            # A checkpoint is a complete policy, with its text tokenizer.
             processing_class=collator.processor.tokenizer,
             callbacks=list(callbacks),
         )
@@ -191,7 +191,7 @@ class VLATrainer(Trainer):
 
 
 class Metrics(TrainerCallback):
-    """Appends what the Trainer logs to `metrics.jsonl`; on resuming drops what lies after the checkpoint.
+    """Appends what the Trainer logs to `metrics.jsonl`; on resuming, drops the rows after the checkpoint.
 
     Raises:
         TrainingError: the loss is not a number. The weights are not either then, and would be saved as a policy.

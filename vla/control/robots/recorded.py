@@ -1,4 +1,4 @@
-"""A recorded demonstration, played in real time.
+"""A recorded demonstration, replayed in real time.
 
 Owns: which frame is due at a time, and the comparison of commands with demonstrated actions: it tests a policy and a
 controller on a real robot's data, without the robot. Open loop: commands move nothing, frames come as they were
@@ -108,11 +108,11 @@ class ReplayRobot(EpisodicRobot):
         entry and in its unit. Every command until the end counts, holds included.
 
         Raises:
-            DataError: nothing was commanded while it played.
+            DataError: there were no commands during the replay.
         """
         sent = [command for command in self.sent if command.tick < len(self.demonstrated)]
         if not sent:
-            raise DataError("nothing was commanded while the demonstration played: there is nothing to compare.")
+            raise DataError("there were no commands during the replay, so there is nothing to compare.")
         commanded = np.stack([command.action for command in sent])
         difference = np.abs(commanded - self.demonstrated[[command.tick for command in sent]]).mean(0)
         return {name: float(value) for name, value in zip(self.spec.action_names, difference, strict=True)}

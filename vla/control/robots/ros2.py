@@ -19,7 +19,7 @@ button.
 
 rclpy comes with ROS 2, not from PyPI, and its Python must be this package's (3.11 or newer, as in Jazzy). These files
 are written against rclpy's sources of Humble to Rolling and tested against a stand-in (tests/control/fake_ros2.py), not
-against ROS: make first trials where nobody can be hurt.
+against ROS: make the first trials where they cannot hurt anyone.
 """
 
 from __future__ import annotations
