@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+import tests.tiny  # noqa: F401  (adds "tiny-init")
 from vla.config import ModelConfig
 from vla.model.build import DataFacts, build_policy
 from vla.spec import RobotSpec

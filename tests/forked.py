@@ -115,7 +115,7 @@ def main() -> None:
     """Fork for each connection until standard input ends."""
     import importlib
 
-    for name in (*(f"vla.jobs.{name}" for name in JOBS), "matplotlib.pyplot"):
+    for name in (*(f"vla.jobs.{name}" for name in JOBS), "matplotlib.pyplot", "tests.tiny"):
         importlib.import_module(name)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait for the jobs
     address = Path(sys.argv[1])

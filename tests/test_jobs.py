@@ -28,7 +28,7 @@ def test_collect_train_kill_resume_rollout(tmp_path, capsys, start_vla, run_vla)
     assert collected.returncode == 0, collected.stderr
     assert "4 episodes" in " ".join(collected.stderr.split())  # however wide the terminal is
 
-    train = ["train", "--data", demos, "--out", run, "--backbone", "nano-init", "--method", "full"]
+    train = ["train", "--data", demos, "--out", run, "--backbone", "tiny-init", "--method", "full"]
     train += ["--steps", 30, "--batch-size", 2, "--save-every", 2, "--horizon", 2, "--n-action-steps", 2]
     process = start_vla(*train)
     while last_checkpoint(run) is None and process.poll() is None:

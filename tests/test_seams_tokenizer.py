@@ -350,7 +350,7 @@ def test_tokens_behind_the_end_are_not_learned(held):
 def test_a_plugin_trains_and_its_checkpoint_names_what_it_needs(robot, dataset, tmp_path, start_vla, observations):
     (tmp_path / "hold_last.py").write_text(HOLD_LAST)
     demos = dataset("squares", robot, episodes=3)
-    flags = ["--data", demos, "--out", "run", "--backbone", "nano-init", "--steps", 2]
+    flags = ["--data", demos, "--out", "run", "--backbone", "tiny-init", "--steps", 2]
     flags += ["--batch-size", 2, "--tokenizer", "hold-last", "--bins", 15, "--horizon", 3, "--method", "full"]
     process = start_vla(
         "--plugin", "hold_last", "train", *flags, "--val-fraction", 0.4, "--eval-every", 1, cwd=tmp_path
@@ -363,7 +363,7 @@ def test_a_plugin_trains_and_its_checkpoint_names_what_it_needs(robot, dataset, 
     chunk = policy.predict_chunk(observations(1)[0], "go to square 1")
     assert chunk.shape == (3, 7) and np.isfinite(chunk).all()
 
-    model = ModelConfig(backbone="nano-init", tokenizer="hold-last")
+    model = ModelConfig(backbone="tiny-init", tokenizer="hold-last")
     with pytest.raises(ConfigError, match=r"augment.prefix .* 'hold-last' span several actions"):
         train(TrainConfig(data=(demos,), out=tmp_path / "other", model=model, augment=AugmentConfig(prefix=0.5)))
     file = tmp_path / "run" / "policy" / "config.json"

@@ -303,7 +303,7 @@ def toy_policy(tmp_path_factory) -> Path:
     actions, states = (rng.uniform(-1, 1, (500, 1)).astype(np.float32) for _ in range(2))
     statistics = {"toys": {"action": compute_statistics(actions), "state": compute_statistics(states)}}
     torch.manual_seed(0)
-    model = ModelConfig(backbone="nano-init", horizon=2, n_action_steps=2, bins=31)
+    model = ModelConfig(backbone="tiny-init", horizon=2, n_action_steps=2, bins=31)
     folder = tmp_path_factory.mktemp("toys") / "policy"
     for part in build_policy(model, DataFacts(RobotSpec.from_dict(ROBOT), statistics, {"toys": actions})):
         part.save_pretrained(folder)
@@ -340,7 +340,7 @@ def checkpoint(tmp_path) -> Path:
     random = np.random.default_rng(0).uniform(-1, 1, (500, 4)).astype(np.float32)
     statistics = {"metaworld": {"action": compute_statistics(random), "state": compute_statistics(random)}}
     torch.manual_seed(0)
-    model = ModelConfig(backbone="nano-init", horizon=4, n_action_steps=4, bins=31)
+    model = ModelConfig(backbone="tiny-init", horizon=4, n_action_steps=4, bins=31)
     for part in build_policy(model, DataFacts(robot, statistics, {"metaworld": random})):
         part.save_pretrained(tmp_path / "policy")
     return tmp_path / "policy"

@@ -186,7 +186,7 @@ def test_an_environment_that_always_fails_is_told(tmp_path, monkeypatch):
 
 def tiny(out: Path, **values) -> DaggerConfig:
     """A whole run of seconds: an untrained network that takes two steps per round, episodes of ten steps."""
-    model = {"backbone": "nano-init", "horizon": 4, "n_action_steps": 2, "bins": 31}
+    model = {"backbone": "tiny-init", "horizon": 4, "n_action_steps": 2, "bins": 31}
     train = {"method": "full", "steps": 2, "batch_size": 2, "save_every": 1, "precision": "float32", "model": model}
     world = {"module": "tests.pointworld", "max_steps": 10}
     sizes = {"demonstrations": 3, "episodes": 4, "n_envs": 2, "eval_episodes": 2, "rounds": 2}
@@ -249,7 +249,7 @@ def test_rollouts_go_where_the_policy_fails_alone(tmp_path):
     assert [episode.seed for episode in asked.episodes] == [10016, 10017, 10018, 10019]
     assert [row["optimizer_steps"] for row in info["rounds"]] == [2, 2] and info["stopped"] == "rounds"
     trained = configuration.load(TrainConfig, tmp_path / "out" / "round-1" / "train" / "config.yaml")
-    assert trained.model.backbone == "nano-init" and len(trained.data) == 2
+    assert trained.model.backbone == "tiny-init" and len(trained.data) == 2
 
     info = dagger(tiny(tmp_path / "easy", seed=17, **values | {"trials": 1}))
     assert len(info["rounds"]) == 1 and info["stopped"] == "nothing to label"

@@ -1,0 +1,5 @@
+"""The backbone "tiny-init": the embedded architecture with 0.3 M parameters, for tests of what is around a network."""
+
+from vla.model.sources.untrained import SIZES
+
+SIZES["tiny-init"] = (64, 2, [8, 16], 1, 48)
