@@ -163,7 +163,7 @@ def test_an_interruption_does_not_change_the_dataset(mixed, tmp_path, stop_at):
     out = tmp_path / "set"
     with pytest.raises(KeyboardInterrupt):
         rollouts(settings(0.2, kwargs=SOME_FAIL), 1, Wanderer(stop_at), out)
-    with pytest.raises(DataError, match="not finished"):
+    with pytest.raises(DataError, match="unfinished recording"):
         Demonstrations(out)
     assert not list((out / ".partial").glob(".episode-*"))
     assert bool(finished(out / ".partial")) == bool(stop_at)

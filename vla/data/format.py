@@ -287,7 +287,7 @@ def _check_feature(path: Path, key: str, feature: Any) -> None:
     if is_image(feature) and len(shape) not in (2, 3):
         raise DataError(f"{path}: the shape of camera {key!r} must be [height, width, channels], got {shape}.")
     if is_image(feature) and ("/" in key or "\\" in key):
-        raise DataError(f"{path}: the name of camera {key!r} must not contain a slash. Rename it there and in `videos`.")
+        raise DataError(f"{path}: camera name {key!r} must not contain a slash. Rename it there and in `videos`.")
 
 
 def _declares_depth(feature: Mapping[str, Any]) -> bool:
