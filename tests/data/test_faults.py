@@ -174,7 +174,7 @@ def test_frames_in_another_order_are_sorted(root, whole):
 
 def test_instructions_that_are_not_there(root):
     change_column(root, "task_index", pa.array([0] * 20 + [7] * 16))
-    with pytest.raises(DataError, match=r"frame 8 has task_index 7, but meta/tasks\.parquet has no instruction with that"):
+    with pytest.raises(DataError, match=r"frame 8 has task_index 7, but meta/tasks\.parquet has no instruction"):
         Demonstrations(root)
 
 

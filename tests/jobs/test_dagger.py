@@ -339,7 +339,7 @@ def test_folders_and_worlds_that_do_not_fit(tmp_path):
     with pytest.raises(SimulatorError, match="no expert"):
         dagger(tiny(tmp_path / "out", env=["toy/Slide-v0"], adapter={"module": "tests.rollout_env"}))
     (tmp_path / "thesis.txt").touch()
-    with pytest.raises(ConfigError, match="something else"):
+    with pytest.raises(ConfigError, match="unrelated files"):
         dagger(tiny(tmp_path))
     configuration.dump(tiny(tmp_path), tmp_path / "dagger.yaml")
     with pytest.raises(ConfigError, match=r"other settings: beta = 0\.5, not 0\.1; seed = 0, not 1"):
