@@ -57,7 +57,9 @@ class RunFolder:
         if found and self.read_settings() is None:
             raise self.unrelated_files(min(found))
         if found and not resume:
-            raise ConfigError(f"{self.path} already contains a run. Continue it with --resume, or choose another --out.")
+            raise ConfigError(
+                f"{self.path} already contains a run. Continue it with --resume, or choose another --out."
+            )
         if has_results:
             self.check_settings()
 
