@@ -27,7 +27,7 @@ _DRAWER_SIDE = 0.055  # from the cabinet's centre to a drawer's centre
 
 
 def add_zones(spec: mujoco.MjSpec, n: int, half: tuple[float, float] | None = None) -> None:
-    """Add flat areas `zone0...`: discs, or rectangles if their half sizes `half` in metres are given."""
+    """Add flat areas `zone0...`: discs, or rectangles with the half sizes `half` in metres."""
     for i in range(n):
         body = spec.worldbody.add_body(name=f"zone{i}")
         size = (ZONE_RADIUS, 0.0003, 0) if half is None else (*half, 0.0003)

@@ -98,13 +98,13 @@ def _description(demos: Demonstrations) -> Iterator[Finding]:
     """Contents that are not read, and contradictions between files."""
     info = demos.info
     if info.depth:
-        yield Finding("depth", f"{', '.join(info.depth)}: left out; a policy takes RGB images only.")
+        yield Finding("depth", f"{', '.join(info.depth)}: not used, because a policy receives RGB images only.")
     if demos.states is None:
         similar = f" These columns are not read: {', '.join(info.unread)}." if info.unread else ""
         yield Finding("no state", f"there is no feature observation.state, so a policy receives images only.{similar}")
     if others := [name for name in info.splits or {} if name != "train"]:
         yield Finding(
-            "other splits", f"{', '.join(others)}: all episodes are read; training makes its own validation split."
+            "other splits", f"{', '.join(others)}: all episodes are used; training creates its own validation split."
         )
     if demos.unlisted:
         detail = f"{demos.unlisted} frames in the data files belong to episodes that meta/episodes does not list."
@@ -140,7 +140,7 @@ def _entries(demos: Demonstrations) -> Iterator[Finding]:
         yield Finding("constant actions", "no action dimension ever changes. Was the right column recorded?")
     elif constant.any():
         yield Finding(
-            "constant entries", f"{', '.join(names[constant])} never move; a policy learns nothing from them."
+            "constant entries", f"{', '.join(names[constant])} never change; a policy learns nothing from them."
         )
     q01, q99 = np.quantile(demos.actions, [0.01, 0.99], axis=0)
     narrow = ~constant & (q99 - q01 <= 1e-6 * spread)

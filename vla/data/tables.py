@@ -33,7 +33,7 @@ Row = dict[str, Any]  # a row of meta/episodes without statistics; `start` is th
 
 
 def read_tasks(root: Path) -> dict[int, str]:
-    """Task index -> instruction, in ascending order of the index. Tasks without an instruction are left out."""
+    """Task index -> instruction, in ascending order of the index. Tasks without an instruction are omitted."""
     path = root / v3.TASKS
     table = read_table(path)
     column = _instruction_column(path, table)
