@@ -149,14 +149,14 @@ class TabletopEnv(gym.Env, abc.ABC):
         scene = self.layout(rng)
         scene["hand"] = [float(v) for v in rng.uniform(*self.hand_start)]
         scene["look"] = randomization.draw(rng) if self.randomize else None
-        target, words = int(rng.integers(self.target_candidates)), int(rng.integers(2**31))
+        target, phrase_seed = int(rng.integers(self.target_candidates)), int(rng.integers(2**31))
         if options.get("target") is not None:
             check_range("target", options["target"], 0, self.target_candidates - 1)
             target = int(options["target"])
         scene["target"] = target
         self._build(scene)
         self.task_description = sample(
-            self.task, self.named(scene, target), self.phrasing, np.random.default_rng(words)
+            self.task, self.named(scene, target), self.phrasing, np.random.default_rng(phrase_seed)
         )
         return self._observe(), self._info(self.success())
 

@@ -31,7 +31,7 @@ def parse(default: Any, arguments: Sequence[str], prog: str, description: str) -
         description=description,
         args=_with_values(cls, arguments),
         default=default,
-        config=(tyro.conf.OmitArgPrefixes,) if _short(cls) else (),
+        config=(tyro.conf.OmitArgPrefixes,) if _unprefixed(cls) else (),
         registry=_type_rules(cls),
         return_unknown_args=True,
     )
@@ -52,12 +52,12 @@ def renamed(cls: Any) -> dict[str, str]:
 
 def names(cls: Any) -> list[str]:
     """The flags of a configuration, as `vla <verb> --help` spells them."""
-    full = _prefixed(cls) if _short(cls) else _fields(cls)
+    full = _prefixed(cls) if _unprefixed(cls) else _fields(cls)
     found = [path if path in full else path.rpartition(".")[2] for path in _fields(cls)]
     return [f"--{name.replace('_', '-')}" for name in found]
 
 
-def _short(cls: Any) -> bool:
+def _unprefixed(cls: Any) -> bool:
     """Whether the flags of nested fields need no prefix, because no two nested fields have the same name."""
     prefixed = _prefixed(cls)
     names = [path.rpartition(".")[2] for path in _fields(cls) if path not in prefixed]
@@ -113,7 +113,7 @@ def _type_rules(cls: Any) -> Any:
             return dataclasses.replace(usual, choices=None, instance_from_str=lambda words: words[0])
         return dataclasses.replace(usual, str_from_instance=lambda value: usual.str_from_instance(value) or ["none"])
 
-    full = _prefixed(cls) if _short(cls) else []
+    full = _prefixed(cls) if _unprefixed(cls) else []
     owners = {kind: name for name, kind in hints(cls).items() if dataclasses.is_dataclass(kind)}
 
     @registry.struct_rule

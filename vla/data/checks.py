@@ -41,9 +41,15 @@ class Finding:
 
 def check(demos: Demonstrations) -> list[Finding]:
     """All findings that need no images. Findings about the whole dataset come first."""
-    findings = [*_description(demos), *_entries(demos), *_gripper(demos), *_lengths(demos.episodes), *_repeats(demos)]
+    findings = [
+        *_description(demos),
+        *_action_ranges(demos),
+        *_gripper(demos),
+        *_lengths(demos.episodes),
+        *_repeats(demos),
+    ]
     found: dict[str, list[tuple[int, str]]] = defaultdict(list)
-    moving, usual = moves(demos), _usual_steps(demos)
+    moving, usual = moving_frames(demos), _usual_steps(demos)
     for episode in demos.episodes:
         for what, detail in _episode(demos, episode, moving[episode.rows], usual):
             found[what].append((episode.index, detail))
@@ -75,7 +81,7 @@ def check_images(camera: str, episode: Episode, images: Sequence[np.ndarray], mo
     return found
 
 
-def moves(demos: Demonstrations) -> np.ndarray:
+def moving_frames(demos: Demonstrations) -> np.ndarray:
     """bool [N]: whether the robot moves between this frame and the next (True at the last frame of an episode).
 
     Motion is a change of the state. Without a state it is a change of the action or, in a relative action space, an
@@ -132,7 +138,7 @@ def _description(demos: Demonstrations) -> Iterator[Finding]:
         )
 
 
-def _entries(demos: Demonstrations) -> Iterator[Finding]:
+def _action_ranges(demos: Demonstrations) -> Iterator[Finding]:
     names = np.array(demos.robot.action_names)
     spread = np.ptp(demos.actions, axis=0)
     constant = spread <= 1e-6 * np.maximum(1.0, np.abs(demos.actions).max(0))

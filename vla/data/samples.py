@@ -139,7 +139,7 @@ class ChunkSamples:
             source=self.source,
         )
 
-    def continued(self, frame: int, rng: np.random.Generator) -> Sample:
+    def with_action_prefix(self, frame: int, rng: np.random.Generator) -> Sample:
         """A prefix-conditioned sample at `frame`, as when actions are executed while the next chunk is decoded.
 
         The first k actions, with k uniform in 1..max(1, H // 2), are the executed ones and are masked out of the loss.
@@ -197,5 +197,5 @@ class Mixture:
         if self._augmentation is None:
             return self._sources[source][frame]
         samples, share = self._sources[source], self._augmentation.prefix
-        sample = samples.continued(frame, rng) if share and rng.random() < share else samples[frame]
+        sample = samples.with_action_prefix(frame, rng) if share and rng.random() < share else samples[frame]
         return dataclasses.replace(sample, images=augment(sample.images, self._augmentation, rng))

@@ -156,7 +156,7 @@ class VideoReader:
             if self.is_depth:
                 raise DataError(f"{self.path} is a depth video, not RGB. Declare it in meta/info.json: {DEPTH_FLAG}.")
             rgb = self._reformatter.reformat(frame, format="rgb24", interpolation=_ACCURATE)
-            return self._turned(frame, rgb.to_ndarray())
+            return self._as_displayed(frame, rgb.to_ndarray())
 
     def close(self) -> None:
         self._container.close()
@@ -191,7 +191,7 @@ class VideoReader:
             f"Encode it at {self._fps:g} frames per second, starting at 0 s, or copy it again."
         )
 
-    def _turned(self, frame: Any, image: np.ndarray) -> np.ndarray:
+    def _as_displayed(self, frame: Any, image: np.ndarray) -> np.ndarray:
         """The image as video players show it: rotated and mirrored by the file's display matrix, if it has one."""
         matrix = frame.side_data.get("DISPLAYMATRIX")
         if matrix is None:
