@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.data.recordings import record
-from vla.data.checks import check, check_images, moving_frames
+from vla.data.checks import check, check_images, moves
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_without_states_actions_tell_what_moves(demos):
     demos.actions[demos.episodes[1].rows] = 0
     assert found(demos)["pauses"] == (1,)
     demos.actions[demos.episodes[1].rows, 0] = 0.5  # a constant velocity is not a pause
-    assert moving_frames(demos)[demos.episodes[1].rows].all()
+    assert moves(demos)[demos.episodes[1].rows].all()
 
 
 def test_episodes(demos):

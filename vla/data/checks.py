@@ -49,7 +49,7 @@ def check(demos: Demonstrations) -> list[Finding]:
         *_repeats(demos),
     ]
     found: dict[str, list[tuple[int, str]]] = defaultdict(list)
-    moving, usual = moving_frames(demos), _usual_steps(demos)
+    moving, usual = moves(demos), _usual_steps(demos)
     for episode in demos.episodes:
         for what, detail in _episode(demos, episode, moving[episode.rows], usual):
             found[what].append((episode.index, detail))
@@ -81,7 +81,7 @@ def check_images(camera: str, episode: Episode, images: Sequence[np.ndarray], mo
     return found
 
 
-def moving_frames(demos: Demonstrations) -> np.ndarray:
+def moves(demos: Demonstrations) -> np.ndarray:
     """bool [N]: whether the robot moves between this frame and the next (True at the last frame of an episode).
 
     Motion is a change of the state. Without a state it is a change of the action or, in a relative action space, an

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from vla.config import InspectConfig
 from vla.config import check as check_config
-from vla.data.checks import Finding, check, check_images, moving_frames
+from vla.data.checks import Finding, check, check_images, moves
 from vla.data.figures import MOMENTS, action_histograms, camera_strip, length_histogram
 from vla.data.reader import Demonstrations, Episode
 from vla.support.pages import templates
@@ -129,7 +129,7 @@ def _strip(demos: Demonstrations, camera: str) -> Any:
 
 def _image_findings(demos: Demonstrations) -> list[Finding]:
     """What the cameras of some episodes show, findings of a kind taken together."""
-    moving = moving_frames(demos)
+    moving = moves(demos)
     merged: dict[tuple[str, str], Finding] = {}
     for camera in demos.cameras:
         left = IMAGE_FRAMES
