@@ -55,7 +55,7 @@ class ControlConfig:
             if the images contradict the plan.
         injected_latency_s: extra latency added to each decoding, in seconds, to simulate a remote policy.
         black_box_s: length of the recorded history (observations, tokens, commands, timings, interventions), in
-            seconds. It is written to the result folder at the end and after a fault, at most once per this interval.
+            seconds. It is written to the result folder after a fault (at most once per this interval) and at the end.
             0: no black box.
     """
 
