@@ -209,7 +209,7 @@ def test_the_whole_job_stopped_resumed_and_extended(tmp_path, start_vla):
     process.send_signal(signal.SIGINT)
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and "--resume` continues it" in error and "Traceback" not in error
-    with pytest.raises(ConfigError, match="--resume continues it"):
+    with pytest.raises(ConfigError, match="Continue it with --resume"):
         dagger(tiny(out))
 
     process = start(tiny(out), tmp_path, "--resume", "--compare-bc")
