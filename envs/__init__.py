@@ -3,8 +3,8 @@
 Importing this package registers `vla/<Task>-v0` and `vla-metaworld/<task>-v3` with Gymnasium. Creating a Meta-World
 environment requires the `metaworld` extra.
 
-Owns the registration and the choice of the off-screen GL backend, which must be set before `mujoco` is imported. It
-does not know policies, tokens or datasets: `envs` and `vla` interact only through the Gymnasium API.
+Owns the registration, and the selection of the off-screen GL backend before `mujoco` is imported. It does not know
+policies, tokens or datasets. `envs` and `vla` interact only through the Gymnasium API.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import traceback
 
 if not os.environ.get("DISPLAY") and not os.environ.get("MUJOCO_GL"):
     os.environ["MUJOCO_GL"] = "egl"
-# Software GL: for 96 px images, rasterising in the calling thread is faster than using a thread pool, and leaves the
-# other cores to environments in other processes.
+# Software GL: for 96 px images, rasterising in the calling thread is faster than using a thread pool, and keeps the
+# remaining cores free for environments in other processes.
 os.environ.setdefault("LP_NUM_THREADS", "0")
 
 try:
@@ -27,7 +27,7 @@ except Exception as error:  # GL backends and incomplete installations raise var
             "On Debian or Ubuntu: apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri (for MUJOCO_GL=egl) "
             "or libosmesa6 (for MUJOCO_GL=osmesa)."
         ) from error
-    # MuJoCo 3 and 4 are packaged differently but share a folder; switching between them with pip leaves a mixture.
+    # MuJoCo 3 and 4 are packaged differently but share a folder. Switching between them with pip mixes their files.
     raise RuntimeError(
         f"MuJoCo is missing or incompletely installed ({type(error).__name__}: {error}). Install it again: "
         "pip uninstall -y mujoco mujoco-core mujoco-studio, then install this package as before."

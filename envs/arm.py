@@ -3,8 +3,8 @@
 Owns the kinematics, the actuators and the names of all parts of the robot. Does not know the table, the tasks or the
 conversion of Cartesian actions to joint targets (see `ik.py` and `world.py`).
 
-All body frames are parallel to the world frame when all joints are zero, so the hand points straight down exactly when
-its roll, pitch and yaw are zero. In that pose the wrist axes (pitch, roll, yaw) intersect in one point and are
+All body frames are parallel to the world frame if all joints are zero. The hand thus points straight down if its roll,
+pitch and yaw are zero. In that pose, the wrist axes (pitch, roll, yaw) intersect in one point and are
 orthogonal. The arm is therefore far from singularities in its whole workspace. Fingers open along the hand's y axis.
 """
 
@@ -19,7 +19,7 @@ JOINTS: tuple[str, ...] = ("base_yaw", "shoulder", "elbow", "wrist_pitch", "wris
 FINGERS: tuple[str, ...] = ("finger_left", "finger_right")
 FINGER_TRAVEL = 0.045  # metres per finger; the open gripper has a gap of 9 cm
 TCP = "tcp"
-ELBOW_UP = np.array([0.0, -1.2, 1.9, -0.7, 0.0, 0.0])  # radians; initial guess of `ArmIK`, selects the branch
+ELBOW_UP = np.array([0.0, -1.2, 1.9, -0.7, 0.0, 0.0])  # radians; initial guess of `ArmIK` that selects its branch
 
 _SHOULDER_HEIGHT, _UPPER_ARM, _FOREARM = 0.28, 0.38, 0.36
 _WRIST_TO_TCP = 0.175
@@ -67,7 +67,7 @@ def add_arm(spec: mujoco.MjSpec) -> None:
         contype=contype, conaffinity=conaffinity,
     )  # fmt: skip
     hand.add_site(name=TCP, pos=(0, 0, -_WRIST_TO_TCP), size=(0.004, 0, 0), group=5)
-    # In front of the hand, looking back and down at the fingertips, a grasped object and the table around it.
+    # In front of the hand. The camera looks back and down at the fingertips, a grasped object and the table.
     hand.add_camera(name="wrist", pos=(0.09, 0, 0.02), fovy=70, quat=_looking_down(math.radians(16.0)))
     for name, side in zip(FINGERS, (1, -1), strict=True):
         finger = hand.add_body(name=name, pos=(0, side * 0.007, -_WRIST_TO_TCP + 0.020), gravcomp=1)
@@ -84,7 +84,7 @@ def add_arm(spec: mujoco.MjSpec) -> None:
 
 
 def _looking_down(tilt: float) -> np.ndarray:
-    """Quaternion of a camera that looks down, tilted by `tilt` radians towards -x; image right is +y."""
+    """Quaternion of a camera that looks down, tilted by `tilt` radians towards -x. Image right is +y."""
     quat, turn, lean = np.empty(4), np.empty(4), np.empty(4)
     mujoco.mju_axisAngle2Quat(turn, np.array([0.0, 0.0, 1.0]), math.pi / 2)
     mujoco.mju_axisAngle2Quat(lean, np.array([1.0, 0.0, 0.0]), tilt)

@@ -30,7 +30,7 @@ ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
 CONTROL_HZ = 20.0
 VIDEO_SIZE = 384
 
-Scene = dict[str, Any]  # plain values sampled by `layout`, sufficient to rebuild the scene
+Scene = dict[str, Any]  # plain values that `layout` samples; they are sufficient to rebuild the scene
 
 
 class TabletopEnv(gym.Env, abc.ABC):
@@ -40,7 +40,7 @@ class TabletopEnv(gym.Env, abc.ABC):
         cameras: cameras to render, of ("front", "wrist"); an empty tuple omits "pixels" and is fast.
         image_size: height and width of the observed images in pixels.
         objects: number of target candidates, 2 to 4 (drawer tasks always have two drawers).
-        pairs: colour-shape pairs that occur: "train", "heldout" or "all".
+        pairs: split of the colour-shape pairs: "train", "heldout" or "all".
         phrasing: split of the instructions: "train", "heldout" or "canonical".
         randomize: vary light, table colour, colour shades and camera poses between episodes.
         render_mode: None or "rgb_array" (a larger image of the front camera, for videos).
@@ -108,15 +108,15 @@ class TabletopEnv(gym.Env, abc.ABC):
 
     @abc.abstractmethod
     def layout(self, rng: np.random.Generator) -> Scene:
-        """Sample a scene; it must contain "objects", a list of {color, shape, xy, yaw}."""
+        """Sample a scene. It must contain "objects", a list of {color, shape, xy, yaw}."""
 
     def arrange(self, scene: Scene) -> None:
-        """Place the task's furniture according to `scene`; objects and hand are already placed."""
+        """Place the task's furniture according to `scene`. Objects and hand have already been placed."""
         return None
 
     @abc.abstractmethod
     def named(self, scene: Scene, target: int) -> tuple[Thing, ...]:
-        """The target, and a destination if there is one, as the instruction mentions them for candidate `target`."""
+        """The things in the instruction for candidate `target`: the target, and the destination if the task has one."""
 
     @property
     def target_candidates(self) -> int:
@@ -129,7 +129,7 @@ class TabletopEnv(gym.Env, abc.ABC):
 
     @abc.abstractmethod
     def reached(self) -> int:
-        """Index of the candidate that has been acted on (grasped, moved, pressed), or -1."""
+        """Index of the candidate that was acted on (grasped, moved or pressed), or -1."""
 
     @abc.abstractmethod
     def plan(self) -> np.ndarray:
@@ -149,14 +149,14 @@ class TabletopEnv(gym.Env, abc.ABC):
         scene = self.layout(rng)
         scene["hand"] = [float(v) for v in rng.uniform(*self.hand_start)]
         scene["look"] = randomization.draw(rng) if self.randomize else None
-        target, words = int(rng.integers(self.target_candidates)), int(rng.integers(2**31))
+        target, phrase_seed = int(rng.integers(self.target_candidates)), int(rng.integers(2**31))
         if options.get("target") is not None:
             check_range("target", options["target"], 0, self.target_candidates - 1)
             target = int(options["target"])
         scene["target"] = target
         self._build(scene)
         self.task_description = sample(
-            self.task, self.named(scene, target), self.phrasing, np.random.default_rng(words)
+            self.task, self.named(scene, target), self.phrasing, np.random.default_rng(phrase_seed)
         )
         return self._observe(), self._info(self.success())
 
@@ -193,7 +193,7 @@ class TabletopEnv(gym.Env, abc.ABC):
 
     @property
     def robot(self) -> dict[str, Any]:
-        """The properties of a RobotSpec as plain values; a `None` in "hold" repeats that entry of the last command."""
+        """The properties of a RobotSpec as plain values. None in "hold" repeats the last command of a dimension."""
         return {
             "cameras": list(self.cameras),
             "state_names": list(STATE_NAMES),
@@ -219,7 +219,7 @@ class TabletopEnv(gym.Env, abc.ABC):
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Restore a snapshot, which may come from another instance with the same arguments."""
+        """Restore a snapshot of this instance or of another one with the same arguments."""
         self._build(copy.deepcopy(state["scene"]))
         self.task_description = state["task_description"]
         self.world.set_state(state["world"])

@@ -1,7 +1,7 @@
 """`python -m envs.check --seeds 50`: measure success rate and episode length of the experts, and simulation speed.
 
-Runs all tabletop environments or those given with `--env`. Meta-World ids (`--env vla-metaworld/drawer-open-v3`) and
-task sets (`--env mt50`) are also valid.
+Runs all tabletop environments, or the environments of `--env`, which may be Meta-World ids (`--env
+vla-metaworld/drawer-open-v3`) or task sets (`--env mt50`).
 
 Owns the measurement and its table. Uses only the public interface of the environments.
 """
@@ -43,7 +43,7 @@ class Report:
 
 
 def run_expert(env_id: str, seeds: range, noise: float = 0.0, **kwargs: Any) -> Report:
-    """Run the expert once per seed, without rendering unless `cameras` is given."""
+    """Run the expert once per seed, without rendering unless `cameras` is passed."""
     env = gym.make(env_id, **{"cameras": (), **kwargs})
     make_expert = env.get_wrapper_attr("make_expert")
     lengths, failed = [], []
@@ -64,7 +64,7 @@ def run_expert(env_id: str, seeds: range, noise: float = 0.0, **kwargs: Any) -> 
 
 
 def rendering_rate(env_id: str, steps: int = 150, **kwargs: Any) -> float:
-    """Environment steps per second with all cameras rendered, under the expert."""
+    """Environment steps per second with the expert and all cameras rendered."""
     env = gym.make(env_id, **kwargs)
     env.reset(seed=0)
     expert = env.get_wrapper_attr("make_expert")()

@@ -1,4 +1,4 @@
-"""Argument checks, with messages that state the invalid value, the valid ones and what to do."""
+"""Argument checks. Their messages state the invalid value, the valid ones and the remedy."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check_range(name: str, value: object, low: int, high: int) -> None:
 
 
 def check_action(action: object, names: tuple[str, ...]) -> np.ndarray:
-    """Return `action` as float64 [len(names)] clipped to [-1, 1]; ValueError for a wrong shape or non-finite value."""
+    """Return `action` as float64 [len(names)], clipped to [-1, 1]. ValueError for a wrong shape, NaN or infinity."""
     array = np.asarray(action, dtype=np.float64)
     if array.shape != (len(names),):
         raise ValueError(f"action has shape {array.shape}: pass {len(names)} numbers ({', '.join(names)}).")

@@ -1,6 +1,6 @@
-"""The scripted expert: executes a task's plan, optionally with noise so that demonstrations contain recoveries.
+"""The scripted expert. It executes a task's plan, optionally with noise so that demonstrations contain recoveries.
 
-Owns the noise. Does not know tasks or moves; the plan is an argument.
+Owns the noise. Does not know tasks or motions; the plan is an argument.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import numpy as np
 
 
 class Expert:
-    """Turns a task's plan into actions, with optional bursts of noise.
+    """Converts a task's plan to actions, with optional bursts of noise.
 
-    `label` is the clean action for the state in which `act` was last called; with `noise=0` it equals the action.
+    `label` is the clean action for the state at the last call of `act`. With `noise=0` it equals the action.
     """
 
     def __init__(self, plan: Callable[[], np.ndarray], noise: float = 0.0, seed: int | None = None) -> None:
@@ -22,7 +22,7 @@ class Expert:
         self._plan = plan
         self._noise = noise
         self._rng = np.random.default_rng(seed)
-        self._left = 0  # remaining steps of the current burst
+        self._burst = 0  # remaining steps of the current burst
         self._push = np.zeros(3)
         self._slip = 0  # remaining steps with an inverted gripper command
         self.label = np.zeros(7, dtype=np.float32)
@@ -34,13 +34,13 @@ class Expert:
 
     def _disturb(self, action: np.ndarray) -> np.ndarray:
         rng, noise = self._rng, self._noise
-        if self._left == 0 and rng.random() < 0.05:
-            self._left = int(rng.integers(2, 7))
+        if self._burst == 0 and rng.random() < 0.05:
+            self._burst = int(rng.integers(2, 7))
             strength = rng.uniform(0.4, 1.8) * noise  # the strongest bursts override the expert's action
             direction = rng.normal(size=3) * (1.0, 1.0, 0.6)
             self._push = strength * direction / np.linalg.norm(direction)
-        if self._left > 0:
-            self._left -= 1
+        if self._burst > 0:
+            self._burst -= 1
             action[:3] += self._push + rng.normal(0.0, 0.15 * noise, size=3)
         if self._slip == 0 and rng.random() < 0.008 * noise:
             self._slip = int(rng.integers(2, 5))

@@ -1,7 +1,7 @@
 """Furniture: zones, buttons and the cabinet with two drawers.
 
-Owns its geometry and its placement in an episode. Does not know tasks, instructions or the robot. Placement changes the
-compiled model, so a reset does not need to recompile it.
+Owns the geometry of the furniture and its placement in an episode. Does not know tasks, instructions or the robot.
+Placement changes the compiled model, so a reset does not recompile it.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ ZONE_RADIUS = 0.052
 BUTTON_TOP, BUTTON_TRAVEL = 0.034, 0.014
 DRAWER_TRAVEL = 0.13
 HANDLE_HEIGHT = 0.030  # height of the handle's centre
-_HANDLE_AHEAD = 0.054  # from the drawer's front to the handle's centre; leaves room for a finger without jamming
+_HANDLE_AHEAD = 0.054  # from the drawer's front to the handle's centre, so that a finger fits without jamming
 _CABINET = np.array([0.060, 0.112, 0.035])  # half sizes
 _DRAWER_SIDE = 0.055  # from the cabinet's centre to a drawer's centre
 
 
 def add_zones(spec: mujoco.MjSpec, n: int, half: tuple[float, float] | None = None) -> None:
-    """Add flat areas `zone0...`: discs, or rectangles if their half sizes `half` in metres are given."""
+    """Add flat areas `zone0...`: discs, or rectangles with the half sizes `half` in metres."""
     for i in range(n):
         body = spec.worldbody.add_body(name=f"zone{i}")
         size = (ZONE_RADIUS, 0.0003, 0) if half is None else (*half, 0.0003)
@@ -61,7 +61,7 @@ def put_button(model: mujoco.MjModel, i: int, color: str, xy: np.ndarray) -> Non
 
 
 def add_cabinet(spec: mujoco.MjSpec) -> None:
-    """Add a low cabinet with two drawers side by side that open towards the camera (+x).
+    """Add a low cabinet with two drawers, one on the left and one on the right, that open towards the camera (+x).
 
     Joint `drawer<i>` is the opening of a drawer in metres; geom `handle<i>` is its post-shaped handle.
     """
@@ -73,7 +73,7 @@ def add_cabinet(spec: mujoco.MjSpec) -> None:
             name=f"drawer{i}", type=mujoco.mjtJoint.mjJNT_SLIDE, axis=(1, 0, 0), limited=True,
             range=(0, DRAWER_TRAVEL), damping=5, frictionloss=0.6, armature=0.1,
         )  # fmt: skip
-        # The box is behind the front. A closed drawer is inside the cabinet, with which it does not collide.
+        # The box is behind the front. A closed drawer is inside the cabinet and does not collide with it.
         drawer.add_geom(type=_BOX, pos=(-0.062, 0, 0.027), size=(0.056, 0.044, 0.022), rgba=_INSIDE, mass=0.2, **_SOLID)
         drawer.add_geom(type=_BOX, pos=(0.003, 0, 0.031), size=(0.005, 0.050, 0.029), rgba=_WOOD, mass=0.1, **_SOLID)
         drawer.add_geom(

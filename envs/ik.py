@@ -59,7 +59,7 @@ class ArmIK:
             data.qpos[:6] = q
             mujoco.mj_kinematics(model, data)
             now = data.site_xmat[self._site].reshape(3, 3)
-            rest = goal @ now.T  # for small angles, the rotation vector is its antisymmetric part
+            rest = goal @ now.T  # for small angles, its antisymmetric part is the rotation vector
             error[:3] = pos - data.site_xpos[self._site]
             error[3:] = (rest[2, 1] - rest[1, 2], rest[0, 2] - rest[2, 0], rest[1, 0] - rest[0, 1])
             error[3:] /= 2

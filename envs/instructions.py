@@ -1,10 +1,10 @@
-"""The instruction grammar: words for a task and its objects.
+"""The instruction grammar, which generates instructions for a task and its objects.
 
-Owns templates, noun phrases, politeness, and their split into train and held-out. Does not know scenes or positions.
+Owns templates, noun phrases, polite forms, and their split into train and held-out. Does not know scenes or positions.
 
-A phrase is `politeness(template(noun phrases))`. Held-out phrasings have templates of their own, so they never occur in
-training. They use only words of the same task's training phrasings, so that a language model trained from scratch on
-those knows every word.
+A phrase is `politeness(template(noun phrases))`. Held-out phrasings use their own templates, so they never occur in
+training. They contain only words from the training phrasings of the same task, so that a language model trained from
+scratch on the training phrasings knows every word.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PHRASINGS = ("train", "heldout", "canonical")
 
 
 class Thing(NamedTuple):
-    """An object, zone, button or drawer in an instruction; `kind` is one of these words. Only objects have a shape."""
+    """A thing in an instruction. `kind` is "object", "zone", "button" or "drawer"; only objects have a shape."""
 
     kind: str
     color: str
@@ -37,8 +37,8 @@ class Grammar:
     heldout: tuple[str, ...]
 
 
-# Keep "a orange handle" until the embedded backbone is retrained. With it, the backbone closes the target drawer in 80
-# of 80 scenes; with "an orange handle", in 51, because "an" never occurred in its training.
+# Keep "a orange handle" until the embedded backbone is retrained. With this phrase, the backbone closes the target
+# drawer in 80 of 80 scenes. With "an orange handle" it does so in 51, because "an" does not occur in its training data.
 NOUNS: dict[str, dict[str, tuple[str, ...]]] = {
     "object": {
         "train": ("the {color} {shape}", "the {shape} that is {color}", "the {color} one", "the {color} object"),
@@ -146,7 +146,7 @@ def sample(task: str, things: tuple[Thing, ...], phrasing: str, rng: np.random.G
 
 
 def things_of(task: str) -> list[tuple[Thing, ...]]:
-    """All combinations of things that an instruction for `task` can mention; their colours differ."""
+    """All combinations of things of different colours that an instruction for `task` can contain."""
     pools = [
         [Thing(kind, color, shape) for color in COLORS for shape in (SHAPES if kind == "object" else ("",))]
         for kind in GRAMMARS[task].kinds
@@ -155,9 +155,9 @@ def things_of(task: str) -> list[tuple[Thing, ...]]:
 
 
 def corpus(phrasing: str = "train", tasks: tuple[str, ...] | None = None, limit: int = 1500) -> list[str]:
-    """Instructions with every colour, shape, noun phrase, template and politeness, for training a tokenizer.
+    """Instructions with all colours, shapes, noun phrases, templates and polite forms, for training a tokenizer.
 
-    Contains all phrases of a task, or a fixed random sample of `limit` phrases if there are more.
+    Contains all phrases of a task, or a fixed random sample of `limit` phrases if a task has more.
     """
     out: list[str] = []
     for task in tasks or tuple(GRAMMARS):

@@ -1,10 +1,10 @@
 """Meta-World's 50 tasks with the interface of this suite, e.g. `vla-metaworld/drawer-open-v3`.
 
-Owns the evaluation protocol on Meta-World: camera, state, seeding, episode end and expert. Physics, rewards and
-scripted policies come from the `metaworld` package, which is imported when the first environment is created.
+Owns the evaluation protocol on Meta-World: camera, state, seeding, episode end and expert. The `metaworld` package
+provides physics, rewards and scripted policies. It is imported when the first environment is created.
 
-Observations contain only what a robot could measure with its camera and joints. The rest of Meta-World's observation
-vector holds the positions of objects and goal; only the expert uses it.
+Observations contain only quantities that a robot can measure with its camera and joints. The remaining dimensions of
+Meta-World's observation vector are the positions of objects and goal; only the expert uses them.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from envs.render import Camera
 
 METAWORLD_IDS: tuple[str, ...] = tuple(f"vla-metaworld/{task}" for task in TASKS)
 CAMERA = "corner2"
-CAMERA_POS = (0.75, 0.075, 0.7)  # metres; the camera position that is customary for training on Meta-World
+CAMERA_POS = (0.75, 0.075, 0.7)  # metres; the usual camera position for training on Meta-World
 STATE_NAMES = ("x", "y", "z", "gripper")  # hand position in metres; opening, 1 open to 0 closed
 ACTION_NAMES = ("dx", "dy", "dz", "gripper")
 STEP_HZ = 80  # a Meta-World step has 5 substeps of 2.5 ms
 MAX_STEPS = 500  # Meta-World steps per episode
 VIDEO_SIZE = 384
-#: The version that the pinned Meta-World release requires; with others it fails to start, or its physics differ.
+#: The version that the pinned Meta-World release requires. With any other version it fails, or its physics differ.
 MUJOCO = "3.3.0"
 _INSTALL = (
     "pip install '.[metaworld]' in the checkout of this package, in an environment of its own (Python 3.11 to 3.13)"
 )
-_OURS = [0, 1, 2, 6]  # indices of a Meta-World action's entries in an action of the tabletop suite
+_OURS = [0, 1, 2, 6]  # indices of a Meta-World action's dimensions in an action of the tabletop suite
 
 
 def register_all() -> None:
@@ -62,9 +62,9 @@ class MetaWorldEnv(gym.Env):
         action_repeat: number of Meta-World steps per action; with 4, the control rate is 20 Hz and an episode has at
             most 125 actions.
         convention: "suite", or "lerobot" for the observations of LeRobot's environment with `obs_type`
-            "pixels_agent_pos": "pixels" is the image itself, rendered by Meta-World with shadows, and the state is
-            float64. LeRobot's policies are trained on 480 px and one step per action; set `image_size` and
-            `action_repeat` yourself.
+            "pixels_agent_pos". With "lerobot", "pixels" is a single image, rendered by Meta-World with shadows, and
+            the state is float64. This does not change `image_size` and `action_repeat`; LeRobot's policies are trained
+            with 480 px and one step per action.
         render_mode: None or "rgb_array" (a larger image, for videos).
     """
 
@@ -111,7 +111,7 @@ class MetaWorldEnv(gym.Env):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Start an episode; the seed alone determines the positions and the phrasing of the instruction."""
+        """Start an episode. The seed determines the positions and the phrasing of the instruction."""
         super().reset(seed=seed)
         if seed is not None:
             self._inner.seed(seed)
@@ -127,8 +127,8 @@ class MetaWorldEnv(gym.Env):
         """Repeat one action [4] in [-1, 1] for `action_repeat` steps of 12.5 ms, or until success.
 
         Success terminates the episode. The reward is Meta-World's own (0 to 10) after the last of these steps.
-        `TimeLimit` truncates the episode after 500 actions, Meta-World itself after 500 of its steps (which comes first
-        if actions are repeated).
+        `TimeLimit` truncates the episode after 500 actions. Meta-World truncates it after 500 of its own steps, which
+        is earlier if actions are repeated.
         """
         command = check_action(action, ACTION_NAMES).astype(np.float32)
         if not self._raw.size:
@@ -159,7 +159,7 @@ class MetaWorldEnv(gym.Env):
 
     @property
     def robot(self) -> dict[str, Any]:
-        """The properties of a RobotSpec as plain values; a `None` in "hold" repeats that entry of the last command."""
+        """The properties of a RobotSpec as plain values. None in "hold" repeats the last command of a dimension."""
         return {
             "cameras": list(self.cameras),
             "state_names": list(STATE_NAMES),
@@ -173,7 +173,7 @@ class MetaWorldEnv(gym.Env):
         }
 
     def make_expert(self, noise: float = 0.0, seed: int | None = None) -> MetaWorldExpert:
-        """Meta-World's scripted policy for this task; call its `act` once per `step`."""
+        """Meta-World's scripted policy for this task. Call its `act` once per `step`."""
         policy = self._make_policy()
         return MetaWorldExpert(lambda: np.clip(policy.get_action(self._raw), -1.0, 1.0), noise, seed)
 
@@ -196,7 +196,7 @@ class MetaWorldEnv(gym.Env):
 
 
 class MetaWorldExpert:
-    """A scripted policy with the interface and the noise of the tabletop suite's experts.
+    """A scripted policy with the interface and noise of the experts of the tabletop suite.
 
     `act()` returns the action [4] to execute; `label` is the clean action for the same state. Both are float32 in
     [-1, 1].
@@ -222,20 +222,20 @@ def _load(task: str, image_size: int) -> tuple[Any, Callable[[], Any]]:
     """Meta-World's environment for `task`, configured for the protocol, and the class of its scripted policy."""
     if mujoco.__version__ != MUJOCO:
         raise gym.error.DependencyNotInstalled(
-            f"Meta-World needs mujoco=={MUJOCO}, and {mujoco.__version__} is installed: run {_INSTALL}."
+            f"Meta-World needs mujoco=={MUJOCO}, but {mujoco.__version__} is installed: run {_INSTALL}."
         )
     try:
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS
         from metaworld.policies import ENV_POLICY_MAP
     except ImportError as error:
         raise gym.error.DependencyNotInstalled(f"Meta-World is not installed ({error}): run {_INSTALL}.") from error
-    # Most scripted policies warn at every step that their action will be clipped, which `make_expert` does.
+    # Most scripted policies warn at every step that their action will be clipped. `make_expert` clips it.
     warnings.filterwarnings("ignore", message="Constant.* may be too high", module="metaworld")
     inner = ALL_V3_ENVIRONMENTS[task](render_mode="rgb_array", camera_name=CAMERA, width=image_size, height=image_size)
-    # Show the goal to the expert. Observations are clipped to a cached space that still hides it, so drop that, too.
+    # Show the goal to the expert. Observations are clipped to a cached space that hides it, so also drop this cache.
     inner._partially_observable = False
     inner.__dict__.pop("sawyer_observation_space", None)
-    # Sample positions at every reset, with the generator that `seed` sets, instead of using a list of stored tasks.
+    # Sample positions at every reset with the generator that `seed` seeds, instead of using a list of stored tasks.
     inner._freeze_rand_vec, inner.seeded_rand_vec, inner._set_task_called = False, True, True
     inner.model.cam_pos[inner.model.camera(CAMERA).id] = CAMERA_POS
     return inner, ENV_POLICY_MAP[task]

@@ -1,9 +1,9 @@
-"""Instructions for the Meta-World tasks: one short sentence per task, and paraphrases of it.
+"""Instructions for the Meta-World tasks: a short sentence per task, and paraphrases.
 
 Owns the list of the 50 tasks and their sentences. Does not import Meta-World.
 
-The first training phrase of a task is canonical; the held-out phrase never occurs in training. If tasks share a scene
-(open and close, push and pull, from the top and from the side), every phrase identifies its task.
+The first training phrase of a task is canonical. The held-out phrase never occurs in training. If several tasks have
+the same scene (open and close, push and pull, from the top and from the side), every phrase identifies its task.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Meta-World as a benchmark: task sets, tiers, protocol and published results, as plain data.
 
-Owns these facts. Does not import Meta-World.
+Owns these data. Does not import Meta-World.
 
-`mt50` has all tasks; `mt10` and the two `ml45` sets are Meta-World's own (Yu et al., 2019, arXiv:1910.10897). The four
-tiers `mt50/...` rank tasks by their difficulty for visual policies: Seo et al., "Masked World Models for Visual
-Control" (2022), appendix. TinyVLA, SmolVLA and LeRobot, and the papers that compare with them, use the same 28, 11, 6
-and 5 tasks, 10 episodes per task, and at most 400 or 500 steps.
+`mt50` contains all tasks. `mt10` and the two `ml45` sets are defined by Meta-World (Yu et al., 2019, arXiv:1910.10897).
+The four tiers `mt50/...` group tasks by their difficulty for visual policies (Seo et al., "Masked World Models for
+Visual Control", 2022, appendix). TinyVLA, SmolVLA, LeRobot and papers that compare with them use the same 28, 11, 6 and
+5 tasks, 10 episodes per task, and at most 400 or 500 steps.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _published(
     return {"policy": policy, "average": average, "source": source, "tiers": tiers, "note": note}
 
 
-_SMOLVLA = "arXiv:2506.01844"  # its table of results on Meta-World also has those of earlier policies
+_SMOLVLA = "arXiv:2506.01844"  # its table of Meta-World results includes earlier policies
 
 SUITE: dict[str, Any] = {
     "name": "metaworld",
@@ -60,7 +60,7 @@ SUITE: dict[str, Any] = {
     "whole": "mt50",
     "tiers": ("mt50/easy", "mt50/medium", "mt50/hard", "mt50/very_hard"),
     "episodes": 10,
-    # Success in percent: the mean over the tiers, and per tier where it is published.
+    # Success in percent: the mean over the tiers, and the success per tier if it is published.
     "published": (
         _published("Diffusion Policy", 10.5, _SMOLVLA, (23.1, 10.7, 1.9, 6.1)),
         _published("TinyVLA-H 1.3B", 31.6, _SMOLVLA, (77.6, 21.5, 11.4, 15.8)),

@@ -2,8 +2,8 @@
 
 Owns the motion of the hand. A task combines these primitives in its `plan`.
 
-Every primitive depends only on the current state of the world. Without phases or timers, an expert has the right next
-action in any state: it can relabel states that a policy visited, and it recovers from any disturbance.
+Every primitive depends only on the current state of the world, without phases or timers. An expert can therefore
+compute the next action in any state. It can label the states that a policy visits, and it recovers from disturbances.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from envs.scene import HAND_BOX
 from envs.world import ROTATION, TRANSLATION, World
 
 OPEN, CLOSED = 1.0, -1.0
-_SPEED = 0.7  # maximum action; below 1 so that noise remains distinguishable, and for more frames per motion
+_SPEED = 0.7  # maximum action; below 1, so that noise remains visible and motions have more frames
 _GAIN = 0.3  # fraction of the remaining distance per step near the goal
 _CLEAR = 0.075  # height in metres of the hand above an object's centre at which the fingers clear its neighbours
 
 
 def go(world: World, goal: np.ndarray, grip: float) -> np.ndarray:
-    """Action [7] straight to `goal` [3] metres, at full speed until close; also corrects a tilted wrist."""
+    """Action [7] straight to `goal` [3] metres, at full speed until the hand is close. Also corrects a tilted wrist."""
     action = np.zeros(7)
     action[:3] = np.clip(_GAIN * (goal - world.hand) / TRANSLATION, -_SPEED, _SPEED)
     rpy = world.rpy
@@ -32,7 +32,7 @@ def go(world: World, goal: np.ndarray, grip: float) -> np.ndarray:
 def approach(
     world: World, xy: np.ndarray, low: float, high: float, grip: float, inner: float = 0.010, outer: float = 0.045
 ) -> np.ndarray:
-    """Action [7] that descends on `xy` [2] through a funnel: from height `high` when far to `low` when above `xy`.
+    """Action [7] that descends to `xy` [2] through a funnel, from height `high` far away to `low` above `xy`.
 
     Below the funnel, the hand rises before it moves sideways, so that it does not knock over nearby objects.
     """
@@ -45,23 +45,23 @@ def approach(
 
 
 def between_fingers(world: World, at: np.ndarray) -> bool:
-    """Whether closing the fingers would grasp an object with its centre `at` [3]."""
+    """Whether closing the fingers would grasp an object centred at `at` [3]."""
     dx, dy, dz = np.abs(at - world.hand)
     return bool(dx < 0.014 and dy < 0.02 and dz < 0.014)
 
 
 def pick(world: World, at: np.ndarray, clear: float = _CLEAR) -> np.ndarray:
-    """Action [7] towards grasping an object with its centre `at` [3]."""
+    """Action [7] towards grasping an object centred at `at` [3]."""
     low = max(float(at[2]), HAND_BOX[0, 2])
     if between_fingers(world, at):
         return go(world, np.array([at[0], at[1], low]), CLOSED)
-    # Half-closed fingers would land on top of the object: stay above it until they are wide open.
+    # Half-closed fingers would collide with the object. Stay above it until they are wide open.
     wait = clear * float(np.clip((0.75 - world.opening) / 0.25, 0.0, 1.0))
     return approach(world, at[:2], low + wait, low + clear, OPEN)
 
 
 def carry(world: World, at: np.ndarray, xy: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Action [7] that carries the grasped object with its centre `at` [3] to `xy` [2] at height `low`, in metres."""
+    """Action [7] that carries the grasped object from its centre `at` [3] to `xy` [2] at height `low`, in metres."""
     goal = world.hand[:2] + (xy - at[:2])
     lift = world.hand[2] - at[2]
     return approach(world, goal, low + lift, high + lift, CLOSED, inner=0.012, outer=0.05)

@@ -17,7 +17,7 @@ COLORS: dict[str, tuple[float, float, float]] = {
 }
 SHAPES: tuple[str, ...] = ("cube", "cylinder", "ball")
 
-#: Never on the table in the train split. There are four colours, so that a scene can have four held-out objects.
+#: Pairs that never occur in the train split. Their four colours allow scenes with four held-out objects.
 HELDOUT_PAIRS: tuple[tuple[str, str], ...] = (
     ("red", "cylinder"),
     ("blue", "ball"),

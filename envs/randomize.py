@@ -1,4 +1,4 @@
-"""Domain randomisation of light, table colour, colour shades and camera poses, sampled once per episode.
+"""Domain randomisation of light, table colour, colour shades and camera poses. It is sampled once per episode.
 
 Owns the randomised properties and their ranges. Does not know tasks or positions, and does not change the physics.
 """
@@ -14,7 +14,7 @@ _FIELDS = ("geom_rgba", "light_dir", "light_diffuse", "cam_pos", "cam_quat", "ca
 
 
 def remember(model: mujoco.MjModel) -> dict[str, np.ndarray]:
-    """The neutral appearance of a model, restored at the start of every episode."""
+    """The neutral appearance of a model. It is restored at the start of every episode."""
     look = {name: getattr(model, name).copy() for name in _FIELDS}
     look["ambient"] = np.array(model.vis.headlight.ambient)
     return look
@@ -40,7 +40,7 @@ def draw(rng: np.random.Generator) -> dict[str, Any]:
 
 
 def apply(model: mujoco.MjModel, look: dict[str, Any]) -> None:
-    """Apply an appearance to `model`; call this after setting colours."""
+    """Apply an appearance to `model`. Call this after setting the colours."""
     table = model.geom("table").id
     # One offset per colour, not per geom, so that all parts of an object keep the same colour.
     shades = np.random.default_rng(look["shades"])

@@ -1,4 +1,4 @@
-"""Rendering of MuJoCo models: small, fast images for observations; larger, better ones for videos.
+"""Rendering of MuJoCo models, as small and fast images for observations or larger and better images for videos.
 
 Owns the renderers and the settings that make software GL fast. Does not know the scene.
 """
@@ -16,8 +16,8 @@ import numpy as np
 class Camera:
     """An off-screen renderer for all cameras of a model with the same image size.
 
-    `nice` adds shadows and multisampling, which take 13 times as long as everything else in software GL. `sky` draws
-    the model's skybox.
+    `nice` adds shadows and multisampling; in software GL, they take 13 times as long as the rest. `sky` draws the
+    model's skybox.
     """
 
     def __init__(self, model: mujoco.MjModel, size: int, nice: bool = False, sky: bool = False) -> None:
@@ -33,8 +33,9 @@ class Camera:
                 "On Debian or Ubuntu: apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri, and set MUJOCO_GL=egl; "
                 "or apt-get install libosmesa6 and set MUJOCO_GL=osmesa."
             ) from error
-        #: Frees the GL context, at exit at the latest. This must happen before GL itself is shut down. Exit functions
-        #: run in reverse order of registration, and mujoco registered its own when the renderer was created.
+        #: Frees the GL context, at exit at the latest. This must happen before GL itself is shut down. It does, because
+        #: exit functions run in reverse order of registration, and mujoco registered its own earlier, when the renderer
+        #: was created.
         self.close = weakref.finalize(self, self._renderer.close)
         atexit.register(self.close)
         flags = self._renderer.scene.flags

@@ -1,7 +1,7 @@
 """The base scene: table, light, front camera and the objects on the table.
 
 Owns geometry, friction and colours of the scene that all tasks share. Does not know the robot, the tasks' furniture or
-the layout of an episode. Units are metres; the table top is at z = 0, and the robot is at the origin, facing +x.
+the layout of an episode. Units are metres. The table top is at z = 0, and the robot is at the origin and faces +x.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ HAND_BOX = np.array([[0.25, -0.24, 0.014], [0.66, 0.24, 0.30]])
 OBJECT_BOX = np.array([[0.31, -0.14], [0.59, 0.14]])
 #: Invisible walls that collide with objects only, to keep them within reach: minimum, maximum.
 FENCE = np.array([[0.27, -0.20], [0.63, 0.20]])
-HALF = 0.022  # half the height of every object; all rest at this height
+HALF = 0.022  # half the height of every object, which is the height of its centre at rest
 TABLE_RGBA = (0.80, 0.79, 0.77, 1.0)
 TIMESTEP, SUBSTEPS = 0.005, 10  # 20 Hz
 
@@ -51,7 +51,7 @@ def base_spec() -> mujoco.MjSpec:
     option.timestep = TIMESTEP
     option.integrator = mujoco.mjtIntegrator.mjINT_IMPLICITFAST
     option.cone = mujoco.mjtCone.mjCONE_ELLIPTIC
-    option.impratio = 5  # hard friction, so that grasped objects do not slip out of the fingers
+    option.impratio = 5  # stiff friction, so that grasped objects do not slip out of the fingers
     option.iterations = 30
     option.enableflags |= _MULTICCD  # a cylinder on a cube needs more than one contact
     spec.visual.quality.offsamples = 0  # in software GL, multisampling takes longer than the rest of the scene
@@ -83,7 +83,7 @@ def add_table(spec: mujoco.MjSpec) -> None:
         name="lamp", pos=(0.75, -0.5, 1.6), dir=(-0.2, 0.35, -1.0), castshadow=True, **_DIRECTIONAL,
         diffuse=(0.38, 0.38, 0.38), specular=(0.05, 0.05, 0.05), ambient=(0, 0, 0),
     )  # fmt: skip
-    # Faces the robot, 52 degrees below the horizon, framing the workspace as tightly as perspective allows.
+    # Faces the robot, 52 degrees below the horizon. The workspace fills the image as far as perspective allows.
     down, distance = math.radians(52.0), 0.80
     target = np.array([CENTER[0] - 0.075, 0.0, 0.02])
     pos = target + distance * np.array([math.cos(down), 0, math.sin(down)])
@@ -91,7 +91,7 @@ def add_table(spec: mujoco.MjSpec) -> None:
 
 
 def _facing_robot(down: float) -> np.ndarray:
-    """Quaternion of a camera that looks along -x, `down` radians below the horizon; image right is +y."""
+    """Quaternion of a camera that looks along -x, `down` radians below the horizon. Image right is +y."""
     right = np.array([0.0, 1.0, 0.0])
     back = np.array([math.cos(down), 0.0, math.sin(down)])
     quat = np.empty(4)
@@ -102,8 +102,8 @@ def _facing_robot(down: float) -> np.ndarray:
 def add_objects(spec: mujoco.MjSpec, n: int) -> None:
     """Add `n` free bodies `object0...`; `dress` sets shape and colour at every reset without recompiling.
 
-    Each is compiled as a box that encloses all shapes, so that the bounds of MuJoCo's broad phase stay valid for any
-    shape. The mass and inertia of this box are kept.
+    Each object is compiled as a box that encloses all shapes, so that the bounds of MuJoCo's broad phase are valid for
+    every shape. It always has the mass and inertia of this box.
     """
     contype, conaffinity = OBJECT_BITS
     for i in range(n):
@@ -127,7 +127,7 @@ def dress(model: mujoco.MjModel, i: int, color: str, shape: str) -> None:
 def scatter(rng: np.random.Generator, gaps: np.ndarray, box: np.ndarray = OBJECT_BOX) -> np.ndarray:
     """Draw positions [n, 2] uniformly in `box` such that i and j are at least `gaps[i, j]` metres apart.
 
-    Positions are drawn one after another; if one does not fit after 40 attempts, all are drawn again.
+    Positions are drawn sequentially. If a position does not fit after 40 attempts, all are drawn again.
     """
     n = len(gaps)
     while True:

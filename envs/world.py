@@ -1,4 +1,4 @@
-"""The simulated world: a MuJoCo model and its state, controlled by Cartesian actions.
+"""The simulated world, a MuJoCo model and its state, controlled by Cartesian actions.
 
 Owns physics stepping, the hand's commanded pose, contacts and snapshots. Does not know tasks, instructions, rewards,
 images or Gymnasium.
@@ -18,8 +18,8 @@ from envs.scene import HALF, HAND_BOX, SUBSTEPS, TIMESTEP, add_objects, add_tabl
 TRANSLATION = 0.025  # metres per control step at an action of 1
 ROTATION = 0.15  # radians per control step at an action of 1
 RPY_LIMIT = np.array([0.5, 0.5, 1.5])  # radians
-# Maximum lead of the commanded pose over the actual one before a new action is added: enough to press and push, but
-# too little to wind up against an obstacle.
+# Maximum lead of the commanded pose over the actual pose before a new action is added. It is enough to press and push,
+# but too little to wind up against an obstacle.
 _LEASH = np.array([0.012, 0.012, 0.012, 0.08, 0.08, 0.08])
 _STATE = mujoco.mjtState.mjSTATE_INTEGRATION
 
@@ -52,7 +52,7 @@ class World:
 
     @property
     def rpy(self) -> np.ndarray:
-        """Roll, pitch, yaw [3] of the hand in radians; zero when it points straight down."""
+        """Roll, pitch, yaw [3] of the hand in radians; zero if it points straight down."""
         return matrix_to_rpy(self.data.site_xmat[self._tcp].reshape(3, 3))
 
     @property
@@ -92,10 +92,10 @@ class World:
     # Change -----------------------------------------------------------------------------------------------------
 
     def clear(self, hand: np.ndarray) -> None:
-        """Reset: everything at its compiled pose, gripper open, hand upright at `hand` [3] metres."""
+        """Reset all bodies to their compiled poses, with an open gripper and the upright hand at `hand` [3] metres."""
         mujoco.mj_resetData(self.model, self.data)
         self._target = np.concatenate([hand, np.zeros(3)])
-        # With the base turned towards the hand in the initial guess, the solver always finds the elbow-up branch.
+        # The initial guess turns the base towards the hand. With it, the solver always finds the elbow-up branch.
         start = ELBOW_UP.copy()
         start[0] = np.arctan2(hand[1], hand[0])
         start[5] = -start[0]
@@ -128,16 +128,16 @@ class World:
         ctrl = self.data.ctrl
         ctrl[6] = FINGER_TRAVEL if action[6] >= 0 else 0.0
         for i in range(1, SUBSTEPS + 1):
-            # A straight line in joint space. The velocity term cancels the servo's damping and thus its lag.
+            # Linear interpolation in joint space. The velocity term cancels the servo's damping and therefore its lag.
             ctrl[:6] = before + (self._q - before) * (i / SUBSTEPS) + KV_OVER_KP * velocity
             mujoco.mj_step(self.model, self.data)
         ctrl[:6] = self._q
-        mujoco.mj_forward(self.model, self.data)  # otherwise the kinematics lag one substep behind the state
+        mujoco.mj_forward(self.model, self.data)  # without this call, the kinematics lag one substep behind the state
 
     # Snapshots --------------------------------------------------------------------------------------------------
 
     def get_state(self) -> dict[str, np.ndarray]:
-        """A snapshot of the simulation state; shapes and colours are not part of it."""
+        """A snapshot of the simulation state, without shapes and colours."""
         physics = np.empty(mujoco.mj_stateSize(self.model, _STATE))
         mujoco.mj_getState(self.model, self.data, physics, _STATE)
         return {"physics": physics, "target": self._target.copy(), "q": self._q.copy()}
@@ -148,5 +148,5 @@ class World:
         self._target, self._q = np.array(state["target"]), np.array(state["q"])
         mujoco.mj_setState(self.model, self.data, physics, _STATE)
         mujoco.mj_forward(self.model, self.data)
-        # mj_forward changed the solver's warm start; restore it, so that the simulation repeats bit for bit.
+        # mj_forward changed the solver's warm start. Restore it, so that the simulation is reproducible bit for bit.
         mujoco.mj_setState(self.model, self.data, physics, _STATE)

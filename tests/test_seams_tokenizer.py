@@ -127,9 +127,9 @@ def test_a_malformed_sequence_is_refused():
     tokenizer = build({"name": "hold-last", "horizon": 2, "action_dim": 2, "n_bins": 3})
     assert tokenizer.decode(np.array([0, 2, 3, 3])).tolist() == [[-1, 1], [-1, 1]]
     for ids, place in (([3, 3, 3, 3], 0), ([0, 3, 3, 3], 1), ([0, 2, 3, 1], 3)):
-        with pytest.raises(ValueError, match=rf"may not stand at place {place} of \["):
+        with pytest.raises(ValueError, match=rf"is not allowed at position {place} of \["):
             tokenizer.decode(np.array([[0, 2, 1, 1], ids]))
-    with pytest.raises(ConfigError, match="Unregistered has no name"):
+    with pytest.raises(ConfigError, match="Unregistered is not registered"):
         type("Unregistered", (CoarseFine,), {})(2, 3).to_dict()
 
 

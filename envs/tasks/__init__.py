@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import gymnasium as gym
 
-#: Class name -> (module, max_episode_steps). The limit is about 3.5 times the expert's mean episode length, which
-#: leaves time for nearly all recoveries of the noisy expert.
+#: Class name -> (module, max_episode_steps). The limit is about 3.5 times the expert's mean episode length, which is
+#: enough for nearly all recoveries of the noisy expert.
 _TASKS: dict[str, tuple[str, int]] = {
     "Reach": ("reach", 40),
     "Push": ("push", 90),
@@ -19,7 +19,7 @@ _TASKS: dict[str, tuple[str, int]] = {
     "OpenDrawer": ("open_drawer", 80),
     "CloseDrawer": ("close_drawer", 70),
 }
-#: Not robot tasks but questions about the image, for language grounding; an episode is one step.
+#: Questions about the image instead of robot tasks, for language grounding. An episode is one step.
 _QUESTIONS: dict[str, tuple[str, int]] = {
     name: ("point", 1) for name in ("Point", "PointZone", "PointButton", "PointDrawer")
 }

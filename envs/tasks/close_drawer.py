@@ -27,5 +27,5 @@ class CloseDrawer(DrawerTask):
 
     def plan(self) -> np.ndarray:
         at = self.handle()
-        way = np.array([-self.extension(self.target) - 0.05, 0.0])  # past the end: no slowing down
+        way = np.array([-self.extension(self.target) - 0.05, 0.0])  # past the end, so that the hand does not slow down
         return push(self.world, at, way, _REACH, float(at[2]))

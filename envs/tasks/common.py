@@ -1,6 +1,7 @@
 """Shared code of the object tasks.
 
-Owns the default layout of objects, and which object was acted on. Does not know instructions, furniture or success.
+Owns the default layout of objects, and the detection of the object that was acted on. Does not know instructions,
+furniture or success conditions.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class ObjectTask(TabletopEnv):
         return self.world.gripped(f"object{i}")
 
     def reached(self) -> int:
-        """The grasped object; otherwise the object moved furthest, if by more than 2 cm; otherwise -1."""
+        """The grasped object, else the object that moved furthest if it moved more than 2 cm, else -1."""
         for i in range(self.n_objects):
             if self.in_hand(i):
                 return i

@@ -1,6 +1,7 @@
 """Shared code of the drawer tasks: a cabinet with two drawers that differ in the colour of their handles.
 
-Owns the pose of the cabinet, and which drawer was moved. Does not know whether the task is to open or to close.
+Owns the pose of the cabinet, and the detection of the drawer that moved. Does not know whether the task is to open or
+to close a drawer.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ N_DRAWERS = 2
 
 
 class DrawerTask(TabletopEnv):
-    """The target candidates are the two drawers. One object in a corner, out of the way of drawers and hand, adds a
-    colour to the scene.
+    """A task whose target candidates are the two drawers.
+
+    An object in a corner, out of the way of drawers and hand, adds a colour to the scene.
     """
 
     @property
@@ -58,7 +60,7 @@ class DrawerTask(TabletopEnv):
         return (Thing("drawer", scene["handles"][target]),)
 
     def reached(self) -> int:
-        """The drawer moved furthest, if by more than 1.5 cm; otherwise one whose handle is grasped; otherwise -1."""
+        """The drawer that moved furthest if it moved more than 1.5 cm, else a drawer with a grasped handle, else -1."""
         moved = [abs(self.extension(i) - start) for i, start in enumerate(self.scene["open"])]
         furthest = int(np.argmax(moved))
         if moved[furthest] > 0.015:

@@ -27,6 +27,6 @@ class OpenDrawer(DrawerTask):
     def plan(self) -> np.ndarray:
         at = self.handle()
         if self.world.gripped(f"handle{self.target}"):
-            left = _OPEN + 0.05 - self.extension(self.target)
-            return go(self.world, np.array([self.world.hand[0] + left, at[1], at[2]]), CLOSED)
+            remaining = _OPEN + 0.05 - self.extension(self.target)
+            return go(self.world, np.array([self.world.hand[0] + remaining, at[1], at[2]]), CLOSED)
         return pick(self.world, at)

@@ -20,7 +20,7 @@ _INSIDE = ZONE_RADIUS - 0.010  # maximum distance between the centres in metres
 
 
 class PickPlace(ZoneTask):
-    """Success: the target object rests on the table, released, with its centre well inside the target zone."""
+    """Success: the target object is released and rests on the table, with its centre well inside the target zone."""
 
     task = "pick_place"
 

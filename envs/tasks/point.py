@@ -1,10 +1,11 @@
-"""Point: give the position of the target. Questions about the image, for language grounding.
+"""Point: output the position of the target. These are questions about the image, for language grounding.
 
-Owns the encoding of the answer: the action's translation is the target's position relative to the centre of the
-workspace, with 0.2 m at a value of 1. Nothing moves.
+Owns the encoding of the answer. The action's translation is the target's position relative to the centre of the
+workspace; an action of 1 is 0.2 m. Nothing moves.
 
-In demonstrations of a task the instruction matters only at the beginning, before the hand's motion reveals the target.
-Here every frame depends on it. The position does not depend on the hand, so image and instruction determine the answer.
+In demonstrations of a task, the instruction matters only at the beginning, before the hand's motion reveals the
+target. In these questions, every frame depends on it. The answer does not depend on the hand, so image and instruction
+determine it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _ORIGIN = np.array([*CENTER, 0.0])
 
 
 class Question(TabletopEnv):
-    """Success: the answer is within 2.5 cm of the target. An episode is one step."""
+    """A question. Success: the answer is within 2.5 cm of the target. An episode is one step."""
 
     task = "point"
 
@@ -41,7 +42,7 @@ class Question(TabletopEnv):
         """Positions of the target candidates, [target_candidates, 3] metres."""
 
     def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
-        """Evaluate the answer, an action [7]; only its translation is used."""
+        """Evaluate the answer, an action [7]. Only its translation is used."""
         self._answer: np.ndarray | None = _ORIGIN + REACH * check_action(action, ACTION_NAMES)[:3]
         success = self.success()
         return self._observe(), float(success), success, False, self._info(success)
@@ -54,7 +55,7 @@ class Question(TabletopEnv):
         return self.reached() == self.target
 
     def reached(self) -> int:
-        """The candidate nearest to the answer, if within 2.5 cm; otherwise -1."""
+        """The candidate nearest to the answer if it is within 2.5 cm, else -1."""
         if self._answer is None:
             return -1
         distances = np.linalg.norm(self.places() - self._answer, axis=1)
@@ -68,7 +69,7 @@ class Question(TabletopEnv):
 class Point(Question, ObjectTask):
     """Position of the target object."""
 
-    # Anywhere above the objects, for images with unusual hand poses.
+    # The hand starts anywhere above the objects, for images with unusual hand poses.
     hand_start = ((0.28, -0.20, 0.12), (0.62, 0.20, float(HAND_BOX[1, 2])))
 
     def places(self) -> np.ndarray:

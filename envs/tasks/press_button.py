@@ -1,4 +1,4 @@
-"""PressButton: press the target button, one of several.
+"""PressButton: press the target button.
 
 Owns the layout of the buttons and the success condition. The hand's motion is in `moves`.
 """
@@ -21,7 +21,7 @@ _LOW, _HIGH = BUTTON_TOP - 0.006, BUTTON_TOP + 0.07  # heights of the hand; the 
 
 
 class PressButton(TabletopEnv):
-    """Success: the target button is pressed by more than 60 % of its travel. One object adds a colour to the scene."""
+    """Success: the target button is pressed by more than 60 % of its travel. An object adds a colour to the scene."""
 
     task = "press_button"
 
@@ -51,7 +51,7 @@ class PressButton(TabletopEnv):
         return self._pressed(self.target) > _PRESSED
 
     def reached(self) -> int:
-        """The button pressed furthest, if by more than a quarter of its travel; otherwise -1."""
+        """The button that is pressed furthest if it is pressed by more than a quarter of its travel, else -1."""
         pressed = [self._pressed(i) for i in range(self.choices)]
         furthest = int(np.argmax(pressed))
         return furthest if pressed[furthest] > 0.25 * BUTTON_TRAVEL else -1

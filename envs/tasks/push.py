@@ -49,6 +49,6 @@ class Push(ZoneTask):
     def plan(self) -> np.ndarray:
         at = self.object()
         way = np.array([0.0, self.zone()[1] - at[1]])
-        if abs(way[1]) < 0.002:  # arrived but still moving: keep the direction, with almost no motion
+        if abs(way[1]) < 0.002:  # the object has arrived but still moves: keep the direction, with almost no motion
             way[1] = 0.002 * np.sign(self.zone()[1])
         return push(self.world, at, way, _REACH, HALF)

@@ -10,7 +10,7 @@ import numpy as np
 from envs.moves import OPEN, go
 from envs.tasks.common import ObjectTask
 
-_ABOVE = np.array([0.0, 0.0, 0.035])  # metres from the object's centre, which puts the fingertips just above its top
+_ABOVE = np.array([0.0, 0.0, 0.035])  # metres from the object's centre; the fingertips are then just above its top
 _NEAR = 0.025  # metres
 
 
@@ -23,7 +23,7 @@ class Reach(ObjectTask):
         return self._distance(self.target) < _NEAR and self.world.hand_speed < 0.3
 
     def reached(self) -> int:
-        """The object nearest to the hand, if within 5 cm; otherwise -1."""
+        """The object nearest to the hand if it is within 5 cm, else -1."""
         distances = [self._distance(i) for i in range(self.n_objects)]
         nearest = int(np.argmin(distances))
         return nearest if distances[nearest] < 0.05 else -1

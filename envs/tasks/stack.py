@@ -19,7 +19,7 @@ _STEP = 2 * HALF  # height of an object
 
 
 class Stack(ObjectTask):
-    """Success: the target object rests on the base, released, and both are still. A ball is never the base."""
+    """Success: the target object is released and rests on the base, and neither moves. A ball is never the base."""
 
     task = "stack"
 

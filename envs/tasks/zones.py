@@ -22,7 +22,7 @@ class ZoneTask(ObjectTask):
     """
 
     def zones(self, rng: np.random.Generator, scene: Scene, places: np.ndarray) -> Scene:
-        """Add zones of unused colours at `places` [2, 2] metres to `scene`; each object gets a random target zone."""
+        """Add zones of unused colours at `places` [2, 2] metres to `scene`. Each object has a random target zone."""
         colors = draw_colors(rng, N_ZONES, [thing["color"] for thing in scene["objects"]])
         scene["zones"] = [
             {"color": color, "xy": [float(v) for v in place]} for color, place in zip(colors, places, strict=True)

@@ -162,8 +162,8 @@ def test_flags_and_files_name_the_same_robot(tmp_path, capsys):
     config.dump(parsed, tmp_path / "deploy.yaml")
     assert cli._parse("deploy", cli.VERBS["deploy"], ["--config", str(tmp_path / "deploy.yaml")]) == parsed
     for words, message in (
-        ("--robot {control_hz:5}", "`--adapter.robot {control_hz:5}`; `--robot` takes module:callable"),
-        ("--robot a:B --replay data", "--robot and --replay exclude each other"),
+        ("--robot {control_hz:5}", "`--adapter.robot {control_hz:5}`"),
+        ("--robot a:B --replay data", "--robot and --replay cannot be combined"),
         ("--robot-kwargs {port:3}", "robot_kwargs"),
     ):
         assert cli.main(["deploy", *shlex.split(words)]) == 2

@@ -178,7 +178,7 @@ def test_an_error_keeps_finished_episodes_and_discards_the_rest(tmp_path):
             episode.record(seen[0], actions[0])
             raise KeyboardInterrupt
     assert not list((tmp_path / "set/.partial").glob(".*"))
-    with pytest.raises(DataError, match="not finished"):
+    with pytest.raises(DataError, match="unfinished recording"):
         Demonstrations(tmp_path / "set")
     with pytest.raises(DataError, match="unfinished recording of 1 episodes"):
         DemonstrationWriter(tmp_path / "set", ROBOT)
@@ -209,7 +209,7 @@ def test_a_crash_while_packing_loses_nothing(tmp_path, monkeypatch):
         monkeypatch.setattr(Path, "rename", rename)
     for allowed in (1, 2):
         budget[0] = allowed
-        with pytest.raises(DataError, match="not finished"):
+        with pytest.raises(DataError, match="unfinished recording"):
             Demonstrations(tmp_path / "set")
         with pytest.raises(SystemExit):
             finalise(tmp_path / "set")
@@ -233,7 +233,7 @@ def test_a_full_disk_is_called_one(tmp_path, monkeypatch):
 
 def test_folders_with_something_else_are_left_alone(tmp_path):
     record(tmp_path / "set", (3,))
-    with pytest.raises(DataError, match="already holds a dataset"):
+    with pytest.raises(DataError, match="already contains a dataset"):
         DemonstrationWriter(tmp_path / "set", ROBOT)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos/cat.png").touch()
@@ -245,7 +245,7 @@ def test_folders_with_something_else_are_left_alone(tmp_path):
 def test_what_does_not_fit_the_robot_is_refused(tmp_path):
     state, action = np.zeros(2, np.float32), np.zeros(3)
     good = {"pixels": {"front": draw(state)}, "agent_pos": state}
-    with pytest.raises(DataError, match="no episode was"), DemonstrationWriter(tmp_path / "a", ROBOT) as writer:
+    with pytest.raises(DataError, match="no episode is finished"), DemonstrationWriter(tmp_path / "a", ROBOT) as writer:
         episode = writer.episode()
         with pytest.raises(SpecError, match="expected 3 entries"):
             episode.record(good, np.zeros(2))
@@ -253,10 +253,10 @@ def test_what_does_not_fit_the_robot_is_refused(tmp_path):
             episode.record(good, action * np.nan)
         with pytest.raises(SpecError, match="unknown camera"):
             episode.record({**good, "pixels": {"wrist": draw(state)}}, action)
-        with pytest.raises(DataError, match="without frames"):
+        with pytest.raises(DataError, match="at least one frame"):
             episode.finish(instruction="task")
         episode.record(good, action)
-        with pytest.raises(DataError, match="like the first one"):
+        with pytest.raises(DataError, match="as in the first frame"):
             episode.record({**good, "pixels": {"front": draw(state)[:40]}}, action)
         with pytest.raises(DataError, match="instruction"):
             episode.finish(instruction=" ")

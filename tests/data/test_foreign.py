@@ -163,7 +163,7 @@ def test_frame_numbers_that_do_not_start_at_zero(root):
     ("values", "words"),
     [
         ({"length": 0}, "episode 0 has length 0"),
-        ({"length": 10}, r"its data file has 9 frames\. The recording was cut short"),
+        ({"length": 10}, r"its data file has 9 frames\. The recording was interrupted"),
         ({"length": 8}, r"its data file has 9 frames\. Correct its length"),
         ({"data/file_index": 0.5}, "'data/file_index' must be a whole number >= 0, got 0.5"),
         ({f"videos/{CAMERA}/from_timestamp": float("nan")}, "must be a time in seconds >= 0, got nan"),
@@ -221,8 +221,8 @@ def test_the_instruction_column(root, table):
 @pytest.mark.parametrize(
     ("table", "words"),
     [
-        (tasks(index=(0, 2), task=SAID), "episode 1, frame 0 has task_index 1, .* none for that index"),
-        (tasks(task=["x", None]), "none for that index"),
+        (tasks(index=(0, 2), task=SAID), "episode 1, frame 0 has task_index 1, .* no instruction with that index"),
+        (tasks(task=["x", None]), "no instruction with that index"),
         (tasks(a=SAID, b=SAID), "with 2 text columns"),
         (tasks(index=(0, 0), task=SAID), "task_index 0 has two instructions, 'turn left' and 'turn right'"),
     ],
@@ -258,11 +258,11 @@ def test_numbers_in_any_type(root, column):
 @pytest.mark.parametrize(
     ("column", "words"),
     [
-        (pa.array([["0", "1", "2"]] * 24), "action holds values of type string, not numbers"),
+        (pa.array([["0", "1", "2"]] * 24), "action contains values of type string, not numbers"),
         (pa.array([[[0.0], [1.0], [2.0]]] * 24), "Flatten it to one list per frame"),
         (pa.array([[0.0, 1.0, 1e300]] * 24), r"episode 0, frame 0: action\[gripper\] is inf"),
         (pa.array([None, *[[0.0, 1.0, 2.0]] * 23]), "episode 0, frame 0: action has 0 entries instead of 3"),
-        (pa.array([1.0] * 24), r"one number per frame; meta/info\.json says 3"),
+        (pa.array([1.0] * 24), r"one number per frame, but meta/info\.json has 3"),
     ],
 )
 def test_columns_that_are_not_actions(root, column, words):
@@ -313,10 +313,10 @@ def test_no_path_leads_out_of_the_dataset(root, tmp_path):
     (tmp_path / "secret.png").write_bytes(png(numbered(3)))
     as_images(root, png)
     change_column(root, CAMERA, pa.array([{"bytes": None, "path": "../secret.png"}] * 24))
-    with pytest.raises(DataError, match=r"'\.\./secret\.png' points outside the dataset folder"):
+    with pytest.raises(DataError, match=r"'\.\./secret\.png' is outside the dataset folder"):
         seen(Demonstrations(root))
     change_info(root, data_path="../{chunk_index}/{file_index}.parquet")
-    with pytest.raises(DataError, match="points outside the dataset folder"):
+    with pytest.raises(DataError, match="is outside the dataset folder"):
         Demonstrations(root)
 
 

@@ -23,7 +23,7 @@ def test_a_continued_sample_begins_with_what_was_executed(dataset, robot, monkey
     for frame in (9, 12, 17):  # episodes are nine frames long
         plain, counts = samples[frame], set()
         for _ in range(40):
-            given = samples.continued(frame, rng)
+            given = samples.with_action_prefix(frame, rng)
             count = int((plain.valid & ~given.valid).sum()) if frame < 17 else 1
             counts.add(count)
             np.testing.assert_array_equal(given.chunk[:count], executed[frame : frame + count])

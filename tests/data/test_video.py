@@ -88,7 +88,7 @@ def test_frames_of_another_size_are_refused(tmp_path):
 
 def test_videos_that_do_not_fit_are_not_joined(tmp_path):
     parts = [write(tmp_path / "a.mp4", range(3), 10), write(tmp_path / "b.mp4", range(3), 10, (40, 90))]
-    with pytest.raises(DataError, match="other settings"):
+    with pytest.raises(DataError, match="different encoder settings"):
         concatenate(parts, tmp_path / "joined.mp4", 10)
 
 

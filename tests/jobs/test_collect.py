@@ -96,7 +96,7 @@ def test_an_interruption_does_not_change_the_dataset(noisy, tmp_path, start, how
     assert process.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}[how]
     if how != signal.SIGKILL:
         assert "--resume" in error and "of 12 episodes are finished" in error and "Traceback" not in error
-    with pytest.raises(DataError, match="not finished"):
+    with pytest.raises(DataError, match="unfinished recording"):
         Demonstrations(values.out)
     with pytest.raises(DataError, match="--resume"):
         collect(values)

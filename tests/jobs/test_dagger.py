@@ -163,7 +163,7 @@ def test_an_interruption_does_not_change_the_dataset(mixed, tmp_path, stop_at):
     out = tmp_path / "set"
     with pytest.raises(KeyboardInterrupt):
         rollouts(settings(0.2, kwargs=SOME_FAIL), 1, Wanderer(stop_at), out)
-    with pytest.raises(DataError, match="not finished"):
+    with pytest.raises(DataError, match="unfinished recording"):
         Demonstrations(out)
     assert not list((out / ".partial").glob(".episode-*"))
     assert bool(finished(out / ".partial")) == bool(stop_at)
@@ -209,7 +209,7 @@ def test_the_whole_job_stopped_resumed_and_extended(tmp_path, start_vla):
     process.send_signal(signal.SIGINT)
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and "--resume` continues it" in error and "Traceback" not in error
-    with pytest.raises(ConfigError, match="--resume continues it"):
+    with pytest.raises(ConfigError, match="Continue it with --resume"):
         dagger(tiny(out))
 
     process = start(tiny(out), tmp_path, "--resume", "--compare-bc")
@@ -339,7 +339,7 @@ def test_folders_and_worlds_that_do_not_fit(tmp_path):
     with pytest.raises(SimulatorError, match="no expert"):
         dagger(tiny(tmp_path / "out", env=["toy/Slide-v0"], adapter={"module": "tests.rollout_env"}))
     (tmp_path / "thesis.txt").touch()
-    with pytest.raises(ConfigError, match="something else"):
+    with pytest.raises(ConfigError, match="unrelated files"):
         dagger(tiny(tmp_path))
     configuration.dump(tiny(tmp_path), tmp_path / "dagger.yaml")
     with pytest.raises(ConfigError, match=r"other settings: beta = 0\.5, not 0\.1; seed = 0, not 1"):

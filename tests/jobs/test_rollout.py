@@ -216,7 +216,7 @@ def test_what_a_killed_evaluation_has_left_is_no_obstacle(tmp_path):
         (tmp_path / name).mkdir()
         configuration.dump(job, tmp_path / name / "config.yaml")
     assert rollout(settings(tmp_path / "killed", episodes=1), Slider())["n_episodes_asked"] == 1
-    with pytest.raises(ConfigError, match=r"something else \(config.yaml"):
+    with pytest.raises(ConfigError, match=r"unrelated files \(config.yaml"):
         rollout(settings(tmp_path / "other"), Slider())
 
 

@@ -495,7 +495,7 @@ def test_a_state_under_another_name_is_pointed_out(demos, tmp_path, capsys):
 
 
 def test_mistakes_are_explained_before_anything_is_written(demos, unbroken, tmp_path):
-    with pytest.raises(ConfigError, match="--resume continues it"):
+    with pytest.raises(ConfigError, match="Continue it with --resume"):
         pretrain(small(data=[demos], out=unbroken))
     with pytest.raises(ConfigError, match=r"other settings: learning_rate = .*, not 0\.5"):
         pretrain(small(data=[demos], out=unbroken, resume=True, learning_rate=0.5))

@@ -84,7 +84,7 @@ def test_an_expert_needs_the_folder_of_the_caller(tmp_path):
 @pytest.mark.parametrize(
     ("hosts", "message"),
     [
-        (HostsConfig(address="auto"), "'auto' is for workers in a Ray cluster; add --backend ray"),
+        (HostsConfig(address="auto"), "'auto' requires the backend 'ray': add --backend ray"),
         (HostsConfig(backend="rey"), r"unknown backend 'rey'. Did you mean 'ray'"),
     ],
 )

@@ -44,7 +44,7 @@ def test_checking_writes_nothing(tmp_path):
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_foreign_folder_is_refused_and_left_as_it_is(tmp_path, resume):
     path = holds(tmp_path / "mine", thesis_txt="300 pages", notes_txt="")
-    with pytest.raises(ConfigError, match=r"mine holds something else \(notes.txt\). Choose another --out"):
+    with pytest.raises(ConfigError, match=r"mine contains unrelated files \(notes.txt\). Choose another --out"):
         folder_of(path).claim(resume)
     assert (path / "thesis.txt").read_text() == "300 pages" and not (path / "run.yaml").exists()
     with pytest.raises(ConfigError, match=r"thesis.txt is a file"):
@@ -62,20 +62,20 @@ def test_settings_of_another_job_do_not_pass_for_ones_own(tmp_path):
 def test_unreadable_settings_are_one_clear_message(tmp_path, text):
     path = holds(tmp_path / "run", run_yaml=text)
     for resume in (False, True):
-        with pytest.raises(ConfigError, match=r"holds something else \(run.yaml does not fit this job: (.|\n)*--out"):
+        with pytest.raises(ConfigError, match=r"unrelated files \(run.yaml does not fit this job: (.|\n)*--out"):
             folder_of(path).claim(resume)
     assert (path / "run.yaml").read_text() == text
 
 
 def test_settings_that_are_not_text_are_one_clear_message(tmp_path):
     (tmp_path / "run.yaml").write_bytes(b"\xff\xfe\x80")
-    with pytest.raises(ConfigError, match=r"something else \(run.yaml does not fit this job"):
+    with pytest.raises(ConfigError, match=r"unrelated files \(run.yaml does not fit this job"):
         folder_of(tmp_path).claim(resume=True)
 
 
 def test_an_earlier_run_is_continued_only_when_asked(tmp_path):
     folder_of(tmp_path).claim(resume=False)
-    with pytest.raises(ConfigError, match=r"already holds a run\. --resume continues it; --out names another"):
+    with pytest.raises(ConfigError, match=r"already contains a run\. Continue it with --resume, or choose another"):
         folder_of(tmp_path).claim(resume=False)
     folder_of(tmp_path).claim(resume=True)
 

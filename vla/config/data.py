@@ -21,14 +21,14 @@ class AdapterConfig:
     Attributes:
         module: imported before `gymnasium.make`, so that it can register its ids (the "module" of "module:id").
         kwargs: keyword arguments of `gymnasium.make`, e.g. {image_size: 128}.
-        images: camera name -> dotted path into the observation, e.g. {"top": "pixels"}; empty: every entry of
+        images: camera name -> dotted path in the observation, e.g. {"top": "pixels"}; empty: all images in
             observation["pixels"]. Use the index ("0") for a tuple item, "" for the whole observation and "render()"
             for the image that `env.render()` returns.
         flip: cameras whose images are upside down; they are rotated by 180 degrees.
-        state: dotted paths into the observation, concatenated; empty: a policy without proprioception.
+        state: dotted paths in the observation, concatenated; empty: a policy without proprioception.
         instruction: a fixed instruction; None: info["instruction"] or, if absent, the attribute `task_description`.
-        success: dotted path into `info`; the episode counts as solved while this entry is true (>= 0.5). The entry may
-            be absent until the episode ends.
+        success: dotted path in `info`; the task counts as solved while this value is true (>= 0.5). The value may be
+            absent until the episode ends.
         expert: source of demonstrations: "env" (the environment's own `make_expert`), "random", or "module:callable".
             The callable receives (env, seed) and returns an object with `act() -> action`.
         robot: RobotSpec properties that the environment does not define itself, e.g. {control_hz: 10,
@@ -52,12 +52,12 @@ class AdapterConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HostsConfig:
-    """Where the workers that run environments are. Results do not depend on it.
+    """Where worker processes run the environments. The results do not depend on it.
 
     Attributes:
-        backend: "local": processes of this machine. "ray": actors of a Ray cluster.
-        address: address of the Ray cluster: "auto" (the one that this machine belongs to), "host:port" or
-            "ray://host:port"; None: start one on this machine.
+        backend: "local": processes on this machine. "ray": actors in a Ray cluster.
+        address: address of the Ray cluster: "auto" (the cluster that this machine belongs to), "host:port" or
+            "ray://host:port"; None: start a cluster on this machine.
     """
 
     __pydantic_config__ = STRICT
@@ -66,7 +66,7 @@ class HostsConfig:
 
     def contradiction(self) -> str | None:
         if self.address is not None and self.backend == "local":
-            return f"address {self.address!r} is for workers in a Ray cluster; add --backend ray, or leave it out."
+            return f"address {self.address!r} requires the backend 'ray': add --backend ray, or omit the address."
         return None
 
 
@@ -81,7 +81,7 @@ class CollectConfig:
         seed: first environment seed; episode i uses seed + i.
         noise: strength of the expert's noise (0: no noise); the recorded action is always the clean one.
         noise_share: fraction of episodes with noise.
-        keep: which episodes to write: "success" or "all".
+        keep: episodes to write: "success" (successful episodes only) or "all".
         workers: number of workers; 0: one per core of this machine.
         resume: continue an interrupted collection in `out`.
     """
@@ -101,11 +101,11 @@ class CollectConfig:
 
     def contradiction(self) -> str | None:
         if not self.env:
-            return "env: name at least one environment."
+            return "env must be one or more environment ids."
         if self.noise and self.adapter.expert != "env":
             return (
                 f"noise applies to an environment's own expert only; {self.adapter.expert!r} (adapter.expert) would "
-                "ignore it. Leave noise out, and add noise in that expert instead."
+                "ignore it. Omit noise, and add noise in that expert instead."
             )
         if self.adapter.instruction is not None and not self.adapter.instruction.strip():
             return "adapter.instruction is blank; a demonstration needs an instruction."
@@ -119,7 +119,7 @@ class InspectConfig:
     Attributes:
         data: dataset folder.
         out: folder for the plots and the HTML page; None: `<data>/inspect`.
-        bins: number of action bins whose edges are plotted; None: that of the embedded backbone (63).
+        bins: number of action bins; their edges are plotted. None: the number of the embedded backbone (63).
     """
 
     __pydantic_config__ = STRICT
@@ -130,7 +130,7 @@ class InspectConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReplayConfig:
-    """`vla replay`: replay recorded actions in the environment that they were recorded in, and report success.
+    """`vla replay`: replay recorded actions in the environment of the recording, and report success.
 
     Attributes:
         data: dataset folder.

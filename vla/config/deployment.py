@@ -14,21 +14,21 @@ from vla.config.limits import Count, Finite, NonNegative, Port, Positive, Seed, 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SafetyConfig:
-    """Limits on commands and on the observations that they are based on.
+    """Limits on commands, and requirements on observations.
 
     Commands are also clipped to the range of the policy's training data.
 
     Attributes:
-        max_age_s: hold when the last observation is older than this, in seconds.
-        max_frozen_s: hold when a camera has repeated the same image for longer than this, in seconds; None: never.
-            Real cameras are noisy and never repeat an image; a simulation at rest does.
-        max_change: largest change of an action entry between two commands, as a fraction of its range; None: no limit.
-            Grippers are exempt.
-        max_velocity: limits by action entry, in the entry's unit per second.
-        max_acceleration: limits by action entry, in the entry's unit per second squared.
-        workspace: action entry -> (state entry that it moves, minimum, maximum).
-        max_entropy: hold while the mean entropy of the chunk's tokens is higher than this, in nats; None: never. Places
-            behind the end of a chunk of variable length count as 0.
+        max_age_s: maximum age of an observation in seconds; if the last one is older, the robot holds.
+        max_frozen_s: hold if a camera repeats the same image for longer than this, in seconds; None: never. A real
+            camera is noisy and never repeats an image; a simulation at rest does.
+        max_change: maximum change of an action dimension between two commands, as a fraction of its range; None: no
+            limit. Does not apply to grippers.
+        max_velocity: action name -> limit, in the unit of this dimension per second.
+        max_acceleration: action name -> limit, in the unit of this dimension per second squared.
+        workspace: action name -> (name of the state dimension that it moves, minimum, maximum).
+        max_entropy: hold while the mean entropy of the chunk's tokens is higher than this, in nats; None: never. In
+            chunks of variable length, positions after the end count as 0.
     """
 
     __pydantic_config__ = STRICT
@@ -47,14 +47,16 @@ class ControlConfig:
 
     Attributes:
         hz: commands per second; None: the robot's control rate.
-        transition: from one chunk to the next: "switch" (replace it), "ensemble" (average overlapping chunks), or
-            "prefix" (prefix conditioning: the chunk continues the actions that are executed while it is decoded).
-        prefix_threshold: acceptance threshold for "prefix". An executed action stays in the prefix while its tokens
-            have at least this fraction of the probability of the policy's best token. 0: always, even when the images
-            contradict the plan.
+        transition: how a new chunk takes over: "switch" (replace the last chunk), "ensemble" (average overlapping
+            chunks), or "prefix" (prefix conditioning: the new chunk continues the actions that are executed while it
+            is decoded).
+        prefix_threshold: acceptance threshold for "prefix". An executed action stays in the action prefix as long as
+            each of its tokens has at least this fraction of the probability of the policy's best token. 0: always, even
+            if the images contradict the plan.
         injected_latency_s: extra latency added to each decoding, in seconds, to simulate a remote policy.
-        black_box_s: seconds of history (observations, tokens, commands, timings, reasons) to keep and to write to the
-            result folder after a fault (at most once per this interval) and at the end; 0: no black box.
+        black_box_s: length of the recorded history (observations, tokens, commands, timings, interventions), in
+            seconds. It is written to the result folder after a fault (at most once per this interval) and at the end.
+            0: no black box.
     """
 
     __pydantic_config__ = STRICT
@@ -75,19 +77,19 @@ class DeployConfig:
         policy: the embedded backbone "nano", a run folder, a checkpoint folder, or the address of a `vla serve`
             ("ws://host:8000").
         env: environment id of the simulated robot.
-        replay: a dataset folder: its episodes are replayed in real time instead, and the policy's commands are compared
-            with the demonstrated actions.
-        robot: your own robot instead, as "module:callable"; the callable returns an object with the methods of
-            `vla.control.robot.Robot` (docs/robots.md). Its task is `--instruction`.
+        replay: dataset folder. Instead of simulating a robot, replay its episodes in real time and compare the policy's
+            commands with the demonstrated actions.
+        robot: your own robot, as "module:callable", instead of a simulated one. The callable returns an object with the
+            methods of `vla.control.robot.Robot` (docs/robots.md). Its task is `--instruction`.
         robot_kwargs: keyword arguments of that callable, e.g. {port: /dev/ttyUSB0}.
-        episodes: number of episodes, one after the other; episode i uses seed + i. None: until stopped.
+        episodes: number of episodes; episode i uses seed + i. None: run until stopped.
         seed: seed of the first episode in a simulation.
         seconds: time limit of an episode.
-        out: folder of `deploy.json` and of the black boxes.
-        ui: serve the live page: cameras, instruction, hold and emergency stop.
+        out: output folder, for `deploy.json` and the black boxes.
+        ui: serve the live page with cameras, instruction, hold and emergency stop.
         host: network address of the live page.
         port: port of the live page; 0: any free port.
-        connect_s: how long to wait at the start for a served policy, in seconds.
+        connect_s: timeout for the first connection to a policy server, in seconds.
         n_action_steps: actions executed per chunk; None: the checkpoint's value.
         unnorm_key: dataset whose statistics un-normalise the actions; needed only if the checkpoint has several.
         device: torch device; "auto" chooses one.
@@ -115,17 +117,17 @@ class DeployConfig:
 
     def contradiction(self) -> str | None:
         if self.robot is not None and self.robot.startswith("{"):
-            return f"an environment's properties are `--adapter.robot {self.robot}`; `--robot` takes module:callable."
+            return f"--robot must be module:callable. Properties of an environment are `--adapter.robot {self.robot}`."
         if self.robot is not None and self.replay is not None:
-            return "--robot and --replay exclude each other: choose the robot or the recorded demonstrations."
+            return "--robot and --replay cannot be combined: choose the robot or the recorded demonstrations."
         if self.robot is None and self.robot_kwargs:
-            return "robot_kwargs are arguments of `robot`, which is not given."
+            return "robot_kwargs are the arguments of `robot`: set robot as well, or omit robot_kwargs."
         return None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KeysConfig:
-    """Keys in clients' requests that cannot be inferred. Join the parts of a nested key with "/".
+    """Keys of clients' requests, for keys that cannot be inferred. Join the parts of a nested key with "/".
 
     Attributes:
         images: camera of the policy -> key of its image.
@@ -147,23 +149,23 @@ class ServeConfig:
 
     Attributes:
         policy: the embedded backbone "nano", a run folder or a checkpoint folder.
-        host: address to listen on. By default only this machine can connect; "0.0.0.0" accepts connections from the
-            network.
+        host: address to listen on. By default, only clients on this machine can connect; "0.0.0.0" accepts connections
+            from the network.
         port: port to listen on.
         n_action_steps: actions executed per chunk; None: the checkpoint's value.
         unnorm_key: dataset whose statistics un-normalise the actions; needed only if the checkpoint has several.
         device: torch device; "auto" chooses one.
         decoding: how action tokens are decoded; greedy by default.
-        keys: keys in clients' requests that cannot be inferred.
-        max_batch: maximum number of observations, of different clients, that are decoded together.
-        max_queue: maximum number of waiting requests; further requests are refused.
+        keys: keys of clients' requests, for keys that cannot be inferred.
+        max_batch: maximum number of observations per batch, from different clients.
+        max_queue: maximum number of waiting requests; further requests are rejected.
         max_request_mb: maximum size of a request, in MB.
-        patience_s: time limit for a client to send a complete request, in seconds.
+        patience_s: timeout for receiving a complete request, in seconds.
         certificate: PEM file; enables TLS together with `private_key`.
         private_key: PEM file.
-        tracebacks: send tracebacks to clients, as openpi's own server does; they reveal paths and code. By default a
-            stock OpenVLA client receives "error" only. With `?errors=plain` in the URL
-            (http://host:8000/act?errors=plain) it receives a status code and the reason. The server logs every refusal.
+        tracebacks: send tracebacks to clients, as openpi's own server does; they reveal paths and code. By default, an
+            unmodified OpenVLA client receives only "error". With `?errors=plain` in the URL
+            (http://host:8000/act?errors=plain), it receives a status code and the reason. The server logs every error.
     """
 
     __pydantic_config__ = STRICT
@@ -189,14 +191,14 @@ class ServeConfig:
         if self.decoding.ensemble is not None:
             return (
                 "decoding.ensemble cannot be used with `vla serve`: the server does not know when a client's episode "
-                "begins, so it cannot average chunks. Leave it out."
+                "begins, so it cannot average chunks. Omit it."
             )
         return None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DoctorConfig:
-    """`vla doctor`: find problems with this machine, and how to fix them.
+    """`vla doctor`: find problems of this machine, and print how to fix them.
 
     Attributes:
         out: folder whose disk is checked for free space.

@@ -20,14 +20,14 @@ class DecodingConfig:
         top_k: sample from the k most likely tokens; 0: from all tokens.
         top_p: sample from the most likely tokens whose total probability reaches this value (nucleus sampling).
         num_beams: number of beams in beam search; 1: no beam search.
-        repetition_penalty: divides the positive logits, and multiplies the negative logits, of tokens that already
-            occur in the chunk.
+        repetition_penalty: applies to tokens that already occur in the chunk: positive logits are divided by it,
+            negative logits are multiplied by it.
         frequency_penalty: subtracted from a token's logit for each earlier occurrence in the chunk.
         presence_penalty: subtracted once from the logits of tokens that already occur in the chunk.
-        readout: how an action value is read from a token distribution: "mode" takes the bin centre of the chosen
-            token, "mean" the probability-weighted mean of all bin centres.
+        readout: how an action value is computed from a token distribution: "mode" is the bin centre of the chosen
+            token, "mean" is the probability-weighted mean of all bin centres.
         ensemble: coefficient of temporal ensembling. Overlapping chunks have the weights exp(-coefficient * i), with
-            i = 0 for the oldest. It has an effect only if n_action_steps is less than the horizon. None: no ensembling.
+            i = 0 for the oldest. Requires n_action_steps less than the horizon to have an effect. None: no ensembling.
         max_actions: number of actions to decode, from the start of each chunk; None: all.
         sampling_seed: random seed for token sampling.
     """
@@ -76,7 +76,7 @@ class RolloutConfig:
         n_action_steps: actions executed per chunk; None: the checkpoint's value.
         unnorm_key: dataset whose statistics un-normalise the actions; needed only if the checkpoint has several.
         decoding: how action tokens are decoded; greedy by default.
-        videos: number of videos per environment: this many of the first episodes, and as many of failures.
+        videos: number of videos per environment: this many of the first episodes, and the same number of failures.
         out: report folder.
         compare: another report folder to compare with.
         device: torch device; "auto" chooses one.
@@ -110,7 +110,7 @@ class RolloutConfig:
 class BenchmarkConfig:
     """`vla benchmark <suite>`: evaluate a policy on a benchmark suite with the protocol of its published results.
 
-    Re-running with the same `out` resumes; only `n_envs`, `videos` and `hosts` may differ.
+    Running again with the same `out` resumes the benchmark; only `n_envs`, `videos` and `hosts` may differ.
 
     Attributes:
         suite: "metaworld", a suite that a plugin registers, or "module:attribute" for a suite of your own
@@ -118,15 +118,15 @@ class BenchmarkConfig:
         policy: the embedded backbone "nano", a run folder, a checkpoint folder, or the address of a `vla serve`
             ("ws://host:8000").
         tasks: task sets of the suite (Meta-World: mt50, mt50/easy, mt50/medium, mt50/hard, mt50/very_hard, mt10,
-            ml45-train, ml45-test) or environment ids; none: the set that published averages refer to (mt50).
-        episodes: episodes per task; None: as in published results (Meta-World: 10).
-        seed: first environment seed; episode i of every task uses seed + i. None: the suite's.
+            ml45-train, ml45-test) or environment ids; empty: the set of the published averages (mt50).
+        episodes: episodes per task; None: as in the published results (Meta-World: 10).
+        seed: first environment seed; episode i of every task uses seed + i. None: the seed of the suite.
         n_envs: number of environments of a task that run in parallel.
         n_action_steps: actions executed per chunk; None: the checkpoint's value.
         unnorm_key: dataset whose statistics un-normalise the actions; needed only if the checkpoint has several.
         decoding: how action tokens are decoded; greedy by default.
-        videos: number of videos per task: this many of the first episodes, and as many of failures.
-        out: result folder, with one subfolder per task; None: runs/<name of the suite>-benchmark.
+        videos: number of videos per task: this many of the first episodes, and the same number of failures.
+        out: output folder, with one subfolder per task; None: runs/<name of the suite>-benchmark.
         device: torch device; "auto" chooses one.
     """
 
@@ -149,8 +149,8 @@ class BenchmarkConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExposureConfig:
-    """`vla analyze exposure`: measure exposure bias, the accuracy lost by decoding from the policy's own tokens instead
-    of the demonstrated ones.
+    """`vla analyze exposure`: measure exposure bias, the accuracy lost if each token is conditioned on the policy's own
+    earlier tokens instead of the demonstrated ones.
 
     Attributes:
         policy: the embedded backbone "nano", a run folder or a checkpoint folder.

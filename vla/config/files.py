@@ -1,6 +1,6 @@
 """Strict conversion between YAML files and configurations.
 
-Owns: reading and writing the files, and the errors for invalid ones. It does not know the jobs.
+Owns: reading and writing these files, and the errors for invalid files. It does not know the jobs.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def load(cls: type[Config], path: str | Path) -> Config:
 
 
 def dump(config: Any, path: str | Path) -> None:
-    """Write a configuration atomically as YAML; `load` reads it back as an equal object."""
+    """Write a configuration atomically as YAML. `load` returns an equal object."""
     scratch = Path(path).with_suffix(".partial")
     scratch.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
     scratch.replace(path)

@@ -1,6 +1,7 @@
-"""Configurations as command-line flags, through tyro.
+"""Command-line flags for the fields of configurations, parsed with tyro.
 
-Owns: the names of flags, and where tyro differs from what YAML files accept. It does not know verbs.
+Owns: the names of flags, and the changes to tyro that make flags and YAML files accept the same values. It does not
+know verbs.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from typing import Annotated, Any, Literal, cast, get_type_hints
 
 
 def parse(default: Any, arguments: Sequence[str], prog: str, description: str) -> tuple[Any, list[str]]:
-    """A configuration with the values of flags, and the arguments that are not flags of it.
+    """Parse flags into a configuration. Returns it and the remaining arguments.
 
-    Nested fields are flags without a prefix (`--backbone`). One that shares its name with a field of the configuration
-    itself keeps its prefix (`--adapter.robot` of `vla deploy`). If two nested fields share a name, as where a whole job
-    is nested, every field has its full name (`--train.model.backbone`).
+    The flags of nested fields have no prefix (`--backbone`), except for a nested field with the same name as a
+    top-level field (`--adapter.robot` of `vla deploy`). If two nested fields have the same name, for example because
+    the configuration of another job is nested, all flags use full names (`--train.model.backbone`).
 
     Args:
-        default: the configuration without flags.
+        default: the configuration that the flags override.
     """
     import tyro
 
@@ -30,7 +31,7 @@ def parse(default: Any, arguments: Sequence[str], prog: str, description: str) -
         description=description,
         args=_with_values(cls, arguments),
         default=default,
-        config=(tyro.conf.OmitArgPrefixes,) if _short(cls) else (),
+        config=(tyro.conf.OmitArgPrefixes,) if _unprefixed(cls) else (),
         registry=_type_rules(cls),
         return_unknown_args=True,
     )
@@ -38,7 +39,7 @@ def parse(default: Any, arguments: Sequence[str], prog: str, description: str) -
 
 @functools.cache
 def hints(cls: Any) -> dict[str, Any]:
-    """The types of a configuration's fields. Python evaluates them anew at every call, which takes milliseconds."""
+    """The types of a configuration's fields. Cached, because `get_type_hints` takes milliseconds."""
     hints = get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
@@ -51,20 +52,20 @@ def renamed(cls: Any) -> dict[str, str]:
 
 def names(cls: Any) -> list[str]:
     """The flags of a configuration, as `vla <verb> --help` spells them."""
-    full = _prefixed(cls) if _short(cls) else _fields(cls)
+    full = _prefixed(cls) if _unprefixed(cls) else _fields(cls)
     found = [path if path in full else path.rpartition(".")[2] for path in _fields(cls)]
     return [f"--{name.replace('_', '-')}" for name in found]
 
 
-def _short(cls: Any) -> bool:
-    """Whether no two nested fields of a configuration share a name, so that their flags need no prefix."""
+def _unprefixed(cls: Any) -> bool:
+    """Whether the flags of nested fields need no prefix, because no two nested fields have the same name."""
     prefixed = _prefixed(cls)
     names = [path.rpartition(".")[2] for path in _fields(cls) if path not in prefixed]
     return len(names) == len(set(names))
 
 
 def _prefixed(cls: Any) -> list[str]:
-    """The fields one level down that share their name with a field of the configuration itself."""
+    """Dotted names of the nested fields (one level deep) that have the same name as a top-level field."""
     return [path for path in _fields(cls) if path.count(".") == 1 and path.partition(".")[2] in hints(cls)]
 
 
@@ -77,9 +78,12 @@ def _fields(cls: Any, prefix: str = "") -> list[str]:
 
 
 def _type_rules(cls: Any) -> Any:
-    """What to change in tyro: its help shows an empty list or mapping as nothing instead of "none", it refuses an
-    unknown choice without naming the nearest one, as `config.check` does, it has no flag for a mapping of anything, and
-    it cannot keep the prefix of a single field.
+    """A tyro registry with four changes:
+
+    * The help shows an empty list or mapping as "none".
+    * `config.check` rejects unknown choices instead of tyro, because it suggests the nearest valid one.
+    * A mapping with arbitrary values is a flag.
+    * A single nested field can keep its prefix.
     """
     from tyro.conf import arg
     from tyro.constructors import (
@@ -109,7 +113,7 @@ def _type_rules(cls: Any) -> Any:
             return dataclasses.replace(usual, choices=None, instance_from_str=lambda words: words[0])
         return dataclasses.replace(usual, str_from_instance=lambda value: usual.str_from_instance(value) or ["none"])
 
-    full = _prefixed(cls) if _short(cls) else []
+    full = _prefixed(cls) if _unprefixed(cls) else []
     owners = {kind: name for name, kind in hints(cls).items() if dataclasses.is_dataclass(kind)}
 
     @registry.struct_rule
@@ -148,9 +152,7 @@ def _flow(mapping: dict[str, Any]) -> list[str]:
 
 
 def _with_values(cls: Any, flags: Sequence[str]) -> list[str]:
-    """Add the value to `--x` and `--no-x` for fields `x: bool | None`: tyro supports such switches only for plain
-    booleans.
-    """
+    """Add the value to `--x` and `--no-x` for fields of type `bool | None`; tyro supports switches for `bool` only."""
     written: list[str] = []
     for index, flag in enumerate(flags):
         prefix, _, name = flag.removeprefix("--").replace("_", "-").rpartition(".")

@@ -1,7 +1,8 @@
 """Types with limits, so that a field's valid range is part of its declaration.
 
-Owns: the types, and the message for a value outside its limits. A YAML file is checked when it is read (`files.load`),
-and a whole configuration before its job starts (`check`); both give the same messages. It does not know the jobs.
+Owns: the types, and the messages for values outside their limits. A YAML file is checked when it is read
+(`files.load`). The whole configuration is checked before its job starts (`check`), with the same messages. It does not
+know the jobs.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def check(config: Any) -> None:
 
 
 def explain(cls: Any, error: pydantic.ValidationError) -> list[str]:
-    """One sentence per problem: the field, the valid values and the given value."""
+    """One sentence per problem: the field, the valid values and the invalid value."""
     return [_sentence(cls, problem) for problem in error.errors()]
 
 
@@ -69,7 +70,7 @@ _OUTSIDE = {"greater_than_equal", "greater_than", "less_than_equal", "less_than"
 
 
 def _words(kind: Any) -> str:
-    """The limits of a type in words, e.g. "be between 0 and 1"."""
+    """The limits of a type as text, e.g. "be between 0 and 1"."""
     limits = {type(limit): limit for limit in _without_none(kind).__metadata__}
     low, above = limits.get(Ge), limits.get(Gt)
     high, below = limits.get(Le), limits.get(Lt)

@@ -12,7 +12,7 @@ from vla.config.data import AdapterConfig, HostsConfig
 from vla.config.files import STRICT
 from vla.config.limits import Count, Fraction, Natural, NonNegative, Positive, Quota, Seed, Share
 
-ROUNDS_APART = 10_000  # offset between the first seeds of two DAgger rounds, so that no two episodes share a seed
+ROUNDS_APART = 10_000  # distance between the first seeds of two DAgger rounds, so that no two episodes share a seed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,15 +49,15 @@ class LoraConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Augmentation of training samples. All cameras of a sample share the colour factors; the shift differs.
+    """Augmentation of training samples. All cameras of a sample have the same colour factors, but different shifts.
 
     Attributes:
-        shift: largest random translation, as a fraction of the image side.
-        brightness: half-width of the range of the random factor around 1.
-        contrast: likewise.
-        saturation: likewise.
+        shift: maximum random translation, as a fraction of the image side.
+        brightness: half-width of the range of the random brightness factor around 1.
+        contrast: half-width of the range of the random contrast factor around 1.
+        saturation: half-width of the range of the random saturation factor around 1.
         prefix: fraction of prefix-conditioned samples. In these, the first actions (one to half a chunk) are the
-            executed (noisy) actions instead of the clean labels, and they are masked out of the loss. Needed for
+            executed (noisy) actions instead of the clean labels, and they are masked out of the loss. Required for
             prefix conditioning at deployment (`vla deploy --transition prefix`).
     """
 
@@ -72,23 +72,25 @@ class AugmentConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The policy to train. None: the value of the checkpoint that training starts from, otherwise the default.
+    """The policy to train. If a field is None, it has the value of the checkpoint that training starts from, else the
+    default.
 
     Attributes:
         backbone: "nano" (the embedded backbone; default of `vla train`), "nano-init" (the same, untrained; default of
             `vla pretrain`), "small-init" (a larger, untrained backbone for GPUs), a checkpoint of this package, or a
             folder or hub id of a LLaMA-architecture causal language model.
-        vision: folders or hub ids of SigLIP/DINOv2/CLIP towers, whose features are concatenated; only if `backbone` is
-            a language model.
+        vision: folders or hub ids of SigLIP/DINOv2/CLIP towers. Their features are concatenated. Only valid if
+            `backbone` is a language model.
         cameras: cameras of the dataset to use, in this order; empty: all.
         image_size: side of the square input image in pixels; None: the vision tower's or checkpoint's own size.
         use_state: whether `agent_pos` is an input of the policy; true by default.
         horizon: actions per chunk, H; 8 by default.
         n_action_steps: actions executed before the next chunk is predicted; half the horizon by default.
-        bins: bins per action entry; 255 by default (256 for the tokenizer "openvla").
-        tokenizer: action tokenizer, "uniform" (the default), "quantile", "openvla", or one that a plugin registers.
+        bins: bins per action dimension; 255 by default (256 for the tokenizer "openvla").
+        tokenizer: action tokenizer, "uniform" (the default), "quantile", "openvla", or the name of a tokenizer that a
+            plugin registers.
         normalization: "q01_q99" (the default), "min_max" or "mean_std".
-        prompt: prompt template, see `vla.transforms.prompt`; "plain" by default.
+        prompt: prompt template (see `vla.transforms.prompt`); "plain" by default.
         freeze_vision: do not train the vision tower.
     """
 
@@ -114,14 +116,14 @@ class TrainConfig:
     Attributes:
         data: dataset folders; several are sampled as a weighted mixture.
         weights: sampling weight of each dataset; empty: proportional to its number of frames.
-        unnorm_keys: name under which each dataset's statistics are stored; empty: the folder names. Datasets with the
-            same name share pooled statistics.
+        unnorm_keys: name of the stored statistics of each dataset; empty: the folder names. Datasets with the same name
+            have pooled statistics.
         out: run folder.
         method: "lora" trains adapters, action rows and projector; "full" trains all weights that are not frozen.
         steps: optimizer steps.
         batch_size: samples per forward pass and device; an optimizer step uses `batch_size * grad_accum` per device.
         grad_accum: batches per optimizer step.
-        learning_rate: peak learning rate of AdamW, with a linear warm-up and a cosine decay.
+        learning_rate: peak learning rate of AdamW; linear warm-up, then cosine decay.
         weight_decay: weight decay of AdamW.
         warmup_steps: optimizer steps of the warm-up.
         max_grad_norm: gradients are clipped to this norm; 0: no clipping.
@@ -177,7 +179,10 @@ class TrainConfig:
 
     def contradiction(self) -> str | None:
         if self.weights and (len(self.weights) != len(self.data) or not sum(self.weights) > 0):
-            return f"weights must be one number per dataset, not all 0; got {list(self.weights)} for {len(self.data)}."
+            return (
+                f"weights must be one number per dataset, and not all 0; got {list(self.weights)} for {len(self.data)} "
+                "datasets."
+            )
         if self.unnorm_keys and len(self.unnorm_keys) != len(self.data):
             return f"unnorm_keys must be one name per dataset ({len(self.data)}), got {list(self.unnorm_keys)}."
         if bool(self.rollout_every) != bool(self.rollout_env):
@@ -199,27 +204,27 @@ class DaggerConfig:
         noise_share: fraction of episodes with noise in round 0.
         rounds: maximum number of rounds after round 0.
         trials: evaluation episodes per environment before each round, under the policy alone. The round's rollouts are
-            distributed over the environments in proportion to the failures. 0: no trials, distribute them evenly.
+            distributed over the environments in proportion to the failures. 0: no trials; distribute rollouts evenly.
         episodes: rollouts per round; they are kept whether or not they succeed.
-        intervention: length of an intervention in control steps. From a random decision on, the expert controls the
-            robot and labels this many steps; then the rollout ends. Earlier steps are not labelled. Short
-            interventions cover many more scenes than the same number of labels on whole episodes. None: the expert
-            labels every step.
-        intervention_after: mean number of decisions before an intervention; rollouts that end earlier have no labels.
+        intervention: length of an intervention in control steps. The intervention begins at a random decision. The
+            expert then controls the robot and labels its steps, and the rollout ends. Earlier steps are not labelled.
+            With the same number of labels, short interventions cover many more scenes than whole episodes. None: the
+            expert labels every step.
+        intervention_after: mean number of decisions before an intervention. Rollouts that end earlier have no labels.
         labels: maximum number of labelled frames; no round starts once it is reached. None: no limit.
         target: success rate, 0 to 1, at which to stop.
-        beta: in round k the expert controls the robot with probability beta ** k; 0: never after round 0; 1: always.
-        mixture: how often to choose between expert and policy: at every "decision" of the policy (one choice for all
+        beta: in round k, the expert controls the robot with probability beta ** k. 0: never after round 0; 1: always.
+        mixture: when to choose between expert and policy: at every "decision" of the policy (one choice for all
             executed actions of a chunk), at every "step", or once per "episode".
         seed: first environment seed of round 0; the rollouts of round k start at seed + 10000 * k.
         n_envs: number of environments that run in parallel.
         eval_episodes: episodes per environment of the closed-loop evaluation after each round.
         eval_seed: first environment seed of that evaluation.
-        warm_start: start each round from the last policy; otherwise each round starts from the backbone again.
+        warm_start: start the training of each round from the last policy instead of the backbone.
         finetune_steps: optimizer steps of each round after round 0; None: `train.steps`.
-        compare_bc: finally, also train on demonstrations alone (behaviour cloning) with the same number of labels and
-            optimizer steps, and compare.
-        train: training configuration of each round; its datasets, folders and unnorm_keys are set by this job.
+        compare_bc: finally, also train on demonstrations alone (behaviour cloning), with the same number of labels and
+            optimizer steps, and compare the two policies.
+        train: training configuration of each round. This job sets its datasets, folders and unnorm_keys.
         device: torch device for rollouts and evaluation; "auto" chooses one.
         resume: continue the run in `out`; rounds, labels, target, compare_bc and hosts may differ.
     """
@@ -262,7 +267,7 @@ class DaggerConfig:
             return f"eval_seed must be outside the training seeds, {seeds[0]} to {seeds[-1]}; got {self.eval_seed}."
         for name in ("data", "weights", "unnorm_keys", "out", "resume", "dry_run"):
             if getattr(self.train, name) != getattr(TrainConfig(), name):
-                return f"train.{name} is set by `vla dagger` itself; leave it out."
+                return f"train.{name} is set by `vla dagger` itself; omit it."
         return None
 
 
@@ -274,11 +279,11 @@ class QuickstartConfig:
     Attributes:
         env: environment id of the task.
         demonstrations: successful expert episodes to collect.
-        minutes: training time in minutes; the number of steps follows from the measured speed of this machine.
+        minutes: training time in minutes; the number of steps is derived from the measured speed of this machine.
         min_steps: minimum number of optimizer steps, even on a slow machine.
         episodes: rollouts on unseen seeds, before and after training.
-        out: output folder; finished stages in it are not repeated.
-        fresh: start over.
+        out: output folder; stages that are finished in it are not repeated.
+        fresh: repeat all stages.
     """
 
     __pydantic_config__ = STRICT

@@ -1,7 +1,7 @@
-"""Dataset checks: findings to review before training.
+"""Dataset checks: possible problems to review before training.
 
-Owns: the checks and their thresholds. They use arrays and images only; how findings are displayed is decided elsewhere.
-A finding is a suspicion, not a verdict. It states the observation and its usual cause.
+Owns: the checks and their thresholds. They use arrays and images only. It does not know how findings are displayed. A
+finding is a suspected problem; it states what was measured and the usual cause.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import numpy as np
 
 from vla.data.reader import Demonstrations, Episode
 
-STILL = 2e-3  # changes below this fraction of an entry's range count as no motion
+STILL = 2e-3  # changes below this fraction of a dimension's range count as no motion
 MANY_STILL = 0.25  # fraction of an episode's frames without motion
 LONG_PAUSE = 8  # frames without motion at the start or the end of an episode
-JUMP = 0.25  # a jump exceeds this fraction of an entry's range ...
-JUMP_OVER_USUAL = 8.0  # ... and this multiple of the 99 % quantile of its frame-to-frame changes
-MANY_DUPLICATES = 0.2  # fraction of images that equal the previous one although the robot moved
+JUMP = 0.25  # a jump is larger than this fraction of a dimension's range ...
+JUMP_OVER_USUAL = 8.0  # ... and than this multiple of the 99 % quantile of its frame-to-frame changes
+MANY_DUPLICATES = 0.2  # fraction of images that repeat the previous one although the robot moved
 DARK, FLAT = 8.0, 3.0  # mean and standard deviation (0..255) below which an image is black or uniform
 SHORT, LONG = 0.3, 3.0  # multiples of the median episode length
 
@@ -30,7 +30,7 @@ class Finding:
 
     Attributes:
         what: short name of the kind of finding.
-        detail: the observation and its usual cause.
+        detail: what was measured, and its usual cause.
         episodes: indices of the affected episodes; empty if the finding concerns the whole dataset.
     """
 
@@ -40,8 +40,14 @@ class Finding:
 
 
 def check(demos: Demonstrations) -> list[Finding]:
-    """All findings that need no images; those about the whole dataset come first."""
-    findings = [*_description(demos), *_entries(demos), *_gripper(demos), *_lengths(demos.episodes), *_repeats(demos)]
+    """All findings that need no images. Findings about the whole dataset come first."""
+    findings = [
+        *_description(demos),
+        *_action_ranges(demos),
+        *_gripper(demos),
+        *_lengths(demos.episodes),
+        *_repeats(demos),
+    ]
     found: dict[str, list[tuple[int, str]]] = defaultdict(list)
     moving, usual = moves(demos), _usual_steps(demos)
     for episode in demos.episodes:
@@ -95,16 +101,16 @@ def moves(demos: Demonstrations) -> np.ndarray:
 
 
 def _description(demos: Demonstrations) -> Iterator[Finding]:
-    """Contents that are not read, and files that contradict each other."""
+    """Contents that are not read, and contradictions between files."""
     info = demos.info
     if info.depth:
-        yield Finding("depth", f"{', '.join(info.depth)}: left out; a policy takes RGB images only.")
+        yield Finding("depth", f"{', '.join(info.depth)}: not used, because a policy receives RGB images only.")
     if demos.states is None:
         similar = f" These columns are not read: {', '.join(info.unread)}." if info.unread else ""
-        yield Finding("no state", f"there is no feature observation.state, so a policy gets images only.{similar}")
+        yield Finding("no state", f"there is no feature observation.state, so a policy receives images only.{similar}")
     if others := [name for name in info.splits or {} if name != "train"]:
         yield Finding(
-            "other splits", f"{', '.join(others)}: all episodes are read; training makes its own validation split."
+            "other splits", f"{', '.join(others)}: all episodes are used; training creates its own validation split."
         )
     if demos.unlisted:
         detail = f"{demos.unlisted} frames in the data files belong to episodes that meta/episodes does not list."
@@ -132,15 +138,15 @@ def _description(demos: Demonstrations) -> Iterator[Finding]:
         )
 
 
-def _entries(demos: Demonstrations) -> Iterator[Finding]:
+def _action_ranges(demos: Demonstrations) -> Iterator[Finding]:
     names = np.array(demos.robot.action_names)
     spread = np.ptp(demos.actions, axis=0)
     constant = spread <= 1e-6 * np.maximum(1.0, np.abs(demos.actions).max(0))
     if constant.all():
-        yield Finding("constant actions", "no action entry ever changes. Was the right column recorded?")
+        yield Finding("constant actions", "no action dimension ever changes. Was the right column recorded?")
     elif constant.any():
         yield Finding(
-            "constant entries", f"{', '.join(names[constant])} never move; a policy learns nothing from them."
+            "constant entries", f"{', '.join(names[constant])} never change; a policy learns nothing from them."
         )
     q01, q99 = np.quantile(demos.actions, [0.01, 0.99], axis=0)
     narrow = ~constant & (q99 - q01 <= 1e-6 * spread)
@@ -167,7 +173,7 @@ def _gripper(demos: Demonstrations) -> Iterator[Finding]:
         yield Finding(
             "gripper out of range",
             f"{name} ranges from {values.min():.3g} to {values.max():.3g}, but open is {robot.gripper_open:g} and "
-            f"closed is {robot.gripper_closed:g}. Correct the robot's description in meta/info.json.",
+            f"closed is {robot.gripper_closed:g}. Correct these values in meta/info.json (`robot`).",
         )
     elif np.ptp(values) < 0.6 * (high - low) and np.ptp(values) > 0:
         yield Finding(
@@ -181,8 +187,8 @@ def _gripper(demos: Demonstrations) -> Iterator[Finding]:
     if len(first) >= 5 and first.mean() < 0.2 and opens.any():
         yield Finding(
             "gripper polarity",
-            f"{1 - first.mean():.0%} of the episodes begin with a closed gripper ({name}), given that open is "
-            f"{robot.gripper_open:g}. If they begin with an open one, open and closed are swapped.",
+            f"{1 - first.mean():.0%} of the episodes begin with a closed gripper ({name}) if open is "
+            f"{robot.gripper_open:g}. If the gripper was open, open and closed are swapped in meta/info.json.",
         )
     still = tuple(episode.index for episode in demos.episodes if np.ptp(values[episode.rows]) < 0.05 * (high - low))
     if still and len(still) < len(demos.episodes):
@@ -199,7 +205,7 @@ def _lengths(episodes: Sequence[Episode]) -> Iterator[Finding]:
     median = np.median(lengths)
     for what, odd, why in (
         ("short episodes", lengths < SHORT * median, "a recording that was stopped by mistake"),
-        ("long episodes", lengths > LONG * median, "a pause, or a recording that was not stopped"),
+        ("long episodes", lengths > LONG * median, "a pause, or a recording that was stopped too late"),
     ):
         if odd.any():
             found = tuple(int(episodes[i].index) for i in np.flatnonzero(odd).tolist())
@@ -209,7 +215,7 @@ def _lengths(episodes: Sequence[Episode]) -> Iterator[Finding]:
     failed = tuple(episode.index for episode in episodes if episode.success is False)
     if failed:
         yield Finding(
-            "failures", "recorded as failures. A policy imitates these too; remove them before training.", failed
+            "failures", "recorded as failures. A policy also imitates failures; remove them before training.", failed
         )
     mute = tuple(episode.index for episode in episodes if not episode.instruction.strip())
     if mute:
@@ -235,13 +241,13 @@ def _episode(
     if still > MANY_STILL and episode.length > 4:
         yield (
             "pauses",
-            f"nothing moves in {still:.0%} of the frames. A policy learns to stand still from them; remove them.",
+            f"the robot does not move in {still:.0%} of the frames. Remove these frames, or a policy learns to stop.",
         )
     else:
         lead, tail = _leading(~moving), _leading(~moving[-2::-1])
         if max(lead, tail) >= LONG_PAUSE:
             where = "start" if lead >= tail else "end"
-            yield "pause at an end", f"nothing moves in {max(lead, tail)} frames at the {where}; trim them."
+            yield "pause at an end", f"the robot does not move in {max(lead, tail)} frames at the {where}. Remove them."
     if episode.length < 3:
         return
     names = demos.robot.action_names
@@ -255,18 +261,19 @@ def _episode(
         size = change[frame, entry] / spread[entry]
         yield (
             "jumps",
-            f"{names[entry]} changes by {size:.0%} of its range at frame {frame + 1}. Lost frames, or a wrapped angle?",
+            f"{names[entry]} changes by {size:.0%} of its range at frame {frame + 1}. "
+            "Are frames missing, or does an angle wrap around?",
         )
 
 
 def _usual_steps(demos: Demonstrations) -> np.ndarray:
-    """[D]: 99 % quantile over the dataset of each action entry's absolute frame-to-frame change."""
+    """[D]: 99 % quantile of the absolute frame-to-frame change of each action dimension, over the dataset."""
     steps = [np.abs(np.diff(demos.actions[episode.rows], axis=0)) for episode in demos.episodes if episode.length > 1]
     return np.quantile(np.concatenate(steps), 0.99, axis=0) if steps else np.zeros(demos.robot.action_dim)
 
 
 def _range(values: np.ndarray) -> np.ndarray:
-    """Range of each entry (max - min), at least 1e-9."""
+    """Range of each dimension (max - min), at least 1e-9."""
     return np.maximum(np.ptp(values, axis=0), 1e-9)
 
 

@@ -1,6 +1,6 @@
 """Figures of a dataset: action histograms, camera images and episode lengths.
 
-Owns: the figures of `vla inspect`. Where they are saved is decided elsewhere.
+Owns: the figures of `vla inspect`. It does not know where they are saved.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from vla.transforms.normalize import Normalizer
 MOMENTS = ("start", "25 %", "50 %", "75 %", "end")
 _BARS = 61
 _COLUMNS = 4
-_FEW = 40  # bins; with fewer than this, single edges are visible in a small chart
+_FEW = 40  # bins; with fewer bins, single edges are visible in a small chart
 _COMB = 6  # points; height of the bin-edge ticks below a chart
 
 
 def action_histograms(demos: Demonstrations, normalizer: Normalizer, bins: int) -> Figure:
-    """One histogram per action entry that moves, with the tokenizer's bin edges below and clipped values in colour."""
+    """One histogram per action dimension that moves, with clipped values in colour and the bin edges below."""
     names = demos.robot.action_names
     edges = normalizer.unnormalize(np.linspace(-1, 1, bins + 1)[:, None].repeat(len(names), 1))
     moving = np.flatnonzero(~normalizer.constant)

@@ -1,14 +1,14 @@
 """The LeRobotDataset v3 layout: file paths, `meta/info.json`, and the features that describe a robot.
 
-Owns: the paths, the `Info` record, the features of datasets written by this package, and the RobotSpec derived from a
-dataset. It does not know how frames are encoded, nor how a whole dataset is read or written.
+Owns: the paths, the `Info` record, the features of datasets that this package writes, and the RobotSpec of a dataset.
+It does not know how frames are encoded, or how a whole dataset is read or written.
 
     meta/info.json                                      features, frame rate, counts
     meta/stats.json                                     statistics over all frames
     meta/tasks.parquet                                  instruction -> task_index
     meta/episodes/chunk-000/file-000.parquet            one row per episode: location of its frames
     data/chunk-000/file-000.parquet                     one row per frame, many episodes per file
-    videos/<camera key>/chunk-000/file-000.mp4          many episodes per file, one after the other
+    videos/<camera key>/chunk-000/file-000.mp4          many episodes per file, concatenated
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ EPISODES = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 DATA = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 
-#: Staging folder for the episodes of an unfinished recording. A folder that has it but no `meta` is not a dataset yet.
+#: Staging folder for the episodes of an unfinished recording. A folder without `meta` is not a dataset yet.
 STAGING = ".partial"
 
-#: The configuration that the dataset was collected with, stored next to it.
+#: The configuration of the job that collected the dataset, stored in its folder.
 PLAN = "collect.yaml"
 
 ACTION = "action"
@@ -105,14 +105,14 @@ class Info:
         for key, feature in info.features.items():
             _check_feature(path, key, feature)
         if ACTION not in info.features:
-            raise DataError(f"{path}: there is no feature {ACTION!r} to learn. Features: {', '.join(info.features)}.")
+            raise DataError(f"{path}: there is no feature {ACTION!r}. Features: {', '.join(info.features)}.")
         place = {"chunk_index": 0, "file_index": 0}
         fill(root, info.data_path, **place)
         if len({fill(root, info.video_template, video_key=key, **place) for key in info.video_keys}) < len(
             info.video_keys
         ):
             raise DataError(
-                f"{path}: video_path {info.video_path!r} names the same file for all cameras. Put {{video_key}} in it."
+                f"{path}: video_path {info.video_path!r} is the same file for all cameras. Add {{video_key}} to it."
             )
         return info
 
@@ -238,7 +238,8 @@ def is_image(feature: Mapping[str, Any]) -> bool:
 
 
 def fill(root: Path, template: str, **place: Any) -> Path:
-    """The file for a path template of `meta/info.json`. DataError if it needs other fields or points outside `root`."""
+    """The file for a path template of `meta/info.json`. DataError if the template has unknown fields or if the path is
+    outside `root`."""
     try:
         path = template.format(**place)
     except (KeyError, IndexError, ValueError, AttributeError) as error:
@@ -250,10 +251,10 @@ def fill(root: Path, template: str, **place: Any) -> Path:
 
 
 def inside(root: Path, path: str) -> Path:
-    """`path` below `root`. DataError if it points elsewhere. Symbolic links are allowed: the Hub's cache uses them."""
+    """`root / path`. DataError if it is outside `root`. Symbolic links are allowed, as in the Hub's cache."""
     pure = PurePosixPath(path)
     if ".." in pure.parts or (pure.is_absolute() and not pure.is_relative_to(root.absolute())):
-        raise DataError(f"{root}: the path {path!r} points outside the dataset folder, so it is not read.")
+        raise DataError(f"{root}: the path {path!r} is outside the dataset folder, so it is not read.")
     return root / path
 
 
@@ -286,7 +287,7 @@ def _check_feature(path: Path, key: str, feature: Any) -> None:
     if is_image(feature) and len(shape) not in (2, 3):
         raise DataError(f"{path}: the shape of camera {key!r} must be [height, width, channels], got {shape}.")
     if is_image(feature) and ("/" in key or "\\" in key):
-        raise DataError(f"{path}: camera {key!r} must not have a slash in its name. Rename it there and in `videos`.")
+        raise DataError(f"{path}: camera name {key!r} must not contain a slash. Rename it there and in `videos`.")
 
 
 def _declares_depth(feature: Mapping[str, Any]) -> bool:
@@ -300,7 +301,7 @@ def _declares_depth(feature: Mapping[str, Any]) -> bool:
 
 
 def _names(feature: Mapping[str, Any], what: str) -> tuple[str, ...]:
-    """One name per entry. LeRobot's recorders write a list, {"motors": [...]}, {name: position}, or no names."""
+    """One name per dimension. LeRobot's recorders write a list, {"motors": [...]}, {name: position} or nothing."""
     shape = list(feature["shape"]) or [1]
     if len(shape) != 1:
         raise DataError(f"{INFO}: {what} must be a vector; its shape is {shape}. Flatten it before training.")
@@ -332,20 +333,20 @@ def _check_version(root: Path, values: Mapping[str, Any]) -> None:
 def _no_dataset(root: Path) -> str:
     if (root / STAGING).is_dir():
         return (
-            f"{root} holds a recording that was not finished, so it cannot be read yet. "
-            "Continue it: run the command that started it again with `--resume`."
+            f"{root} contains an unfinished recording, which cannot be read yet. "
+            "To continue it, run the same command again with `--resume`."
         )
     if not root.is_dir():
         near = sorted(path.parent.parent.name for path in root.parent.glob("*/" + INFO)) if root.parent.is_dir() else []
         close = difflib.get_close_matches(root.name, near, n=1, cutoff=0.5)
         hint = f" Did you mean {close[0]!r}?" if close else ""
-        beside = f" Datasets beside it: {', '.join(map(repr, near))}." if near else ""
+        beside = f" Datasets in {root.parent}: {', '.join(map(repr, near))}." if near else ""
         return f"there is no folder {root}.{hint}{beside}"
     inside = [path.relative_to(root).parent.parent for path in sorted(root.glob("*/" + INFO))[:3]]
     if inside:
-        return f"{root} is a folder of datasets; name one of them, e.g. {root / inside[0]}."
+        return f"{root} is a folder of datasets; choose one of them, e.g. {root / inside[0]}."
     content = ", ".join(sorted(path.name for path in root.iterdir())[:8]) or "nothing"
     return (
-        f"{root} is not a LeRobotDataset {VERSION}: it has no {INFO} (it has: {content}). "
-        "Name the folder that contains `meta`, `data` and `videos`; other formats must be converted with LeRobot first."
+        f"{root} is not a LeRobotDataset {VERSION}: it has no {INFO} (it contains {content}). "
+        "Pass the folder that contains `meta`, `data` and `videos`; convert other formats with LeRobot first."
     )

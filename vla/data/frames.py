@@ -1,6 +1,6 @@
 """Reading the images of episodes, from videos or from data files.
 
-Owns: the mapping from an episode to its image files, and sequential decoding: if episodes are read in order, each file
+Owns: the mapping from an episode to its image files, and sequential decoding. If episodes are read in order, each file
 is decoded once. It does not know states, actions or instructions.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from vla.data import format as v3
-from vla.data.tables import CUT_SHORT, integers, open_table, plain, read_table
+from vla.data.tables import TRUNCATED, integers, open_table, plain, read_table
 from vla.data.video import DEPTH_FLAG, VideoReader
 from vla.errors import DataError
 
@@ -23,7 +23,7 @@ Row = Mapping[str, Any]  # a row of meta/episodes
 
 
 class FrameStore:
-    """The images of the dataset at `root`. Keeps one open video, or one data file's images, per camera."""
+    """The images of the dataset at `root`. Per camera, it keeps one video open, or the images of one data file."""
 
     def __init__(self, root: Path, info: v3.Info) -> None:
         self.root, self.info = root, info
@@ -41,7 +41,7 @@ class FrameStore:
         """An episode's images in order, uint8 RGB [height, width, 3]. DataError if the files do not contain them.
 
         Args:
-            steps: time of each frame, in frames since the start of the episode [length].
+            steps: times of the frames [length], in frames since the start of the episode.
         """
         key = self.info.cameras[camera]
         source = self._from_video(row, key, steps) if key in self.info.video_keys else self._from_table(row, key)
@@ -50,12 +50,12 @@ class FrameStore:
             if image.shape[:2] != expected:
                 raise DataError(
                     f"{self.root}: episode {row['episode_index']}, frame {step}, camera {camera!r}: the image is "
-                    f"{list(image.shape[:2])}, but {v3.INFO} says {list(expected)}. Correct the shape in {v3.INFO}."
+                    f"{list(image.shape[:2])}, but {v3.INFO} has {list(expected)}. Correct the shape in {v3.INFO}."
                 )
             yield image
 
     def check_span(self, row: Row, steps: np.ndarray) -> None:
-        """Raise DataError if the episode's last frame lies beyond the episode's segment of a video."""
+        """Raise DataError if the last frame of the episode is after the end of its video segment."""
         last = int(steps[-1])
         for key in self.info.video_keys:
             start, end = (row.get(f"videos/{key}/{name}") for name in ("from_timestamp", "to_timestamp"))
@@ -67,7 +67,7 @@ class FrameStore:
                 )
 
     def hidden_depth(self, row: Row) -> list[str]:
-        """Feature keys of single-channel cameras whose images are depth but are not declared as such."""
+        """Feature keys of single-channel cameras with depth images that are not declared as depth."""
         return [key for key in self.info.cameras.values() if self.info.channels(key) == 1 and self._is_depth(row, key)]
 
     def _is_depth(self, row: Row, key: str) -> bool:
@@ -125,14 +125,14 @@ class FrameStore:
         first, last = np.searchsorted(episode, [index, index + 1])
         if last - first != row["length"]:
             raise DataError(
-                f"{path} has {last - first} images {key!r} of episode {index} instead of {row['length']}. {CUT_SHORT}"
+                f"{path} has {last - first} images {key!r} of episode {index} instead of {row['length']}. {TRUNCATED}"
             )
         for step, stored in enumerate(images.slice(first, last - first)):
             what = f"{path}: episode {index}, frame {step}, {key!r}"
             yield self._decode(stored.as_py(), what)
 
     def _decode(self, stored: Any, what: str) -> np.ndarray:
-        """Decode an image to uint8 RGB. It may be stored with an alpha channel, in greyscale or with a palette."""
+        """Decode an image to uint8 RGB. The stored image may be RGBA, greyscale or have a palette."""
         data = np.frombuffer(self._bytes(stored, what), np.uint8)
         image = cv2.imdecode(data, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
         if image is not None and image.dtype != np.uint8:

@@ -1,8 +1,8 @@
 """Packing the staged episodes of a recording into a LeRobotDataset v3, atomically.
 
 Owns: the conversion of staged episodes into the files of the format. All files are first written inside the staging
-folder. `meta` is moved out last, by one rename, and a folder without `meta` is not a dataset. A process killed before
-that rename leaves the staged episodes unchanged. It does not know how episodes are recorded (see `writer`).
+folder. `meta` is moved out last, by one rename, and a folder without `meta` is not a dataset. If the process is killed
+before that rename, the staged episodes are unchanged. It does not know how episodes are recorded (see `writer`).
 
 Each data file has one row group per episode, so that reading a single episode is cheap.
 """
@@ -30,7 +30,7 @@ _MB = 1024 * 1024
 
 
 def vector_column(values: np.ndarray) -> pa.Array:
-    """float32 [N, D] as a column of lists of length D, or of plain numbers if D = 1 (LeRobot's convention)."""
+    """float32 [N, D] as a column of lists of length D, or of single numbers if D = 1 (LeRobot's convention)."""
     flat = pa.array(np.ascontiguousarray(values, np.float32).ravel())
     return flat if values.shape[1] == 1 else pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
 
@@ -47,7 +47,7 @@ def finalise(root: Path, numbers: Sequence[int] | None = None, robot_type: str |
     staging = root / v3.STAGING
     numbers = finished(staging) if numbers is None else sorted(numbers)
     if not numbers:
-        raise DataError(f"{root}: no episode was finished, so there is no dataset to write.")
+        raise DataError(f"{root}: no episode is finished, so no dataset can be written.")
     folders = [staging / EPISODE.format(number) for number in numbers]
     packed = staging / ".packed"
     shutil.rmtree(packed, ignore_errors=True)
@@ -72,8 +72,8 @@ class _Packing:
             for key in ("robot", "image_shapes"):
                 if about[key] != first[key]:
                     raise DataError(
-                        f"{folder.name} and {folders[0].name} were recorded with different {key}, so they cannot share "
-                        f"a dataset: {about[key]} and {first[key]}."
+                        f"{folder.name} and {folders[0].name} cannot be in the same dataset: their {key} differ, "
+                        f"{about[key]} and {first[key]}."
                     )
         self.robot = RobotSpec.from_dict(first["robot"])
         self.shapes = {camera: (shape[0], shape[1]) for camera, shape in first["image_shapes"].items()}
@@ -103,7 +103,7 @@ class _Packing:
         v3.write_json(self.out / v3.INFO, info.to_dict())
 
     def _data(self) -> list[pa.Table]:
-        """Write the data files. Returns the table of each episode."""
+        """Write the data files. Returns one table per episode."""
         tables: list[pa.Table] = []
         start, files = 0, _Files(v3.Info.data_files_size_in_mb)
         writer: Any = None
@@ -174,7 +174,7 @@ class _Packing:
             for (row, part), count in zip(members, counts, strict=True):
                 if count != row["length"]:
                     raise DataError(
-                        f"{part} holds {count} frames instead of {row['length']}. "
+                        f"{part} has {count} frames instead of {row['length']}. "
                         f"Remove {part.parent} and record that episode again."
                     )
                 row[f"videos/{key}/from_timestamp"] = start / fps
@@ -203,7 +203,7 @@ class _Packing:
         v3.write_json(self.out / v3.STATS, stats)
 
     def _tasks(self) -> None:
-        """Write the instructions so that pandas loads them as a data frame indexed by "task", as LeRobot does."""
+        """Write the instructions as a table that pandas loads as a data frame with the index "task", as in LeRobot."""
         table = pa.table({"task_index": pa.array(range(len(self.tasks)), pa.int64()), "task": self.tasks})
         columns = [("task_index", "int64", "int64"), ("task", "unicode", "object")]
         pandas = {
@@ -252,8 +252,8 @@ def _numbers(table: pa.Table, key: str) -> np.ndarray:
 
 
 def _episode_schema(row: dict[str, Any]) -> pa.Schema:
-    """Column types of meta/episodes. They do not depend on the values: seeds may be missing, and statistics may be
-    whole numbers."""
+    """Column types of meta/episodes. They must not depend on the values, because seeds may be missing and statistics
+    may be whole numbers."""
     fixed = {"env_id": pa.string(), "seed": pa.int64(), "success": pa.bool_(), "noise": pa.float64()}
     fields = []
     for key, value in row.items():

@@ -1,7 +1,7 @@
-"""Reading demonstrations from a LeRobotDataset v3: validated once, then available as arrays and image iterators.
+"""Reading demonstrations from a LeRobotDataset v3, as arrays and image iterators.
 
-Owns: the view of a dataset that the rest of the package uses, independent of the recorder. It does not know how samples
-are drawn or used. Cameras have short names: "front" for `observation.images.front`.
+Owns: the validated view of a dataset that the rest of the package uses, independent of the recorder. It does not know
+how samples are drawn or used. Cameras have short names: "front" for `observation.images.front`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Episode:
 
 
 class Demonstrations:
-    """All episodes of a dataset, with N frames, D action entries and S state entries in total.
+    """All episodes of a dataset, with N frames in total, action dimension D and state dimension S.
 
     Attributes:
         root: the dataset folder.
@@ -71,10 +71,9 @@ class Demonstrations:
         task_index: int64 [N], index into `tasks`.
         steps: int64 [N], time of each frame, in frames since the start of its episode. It exceeds the frame's position
             in the episode if earlier frames were removed.
-        timing: why the timestamps are unusable, as text; "" if they are valid. If unusable, images are not looked up by
-            time.
+        timing: the reason if the timestamps are unusable (images are then not looked up by time), else "".
         renamed: episodes whose instructions differ between meta/episodes and meta/tasks.parquet.
-        unlisted: number of frames in the data files whose episodes meta/episodes does not list; they are ignored.
+        unlisted: number of frames of episodes that meta/episodes does not list; they are ignored.
     Raises:
         DataError: there is no dataset, its version is not supported, files are missing or damaged, or values cannot be
             used for training.
@@ -91,7 +90,7 @@ class Demonstrations:
         self._store = FrameStore(self.root, self.info)
         for path in self._store.files(self._rows):
             if not path.is_file():
-                raise DataError(f"{path} is missing. {tables.CUT_SHORT}")
+                raise DataError(f"{path} is missing. {tables.TRUNCATED}")
 
         paths = list(dict.fromkeys(map(self._store.data_path, self._rows)))
         wanted = {v3.ACTION: self.robot.action_names}
@@ -119,7 +118,7 @@ class Demonstrations:
         if len(bad := np.flatnonzero(~np.isin(frames.task, list(tasks)))):
             raise DataError(
                 f"{self.root}: {tables.locate(self._rows, bad[0])} has task_index {frames.task[bad[0]]}, but "
-                f"{v3.TASKS} has {len(tasks)} instructions and none for that index. Copy the dataset again."
+                f"{v3.TASKS} has no instruction with that index ({len(tasks)} instructions). Copy the dataset again."
             )
         self.episodes = [self._episode(row, frames.success) for row in self._rows]
         self.renamed = tuple(
@@ -142,7 +141,7 @@ class Demonstrations:
     def frames(self, episode: int, camera: str) -> Iterator[np.ndarray]:
         """All images of an episode in order, uint8 RGB [height, width, 3].
 
-        Reading episodes in order is fastest: each video file is then decoded once, front to back.
+        Reading episodes in order is fastest, because each video file is then decoded once.
 
         Args:
             episode: the episode index.
@@ -156,7 +155,7 @@ class Demonstrations:
         if row is None:
             last = self.episodes[-1].index
             raise DataError(
-                f"{self.root} has no episode {episode}; its episodes go from {self.episodes[0].index} to {last}."
+                f"{self.root} has no episode {episode}; its episodes are {self.episodes[0].index} to {last}."
             )
         yield from self._store.frames(row, camera, self.steps[row["start"] : row["start"] + row["length"]])
 

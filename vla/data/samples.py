@@ -1,9 +1,9 @@
 """Raw training samples: the observation at one frame and the action chunk that follows.
 
-Owns: the frame cache (decoded and resized once, memory-mapped), the split into training and validation episodes, and
-the map from a draw number to a sample. A sample is a pure function of (seed, draw), and samplers are stateless. A
-resumed run therefore draws the same samples as an uninterrupted one, for any number of workers and devices. It does not
-know tokens or tensors.
+Owns: the cache of decoded and resized frames, the split into training and validation episodes, and the map from a draw
+number to a sample. A sample is a pure function of (seed, draw), and samplers are stateless. A resumed run therefore
+draws the same samples as an uninterrupted one, for any number of workers and devices. It does not know tokens or
+tensors.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Sample:
         images: uint8 [C, S, S, 3], one image per camera.
         state: float32 [S'], in the robot's units; empty without proprioception.
         chunk: float32 [H, D], in the robot's units; the last action is repeated past the end of the episode.
-        valid: bool [H], the actions to learn. False past the end of the episode and for a given action prefix.
+        valid: bool [H], the actions to learn. False past the end of the episode and in the action prefix.
         instruction: the instruction of the demonstration.
         source: index of the dataset in the mixture.
     """
@@ -50,11 +50,11 @@ def cached_frames(demos: Demonstrations, cameras: Sequence[str], size: int) -> n
     """All frames of `cameras`, uint8 [N, C, size, size, 3]. They are decoded on the first call and cached.
 
     The array is loaded into memory if the copies of all processes on this machine (LOCAL_WORLD_SIZE, set by `accelerate
-    launch`) fit into half of the available memory. Otherwise it is memory-mapped, which is slower: random reads from
-    disk take longer than training (docs/log.md). The first process decodes; the others wait for it.
+    launch`) fit into half of the available memory. Otherwise it is memory-mapped, which is slower, because random reads
+    from disk take longer than training (docs/log.md). One process decodes while all other processes wait for it.
 
-    The cache is stored in `<dataset>/.cache`, or in the system's temporary folder if that is not writable. Its name
-    contains the dataset's fingerprint, so a stale cache is never used for changed data.
+    The cache is stored in `<dataset>/.cache`, or in the system's temporary folder if the dataset is not writable. Its
+    name contains the dataset's fingerprint. If the data change, the cache is therefore not used again.
     """
     name = f"frames-{demos.fingerprint[:16]}-{'-'.join(cameras)}-{size}.npy"
     folder = demos.root / ".cache"
@@ -104,8 +104,8 @@ def _decode(demos: Demonstrations, cameras: Sequence[str], size: int, path: Path
 
 
 def split_episodes(demos: Demonstrations, val_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split by episode into (training, validation) frame indices. With two or more episodes, each side gets at least
-    one, unless `val_fraction` is 0."""
+    """Split by episode into (training, validation) frame indices. With two or more episodes, each set has at least one
+    episode, unless `val_fraction` is 0."""
     count = len(demos.episodes)
     n_val = 0 if count < 2 or val_fraction <= 0 else min(count - 1, max(1, round(val_fraction * count)))
     held_out = set(np.random.default_rng(seed).permutation(count)[:n_val].tolist())
@@ -139,7 +139,7 @@ class ChunkSamples:
             source=self.source,
         )
 
-    def continued(self, frame: int, rng: np.random.Generator) -> Sample:
+    def with_action_prefix(self, frame: int, rng: np.random.Generator) -> Sample:
         """A prefix-conditioned sample at `frame`, as when actions are executed while the next chunk is decoded.
 
         The first k actions, with k uniform in 1..max(1, H // 2), are the executed ones and are masked out of the loss.
@@ -177,7 +177,7 @@ class Mixture:
         augmentation: AugmentConfig | None,
     ) -> None:
         if any(not len(indices) for indices in frames):
-            raise DataError("a dataset has no training frames left after the validation split.")
+            raise DataError("a dataset has no training frames after the validation split.")
         sizes = np.array([len(indices) for indices in frames], float)
         shares = sizes if not weights else np.asarray(weights, float)
         if len(shares) != len(sources) or (shares < 0).any() or not shares.sum() > 0:
@@ -197,5 +197,5 @@ class Mixture:
         if self._augmentation is None:
             return self._sources[source][frame]
         samples, share = self._sources[source], self._augmentation.prefix
-        sample = samples.continued(frame, rng) if share and rng.random() < share else samples[frame]
+        sample = samples.with_action_prefix(frame, rng) if share and rng.random() < share else samples[frame]
         return dataclasses.replace(sample, images=augment(sample.images, self._augmentation, rng))

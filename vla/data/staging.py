@@ -1,7 +1,7 @@
-"""The staging folder, which holds the finished episodes of an incomplete recording.
+"""The staging folder, which contains the finished episodes of an incomplete recording.
 
-Owns: `<dataset>/.partial`, the check whether a folder may be recorded into, and the error for a full disk. It does not
-know the contents of an episode, nor the dataset format.
+Owns: `<dataset>/.partial`, the check whether a recording may use a folder, and the error for a full disk. It does not
+know the contents of an episode or the dataset format.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def open_staging(root: Path, resume: bool) -> Path:
     """Create or clean the staging folder of `root` and return it.
 
     Raises:
-        DataError: `root` holds a finished dataset or unrelated files, or an unfinished recording without `resume`.
+        DataError: `root` contains a finished dataset, unrelated files or, without `resume`, an unfinished recording.
     """
     staging = root / STAGING
     check_staging(root, resume)
@@ -41,11 +41,11 @@ def check_staging(root: Path, resume: bool) -> None:
     """Raise the errors of `open_staging` without writing anything."""
     staging = root / STAGING
     if (root / INFO).is_file():
-        raise DataError(f"{root} already holds a dataset. Choose another folder, or remove this one.")
+        raise DataError(f"{root} already contains a dataset. Choose another folder, or remove this one.")
     if staging.is_dir():
         if not resume:
             raise DataError(
-                f"{root} holds an unfinished recording of {len(finished(staging))} episodes. "
+                f"{root} contains an unfinished recording of {len(finished(staging))} episodes. "
                 "Continue it with `--resume`, or remove the folder."
             )
     elif root.exists() and (not root.is_dir() or any(root.iterdir())):
@@ -61,7 +61,7 @@ def drop_staging(root: Path) -> None:
 
 @contextlib.contextmanager
 def guard_disk(place: Path) -> Iterator[None]:
-    """Turn a disk-full error into a DataError that says which data is safe."""
+    """Convert a disk-full error into a DataError that states which data are safe."""
     try:
         yield
     except OSError as error:

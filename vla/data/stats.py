@@ -1,8 +1,8 @@
 """Feature statistics with LeRobot's names and shapes.
 
-Owns: min, max, mean, std, count and exact quantiles of vectors and images. It does not know files. LeRobot estimates
-dataset quantiles from histograms and averages; these are exact over the given values. Action normalisation does not use
-them; it has its own statistics in `vla.transforms.normalize`.
+Owns: min, max, mean, std, count and quantiles of vectors and images. It does not know files. The quantiles are exact,
+whereas LeRobot estimates those of a dataset from histograms and averages. Action normalisation does not use these
+statistics; it has its own in `vla.transforms.normalize`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def vector_stats(values: np.ndarray) -> dict[str, list[Any]]:
 def histogram(image: np.ndarray) -> np.ndarray:
     """Histogram int64 [3, 256] of the values in each channel of `image`, uint8 [H, W, 3].
 
-    The sum of the histograms of several frames is their joint histogram, and all statistics follow exactly from it.
+    The sum of the histograms of several frames is their joint histogram. All statistics are computed from it exactly.
     """
     pixels = image[::STRIDE, ::STRIDE].reshape(-1, 3).astype(np.int64)
     return np.bincount((pixels + np.arange(3) * 256).ravel(), minlength=3 * 256).reshape(3, 256)

@@ -1,7 +1,7 @@
 """Reading the parquet files of a LeRobotDataset v3 and checking that they are consistent.
 
-Owns: instructions, episode rows and frame columns, and the errors for files that are missing, damaged or contradictory,
-or whose values cannot be used for training. It does not know images, nor what the columns are used for.
+Owns: instructions, episode rows and frame columns, and the errors for missing, damaged or contradictory files and for
+values that cannot be used for training. It does not know images, or the use of the columns.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ import pyarrow.parquet as pq
 from vla.data import format as v3
 from vla.errors import DataError
 
-CUT_SHORT = "The recording was cut short, or the copy is incomplete."
+TRUNCATED = "The recording was interrupted, or the copy is incomplete."
 
 TIME = "timestamp"
-OFF_GRID = 0.4  # frames; a timestamp farther than this from a multiple of 1 / fps is ambiguous
-OTHER_RATE = 1.25  # if the frame spacing differs from 1 / fps by more than this factor, fps is wrong
+OFF_GRID = 0.4  # frames; a timestamp that is farther than this from a multiple of 1 / fps is ambiguous
+OTHER_RATE = 1.25  # if the frame interval differs from 1 / fps by more than this factor, fps is wrong
 KEYS = ("episode_index", "frame_index", "task_index")
 
 Row = dict[str, Any]  # a row of meta/episodes without statistics; `start` is the episode's first row in the frame table
 
 
 def read_tasks(root: Path) -> dict[int, str]:
-    """Task index -> instruction, in ascending order of the index. Tasks without an instruction are left out."""
+    """Task index -> instruction, in ascending order of the index. Tasks without an instruction are omitted."""
     path = root / v3.TASKS
     table = read_table(path)
     column = _instruction_column(path, table)
@@ -49,8 +49,8 @@ def read_tasks(root: Path) -> dict[int, str]:
 
 
 def _instruction_column(path: Path, table: pa.Table) -> str:
-    """Name of the column with the instructions. They are the index of a pandas data frame: the index that the metadata
-    names, else a column with one of the usual index names, else the only text column."""
+    """Name of the column with the instructions, which are the index of a pandas data frame. It is the index in the
+    pandas metadata, else a column with one of the usual index names, else the only text column."""
     text = [field.name for field in table.schema if _is_text(field.type) and field.name != "task_index"]
     try:
         index = [name for name in table.schema.pandas_metadata["index_columns"] if name in text]
@@ -64,7 +64,7 @@ def _instruction_column(path: Path, table: pa.Table) -> str:
 
 
 def read_episodes(root: Path, info: v3.Info, video_keys: Sequence[str]) -> list[Row]:
-    """The rows of meta/episodes in ascending order, with all fields that the reader needs checked."""
+    """The rows of meta/episodes in ascending order. All fields that the reader needs are checked."""
     folder = root / "meta/episodes"
     rows: list[Row] = []
     for path in sorted(folder.glob("*/*.parquet")):
@@ -74,7 +74,7 @@ def read_episodes(root: Path, info: v3.Info, video_keys: Sequence[str]) -> list[
         raise DataError(f"{root} is empty: it has no episodes. Record some first.")
     if len(rows) != info.total_episodes:
         raise DataError(
-            f"{root}: {v3.INFO} counts {info.total_episodes!r} episodes, meta/episodes lists {len(rows)}. {CUT_SHORT}"
+            f"{root}: {v3.INFO} counts {info.total_episodes!r} episodes, meta/episodes lists {len(rows)}. {TRUNCATED}"
         )
     whole = ["episode_index", "length", "data/chunk_index", "data/file_index"]
     whole += [f"videos/{key}/{name}" for key in video_keys for name in ("chunk_index", "file_index")]
@@ -100,7 +100,7 @@ def read_episodes(root: Path, info: v3.Info, video_keys: Sequence[str]) -> list[
         row["start"] = start
         start += row["length"]
     if start < 2:
-        raise DataError(f"{root} has {start} frame in all, too little to learn from. Record whole episodes.")
+        raise DataError(f"{root} has {start} frame in total, which is too few for training. Record complete episodes.")
     return rows
 
 
@@ -113,7 +113,7 @@ class Frames:
         time: float64 [N], seconds since the start of the episode; None if any file lacks this column.
         success: float64 [N], NaN if unknown; None if any file lacks this column.
         vectors: column -> float32 [N, D].
-        unlisted: number of rows that belong to episodes not listed in meta/episodes.
+        unlisted: number of rows of episodes that meta/episodes does not list.
     """
 
     task: np.ndarray
@@ -130,7 +130,7 @@ def read_frames(root: Path, paths: Sequence[Path], rows: Sequence[Row], wanted: 
         root: the dataset folder, for error messages.
         paths: the data files.
         rows: the rows of meta/episodes.
-        wanted: the vector columns to read: column -> names of its entries.
+        wanted: the vector columns to read: column -> names of its dimensions.
     Raises:
         DataError: a column is missing or has the wrong type, frames are missing, or values are not finite.
     """
@@ -165,7 +165,7 @@ def read_frames(root: Path, paths: Sequence[Path], rows: Sequence[Row], wanted: 
 
 
 def _rows_of(root: Path, rows: Sequence[Row], episode: np.ndarray, frame: np.ndarray) -> np.ndarray:
-    """Row indices of the listed episodes' frames, in order. DataError if a count is not the listed length."""
+    """Row indices of the listed episodes' frames, in order. DataError if an episode does not have its listed length."""
     order = np.lexsort((frame, episode))
     indices = np.array([row["episode_index"] for row in rows])
     first, last = (np.searchsorted(episode[order], indices, side) for side in ("left", "right"))
@@ -173,7 +173,7 @@ def _rows_of(root: Path, rows: Sequence[Row], episode: np.ndarray, frame: np.nda
     for row, begin, end in zip(rows, first, last, strict=True):
         part = order[begin:end]
         if len(part) != row["length"]:
-            why = CUT_SHORT if len(part) < row["length"] else "Correct its length, or copy the dataset again."
+            why = TRUNCATED if len(part) < row["length"] else "Correct its length, or copy the dataset again."
             raise DataError(
                 f"{root}: episode {row['episode_index']} should have frames 0 to {row['length'] - 1}; its data file "
                 f"has {len(part)} frames. {why}"
@@ -190,15 +190,15 @@ def _rows_of(root: Path, rows: Sequence[Row], episode: np.ndarray, frame: np.nda
 def frame_steps(rows: Sequence[Row], time: np.ndarray | None, fps: float) -> tuple[np.ndarray, str]:
     """Time of each frame, in frames since the start of its episode: int64 [N], ascending within an episode.
 
-    The steps are not 0, 1, 2, ... if frames were removed from the tables but not from the video.
+    The steps are 0, 1, 2, ... unless frames were removed from the tables but not from the video.
 
     Args:
         rows: the rows of meta/episodes.
         time: seconds since the start of the episode [N]; None if there are no timestamps.
         fps: frames per second of the dataset.
     Returns:
-        The steps, and a text with the reason if the timestamps are unusable, else "". Without usable timestamps the
-        steps are 0, 1, 2, ...
+        The steps, and the reason if the timestamps are unusable, else "". Without usable timestamps, the steps are
+        0, 1, 2, ...
     Raises:
         DataError: the timestamps contradict `fps`.
     """
@@ -234,7 +234,7 @@ def integers(path: Path, table: pa.Table, name: str) -> np.ndarray:
 
 
 def numbers(path: Path, table: pa.Table, name: str, entries: Sequence[str], dtype: type = np.float32) -> np.ndarray:
-    """A column as [N, len(entries)], from lists of any Arrow type, or from plain numbers if there is one entry.
+    """A column as [N, len(entries)], from lists of any Arrow type, or from single numbers if there is one entry.
 
     Missing numbers become NaN.
 
@@ -250,7 +250,7 @@ def numbers(path: Path, table: pa.Table, name: str, entries: Sequence[str], dtyp
                 raise DataError(_other_size(path, table, name, entries, lengths, done, int(bad[0])))
             chunk = chunk.flatten()
         elif size != 1:
-            raise DataError(f"{path}: {name} is one number per frame; {v3.INFO} says {size}. Correct the shape there.")
+            raise DataError(f"{path}: {name} is one number per frame, but {v3.INFO} has {size}. Correct {v3.INFO}.")
         chunks.append(_cast(path, name, chunk, dtype).reshape(-1, size))
         done += len(chunks[-1])
     return np.concatenate(chunks)
@@ -261,7 +261,7 @@ def _other_size(
 ) -> str:
     """Error message for row `bad` of a chunk of lists that starts at row `done`: its length is not len(entries)."""
     if (lengths == lengths[0]).all():
-        return f"{path}: {name} has {lengths[0]} entries; {v3.INFO} says {len(entries)}. Correct it there."
+        return f"{path}: {name} has {lengths[0]} entries, but {v3.INFO} has {len(entries)}. Correct the shape there."
     at = f"row {done + bad}"
     if name not in KEYS:
         episode, frame = (integers(path, table, key)[done + bad] for key in KEYS[:2])
@@ -278,7 +278,7 @@ def _cast(path: Path, name: str, values: pa.Array, dtype: type) -> np.ndarray:
         values = values.cast(pa.float64())
     elif not (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
         nested = " Flatten it to one list per frame." if is_list(kind) else ""
-        raise DataError(f"{path}: {name} holds values of type {kind}, not numbers.{nested}")
+        raise DataError(f"{path}: {name} contains values of type {kind}, not numbers.{nested}")
     with np.errstate(over="ignore"):  # an overflow becomes inf, which is rejected later, by name
         array: np.ndarray = values.to_numpy(zero_copy_only=False).astype(dtype)
     return array
@@ -326,9 +326,9 @@ def open_table(path: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path)
     except FileNotFoundError:
-        raise DataError(f"{path} is missing. {CUT_SHORT}") from None
+        raise DataError(f"{path} is missing. {TRUNCATED}") from None
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path} is not a complete parquet file ({error}). {CUT_SHORT}") from None
+        raise DataError(f"{path} is not a complete parquet file ({error}). {TRUNCATED}") from None
 
 
 def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:

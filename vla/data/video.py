@@ -38,12 +38,12 @@ _OPTIONS = {
 # FFmpeg scaler flags: bicubic, accurate rounding, full chroma. The defaults darken every channel by one level.
 _ACCURATE = 0x4 | 0x40000 | 0x2000
 _SCALER_BT601 = 5
-_BT601, _STUDIO_RANGE = 6, 1  # written into the stream, because a decoder that has to guess them shifts the colours
+_BT601, _STUDIO_RANGE = 6, 1  # stored in the stream; without them, decoders guess and may shift the colours
 
 # If the target frame is at most this many frames ahead, decoding up to it is cheaper than seeking.
 _NEAR = 2 * KEY_FRAME_EVERY
 _SAME = 1e-4  # seconds; timestamps closer than this are equal (LeRobot's tolerance)
-_ANOTHER = 0.4  # frames; a frame farther than this from the requested time is a different frame
+_ANOTHER = 0.4  # frames; a frame that is farther than this from the requested time is a different frame
 
 #: Marks a depth feature in `meta/info.json`.
 DEPTH_FLAG = '"info": {"is_depth_map": true}'
@@ -57,7 +57,7 @@ class VideoWriter:
         # 4:2:0 halves the chroma resolution, so both sides must be even.
         self._pixel_format = "yuv420p" if height % 2 == 0 and width % 2 == 0 else "yuv444p"
         self._time_base = 1 / _rate(fps)
-        self._reformatter = VideoReformatter()  # reused: creating one costs ten times a conversion
+        self._reformatter = VideoReformatter()  # reused, because creating one takes ten times as long as a conversion
         # PyAV's stubs type every stream as a union of all kinds; here it is always video.
         self._container: Any = av.open(str(path), "w", format="mp4")
         stream: Any = self._container.add_stream(CODEC, rate=_rate(fps), options=_OPTIONS)
@@ -75,7 +75,7 @@ class VideoWriter:
         """Append a frame, uint8 [height, width, 3]. DataError for any other size or type."""
         if image.shape != self.shape or image.dtype != np.uint8:
             raise DataError(
-                f"frame {self.frames} of {self.path.stem!r}: expected uint8 {list(self.shape)} like the first one, "
+                f"frame {self.frames} of {self.path.stem!r}: expected uint8 {list(self.shape)} as in the first frame, "
                 f"got {image.dtype} {list(image.shape)}."
             )
         rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
@@ -96,10 +96,10 @@ class VideoWriter:
 
 
 class VideoReader:
-    """Reads frames of a video file by time. Sequential reads decode each frame once; jumps seek to a key frame.
+    """Reads frames of a video file by time. Sequential reads decode each frame once. Other reads seek to a key frame.
 
-    All codecs of the installed PyAV are supported. Images are rotated as the file specifies (as phones do). Frames are
-    identified by their timestamps, so the file's own frame rate may differ from `fps` or be missing.
+    All codecs of the installed PyAV are supported. Images are rotated as specified in the file (usual for phones).
+    Frames are identified by their timestamps, so the file's own frame rate may differ from `fps` or be missing.
 
     Args:
         path: the video file.
@@ -112,7 +112,7 @@ class VideoReader:
             self._container: Any = av.open(str(path))
             self._stream: Any = self._container.streams.best("video")
             if self._stream is None:
-                raise DataError(f"{path} has no video stream: it is not a video, or it was cut short.")
+                raise DataError(f"{path} has no video stream: it is not a video, or it is truncated.")
             if self._stream.codec_context is None:
                 raise DataError(f"{path} cannot be decoded: FFmpeg does not know its codec. Encode it as H.264.")
             self._stream.thread_type = "AUTO"
@@ -131,7 +131,7 @@ class VideoReader:
 
     @functools.cached_property
     def is_depth(self) -> bool:
-        """Whether pixels have one channel with more than 8 bits, which means distance rather than a grey value."""
+        """Whether pixels have one channel with more than 8 bits, which is a distance and not a grey value."""
         components = self._stream.codec_context.format.components
         return len(components) == 1 and components[0].bits > 8
 
@@ -156,7 +156,7 @@ class VideoReader:
             if self.is_depth:
                 raise DataError(f"{self.path} is a depth video, not RGB. Declare it in meta/info.json: {DEPTH_FLAG}.")
             rgb = self._reformatter.reformat(frame, format="rgb24", interpolation=_ACCURATE)
-            return self._turned(frame, rgb.to_ndarray())
+            return self._as_displayed(frame, rgb.to_ndarray())
 
     def close(self) -> None:
         self._container.close()
@@ -183,15 +183,15 @@ class VideoReader:
 
     def _missing(self, frame: Any, seconds: float) -> str:
         if frame is None:
-            return f"{self.path} has no frames: it is damaged or was cut short. Copy it again."
+            return f"{self.path} has no frames: it is damaged or truncated. Copy it again."
         if frame.time < seconds and frame is self._last:
-            return f"{self.path} ends before {seconds:.3f} s, at {frame.time:.3f} s: it was cut short. Copy it again."
+            return f"{self.path} ends before {seconds:.3f} s, at {frame.time:.3f} s: it is truncated. Copy it again."
         return (
             f"{self.path} has no frame at {seconds:.3f} s; the nearest is at {frame.time:.3f} s. "
             f"Encode it at {self._fps:g} frames per second, starting at 0 s, or copy it again."
         )
 
-    def _turned(self, frame: Any, image: np.ndarray) -> np.ndarray:
+    def _as_displayed(self, frame: Any, image: np.ndarray) -> np.ndarray:
         """The image as video players show it: rotated and mirrored by the file's display matrix, if it has one."""
         matrix = frame.side_data.get("DISPLAYMATRIX")
         if matrix is None:
@@ -232,7 +232,7 @@ def concatenate(parts: Sequence[Path], path: Path, fps: float) -> list[int]:
                     stream = out.add_stream_from_template(source)
                     stream.time_base, first_header = source.time_base, header(source)
                 elif header(source) != first_header:
-                    raise DataError(f"{part} was encoded with other settings than {parts[0]}; they cannot be joined.")
+                    raise DataError(f"{part} and {parts[0]} have different encoder settings; they cannot be joined.")
                 step = round(1 / (_rate(fps) * source.time_base))
                 count = 0
                 for packet in container.demux(source):
@@ -279,12 +279,12 @@ def _rate(fps: float) -> Fraction:
 
 @contextlib.contextmanager
 def _errors(path: Path) -> Iterator[None]:
-    """Turn FFmpeg's errors into a DataError that names the file and the likely reason."""
+    """Convert FFmpeg's errors into a DataError that names the file and the likely reason."""
     try:
         yield
     except FileNotFoundError:
-        raise DataError(f"{path} is missing: copy the dataset again, with its videos.") from None
+        raise DataError(f"{path} is missing. Copy the dataset again, with its videos.") from None
     except (av.FFmpegError, EOFError, IndexError) as error:
         if getattr(error, "errno", None) == errno.ENOSPC:  # a full disk while writing: the input is fine
             raise
-        raise DataError(f"{path} cannot be decoded ({error}): it is damaged or was cut short. Copy it again.") from None
+        raise DataError(f"{path} cannot be decoded ({error}): it is damaged or truncated. Copy it again.") from None

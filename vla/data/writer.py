@@ -1,4 +1,4 @@
-"""Recording demonstrations. Finished episodes are never lost, and unfinished ones are never read.
+"""Recording demonstrations. Finished episodes are never lost, and unfinished episodes are never read.
 
 Owns: turning observations and actions into staged episodes. Each finished episode is one folder in the staging folder,
 published by a rename:
@@ -7,9 +7,9 @@ published by a rename:
     .partial/episode-000012/frames.parquet   states, actions, success per frame
     .partial/episode-000012/<camera>.mp4
 
-A process killed at any moment leaves only complete episodes. `finalise` (see `packing`) packs them into a
-LeRobotDataset v3. Several processes may record in parallel. This module does not know the dataset format, nor where
-episodes come from.
+If the process is killed, the staging folder contains only complete episodes. `finalise` (see `packing`) packs them into
+a LeRobotDataset v3. Several processes may record in parallel. This module does not know the dataset format, or the
+source of the episodes.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _COUNT_EVERY = 8
 class DemonstrationWriter:
     """Records episodes into the folder `root`. Leaving the context without an error packs them into a dataset.
 
-    After an error or a kill, the finished episodes stay in `root`, and `resume=True` continues the recording.
+    If the recording fails or the process is killed, the finished episodes stay in `root`, and `resume=True` continues.
 
     >>> with DemonstrationWriter("datasets/mine", robot) as writer:                        # doctest: +SKIP
     ...     with writer.episode() as episode:
@@ -50,10 +50,10 @@ class DemonstrationWriter:
     Args:
         root: the dataset folder.
         robot: the robot that is recorded.
-        executed_actions: store the executed action with every frame, besides `action`, the label to learn.
+        executed_actions: store the executed action with every frame, in addition to `action`, the label to learn.
         resume: continue an unfinished recording.
     Raises:
-        DataError: `root` holds unrelated files, a finished dataset, or (without `resume`) an unfinished recording.
+        DataError: `root` contains unrelated files, a finished dataset or, without `resume`, an unfinished recording.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class DemonstrationWriter:
         return finished(self.staging)
 
     def episode(self, number: int | None = None) -> EpisodeRecorder:
-        """A recorder for the episode `number`; None records the next number."""
+        """A recorder for the episode `number`; None: the next number."""
         if number is None:
             number = max(self.finished, default=-1) + 1
         return EpisodeRecorder(self.staging, number, self.robot, executed_actions=self.executed_actions)
@@ -131,7 +131,7 @@ class EpisodeRecorder:
     def record(
         self, observation: Observation, action: np.ndarray, *, executed_action: np.ndarray | None = None
     ) -> None:
-        """Append a frame. Call it before the action is executed, as an environment may reuse the observation's arrays.
+        """Append a frame. Call it before executing the action: an environment may reuse the observation's arrays.
 
         Args:
             observation: the observation before the action.
@@ -142,7 +142,7 @@ class EpisodeRecorder:
         self.robot.check_action(action)
         if self.executed_actions != (executed_action is not None):
             raise SpecError(
-                "pass `executed_action` with every frame if `executed_actions` is set, and never otherwise."
+                "`executed_action` is required for every frame if `executed_actions` is set, and not allowed otherwise."
             )
         if executed_action is not None:
             self.robot.check_action(executed_action)
@@ -172,7 +172,7 @@ class EpisodeRecorder:
         success: bool | None = None,
         noise: float = 0.0,
     ) -> int:
-        """Complete the episode and return its length. From then on, a killed process does not lose it.
+        """Complete the episode and return its length. It is not lost if the process is killed later.
 
         Args:
             instruction: the task instruction.
@@ -182,9 +182,9 @@ class EpisodeRecorder:
             noise: strength of the expert's action noise.
         """
         if not self._actions:
-            raise DataError("an episode without frames cannot be recorded.")
+            raise DataError("an episode needs at least one frame; call `record` first.")
         if not instruction.strip():
-            raise DataError("an episode needs an instruction; this one is empty.")
+            raise DataError("an episode needs an instruction, got an empty one.")
         columns = {ACTION: vector_column(np.stack(self._actions)), SUCCESS: pa.array(self._success)}
         if self._states:
             columns[STATE] = vector_column(np.stack(self._states))

@@ -256,7 +256,7 @@ def _check(config: RolloutConfig) -> None:
         raise ConfigError(f"{config.out} already holds a rollout report. Choose another --out, or give --overwrite.")
     foreign = folder.entries() - {folder.settings, results.FILE, report.FILE, VIDEOS}
     if foreign:
-        raise folder.holds_something_else(min(foreign))
+        raise folder.unrelated_files(min(foreign))
     if not (config.out / results.FILE).is_file():
         folder.read_settings()  # a rollout that was killed leaves its own; other jobs also write a config.yaml
 

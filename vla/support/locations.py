@@ -1,4 +1,4 @@
-"""Distinguishes the names of policies and models: folders, hub ids and server addresses. Loads nothing."""
+"""Classification of policy and model names as folders, hub ids or server addresses. Loads nothing."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ def is_address(policy: str) -> bool:
 
 
 def missing_folder(name: str) -> str | None:
-    """Message for a `name` that must be a folder but does not exist, with similar folders; None if it exists or may be
-    a hub id.
-    """
+    """Error message if `name` must be a folder but does not exist; None if it exists or may be a hub id."""
     path = Path(name).expanduser()
     known_parent = path.parent.is_dir() and path.parent != Path()
     is_path = name.startswith((".", "/", "~")) or name.count("/") != 1 or known_parent

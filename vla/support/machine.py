@@ -1,7 +1,7 @@
 """Description of this machine: hardware, package versions and GL implementation.
 
-Owns: the facts that explain different results on two machines. `vla rollout` stores them with its results, and
-`vla doctor` interprets them. Nothing heavy is imported; versions come from the metadata of the installed packages.
+Owns: the properties that explain different results on two machines. `vla rollout` stores them with its results, and
+`vla doctor` interprets them. Versions are read from package metadata, without slow imports.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def describe() -> dict[str, Any]:
 
 
 def version(package: str) -> str | None:
-    """Installed version; None when the package is not installed."""
+    """Installed version; None if the package is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -38,7 +38,7 @@ def version(package: str) -> str | None:
 
 
 def cores() -> int:
-    """Cores available to this process; a container or `taskset` may allow fewer than the machine has."""
+    """Cores available to this process. A container or `taskset` may limit them to fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

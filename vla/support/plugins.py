@@ -1,7 +1,7 @@
-"""Modules that a user names in a flag or a YAML file.
+"""Import of modules that the user names in a flag or a YAML file.
 
-Owns: how they are imported: installed ones first, then files in the working directory. Only names that the user wrote
-come here, never one out of a dataset or a checkpoint.
+Owns: the search order, first installed modules, then files in the working directory. Module names in datasets and
+checkpoints are never imported.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from typing import Any
 
 
 def load(source: str) -> Callable[..., Any]:
-    """The callable "module:callable". Raises what the import raises, and ValueError for a name of another form."""
+    """The object named by "module:callable". ValueError if `source` has another form; import errors are passed on."""
     module, _, name = source.partition(":")
     if not module or not name:
-        raise ValueError("it has no colon between module and callable" if ":" not in source else "a part is missing")
+        raise ValueError("no colon between module and callable" if ":" not in source else "a part is missing")
     return getattr(import_module(module), name)
 
 
 def import_module(name: str) -> ModuleType:
-    """Import `name`, from the working directory if it is not installed."""
+    """Import the module `name`, from the working directory if it is not installed."""
     here = Path.cwd()
     finder = next((f for f in sys.meta_path if isinstance(f, _WorkingDirectory) and f.folder == here), None)
     if finder is None:
@@ -38,9 +38,9 @@ def import_module(name: str) -> ModuleType:
 class _WorkingDirectory(MetaPathFinder):
     """Finds modules in a folder if no installed module has their name.
 
-    On `sys.path` the folder would come before editable installs, and each of its folders would be a package:
-    `datasets/`, full of recordings, instead of the library of that name. Here a folder without `__init__.py` is a
-    package only if a configuration names it.
+    If the folder were on `sys.path`, it would take precedence over editable installs, and each of its subfolders would
+    be a namespace package. For example, a folder `datasets/` with recordings would replace the library `datasets`. With
+    this finder, a subfolder without `__init__.py` is a package only if a configuration names it.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -1,6 +1,6 @@
 """Progress of long jobs.
 
-Owns: the progress bar on a terminal, and the periodic lines in a log. It does not know what is counted.
+Owns: the progress bar in a terminal, and the periodic lines in a log. It does not know the counted items.
 """
 
 from __future__ import annotations
@@ -59,8 +59,9 @@ class Progress:
         if self._bar:
             self._bar.update(self._task, advance=1, description=state)
         elif now - self._last > LOG_EVERY_S:
-            left = duration((self._total - self._done) / per_second)
-            print(f"{self._done} of {self._total} {self._unit}: {state}, {left} left", file=sys.stderr, flush=True)
+            remaining = duration((self._total - self._done) / per_second)
+            line = f"{self._done} of {self._total} {self._unit}: {state}, {remaining} remaining"
+            print(line, file=sys.stderr, flush=True)
             self._last = now
 
 

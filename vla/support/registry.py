@@ -1,7 +1,7 @@
-"""Named members of one kind: tokenizers, wire protocols and the like.
+"""Registries of named components, such as action tokenizers and wire protocols.
 
-Owns: looking a member up by the name that a configuration or a checkpoint holds. Modules of a user add members of their
-own; `vla --plugin MODULE <verb>` imports such a module first. A name never makes anything be imported.
+Owns: the lookup of a component by its name in a configuration or checkpoint. A lookup never imports a module. To add
+components of their own, users register them in a module, and `vla --plugin MODULE <verb>` imports it.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ Member = TypeVar("Member")
 
 
 class Registry(Generic[Member]):
-    """Members by name, in the order of their registration.
+    """A mapping from names to components, in the order of registration.
 
     Args:
-        kind: what a member is, for messages.
+        kind: what a component is, for error messages.
     """
 
     def __init__(self, kind: str) -> None:
@@ -32,7 +32,7 @@ class Registry(Generic[Member]):
         return name in self._members
 
     def register(self, name: str) -> Callable[[Member], Member]:
-        """Decorator that adds a member. ConfigError if the name is taken."""
+        """Decorator that registers a component as `name`. ConfigError if the name is already registered."""
 
         def add(member: Member) -> Member:
             if name in self._members:
@@ -43,8 +43,8 @@ class Registry(Generic[Member]):
         return add
 
     def get(self, name: str) -> Member:
-        """The member called `name`. ConfigError if there is none."""
+        """The component registered as `name`. ConfigError if there is none."""
         if name not in self._members:
-            hint = "A module of your own that registers it is imported with `vla --plugin MODULE <verb> ...`."
+            hint = "If a module of your own registers it, import the module with `vla --plugin MODULE <verb> ...`."
             raise ConfigError(unknown(self.kind, name, self._members, hint))
         return self._members[name]

@@ -1,8 +1,8 @@
 """Module search path of the command line.
 
 Owns: one rule. The working directory is searched after the installed packages, and a data folder in it is never
-imported as a package. Python treats every folder as a namespace package. A library that checks whether the optional
-package `datasets` is installed would therefore find the folder that `vla collect` writes to, and fail when using it.
+imported as a package. This is necessary because Python treats every folder as a namespace package. A library that
+checks whether the optional package `datasets` is installed would find the output folder of `vla collect` and fail.
 """
 
 from __future__ import annotations
@@ -58,8 +58,10 @@ class _Hook:
 
 
 class _Modules(FileFinder):
-    """Finds modules and packages in a folder. A subfolder without `__init__.py` counts as a package only if it contains
-    Python files and no installed package depends, even optionally, on a package of that name.
+    """Finds modules and packages in a folder.
+
+    A subfolder without `__init__.py` counts as a package only if it contains Python files and its name is not that of a
+    dependency, even an optional one, of an installed package.
     """
 
     def find_spec(self, fullname: str, target: ModuleType | None = None) -> ModuleSpec | None:

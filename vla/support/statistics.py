@@ -1,7 +1,7 @@
 """Statistics of success rates.
 
-Owns: confidence intervals of success rates and of their differences, and exact tests between two policies. Counts are
-integers, rates are fractions in [0, 1]. It does not know episodes, files or pages.
+Owns: confidence intervals of success rates and of their differences, and exact tests that compare two policies. Counts
+are integers, rates are fractions in [0, 1]. It does not know episodes, files or pages.
 
 All intervals are score intervals (Wilson 1927; Newcombe 1998). Unlike `p +- 1.96 sqrt(p (1 - p) / n)`, they stay within
 [0, 1] and are accurate for 20 episodes, even if all or none succeed.
@@ -29,7 +29,7 @@ def wilson(successes: int, trials: int) -> Interval:
     rate, z2 = successes / trials, Z95**2
     centre = (rate + z2 / (2 * trials)) / (1 + z2 / trials)
     half = Z95 / (1 + z2 / trials) * math.sqrt(rate * (1 - rate) / trials + z2 / (4 * trials**2))
-    # Exactly 0 and 1 at the ends, where rounding errors would leave about 1e-17.
+    # Exactly 0 and 1 at the ends, instead of a rounding error of about 1e-17.
     return (0.0 if successes == 0 else centre - half), (1.0 if successes == trials else centre + half)
 
 
@@ -43,8 +43,8 @@ def mean_interval(counts: Sequence[tuple[int, int]]) -> Interval:
 
     Combines the Wilson intervals of the rates by recovering variances from their limits (MOVER: Zou, Huang and Zhang,
     2009, "A note on confidence interval estimation for a linear function of binomial proportions"). For two rates, this
-    is Newcombe's method, as in `difference`. An interval from the pooled trials of all tasks would tend to be too wide:
-    it treats the fixed differences between tasks as random.
+    is Newcombe's method, as in `difference`. An interval from the pooled trials of all tasks tends to be too wide,
+    because it treats the fixed differences between tasks as random.
 
     >>> [round(limit, 3) for limit in mean_interval([(16, 20), (4, 20)])]
     [0.377, 0.623]
@@ -58,7 +58,7 @@ def mean_interval(counts: Sequence[tuple[int, int]]) -> Interval:
 
 
 def paired_difference(both: int, only_a: int, only_b: int, neither: int) -> Interval:
-    """95 % interval of rate A - rate B for pairs of trials with equal starts (Newcombe's paired score interval)."""
+    """95 % interval of rate A - rate B for pairs of trials with the same start (Newcombe's paired score interval)."""
     trials = both + only_a + only_b + neither
     margins = (both + only_a) * (only_b + neither) * (both + only_b) * (only_a + neither)
     agreement = both * neither - only_a * only_b

@@ -8,7 +8,8 @@ import numpy as np
 
 
 def remainder(chunk: np.ndarray, executed: int) -> np.ndarray:
-    """Drop the first `executed` rows and pad to H by repeating the last one: a draft of the next chunk."""
+    """Drop the first `executed` rows and pad to H rows by repeating the last one. The result is a draft of the next
+    chunk."""
     return np.concatenate([chunk[executed:], np.repeat(chunk[-1:], executed, axis=0)])
 
 
@@ -20,11 +21,12 @@ def completed(chunk: np.ndarray, length: int) -> np.ndarray:
 def ensemble(votes: Sequence[np.ndarray], coefficient: float) -> np.ndarray:
     """Temporal ensembling (Zhao et al. 2023, ACT): the average of all predictions for one step.
 
-    Weights are exp(-coefficient * i), i = 0 for the oldest prediction: a positive coefficient favours old predictions,
-    0 none, a negative one new predictions.
+    The weights are exp(-coefficient * i), with i = 0 for the oldest prediction. A positive coefficient favours old
+    predictions, a negative one favours new predictions, and 0 weights all equally.
 
     Args:
-        votes: predictions for the same step, oldest first, all of one shape: actions [D], or distributions over bins.
+        votes: predictions for the same step, oldest first, all of the same shape. They are actions [D] or
+            distributions over bins.
     Returns:
         The average, in the dtype of the votes.
     """
@@ -33,7 +35,8 @@ def ensemble(votes: Sequence[np.ndarray], coefficient: float) -> np.ndarray:
 
 
 def ensemble_chunks(chunks: Sequence[np.ndarray], coefficient: float) -> np.ndarray:
-    """Temporal ensembling of chunks [n, ...] that begin at the same step, oldest first; as long as the newest."""
+    """Temporal ensembling of chunks [n, ...] that begin at the same step, oldest first. The result has the length of
+    the newest chunk."""
     return np.stack(
         [
             ensemble([chunk[step] for chunk in chunks if step < len(chunk)], coefficient)

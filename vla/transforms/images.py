@@ -1,7 +1,7 @@
 """Pure image transforms: conversion of common camera formats, resizing to the network's input, and augmentation.
 
-Owns: all pixel operations before the conversion to a tensor. After `ImageFormat.convert` all images are uint8, so that
-training and serving see identical bytes. It does not know environments, models or files.
+Owns: all pixel operations before the conversion to a tensor. `ImageFormat.convert` returns uint8, so training and
+serving use identical values. It does not know environments, models or files.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from vla.config import AugmentConfig
 from vla.errors import SpecError
 from vla.spec import check_image
 
-# One thread per call: images are small, and callers already parallelise over samples.
+# One thread per call, because images are small and callers already parallelise over samples.
 cv2.setNumThreads(0)
 
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
@@ -26,11 +26,11 @@ _SMALLEST = 8  # pixels; a shorter axis is a channel axis or not part of a camer
 
 @dataclasses.dataclass(frozen=True)
 class ImageFormat:
-    """The image format of a camera. It is inferred from the first image and required of all later ones.
+    """The image format of a camera. It is inferred from the first image, and all later images must have it.
 
     * Shape: [height, width, c] or [c, height, width] with c = 1 or 3, RGBA as [height, width, 4], or greyscale as
-      [height, width]. Sides have at least 8 pixels, so the channel axis is unambiguous. [4, height, width] is rejected,
-      because it could also be four stacked greyscale frames.
+      [height, width]. Height and width are at least 8, so the channel axis is unambiguous. [4, height, width] is
+      rejected, because it could also be four stacked greyscale frames.
     * Values: uint8; 32-bit or 64-bit integers in 0..255; booleans; floats in 0..1. Floats in 0..255 are accepted only
       if the observation space declares that range, because it cannot be inferred from the values of one image.
 
@@ -92,7 +92,7 @@ def _channel_axis(shape: tuple[int, ...], camera: str) -> int | None:
         return None
     if len(shape) != 3:
         stack = (
-            " A batch, or stacked frames? Pass a single frame: remove the wrapper that stacks them."
+            " Pass a single frame: for a batch, one of its images; for a frame stack, remove the wrapper."
             if len(shape) > 3
             else ""
         )
@@ -101,14 +101,14 @@ def _channel_axis(shape: tuple[int, ...], camera: str) -> int | None:
         return 0
     if shape[2] in (1, 3, 4):
         return 2
-    stack = " Stacked frames, or RGBA? Pass a single frame, [height, width, 3]." if shape[0] < _SMALLEST else ""
+    stack = " For stacked frames or RGBA, pass a single frame [height, width, 3]." if shape[0] < _SMALLEST else ""
     raise SpecError(
         f"camera {camera!r}: expected 3 colour channels (or 1, or 4 with alpha last), got shape {list(shape)}.{stack}"
     )
 
 
 def _scale(dtype: np.dtype, camera: str, bounds: tuple[float, float] | None) -> int:
-    if dtype == np.uint8 or (dtype.kind in "iu" and dtype.itemsize >= 4):  # uint8 arithmetic often gives the latter
+    if dtype == np.uint8 or (dtype.kind in "iu" and dtype.itemsize >= 4):  # wide integers result from arithmetic
         return 1
     if dtype.kind == "b":
         return 255
@@ -126,7 +126,7 @@ def _scale(dtype: np.dtype, camera: str, bounds: tuple[float, float] | None) -> 
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
-    """uint8 [h, w, 3] -> uint8 [size, size, 3]. Area interpolation to shrink, cubic to enlarge; no letterbox."""
+    """uint8 [h, w, 3] -> uint8 [size, size, 3]. Shrinks with area, enlarges with cubic interpolation; no padding."""
     if image.shape[:2] == (size, size):
         return image
     shrinks = image.shape[0] >= size and image.shape[1] >= size

@@ -1,16 +1,16 @@
 """Per-dimension normalisation of actions and states, with exact statistics.
 
-Owns: the statistics, and the pair `normalize` / `unnormalize` built from them. It does not know tokens, datasets or
-models. Statistics are plain lists, because a checkpoint stores them in its config.json. Quantiles are exact over all
-values (`np.quantile`), never running estimates.
+Owns: the statistics, and the functions `normalize` and `unnormalize` that use them. It does not know tokens, datasets
+or models. Statistics are plain lists, because a checkpoint stores them in its config.json. Quantiles are exact
+(`np.quantile` over all values), not running estimates.
 
     q01_q99:   x = 2 (a - q01) / (q99 - q01) - 1     (OpenVLA's BOUNDS_Q99, arXiv:2406.09246)
     min_max:   x = 2 (a - min) / (max - min) - 1
     mean_std:  x = (a - mean) / (3 std)              (three standard deviations fill [-1, 1])
 
-A dimension that moves in less than one of a thousand frames is constant: it normalises to 0 and un-normalises to its
-median. A dimension whose quantile range is less than 1 % of its full range (an entry that moves in less than 2 % of the
-frames) falls back to min_max, because division by a vanishing q99 - q01 would give extreme values.
+A dimension that moves in less than 0.1 % of the frames counts as constant. It normalises to 0 and un-normalises to its
+median. If the quantile range of a dimension is less than 1 % of its full range (it moves in less than 2 % of the
+frames), q01_q99 uses min_max for this dimension, because division by a vanishing q99 - q01 would give extreme values.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ _STILL = 1e-3
 def compute_statistics(values: np.ndarray) -> dict[str, list[float]]:
     """Exact per-dimension statistics of `values` [N, D], as lists of D floats.
 
-    They are mean, std, min, max, q01, median, q99 and `moving`, the fraction of frames that differ from the median.
+    The statistics are mean, std, min, max, q01, median, q99 and `moving`, the fraction of frames that differ from the
+    median.
 
     Raises:
         DataError: there are no rows, or values are not finite.
@@ -47,7 +48,7 @@ def compute_statistics(values: np.ndarray) -> dict[str, list[float]]:
         frame, dim = np.argwhere(~np.isfinite(values))[0]
         raise DataError(f"statistics need finite values; frame {frame}, dimension {dim} is {values[frame, dim]}.")
     q01, median, q99 = np.quantile(values, [0.01, 0.5, 0.99], axis=0)
-    # Differences below the float32 resolution of the values are rounding noise.
+    # Differences below the float32 resolution are rounding errors.
     moving = (np.abs(values - median) > 1e-6 * np.maximum(1.0, np.abs(median))).mean(0)
     named = {
         "mean": values.mean(0),

@@ -1,7 +1,7 @@
-"""From an instruction to the prompt of the language model.
+"""The prompt of the language model for an instruction.
 
 Owns: reading text values, the named prompt templates, and the cleaning of instructions. Checkpoints store the name of
-their template, so the text of a template never changes; a new wording gets a new name. It does not know tokens.
+their template, so the text of a template must never change; new wording needs a new name. It does not know tokens.
 """
 
 from typing import Any
@@ -23,7 +23,9 @@ TEMPLATES = {
 
 
 def text(value: Any) -> str | None:
-    """`value` as a str, or None if it is not text. Text is a str, UTF-8 bytes (as in HDF5 and TFDS) or an array of one.
+    """`value` as a str, or None if it is not text.
+
+    Text is a str, UTF-8 bytes (as in HDF5 and TFDS), or an array that contains one of them.
 
     >>> text(np.array([b"push the block"]))
     'push the block'

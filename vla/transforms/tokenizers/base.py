@@ -1,9 +1,10 @@
 """The action tokenizer interface, the registry of tokenizers, and their construction from saved values.
 
-Owns: the interface. A tokenizer maps action chunks [H, D] in [-1, 1] to ids in 0..vocab_size-1 and back, and says which
-ids may follow which, so that decoding cannot produce a malformed chunk. Sequences have a fixed length, or a variable
-one that ends with the id `end`. It works on ids, never on strings. It does not know normalisation (inputs are already
-normalised), nor where the ids start in a language model's vocabulary (the model's config adds `action_token_begin`).
+Owns: the interface. A tokenizer maps action chunks [H, D] in [-1, 1] to ids in 0..vocab_size-1 and back. It also
+defines which ids are allowed at each position, so that decoding cannot produce a malformed chunk. Sequences have a
+fixed length, or a variable length and end with the id `end`. A tokenizer uses ids, not strings. It does not know
+normalisation (inputs are already normalised), or the first action id in a language model's vocabulary (the model's
+config adds `action_token_begin`).
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ class ActionTokenizer(ABC):
 
     Attributes:
         horizon: H, actions per chunk.
-        action_dim: D, entries per action.
-        active: dimensions that tokens encode, in ascending order; all others decode to 0, which un-normalises to the
-            constant value of a constant dimension.
-        vocab_size: number of ids; they are 0..vocab_size-1.
+        action_dim: D, dimensions of an action.
+        active: dimensions that tokens encode, in ascending order. All other dimensions decode to 0, which un-normalises
+            to the constant value of a constant dimension.
+        vocab_size: number of ids, 0..vocab_size-1.
         max_tokens: T, ids per chunk. Shorter sequences are padded with `end`.
         end: the id that ends a sequence of variable length; None: every sequence has T tokens.
         tokens_per_action: ids per action if each action has its own tokens; None if tokens are shared between actions
@@ -84,10 +85,10 @@ class ActionTokenizer(ABC):
         """
 
     def allowed(self, ids: np.ndarray) -> np.ndarray | None:
-        """Which ids may stand at places 0..t, each given the ids before it; None: all ids everywhere.
+        """The ids that are allowed at positions 0..t, each given the ids before it; None: all ids at all positions.
 
-        At each place that permitted ids lead to, at least one id is allowed; after `end`, only `end`. Any T permitted
-        ids decode to a chunk. Behind ids that are not permitted themselves (a draft may have some) any answer will do.
+        After a valid sequence, at least one id is allowed; after `end`, only `end` is allowed. Every valid sequence of
+        T ids decodes to a chunk. After an invalid sequence (draft tokens may contain one), the result is arbitrary.
 
         Args:
             ids: int64 [B, t], t < T.
@@ -97,10 +98,14 @@ class ActionTokenizer(ABC):
         return None
 
     def token_mask(self, ids: np.ndarray, valid: np.ndarray) -> np.ndarray:
-        """The tokens to learn, bool [..., T], from encoded ids [..., T] and the actions to learn, bool [..., H].
+        """The tokens that contribute to the loss, bool [..., T].
 
-        Tokens behind `end` are never learned. If tokens are shared between actions, a chunk with an action to learn is
-        learned as a whole; the actions past the end of a demonstration repeat its last one.
+        Tokens after `end` never contribute. If tokens are shared between actions, all tokens of a chunk with at least
+        one action to learn contribute. Actions past the end of a demonstration repeat its last action.
+
+        Args:
+            ids: the encoded chunks [..., T].
+            valid: the actions to learn, bool [..., H].
         """
         if self.tokens_per_action is not None:
             return np.repeat(np.asarray(valid, bool), self.tokens_per_action, axis=-1)
@@ -109,9 +114,9 @@ class ActionTokenizer(ABC):
     def expect(self, probabilities: np.ndarray) -> np.ndarray:
         """Token probabilities [..., T, vocab_size] -> expected chunk, float32 [..., H, D].
 
-        The first n actions can be decoded alone, as in `decode`. ConfigError if single tokens have no value.
+        The first n actions can be decoded alone, as in `decode`. ConfigError if tokens do not represent single values.
         """
-        raise ConfigError(f"action tokenizer {self.name!r} has no value per token, so no mean; use readout 'mode'.")
+        raise ConfigError(f"action tokenizer {self.name!r} does not support readout 'mean'; use readout 'mode'.")
 
     def to_dict(self) -> dict[str, Any]:
         """The registered name and the constructor's arguments, as JSON values. Subclasses add their own arguments."""
@@ -119,11 +124,11 @@ class ActionTokenizer(ABC):
 
     @property
     def name(self) -> str:
-        """The name under which the class is registered. ConfigError if it is not."""
+        """The registered name of the class. ConfigError if it is not registered."""
         for name in TOKENIZERS:
             if TOKENIZERS.get(name) is type(self):
                 return name
-        raise ConfigError(f"{type(self).__name__} has no name: decorate it with `@TOKENIZERS.register(name)`.")
+        raise ConfigError(f"{type(self).__name__} is not registered: decorate it with `@TOKENIZERS.register(name)`.")
 
     @functools.cached_property
     def constrained(self) -> bool:
@@ -131,13 +136,13 @@ class ActionTokenizer(ABC):
         return self.allowed(np.zeros((1, 0), np.int64)) is not None
 
     def ended(self, ids: np.ndarray) -> np.ndarray:
-        """Whether `end` stands before each of the places 0..t: int [..., t] -> bool [..., t + 1]."""
+        """Whether `end` occurs before each of the positions 0..t: int [..., t] -> bool [..., t + 1]."""
         ends = np.asarray(ids) == (-1 if self.end is None else self.end)
         none = np.zeros((*ends.shape[:-1], 1), bool)
         return np.logical_or.accumulate(np.concatenate([none, ends], axis=-1), axis=-1)
 
     def entries(self, chunks: np.ndarray) -> np.ndarray:
-        """The entries to encode: float [..., H, D] -> float64 [..., H, n active], clipped to [-1, 1].
+        """The values of the active dimensions: float [..., H, D] -> float64 [..., H, n active], clipped to [-1, 1].
 
         ValueError if the shape is wrong or a value is not finite.
         """
@@ -149,13 +154,13 @@ class ActionTokenizer(ABC):
         return np.clip(chunks[..., self.active], -1.0, 1.0)
 
     def chunks(self, entries: np.ndarray) -> np.ndarray:
-        """Decoded entries [..., n, n active] -> chunks float32 [..., n, D], with 0 for all other dimensions."""
+        """Values of the active dimensions [..., n, n active] -> float32 [..., n, D], with 0 in all other dimensions."""
         chunks = np.zeros((*entries.shape[:-1], self.action_dim), np.float32)
         chunks[..., self.active] = entries
         return chunks
 
     def check_ids(self, ids: np.ndarray) -> np.ndarray:
-        """The ids as int64. ValueError unless they are permitted and complete: a chunk, or whole actions of one."""
+        """The ids as int64. ValueError unless they are a valid sequence for a chunk or for its first actions."""
         ids = np.asarray(ids, np.int64)
         length, size = ids.shape[-1], self.tokens_per_action
         if length != self.max_tokens and (size is None or length % size or length > self.max_tokens):
@@ -168,7 +173,7 @@ class ActionTokenizer(ABC):
             permitted = np.take_along_axis(self.allowed(flat[:, :-1]), flat[..., None], axis=-1)[..., 0]
             if not permitted.all():
                 row, place = np.argwhere(~permitted)[0]
-                raise ValueError(f"id {flat[row, place]} may not stand at place {place} of {flat[row].tolist()}.")
+                raise ValueError(f"id {flat[row, place]} is not allowed at position {place} of {flat[row].tolist()}.")
         return ids
 
 

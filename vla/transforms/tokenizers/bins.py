@@ -1,8 +1,8 @@
-"""Binning tokenizers: each action entry is one token, the index of its bin.
+"""Binning tokenizers: one token per action dimension, the index of its bin.
 
-Owns: uniform bins, quantile bins, and OpenVLA's bins (arXiv:2406.09246; exactly: 256 edges, 255 centres, reversed ids).
-A chunk [H, D] is flattened action by action, in the order of the dimensions. Constant dimensions can be left out
-(`active`): they take no tokens and decode to 0, which un-normalises to their constant value.
+Owns: uniform bins, quantile bins, and OpenVLA's bins (arXiv:2406.09246), with exactly 256 edges, 255 centres and
+reversed ids. A chunk [H, D] is flattened action by action, in the order of the dimensions. Constant dimensions can be
+omitted (`active`). They then have no tokens and decode to 0, which un-normalises to their constant value.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DEFAULT_BINS = 255
 
 
 class _Bins(ActionTokenizer):
-    """Base of the three tokenizers: one token per entry. Subclasses define the map between values and ids."""
+    """Base class of the three tokenizers. Subclasses define the map between values and ids."""
 
     def __init__(self, horizon: int, action_dim: int, n_bins: int, active: Sequence[int] | None = None) -> None:
         super().__init__(horizon, action_dim, active)
@@ -79,11 +79,11 @@ class UniformBins(_Bins):
 
 @TOKENIZERS.register("openvla")
 class OpenVLABins(_Bins):
-    """OpenVLA's tokenizer, id for id: 256 edges on [-1, 1], 255 centres; the highest value has the lowest id.
+    """OpenVLA's tokenizer, with its ids: 256 edges on [-1, 1], 255 centres; the highest value has the lowest id.
 
-    With `d = digitize(a, linspace(-1, 1, 256))` in 1..256, OpenVLA's id is `vocab_size - d`. Here ids count from the
-    first action row (id 31744 of a vocabulary of 32000), so `id = 256 - d`. Two ids (d = 255 and 256) share the last
-    centre. Source: OpenVLA (Kim et al., arXiv:2406.09246).
+    With `d = digitize(a, linspace(-1, 1, 256))` in 1..256, OpenVLA's id is `vocab_size - d`. Here ids are relative to
+    the first action token (id 31744 in a vocabulary of 32000), so `id = 256 - d`. Two ids (d = 255 and 256) have the
+    same centre, the last one. Source: OpenVLA (Kim et al., arXiv:2406.09246).
     """
 
     def __init__(self, horizon: int, action_dim: int, n_bins: int = 256, active: Sequence[int] | None = None) -> None:
@@ -95,9 +95,9 @@ class OpenVLABins(_Bins):
     def fit(
         cls, actions: np.ndarray, horizon: int, n_bins: int | None = None, active: Sequence[int] | None = None
     ) -> Self:
-        """As in OpenVLA, constant dimensions have tokens too: `active` is not used."""
+        """As in OpenVLA, constant dimensions also have tokens, so `active` is not used."""
         if n_bins not in (None, 256):
-            raise ConfigError(f"tokenizer 'openvla' has 256 bins, not {n_bins}; leave `bins` empty.")
+            raise ConfigError(f"tokenizer 'openvla' has 256 bins, not {n_bins}; omit `bins`.")
         return cls(horizon, actions.shape[-1])
 
     def _to_ids(self, values: np.ndarray) -> np.ndarray:
@@ -109,7 +109,7 @@ class OpenVLABins(_Bins):
 
 @TOKENIZERS.register("quantile")
 class QuantileBins(_Bins):
-    """Bins with equal counts per dimension: fine where actions are frequent, coarse where they are rare.
+    """Bins with equal counts, per dimension. Bins are narrow where actions are frequent and wide where they are rare.
 
     A value is mapped to the nearest centre.
 
@@ -142,7 +142,7 @@ class QuantileBins(_Bins):
         dims = list(range(actions.shape[-1]) if active is None else active)
         shares = (np.arange(n_bins) + 0.5) / n_bins
         values = np.quantile(np.clip(actions, -1, 1), shares, axis=0).T[dims]
-        # Repeated actions would give equal centres; a blend with 1 % of the uniform grid keeps them distinct.
+        # Repeated actions would give equal centres. Blending in 1 % of the uniform grid keeps them distinct.
         values = 0.99 * values + 0.01 * (2 * shares - 1)
         return cls(horizon, actions.shape[-1], n_bins, values.tolist(), active)
 
