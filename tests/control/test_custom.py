@@ -124,7 +124,7 @@ def test_a_robot_with_episodes_is_reset_judged_and_closed_once(folder, policy):
 
 def test_a_robot_that_cannot_be_driven_is_refused_and_closed(folder, policy, capsys):
     assert deploy(policy, "--robot", "my_robot:Arm") == 2
-    assert "'my_robot:Arm' has no instruction of its own: state its task in --instruction." in capsys.readouterr().err
+    assert "'my_robot:Arm' has no instruction. Set the task with --instruction." in capsys.readouterr().err
     flags = ["--robot", "toy_robot:Toy", "--robot-kwargs", "{reach: 1}", "--max-velocity", "wrist", 1]
     assert deploy(policy, *flags) == 2
     assert "unknown action entry 'wrist'" in capsys.readouterr().err

@@ -88,7 +88,7 @@ def test_a_gpu_that_torch_cannot_use_is_told():
     [
         (None, 0.2, None, ""),
         (1.5, 0.0, None, "export OMP_NUM_THREADS=1"),
-        (None, 6.0, None, "end them, or export OMP_NUM_THREADS=2"),
+        (None, 6.0, None, "stop these programs, or export OMP_NUM_THREADS=2"),
         (1.5, 6.0, "1", ""),
     ],
 )
