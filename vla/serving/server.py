@@ -43,7 +43,7 @@ def describe(policy: Policy) -> dict[str, Any]:
 
 
 def _fingerprint(network: torch.nn.Module) -> str:
-    """sha256 over about 64 numbers of every tensor: enough to detect other weights, and faster than hashing them all."""
+    """sha256 over about 64 numbers of every tensor: enough to detect other weights, faster than hashing everything."""
     digest = hashlib.sha256()
     for name, tensor in network.state_dict().items():
         few = tensor.flatten()[:: max(1, tensor.numel() // 64)]
