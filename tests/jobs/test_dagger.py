@@ -178,7 +178,7 @@ def test_one_forward_serves_all_that_the_student_drives(tmp_path):
 
 
 def test_an_environment_that_always_fails_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(dagger_rollouts, "TRIES", 2)
+    monkeypatch.setattr(dagger_rollouts, "MAX_ATTEMPTS", 2)
     lost = {"raise_on": [ROUNDS_APART], "die_on": [ROUNDS_APART + 1_000_000]}
     with pytest.raises(SimulatorError, match=r"episode 0 of round 1 failed with 2 seeds.*1010000.*died \(exit code 9"):
         rollouts(settings(episodes=1, kwargs=lost), 1, Wanderer(), tmp_path / "set")

@@ -487,7 +487,7 @@ def test_a_state_under_another_name_is_pointed_out(demos, tmp_path, capsys):
     (root / "meta/info.json").write_text(json.dumps(info | {"robot": None}))
     pretrain(small(data=[root], out=tmp_path / "run", dry_run=True))
     said = " ".join(capsys.readouterr().out.split())
-    assert "none: the data has no observation.state" in said and "Rename or join one of these" in said
+    assert "none: the data has no observation.state" in said and "Rename or join these features" in said
     assert "observation.joints" in said
     pretrain(small(data=[root], out=tmp_path / "run", dry_run=True, model={"use_state": False}))
     assert "observation.joints" not in capsys.readouterr().out

@@ -49,12 +49,12 @@ class Parameters:
     black_box_dir: str = _parameter("folder of the black box recordings; empty: no recordings", "")
     cameras: dict[str, str] = dataclasses.field(default_factory=dict)  # the parameters cameras.<name>
     joint_state_topic: str = _parameter("topic of JointState messages, each with all joints", "/joint_states")
-    state_joints: tuple[str, ...] = _parameter("joint of each state dimension, in order; unset: its own names", ())
+    state_joints: tuple[str, ...] = _parameter("joint of each state dimension, in order; unset: same names", ())
     command_topic: str = _parameter("topic of the commands", "/joint_trajectory_controller/joint_trajectory")
     command_type: Literal["trajectory", "array"] = _parameter(
         '"trajectory": JointTrajectory of positions; "array": Float64MultiArray of the policy\'s actions', "trajectory"
     )
-    command_joints: tuple[str, ...] = _parameter("joint of each action dimension, in order; unset: its own names", ())
+    command_joints: tuple[str, ...] = _parameter("joint of each action dimension, in order; unset: same names", ())
     gripper_open: float | None = _parameter("command that opens the robot's gripper; unset: the policy's value")
     gripper_closed: float | None = _parameter("command that closes the gripper; unset: the policy's value")
 
