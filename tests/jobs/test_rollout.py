@@ -239,7 +239,7 @@ def test_a_second_run_can_be_compared_with_the_first(tmp_path):
         ({"env": ("toy/Slide-v0", "toy/Slide-v0")}, ConfigError, "without duplicates"),
         ({"episodes": 0}, ConfigError, "episodes must be at least 1"),
         ({"videos": -1}, ConfigError, "videos must not be negative"),
-        ({"compare": Path("nowhere")}, DataError, "no results of `vla rollout` at nowhere"),
+        ({"compare": Path("nowhere")}, DataError, "nowhere has no results of `vla rollout`"),
         ({"policy": "no/such/folder"}, CheckpointError, "no/such/folder"),
     ],
 )

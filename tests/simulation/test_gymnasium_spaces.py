@@ -222,7 +222,7 @@ def test_states(state, paths, expected):
 def test_a_state_keeps_its_size():
     env = make(state=lambda step: np.zeros(2 + step))
     env.reset()
-    with refused("the state state has 3 entries, but had 2 at first"):
+    with refused("the size of the state state has changed from 2 to 3"):
         env.step(np.zeros(2))
 
 

@@ -38,7 +38,7 @@ _FREE = ("n_envs", "videos", "hosts")  # may change when a benchmark is resumed
 def benchmark(config: BenchmarkConfig, policy: ChunkPolicy | None = None) -> dict[str, Any]:
     """Run the unfinished tasks, aggregate, and write `benchmark.json`, `eval_info.json` and the page.
 
-    Finished tasks are not run again, except for tasks in which the environment failed.
+    Finished tasks are not repeated, except for tasks with an environment fault.
 
     Args:
         policy: None: `config.policy`, loaded once for all tasks.

@@ -60,9 +60,8 @@ def _left_out(processor: VLAProcessor, demos: Sequence[Demonstrations]) -> list[
     notes = [f"{d.root}: the depth images {', '.join(d.info.depth)} are not used." for d in demos if d.info.depth]
     for demo in demos:
         if processor.config.use_state and demo.states is None:
-            similar = (
-                f" Rename or join these features to use them: {', '.join(demo.info.unread)}." if demo.info.unread else ""
-            )
+            unread = ", ".join(demo.info.unread)
+            similar = f" Rename or join these features to use them: {unread}." if unread else ""
             notes.append(
                 f"{demo.root} has no feature observation.state, so the policy gets no state.{similar} "
                 "If this is intended, pass `--no-use-state`."
