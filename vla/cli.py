@@ -274,7 +274,7 @@ def _hint_after_stop(name: str, config: Any) -> str:
     if getattr(config, "out", None) is None or not config.out.exists():
         return ""
     hint = f"Finished results are in {config.out}."
-    return hint + (f" `vla {name} ... --resume` continues the run." if hasattr(config, "resume") else "")
+    return hint + (f" `vla {name} ... --resume` continues it." if hasattr(config, "resume") else "")
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:

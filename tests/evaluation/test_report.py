@@ -178,7 +178,7 @@ def test_only_what_both_runs_have_is_compared(tmp_path):
         compare(longer, info_of(episodes_of("s", "vla/Stack-v0")))
     (tmp_path / "eval_info.json").write_text('{"per_episode": []}')
     for place in (tmp_path, tmp_path / "nothing"):
-        with pytest.raises(DataError, match="has no results of `vla rollout`"):
+        with pytest.raises(DataError, match=r"has no results of `vla rollout`"):
             results.read(place)
 
 

@@ -17,7 +17,7 @@ from vla.model.build import DataFacts, build_policy
 from vla.policy import Policy, checkpoint
 from vla.transforms.normalize import compute_statistics
 
-pytestmark = pytest.mark.filterwarnings("ignore:vision tower .* comes without")
+pytestmark = pytest.mark.filterwarnings("ignore:vision tower .* has no image_mean")
 
 
 @pytest.fixture(scope="module")
