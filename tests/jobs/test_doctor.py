@@ -98,7 +98,7 @@ def test_cores_that_torch_cannot_have_to_itself_are_told(quota, load, threads, f
 
 
 def test_a_folder_that_cannot_be_written_to_fails(tmp_path):
-    assert doctor.disk(tmp_path / "not" / "there" / "yet").says.endswith(f"free at {tmp_path}")
+    assert doctor.disk(tmp_path / "not" / "there" / "yet").says.endswith(f"free in {tmp_path}")
     assert doctor.disk(doctor.Path("/proc")).status == "fail"
 
 

@@ -39,7 +39,7 @@ class Rate:
     def deadline(self, tick: int) -> float:
         return self._start + tick * self.period
 
-    def left(self) -> float:
+    def remaining(self) -> float:
         """Seconds until the next tick is due."""
         return self.deadline(self.tick + 1) - self.clock.monotonic()
 
@@ -51,8 +51,8 @@ class Rate:
         if missed > 0:
             self.skipped += missed
             due += missed
-        while (left := self.deadline(due) - self.clock.monotonic()) > 0:
-            self.clock.sleep(left)
+        while (remaining := self.deadline(due) - self.clock.monotonic()) > 0:
+            self.clock.sleep(remaining)
         self.tick = due
         return due
 

@@ -179,7 +179,7 @@ class Controller:
         step."""
         step = run.rate.tick + 1
         begins = run.rate.deadline(step) - (_PHASE + _EARLY) / self.hz
-        while run.rate.left() > _POLL_S and not self._held and run.planner.due(step, self.instruction):
+        while run.rate.remaining() > _POLL_S and not self._held and run.planner.due(step, self.instruction):
             if not run.planner.idle:
                 run.decoding = run.decoding or run.planner.receive(step)  # at most one per step, for the black box
                 self._clock.sleep(_POLL_S)

@@ -47,7 +47,7 @@ class Request:
     Attributes:
         step: control step of its observation.
         taken: time of its observation, in seconds of `time.monotonic`.
-        heard: time at which actions last arrived; `taken` before the first action.
+        heard: time of the last arrival of actions; `taken` before the first.
         delay: the chunk's first action is for step `step + delay`.
         stalled: whether two arrivals of actions were ever more than `max_age_s` apart; `delay` is then fixed.
     """

@@ -91,12 +91,12 @@ def _words(name_a: str, name_b: str, found: Mapping[str, Any], paired: bool) -> 
     if paired:
         share += f"{name_b} in {found['n_successes_b']} of the same {found['n_b']}: "
     else:
-        share += f"{name_b} in {found['n_successes_b']} of {found['n_b']} others: "
+        share += f"{name_b} in {found['n_successes_b']} of {found['n_b']} other episodes: "
     gap = f"a difference of {found['difference']:+.1f} points (95 % interval {low:+.1f} to {high:+.1f}). "
     if paired:
         gap += f"{found['only_a']} succeeded only with {name_a}, {found['only_b']} only with {name_b}. "
     if found["p_value"] >= 0.05:
-        verdict = "These episodes do not show that one is better than the other"
+        verdict = "The difference is not significant"
     else:
         verdict = f"{name_a if found['difference'] > 0 else name_b} is better"
     return f"{share}{gap}{verdict} ({found['test']} test, p = {found['p_value']:.2g})."

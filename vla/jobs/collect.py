@@ -50,8 +50,8 @@ _console = Console(stderr=True)
 def attempt(config: CollectConfig, episode: int, turn: int) -> Attempt:
     """Attempt number `turn` at an episode of the dataset: a pure function of its arguments."""
     environment = episode % len(config.env)
-    place = episode // len(config.env)  # counted per environment, so that each has the same share of noisy episodes
-    noisy = int((place + 1) * config.noise_share) > int(place * config.noise_share)
+    index = episode // len(config.env)  # counted per environment, so that each has the same share of noisy episodes
+    noisy = int((index + 1) * config.noise_share) > int(index * config.noise_share)
     return Attempt(
         episode=episode,
         turn=turn,

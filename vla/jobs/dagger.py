@@ -111,8 +111,8 @@ def _round(config: DaggerConfig, before: Sequence[dict[str, Any]]) -> dict[str, 
 
 def _failures(config: DaggerConfig, number: int, policy: str) -> list[int]:
     """Failures of the policy alone per environment, in this round's scenes."""
-    place = config.out / f"round-{number}" / "trials"
-    tried = _evaluate(config, policy, place, config.trials, first_seed(config, number))["per_episode"]
+    folder = config.out / f"round-{number}" / "trials"
+    tried = _evaluate(config, policy, folder, config.trials, first_seed(config, number))["per_episode"]
     failed = [episode["env_id"] for episode in tried if not episode["success"]]
     return [failed.count(env_id) for env_id in config.env]
 

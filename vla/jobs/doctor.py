@@ -211,14 +211,17 @@ def memory() -> Iterator[Finding]:
 
 def disk(folder: Path) -> Finding:
     """Whether `folder` (or its nearest existing parent) is writable and has free space."""
-    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
     try:
-        with tempfile.NamedTemporaryFile(dir=place):
-            free = shutil.disk_usage(place).free / GIB
+        with tempfile.NamedTemporaryFile(dir=existing):
+            free = shutil.disk_usage(existing).free / GIB
     except OSError as error:
-        return Finding("disk", "fail", f"cannot write to {place}: {error.strerror}", "choose another folder with --out")
+        reason = f"cannot write to {existing}: {error.strerror}"
+        return Finding("disk", "fail", reason, "choose another folder with --out")
     status: Status = "fail" if free < 0.5 else "warn" if free < 5 else "ok"
-    return Finding("disk", status, f"{free:.1f} GiB free at {place}", "" if status == "ok" else "free some disk space")
+    return Finding(
+        "disk", status, f"{free:.1f} GiB free in {existing}", "" if status == "ok" else "free some disk space"
+    )
 
 
 def rendering(trials: Mapping[str, Mapping[str, Any]], environment: Mapping[str, str]) -> Finding:

@@ -174,8 +174,8 @@ class PolicyApp:
                 await socket.send_denial_response(self._refuse(connection, 503, "the server is shutting down."))
             else:
                 # The client may disconnect at any time; sending to it then raises RuntimeError.
-                left = contextlib.suppress(WebSocketDisconnect, RuntimeError)
-                with self.metrics.connections.track_inprogress(), left:
+                disconnected = contextlib.suppress(WebSocketDisconnect, RuntimeError)
+                with self.metrics.connections.track_inprogress(), disconnected:
                     await app(scope, receive, send)
 
         return guarded

@@ -58,8 +58,8 @@ def load(
     return Policy.from_pretrained(name, device, unnorm_key, n_action_steps, decoding)
 
 
-def _print_reason(reason: str, left: float) -> None:
-    print(f"{reason} Retrying for {left:.0f} s; press Ctrl-C to stop.", file=sys.stderr, flush=True)
+def _print_reason(reason: str, remaining: float) -> None:
+    print(f"{reason} Retrying for {remaining:.0f} s; press Ctrl-C to stop.", file=sys.stderr, flush=True)
 
 
 class RemotePolicy(ChunkPolicy):

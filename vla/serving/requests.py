@@ -55,7 +55,7 @@ def read(values: Any, robot: RobotSpec, horizon: int, keys: KeysConfig, draft: D
     """Read a decoded request. SpecError names the missing or ambiguous keys, and lists the keys of the request.
 
     Args:
-        draft: used if the request has no draft of its own.
+        draft: the draft to use if the request has none.
     """
     if not isinstance(values, Mapping):
         raise SpecError(f"a request must be a map of keys and values, got {type(values).__name__}.")

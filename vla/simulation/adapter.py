@@ -157,7 +157,7 @@ class SimulatedRobot(gym.Wrapper):
             if self.env.has_wrapper_attr("make_expert"):
                 return self.env.get_wrapper_attr("make_expert")
             raise SimulatorError(
-                f"environment {self.env_id!r} has no expert of its own. Set one in the adapter: "
+                f"environment {self.env_id!r} has no expert. Set one in the adapter: "
                 '`expert: "module:callable"` (called with the environment and a seed), or `expert: random`.'
             )
         try:
