@@ -291,10 +291,10 @@ def test_what_needs_tokens_for_each_action_is_refused(held, observations):
     assert not policy.streams
     with pytest.raises(ConfigError, match="can be streamed for one observation"):
         policy.predict(observations(1), words, on_action=print)
-    with pytest.raises(ConfigError, match="cannot be stopped within a chunk"):
+    with pytest.raises(ConfigError, match="cannot be stopped early"):
         policy.predict(observations(1), words, stopping=StoppingCriteriaList([MaxLengthCriteria(50)]))
     (draft,) = policy.predict(observations(1), words).next_draft
-    with pytest.raises(ConfigError, match="cannot be given a prefix"):
+    with pytest.raises(ConfigError, match="action prefix cannot be used"):
         policy.predict(observations(1), words, [draft.given(np.zeros((1, 7)))])
     for values in ({"readout": "mean"}, {"ensemble": 0.1}, {"max_actions": 2}):
         with pytest.raises(ConfigError, match="need tokens for each action"):

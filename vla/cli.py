@@ -4,8 +4,8 @@ Owns: the table of verbs, building a configuration from flags and `--config`, an
 exit status. Each verb is implemented by a function in `vla.jobs`, which is imported only when the verb runs, so that
 `vla --help` and `vla doctor` start immediately.
 
-Exit status: 0 success; 1 a check found problems, or the machine failed; 2 invalid request (a wrong flag, file, name or
-value); 130 and 143 stopped by Ctrl-C and SIGTERM.
+Exit status: 0 success; 1 a check found problems, or a system error occurred (such as a full disk); 2 invalid request
+(a wrong flag, file, name or value); 130 stopped by Ctrl-C; 143 stopped by SIGTERM.
 """
 
 from __future__ import annotations
@@ -127,12 +127,12 @@ VERBS = {
 
 
 class Terminated(KeyboardInterrupt):
-    """Raised on SIGTERM. As a KeyboardInterrupt, it makes a job save its work as on Ctrl-C."""
+    """Raised on SIGTERM. It is a KeyboardInterrupt, so that a job saves its work as on Ctrl-C."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit status."""
-    if argv is None:  # run as a program, not called from Python
+    if argv is None:  # started as a program, not called from Python
         search_path.installed_packages_first()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     config: Any = None
     before, unraisable = signal.signal(signal.SIGTERM, _terminate), sys.unraisablehook
-    sys.unraisablehook = _again
+    sys.unraisablehook = _resend_signal
     try:
         arguments = _import_plugins(arguments)
         if " ".join(arguments[:2]) in VERBS:
@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt as stop:
-        print(f"\nvla: stopped. {_after_a_stop(arguments[0], config)}".rstrip(), file=sys.stderr)
+        print(f"\nvla: stopped. {_hint_after_stop(arguments[0], config)}".rstrip(), file=sys.stderr)
         return 143 if isinstance(stop, Terminated) else 130
     except Exception as error:
         message, status = _explain(error)
@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         elif message is None:
             raise
-        if _reports():
+        if _prints_errors():
             print(f"vla: {message}", file=sys.stderr)
         return status
     finally:
@@ -181,13 +181,13 @@ def _usage() -> str:
         "usage: vla [--plugin module ...] <verb> [--config values.yaml] [--flag value ...]\n\n"
         f"Action-token robot policies.\n\n{verbs}\n\n"
         "`vla <verb> --help` lists the flags of a verb. Flags override the YAML file, which overrides the defaults.\n"
-        "--plugin imports a module that registers tokenizers, protocols, ... of your own; several can be given.\n"
+        "--plugin imports a module that registers your own tokenizers, protocols, ...; it can be repeated.\n"
         "VLA_DEBUG=1 shows the traceback of an error."
     )
 
 
 def _import_plugins(arguments: list[str]) -> list[str]:
-    """Import the modules that `--plugin` in front of the verb names; returns the arguments that follow."""
+    """Import the modules passed with `--plugin` before the verb. Returns the remaining arguments."""
     while arguments and arguments[0].partition("=")[0] == "--plugin":
         flag, _, module = arguments.pop(0).partition("=")
         module = module or (arguments.pop(0) if arguments else "")
@@ -196,8 +196,8 @@ def _import_plugins(arguments: list[str]) -> list[str]:
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             raise VLAError(
-                f"cannot import the plugin {module!r} ({reason}). {flag} takes the name of an installed module or of "
-                "one in the working directory."
+                f"cannot import the plugin {module!r} ({reason}). Pass {flag} the name of an installed module, or of a "
+                "module in the working directory."
             ) from error
     if not arguments:
         raise VLAError("a verb must follow the plugins. `vla --help` lists the verbs.")
@@ -210,8 +210,8 @@ def _verb(name: str) -> Verb:
     return VERBS[name]
 
 
-def _reports() -> bool:
-    """Whether this process prints errors: in distributed training, only the first process of a machine does."""
+def _prints_errors() -> bool:
+    """Whether this process prints errors. In distributed training, only the first process of each machine does."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
@@ -262,7 +262,7 @@ def _explain(error: Exception) -> tuple[str | None, int]:
     """The message to print, or None for an unexpected error that needs its traceback; and the exit status."""
     if isinstance(error, VLAError):
         return str(error), 2
-    # safetensors, PyAV and pyarrow wrap this error in types of their own; only the text is the same.
+    # safetensors, PyAV and pyarrow wrap this error in their own types, but keep its text.
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
         return f"the disk is full: {error}. Free some space, or choose another folder with --out.", 1
     if isinstance(error, PermissionError):
@@ -270,7 +270,7 @@ def _explain(error: Exception) -> tuple[str | None, int]:
     return None, 1
 
 
-def _after_a_stop(name: str, config: Any) -> str:
+def _hint_after_stop(name: str, config: Any) -> str:
     if getattr(config, "out", None) is None or not config.out.exists():
         return ""
     hint = f"Finished results are in {config.out}."
@@ -281,13 +281,13 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
     raise Terminated
 
 
-def _again(lost: sys.UnraisableHookArgs) -> None:
-    """Send a stop signal again that arrived during a `__del__`, where Python only prints the exception."""
+def _resend_signal(lost: sys.UnraisableHookArgs) -> None:
+    """Resend a stop signal that arrived during a `__del__`, where Python only prints the exception."""
     if not issubclass(lost.exc_type, KeyboardInterrupt):
         sys.__unraisablehook__(lost)
         return
     signum = signal.SIGTERM if issubclass(lost.exc_type, Terminated) else signal.SIGINT
-    # Raised here, it would be lost as well; send it later, from another thread.
+    # An exception raised here would be lost as well, so send the signal later, from another thread.
     later = threading.Timer(0.05, os.kill, (os.getpid(), signum))
     later.daemon = True  # do not delay the exit of a job that ends first
     later.start()

@@ -456,7 +456,7 @@ def test_a_robot_that_dies_is_told_and_the_policy_is_waited_for(policy, driver, 
     with Controller(driver, policy, config) as controller:
         with monkeypatch.context() as broken:
             broken.setattr(driver, "observe", dies)
-            with pytest.raises(OSError, match="cable"), pytest.warns(UserWarning, match="could not be told to hold"):
+            with pytest.raises(OSError, match="cable"), pytest.warns(UserWarning, match="command could not be sent"):
                 controller.run("reach", seconds=1.0)
         assert controller.state is State.HOLDING and controller._inference.busy_since is None
         monkeypatch.undo()

@@ -124,7 +124,7 @@ def test_a_robot_with_episodes_is_reset_judged_and_closed_once(folder, policy):
 
 def test_a_robot_that_cannot_be_driven_is_refused_and_closed(folder, policy, capsys):
     assert deploy(policy, "--robot", "my_robot:Arm") == 2
-    assert "'my_robot:Arm' has no instruction of its own: state its task in --instruction." in capsys.readouterr().err
+    assert "'my_robot:Arm' has no instruction. Set the task with --instruction." in capsys.readouterr().err
     flags = ["--robot", "toy_robot:Toy", "--robot-kwargs", "{reach: 1}", "--max-velocity", "wrist", 1]
     assert deploy(policy, *flags) == 2
     assert "unknown action entry 'wrist'" in capsys.readouterr().err
@@ -137,14 +137,14 @@ def test_a_robot_that_cannot_be_driven_is_refused_and_closed(folder, policy, cap
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("nowhere:Arm", "'module:callable' is expected.*working directory.*No module named 'nowhere'"),
+        ("nowhere:Arm", "No module named 'nowhere'.*'module:callable'.*working directory"),
         ("my_robot", "cannot load robot 'my_robot'.*no colon"),
         ("my_robot:", "a part is missing"),
         ("my_robot:Amr", "module 'my_robot' has no attribute 'Amr'"),
         ("toy_robot:breaks", "'toy_robot:breaks' failed to start: RuntimeError: no such port"),
         ("toy_robot:Toy", "failed to start: TypeError: .*reach"),
-        ("toy_robot:Mute", "is Mute, which lacks spec, observe, command. A robot has `spec`, `observe"),
-        ("toy_robot:half", "spec is dict; a vla.spec.RobotSpec is expected"),
+        ("toy_robot:Mute", "is Mute, which lacks spec, observe, command. A robot needs `spec`, `observe"),
+        ("toy_robot:half", "spec must be a vla.spec.RobotSpec, got dict"),
         ("toy_robot:Resettable", "which lacks instruction, episodes"),
         ("toy_robot:robots", "failed to start: TypeError: 'list' object is not callable"),
     ],

@@ -262,9 +262,9 @@ def test_before_the_first_command_to_hold_is_to_stay_where_the_joints_are(monkey
     ("parameters", "message"),
     [
         ({"cameras": {"fornt": "/image"}}, "cameras.fornt: unknown camera 'fornt'. Did you mean 'front'"),
-        ({}, "the policy sees front: give the topic of cameras.front"),
-        ({"cameras": {"front": "/i"}, "state_joints": ("a",)}, "state_joints has 1 names.*shoulder, elbow, grip"),
-        ({"cameras": {"front": "/i"}, "command_joints": ("a",)}, "command_joints has 1 names"),
+        ({}, "the policy needs the cameras front. Set cameras.front"),
+        ({"cameras": {"front": "/i"}, "state_joints": ("a",)}, "state_joints.* for each of shoulder, elbow, grip"),
+        ({"cameras": {"front": "/i"}, "command_joints": ("a",)}, "command_joints must have .* got 1 names"),
         ({"cameras": {"front": "/i"}, "gripper_open": 1.0}, "gripper_closed and gripper_open.*None and 1.0"),
     ],
 )
@@ -274,7 +274,7 @@ def test_what_does_not_fit_the_robot_is_said(monkeypatch, parameters, message):
 
 
 def test_deltas_are_no_trajectory(monkeypatch, robot):
-    with pytest.raises(ConfigError, match='consists of positions, but these actions are ee_delta: take "array"'):
+    with pytest.raises(ConfigError, match=r'positions, but the actions are ee_delta\. Use "array"'):
         robot_of(monkeypatch, robot, cameras=dict.fromkeys(robot.cameras, "/image"))
 
 
@@ -380,7 +380,7 @@ def test_a_new_instruction_holds_and_stops(active):
         node.hear("/vla/instruction", ros.String(data="push"))
         until(lambda: "push" in told)
     node.hear("/vla/instruction", ros.String(data=" "))
-    assert controller.instruction == "push" and node.log[-1] == ("warning", "an empty instruction is ignored.")
+    assert controller.instruction == "push" and node.log[-1] == ("warning", "ignoring an empty instruction.")
 
     assert node.call("/vla/hold", data=True).success
     until(lambda: node.diagnose().message == "on hold")
@@ -535,7 +535,7 @@ def test_without_ros_it_says_what_to_install(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         runpy.run_module("vla.control.robots.ros2", run_name="__main__")
     err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.startswith("vla: ROS 2 is missing") and "docs.ros.org" in err
+    assert stop.value.code == 2 and err.startswith("vla: ROS 2 cannot be imported") and "docs.ros.org" in err
 
 
 # The files.

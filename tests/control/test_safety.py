@@ -122,7 +122,7 @@ def test_the_hand_does_not_leave_the_workspace():
         ({"max_velocity": {"elbow": 1.0}}, "max_velocity: unknown action entry 'elbow'"),
         ({"max_acceleration": {"x": 0.0}}, "x must be positive, got 0"),
         ({"workspace": {"x": ("pz", 0.0, 1.0)}}, "unknown state entry 'pz'"),
-        ({"workspace": {"x": ("px", 1.0, 1.0)}}, "x needs low < high"),
+        ({"workspace": {"x": ("px", 1.0, 1.0)}}, "x must have low < high"),
     ],
 )
 def test_limits_must_be_the_robots(limits, message):

@@ -84,8 +84,8 @@ def test_computed(nano, observations, kind, values):
         ("llama", {"rope_parameters": LONG}, "rope_type 'longrope'"),
         ("llama", {"attention_multiplier": 0.5}, "attention_multiplier"),
         ("qwen2", {"attention_chunk_size": 64}, "attention_chunk_size"),
-        ("mistral", {"sliding_window": 12}, "slides over 12 positions"),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1}, "slides over 12"),
+        ("mistral", {"sliding_window": 12}, "attention window has 12 positions"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1}, "window has 12"),
         ("qwen3", {"head_dim": 64}, "'qwen3'"),
     ],
 )

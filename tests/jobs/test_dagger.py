@@ -178,7 +178,7 @@ def test_one_forward_serves_all_that_the_student_drives(tmp_path):
 
 
 def test_an_environment_that_always_fails_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(dagger_rollouts, "TRIES", 2)
+    monkeypatch.setattr(dagger_rollouts, "MAX_ATTEMPTS", 2)
     lost = {"raise_on": [ROUNDS_APART], "die_on": [ROUNDS_APART + 1_000_000]}
     with pytest.raises(SimulatorError, match=r"episode 0 of round 1 failed with 2 seeds.*1010000.*died \(exit code 9"):
         rollouts(settings(episodes=1, kwargs=lost), 1, Wanderer(), tmp_path / "set")
@@ -215,7 +215,7 @@ def test_the_whole_job_stopped_resumed_and_extended(tmp_path, start_vla):
     process = start(tiny(out), tmp_path, "--resume", "--compare-bc")
     text, error = process.communicate(timeout=200)
     assert process.returncode == 0, error[-2000:]
-    assert "ended by rounds" in text and "BC alone" in text and (out / "dagger.png").is_file()
+    assert "stopping criterion: rounds" in text and "BC alone" in text and (out / "dagger.png").is_file()
     info = json.loads((out / "dagger.json").read_text())
     assert [row["beta"] for row in info["rounds"]] == [1.0, 0.5, 0.25]
     assert [row["optimizer_steps"] for row in info["rounds"]] == [2, 4, 6]
@@ -232,7 +232,7 @@ def test_the_whole_job_stopped_resumed_and_extended(tmp_path, start_vla):
 
     whole = start(tiny(tmp_path / "whole", labels=last["labels"] - 1), tmp_path)
     text, error = whole.communicate(timeout=200)
-    assert whole.returncode == 0 and "ended by labels" in text, error[-2000:]
+    assert whole.returncode == 0 and "stopping criterion: labels" in text, error[-2000:]
     for number in range(3):
         assert same_files(*(tmp_path / name / f"round-{number}" / "data" for name in ("broken", "whole")))
 

@@ -88,7 +88,7 @@ def test_a_gpu_that_torch_cannot_use_is_told():
     [
         (None, 0.2, None, ""),
         (1.5, 0.0, None, "export OMP_NUM_THREADS=1"),
-        (None, 6.0, None, "end them, or export OMP_NUM_THREADS=2"),
+        (None, 6.0, None, "stop these programs, or export OMP_NUM_THREADS=2"),
         (1.5, 6.0, "1", ""),
     ],
 )
@@ -98,7 +98,7 @@ def test_cores_that_torch_cannot_have_to_itself_are_told(quota, load, threads, f
 
 
 def test_a_folder_that_cannot_be_written_to_fails(tmp_path):
-    assert doctor.disk(tmp_path / "not" / "there" / "yet").says.endswith(f"free at {tmp_path}")
+    assert doctor.disk(tmp_path / "not" / "there" / "yet").says.endswith(f"free in {tmp_path}")
     assert doctor.disk(doctor.Path("/proc")).status == "fail"
 
 

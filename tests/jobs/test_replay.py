@@ -39,9 +39,9 @@ def test_recordings_replay_exactly(data, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changed", "hint"),
     [
-        ({"offset": 0.2}, "first state already differs"),
-        ({"gain": 0.5}, "agree at first and part at about frame 1"),
-        ({"unsolvable": [0, 1, 2, 3]}, "success is defined differently"),
+        ({"offset": 0.2}, "initial states differ"),
+        ({"gain": 0.5}, "agree up to about frame 1"),
+        ({"unsolvable": [0, 1, 2, 3]}, "definition of success has changed"),
     ],
 )
 def test_what_changed_is_told(data, capsys, changed, hint):
@@ -80,7 +80,7 @@ def test_a_dataset_decides_nothing_that_is_imported(data, tmp_path, monkeypatch)
                 replay(ReplayConfig(data=root, adapter=given))
             places.append(str(error.value))
     assert not [name for name in sys.modules if name.startswith("pusht_ds")]
-    assert "module that a dataset names is not imported" in places[0] and "--module <module>" in places[0]
+    assert "modules named by a dataset are not imported" in places[0] and "--module <module>" in places[0]
 
 
 def test_a_module_from_the_command_line_completes_what_the_dataset_says(data, tmp_path, monkeypatch, capsys):
@@ -101,7 +101,7 @@ def test_another_environment_and_rate_are_told_and_another_action_space_is_refus
     with pytest.warns(UserWarning, match="made for 10 actions per second, .* runs at 5"):
         replay(ReplayConfig(data=data, env="test/Place-v0", out=tmp_path, adapter=slow))
     printed = " ".join(capsys.readouterr().out.split())
-    assert "recorded in 'test/Point-v0', not in 'test/Place-v0'" in printed
+    assert "recorded in 'test/Point-v0' and replayed in 'test/Place-v0'" in printed
     assert len(json.loads((tmp_path / "replay.json").read_text())["notes"]) == 1
     for other, message in (
         ({"action_space": "ee_velocity"}, "the recording's actions are ee_delta, .* takes ee_velocity"),

@@ -139,7 +139,7 @@ def test_when_every_episode_fails_the_reason_is_the_error(tmp_path):
         def _plan(self, observation):
             return np.full((4, 1), np.nan, np.float32)
 
-    with pytest.raises(SimulatorError, match=r"every episode failed.*dx=nan"):
+    with pytest.raises(SimulatorError, match=r"every episode ended in an environment fault.*dx=nan"):
         rollout(settings(tmp_path / "r", episodes=2), Broken())
     assert json.loads((tmp_path / "r/eval_info.json").read_text())["overall"]["outcomes"] == {"fault": 2}
 
@@ -239,7 +239,7 @@ def test_a_second_run_can_be_compared_with_the_first(tmp_path):
         ({"env": ("toy/Slide-v0", "toy/Slide-v0")}, ConfigError, "without duplicates"),
         ({"episodes": 0}, ConfigError, "episodes must be at least 1"),
         ({"videos": -1}, ConfigError, "videos must not be negative"),
-        ({"compare": Path("nowhere")}, DataError, "no results of `vla rollout` at nowhere"),
+        ({"compare": Path("nowhere")}, DataError, "nowhere has no results of `vla rollout`"),
         ({"policy": "no/such/folder"}, CheckpointError, "no/such/folder"),
     ],
 )

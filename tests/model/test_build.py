@@ -17,7 +17,7 @@ from vla.model.build import DataFacts, build_policy
 from vla.policy import Policy, checkpoint
 from vla.transforms.normalize import compute_statistics
 
-pytestmark = pytest.mark.filterwarnings("ignore:vision tower .* comes without")
+pytestmark = pytest.mark.filterwarnings("ignore:vision tower .* has no image_mean")
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_weights_that_do_not_fit(parts, facts, part, change, named):
 def test_pickled_weights(parts, facts, part):
     torch.save(load_file(parts / part / "model.safetensors"), parts / part / "pytorch_model.bin")
     (parts / part / "model.safetensors").unlink()
-    with pytest.raises(ConfigError, match="save them as safetensors"):
+    with pytest.raises(ConfigError, match="Save them as safetensors"):
         compose(parts, facts)
 
 
@@ -118,7 +118,7 @@ def test_the_newer_file_of_an_image_processor_counts(parts, facts):
 
 
 def test_a_tower_without_statistics_says_whose_are_taken(parts, facts):
-    with pytest.warns(UserWarning, match=r"\[0.5, 0.5, 0.5\] and \[0.5, 0.5, 0.5\] are used"):
+    with pytest.warns(UserWarning, match=r"using \[0.5, 0.5, 0.5\] and \[0.5, 0.5, 0.5\]"):
         compose(parts, facts)
 
 

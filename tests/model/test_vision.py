@@ -26,7 +26,7 @@ def tower():
     del TOWERS._members["my_convnet"]
 
 
-@pytest.mark.filterwarnings("ignore:.*comes without image_mean")
+@pytest.mark.filterwarnings("ignore:.*has no image_mean")
 def test_a_tower_of_another_kind_is_composed_saved_and_decoded(tower, tmp_path, facts, observations):
     save_llama(tmp_path / "llama")
     torch.manual_seed(0)

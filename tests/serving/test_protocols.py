@@ -48,7 +48,7 @@ def test_a_protocol_of_ones_own(toy_protocol, serving, observations, request_, c
         assert 'vla_request_seconds_count{protocol="plain"} 1.0' in metrics
         assert 'vla_errors_total{kind="SpecError",protocol="plain"} 1.0' in metrics
         lost = requests.get(served.http + "/plian", timeout=20).json()["error"]
-        assert lost == "Not Found; POST /act, POST /plain, GET /healthz, GET /metrics and websockets are served here."
+        assert lost == "Not Found; this server has POST /act, POST /plain, GET /healthz, GET /metrics and websockets."
 
 
 def test_keys_and_limits_apply_to_it(toy_protocol, serving, request_):
@@ -62,7 +62,7 @@ def test_keys_and_limits_apply_to_it(toy_protocol, serving, request_):
         assert large.status_code == 413 and large.json() == {"error": "the request is larger than 0.5 MB."}
         served.app.draining = True
         late = requests.post(served.http + "/plain", json=request_, headers=key, timeout=20)
-        assert late.status_code == 503 and late.json() == {"detail": "the server is going down."}
+        assert late.status_code == 503 and late.json() == {"detail": "the server is shutting down."}
         served.app.draining = False
 
 
@@ -71,5 +71,5 @@ def test_an_unknown_address_is_told_what_is_served(serving):
         lost = requests.get(served.http + "/predict", timeout=20)
         assert lost.status_code == 404
         assert lost.json()["error"] == (
-            "Not Found; POST /act, GET /healthz, GET /metrics and websockets are served here."
+            "Not Found; this server has POST /act, GET /healthz, GET /metrics and websockets."
         )

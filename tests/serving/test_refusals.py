@@ -14,11 +14,11 @@ def test_a_broken_client_costs_a_few_lines_per_period(caplog):
         now[0] += 0.02
         refusals.log("10.0.0.7", "POST /act", "state: expected 7 entries")
     assert len(lines(caplog)) <= 2 * 600 / PERIOD_S + 1
-    assert lines(caplog)[0] == "refused: POST /act from 10.0.0.7: state: expected 7 entries"
-    assert lines(caplog)[1].endswith("more refusals in the last 60 s")
+    assert lines(caplog)[0] == "rejected: POST /act from 10.0.0.7: state: expected 7 entries"
+    assert lines(caplog)[1].endswith("more rejected requests in the last 60 s")
     told = sum("expected 7" in line for line in lines(caplog))
     refusals.flush()
-    counted = sum(int(line.split()[0]) for line in lines(caplog) if "more refusals" in line)
+    counted = sum(int(line.split()[0]) for line in lines(caplog) if "more rejected requests" in line)
     assert told + counted == 50 * 600
 
 

@@ -173,8 +173,8 @@ def test_an_image_only_client_and_an_image_only_policy(robot):
         ({"observation/state": "up"}, "must be numbers"),
         ({"prompt": 7}, "'prompt' must be a string, got int"),
         ({"unnorm_key": 7}, "unnorm_key must be a string"),
-        ({"vla/draft": np.zeros((3, 7))}, r"vla/draft must be an array of finite actions \[4, 7\], got shape \[3, 7\]"),
-        ({"vla/draft": [[1.0], [2.0, 3.0]]}, r"vla/draft must be an array .* got list"),
+        ({"vla/draft": np.zeros((3, 7))}, r"vla/draft must be a finite array of shape \[4, 7\], got shape \[3, 7\]"),
+        ({"vla/draft": [[1.0], [2.0, 3.0]]}, r"vla/draft must be a finite array .* got list"),
         ({"prompt": "go " * 1000}, "'prompt' has 3000 characters; the maximum is 1000"),
         ({"observation/state": [10**400] * 7}, "state must be numbers"),
         ({"observation/image": np.zeros((16, 0, 3))}, "no image can be assigned to camera 'front'"),
@@ -200,5 +200,5 @@ def test_missing_keys_are_named(robot):
     with pytest.raises(SpecError, match="no instruction; it is expected under prompt or instruction"):
         read(without, robot, 4, NONE)
     without = {key: value for key, value in FORMS["LIBERO"].items() if key != "observation/state"}
-    with pytest.raises(SpecError, match="no state; 7 entries"):
+    with pytest.raises(SpecError, match="no state; 7 numbers"):
         read(without, robot, 4, NONE)

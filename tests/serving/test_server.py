@@ -139,7 +139,7 @@ def test_the_log_has_a_line_of_every_kind_of_refusal(serving, observations, capl
         def refused(*words: str) -> None:
             until(lambda: caplog.messages)
             (line,) = caplog.messages
-            assert line.startswith("refused: ") and " from 127.0.0.1: " in line
+            assert line.startswith("rejected: ") and " from 127.0.0.1: " in line
             assert all(word in line for word in words), line
             caplog.clear()
 

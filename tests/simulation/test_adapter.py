@@ -181,7 +181,7 @@ def test_experts():
     assert not np.array_equal(actions[0], env.make_expert(seed=2).act())
     expert = make(expert=f"{__name__}:Right").make_expert(seed=7)
     assert isinstance(expert.env, Odd) and expert.seed == 7
-    with pytest.raises(SimulatorError, match=r"no expert of its own.*module:callable.*random"):
+    with pytest.raises(SimulatorError, match=r"has no expert.*module:callable.*random"):
         make().make_expert()
     for source in ("nowhere:expert", f"{__name__}:nobody", "nonsense"):
         with pytest.raises(SimulatorError, match="cannot load expert"):

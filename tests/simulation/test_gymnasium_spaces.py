@@ -222,7 +222,7 @@ def test_states(state, paths, expected):
 def test_a_state_keeps_its_size():
     env = make(state=lambda step: np.zeros(2 + step))
     env.reset()
-    with refused("the state state has 3 entries, but had 2 at first"):
+    with refused("the size of the state state has changed from 2 to 3"):
         env.step(np.zeros(2))
 
 
@@ -323,9 +323,9 @@ SUCCESS = {  # values of info["is_success"] at steps 0, 1, ...; ... : no such en
     "None until the end": ([None, None, True], [False, False, True]),
     "once, when it happens": ([..., True, ...], [False, True, True]),
     "taken back": ([False, True, False], [False, True, False]),
-    "never": ([..., ..., ...], "An episode ended, and none of its steps had this entry"),
-    "at reset only": ([False, ...], "none of its steps had this entry"),
-    "None at the end": ([False, None], "none of its steps had this entry"),
+    "never": ([..., ..., ...], "No step of the episode had this entry"),
+    "at reset only": ([False, ...], "No step of the episode had this entry"),
+    "None at the end": ([False, None], "No step of the episode had this entry"),
     "text": ([..., "success"], "'is_success' must be a flag or a number .*, got 'success'"),
     "bytes": ([..., b"yes"], "must be a flag or a number"),
     "NaN": ([..., np.nan], "must be a flag or a number"),

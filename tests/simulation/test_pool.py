@@ -77,7 +77,7 @@ def test_an_expert_needs_the_folder_of_the_caller(tmp_path):
     assert server.answer(("attempt", tried, Recording(tmp_path, False, False))) == Outcome("kept", "", 7, True)
     assert [path.name for path in tmp_path.iterdir()] == ["episode-000000"]
     fault = server.answer(("attempt", tried, Recording(tmp_path / "elsewhere", False, False)))
-    assert isinstance(fault.error, DataError) and "does not see" in fault.message and "all machines" in fault.message
+    assert isinstance(fault.error, DataError) and "cannot access" in fault.message and "all machines" in fault.message
     server.abandon()
 
 

@@ -1,8 +1,8 @@
-"""The black box: the last seconds before something went wrong.
+"""The black box: a recording of the last seconds before a fault.
 
 Owns: the record of recent control steps, and the file written after a fault: a zip of `ticks.jsonl` (one line per step:
-times, command, reasons, state, completed decodings) and `<camera>/<number>.jpg`, to which those lines refer.
-Images are encoded and files are written in a thread of its own: the control loop only hands events over.
+times, command, reasons, state, completed decodings) and of the images `<camera>/<number>.jpg` that these lines refer
+to. Images are encoded and files are written in a background thread; the control loop only passes events on.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from vla.control.events import StepEvent
 from vla.control.robot import Reading
 
 _AFTERMATH_S = 1.0  # recorded after a fault
-_WAITING = 100  # events in the queue; they hold images
+_WAITING = 100  # minimum capacity of the queue, in events
 
 
 class BlackBox:
     """Keeps the last `seconds` and writes them to `folder` after a fault, at most once per `seconds` and at the end.
 
     Attributes:
-        files: paths written so far.
-        problem: the first error in recording or writing; None without one.
+        files: paths of the files written so far.
+        problem: the first error in recording or writing; None without an error.
     """
 
     def __init__(self, folder: Path, seconds: float, hz: float) -> None:
@@ -54,10 +54,10 @@ class BlackBox:
         try:
             self._queue.put_nowait(event)
         except queue.Full:
-            self.problem = self.problem or "control steps came faster than they could be recorded"
+            self.problem = self.problem or "some control steps were not recorded, because recording was too slow"
 
     def end(self) -> None:
-        """End of a run: write what is pending, in the background."""
+        """End a run: write a pending recording, in the background."""
         self._queue.put(None)
 
     def close(self) -> None:
@@ -81,7 +81,7 @@ class BlackBox:
                 return
 
     def _guarded(self, job: Callable[[Any], None], about: Any) -> None:
-        """An error (a full disk, a malformed image) costs this item only, never a later one."""
+        """Run `job(about)`; an error (a full disk, a malformed image) loses only this item."""
         try:
             job(about)
         except Exception as error:
@@ -105,12 +105,12 @@ class BlackBox:
         self._ticks.append((tick, images))
 
     def _encode(self, reading: Reading) -> tuple[dict[str, str], dict[str, bytes]]:
-        """File names of a reading's images by camera, and JPEGs by file name."""
+        """The file names of a reading's images by camera, and the JPEG data by file name."""
         names, images = {}, {}
         pixels = reading.observation.get("pixels")
         for camera, image in pixels.items() if isinstance(pixels, dict) else ():
             if getattr(image, "ndim", 0) != 3 or image.dtype != np.uint8 or image.shape[-1] != 3 or not image.size:
-                continue  # malformed; the step's reasons say so
+                continue  # malformed, which the step's reasons report
             names[camera] = f"{camera}/{self._number:06d}.jpg"
             images[names[camera]] = cv2.imencode(".jpg", image[..., ::-1])[1].tobytes()
         self._number += 1
@@ -130,7 +130,7 @@ class BlackBox:
 
 
 def _plain(state: Any) -> Any:
-    """A state for JSON; text if it is not numeric."""
+    """A state as JSON values; text if it is not numeric."""
     try:
         return None if state is None else [float(value) for value in np.ravel(state)]
     except (TypeError, ValueError):

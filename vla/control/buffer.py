@@ -1,7 +1,7 @@
-"""Actions by the tick that they are for.
+"""Buffer of actions, indexed by tick.
 
-Owns: which action executes at which tick, and the chunk transition: how a new chunk takes over from the last one.
-Actions that arrive after their tick are dropped. It does not know clocks or how chunks are made.
+Owns: the action for each tick, and the chunk transition, which determines how a new chunk replaces the last one.
+Actions that arrive after their tick are dropped. It does not know clocks or how chunks are decoded.
 """
 
 from __future__ import annotations
@@ -18,26 +18,30 @@ _COEFFICIENT = 0.01  # of temporal ensembling, as in ACT
 
 
 class ChunkBuffer:
-    """Chunks on the axis of ticks.
+    """Chunks and the ticks of their actions.
 
     Args:
-        transition: "switch" and "prefix" execute the newest chunk that covers a tick (for "prefix" it was decoded as a
-            continuation of the one before); "ensemble" averages all chunks that cover it (temporal ensembling),
-            except for the gripper's entry, where an average is not a valid command and the newest chunk counts.
+        transition: "switch" and "prefix" execute the newest chunk that covers a tick (with "prefix", it was decoded as
+            a continuation of the previous chunk); "ensemble" averages all chunks that cover it (temporal ensembling),
+            except for the gripper, whose command is that of the newest chunk, because an average is not valid.
+        gripper: index of the gripper command in an action; None without a gripper.
+
+    Attributes:
+        late: number of actions that arrived after their tick.
     """
 
     def __init__(self, transition: Transition = "switch", gripper: int | None = None) -> None:
         self.transition, self._gripper = transition, gripper
         self._chunks: list[tuple[int, int, np.ndarray]] = []  # task, first tick, actions [H, D]; oldest first
         self._task = 0  # number of the current task
-        self._begun = 0  # actions of the newest chunk so far, while it is still being decoded
-        self.late = 0  # actions that arrived after their tick
+        self._begun = 0  # number of actions of the newest chunk so far, while it is still being decoded
+        self.late = 0
 
     def put(self, chunk: np.ndarray, first: int, now: int, more: bool = False) -> None:
         """Add a chunk [H, D] whose action i is for tick first + i; `now` is the next tick to execute.
 
         With `more`, the chunk is still being decoded: the next call passes the same chunk with more actions, and until
-        then the chunk before it serves the remaining ticks."""
+        then the previous chunk provides the actions of the remaining ticks."""
         known = self._begun
         self.late += int(np.clip(now - first - known, 0, len(chunk) - known))
         past = self._chunks[:-1] if known else self._chunks
@@ -47,15 +51,15 @@ class ChunkBuffer:
         self._begun = len(chunk) if more else 0
 
     def new_task(self) -> None:
-        """Later chunks are for another task: earlier ones serve only ticks that no later chunk covers."""
+        """Later chunks are for another task: earlier chunks are used only at ticks that no later chunk covers."""
         self._task += 1
 
     def complete(self) -> None:
-        """The newest chunk gets no more actions."""
+        """Mark the newest chunk as complete."""
         self._begun = 0
 
     def at(self, tick: int) -> np.ndarray | None:
-        """The action for `tick`, float32 [D]; None when no chunk covers it (an underrun)."""
+        """The action for `tick`, float32 [D]; None if no chunk covers it (an underrun)."""
         covering = [
             (task, chunk[tick - first]) for task, first, chunk in self._chunks if 0 <= tick - first < len(chunk)
         ]
@@ -70,7 +74,7 @@ class ChunkBuffer:
         return action
 
     def ahead(self, tick: int) -> int:
-        """Consecutive ticks from `tick` on that have an action."""
+        """Number of consecutive ticks from `tick` on that have an action."""
         return max((first + len(chunk) - tick for _, first, chunk in self._chunks), default=0)
 
     def clear(self) -> None:

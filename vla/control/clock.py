@@ -1,7 +1,7 @@
 """The control rate.
 
-Owns: absolute deadlines on a monotonic clock, and the record of how well they were kept. A late tick does not delay the
-ticks after it. Ticks that passed meanwhile are skipped and counted; there is no burst to catch up.
+Owns: absolute deadlines on a monotonic clock, and the lateness of commands. A late tick does not delay later ticks. If
+a step takes longer than a period, the missed ticks are skipped and counted, not caught up.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Rate:
 
     Attributes:
         tick: index of the tick that `wait` last returned; -1 before the first.
-        skipped: number of ticks that passed during a step.
+        skipped: number of skipped ticks.
         lateness: seconds from each tick's deadline to its command: the jitter of the command stream.
     """
 
@@ -39,28 +39,28 @@ class Rate:
     def deadline(self, tick: int) -> float:
         return self._start + tick * self.period
 
-    def left(self) -> float:
+    def remaining(self) -> float:
         """Seconds until the next tick is due."""
         return self.deadline(self.tick + 1) - self.clock.monotonic()
 
     def wait(self) -> int:
         """Sleep until the next tick and return its index."""
         due = self.tick + 1
-        # A tick is gone when the next one is due.
+        # A tick is skipped once the next tick is due.
         missed = math.floor((self.clock.monotonic() - self.deadline(due)) / self.period)
         if missed > 0:
             self.skipped += missed
             due += missed
-        while (left := self.deadline(due) - self.clock.monotonic()) > 0:
-            self.clock.sleep(left)
+        while (remaining := self.deadline(due) - self.clock.monotonic()) > 0:
+            self.clock.sleep(remaining)
         self.tick = due
         return due
 
     def sent(self) -> None:
-        """The command of this tick has left."""
+        """Record that the command of this tick has been sent."""
         self.lateness.append(self.clock.monotonic() - self.deadline(self.tick))
 
     @property
     def missed(self) -> int:
-        """Deadlines that were missed: ticks skipped, and commands sent after the next tick was due."""
+        """Number of missed deadlines: skipped ticks, and commands sent after the next tick was due."""
         return self.skipped + sum(late > self.period for late in self.lateness)

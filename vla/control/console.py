@@ -1,11 +1,11 @@
 """The operator console: what the operator of a deployment sees and can do.
 
 Owns: the last seconds of a deployment as plain values (state, scene, commands, timings, safety events) and as images,
-the tally of scenes, and the operator's commands. It does not know how the operator is connected (`vla.control.page`
-does) and does not run scenes: the job calls `begin` and `end`.
+the tally of scenes, and the operator's commands. It does not know how the operator is connected (`vla.control.page`)
+and does not run scenes: the job calls `begin` and `end`.
 
-The control loop only hands events over (`listen`); slow work is done in the caller's thread. Both sides share
-deques of a fixed length: appending to one and copying one are single steps for Python, so no lock can delay the loop.
+The control loop only passes events on (`listen`); slow work is done in the caller's thread. The threads share deques of
+a fixed length. Appending to a deque and copying it are atomic in Python, so no lock can delay the loop.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from vla.policy import ChunkPolicy
 from vla.spec import RobotSpec, check_image
 
 _PLOTTED_S = 10.0
-_TIMED_S = 60.0  # commands whose lateness is reported
+_TIMED_S = 60.0  # window of the reported lateness
 _DECODINGS = 300
 _EVENTS = 40
-_SAME_EVENT_S = 1.0  # the same reason within this time is the same event
-_SHOWN_S = 1.5  # a success is shown for this long before the next scene begins
-_USUAL = "no chunk yet"  # every scene begins like that; it is not an event
+_SAME_EVENT_S = 1.0  # repetitions of a reason within this time are one event
+_SHOWN_S = 1.5  # how long a success is shown before the next scene begins
+_USUAL = "no chunk yet"  # not an event, because every scene begins with it
 _LONGEST = 200  # characters of an instruction
-_WIDEST = 640  # pixels, of the images that are sent
-#: Robots' images are small: chroma subsampling would be visible.
+_WIDEST = 640  # maximum width of the images that are sent, in pixels
+#: The images are small, so chroma subsampling would be visible.
 _JPEG = (cv2.IMWRITE_JPEG_QUALITY, 90, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444)
 
 
 class Refused(VLAError):
-    """An order of the operator that cannot be carried out; the message gives the reason."""
+    """A command of the operator that cannot be executed; the message gives the reason."""
 
 
 @dataclasses.dataclass
@@ -50,7 +50,7 @@ class _Scene:
     instruction: str  # the scene's own, which its success depends on
     begun: float
     ticks: int = 0
-    orders: list[str] = dataclasses.field(default_factory=list)  # of the operator
+    orders: list[str] = dataclasses.field(default_factory=list)  # commands of the operator
     ended: float | None = None
     success: bool = False
 
@@ -105,11 +105,11 @@ class OperatorConsole:
     # From the control loop ----------------------------------------------------------------------------------------
 
     def listen(self, step: StepEvent) -> None:
-        """Take the event of a control step. Called in the control loop: constant time, no waiting."""
+        """Record the event of a control step. Called in the control loop, so it takes constant time and never waits."""
         now, decoding = time.monotonic(), step.decoding or {}
         self._number += 1
         self._reading = step.reading
-        # Not the event itself, which holds images.
+        # The event itself is not kept, because it holds images.
         self._ticks.append(_Tick(self._number, now, step.command, step.reasons, "ids" in decoding))
         self._lateness.append(step.lateness_s)
         self._due += step.tick - self._tick
@@ -137,14 +137,14 @@ class OperatorConsole:
         """Begin a scene with its own instruction."""
         number = self._scene.number + 1 if self._scene else 1
         self._tick, self._next = -1, False
-        self._reading = None  # it is of the previous scene
+        self._reading = None  # the last reading is of the previous scene
         self._scene = _Scene(number, seed, instruction, time.monotonic(), orders=["hold"] if self._held else [])
 
     def end(self, success: bool) -> list[str]:
-        """End the scene. Returns the operator's orders during it; a scene with orders is not counted."""
+        """End the scene. Returns the operator's commands during the scene; a scene with commands is not counted."""
         scene = self._scene
-        assert scene is not None, "begin comes first"
-        if not scene.ticks:  # an order arrived just after the previous scene had ended
+        assert scene is not None, "call begin first"
+        if not scene.ticks:  # a command arrived just after the previous scene had ended
             scene.orders.append("new scene")
         scene.success, scene.ended, self._last = success, time.monotonic(), scene
         outcome = "guided" if scene.orders else "success" if success else "failure"
@@ -159,13 +159,13 @@ class OperatorConsole:
             return False
         return self._held or (scene.success and time.monotonic() - scene.ended < _SHOWN_S)
 
-    # Orders of the operator ---------------------------------------------------------------------------------------
+    # Commands of the operator -------------------------------------------------------------------------------------
 
     def instruct(self, text: str) -> None:
         """Give the policy another instruction until the scene ends."""
         text, scene = " ".join(text.split()), self._scene
         if not text or len(text) > _LONGEST or not text.isprintable():
-            raise Refused(f"an instruction is a text of 1 to {_LONGEST} characters.")
+            raise Refused(f"an instruction must have 1 to {_LONGEST} printable characters.")
         if scene is None or scene.ended is not None or not scene.ticks:
             raise Refused("no scene is running. Wait for the next one, or press New scene.")
         if text == self._controller.instruction:
@@ -192,7 +192,7 @@ class OperatorConsole:
         self._hold("emergency stop")
 
     def release(self) -> None:
-        """Unlatch the emergency stop. The robot still holds until `start`."""
+        """Release the emergency stop. The robot still holds until `start`."""
         self._controller.safety.release()
 
     def new_scene(self) -> None:
@@ -260,7 +260,7 @@ class OperatorConsole:
         }
 
     def jpeg(self, camera: str) -> bytes | None:
-        """The latest image as JPEG; None without one. The same object until there is a newer image."""
+        """The latest image as JPEG; None without an image. Returns the same object until there is a newer image."""
         reading = self._reading
         if reading is None:
             return None
@@ -274,7 +274,7 @@ class OperatorConsole:
             "number": scene.number,
             "seed": scene.seed,
             "own_instruction": scene.instruction,
-            # Before its first step, the controller still has the previous instruction.
+            # Before the scene's first step, the controller still has the previous instruction.
             "instruction": self._controller.instruction if scene.ticks else scene.instruction,
             "seconds": round((scene.ended or now) - scene.begun, 1),
             "orders": list(scene.orders),
@@ -314,7 +314,7 @@ class OperatorConsole:
         try:
             state = np.asarray(reading.observation.get("agent_pos", ()), np.float64).ravel().tolist()
         except (TypeError, ValueError):
-            state = []  # from a faulty driver; there is a safety event for it
+            state = []  # from a faulty driver, which a safety event reports
         return {
             "state": [_plain(value) for value in state],
             "info": {name: _plain(value) for name, value in reading.info.items()},
@@ -343,7 +343,7 @@ def _outcome(scene: _Scene) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no infinity and no NaN."""
+    """`value` for JSON: floats are rounded; None for infinity and NaN, which JSON lacks."""
     return value if not isinstance(value, float) else round(value, 4) if math.isfinite(value) else None
 
 
@@ -352,7 +352,7 @@ def _jpeg(reading: Reading, camera: str) -> bytes | None:
         image = reading.observation["pixels"][camera]
         check_image(image, camera)
     except (VLAError, KeyError, TypeError):
-        return None  # from a faulty driver; there is a safety event for it
+        return None  # from a faulty driver, which a safety event reports
     if image.shape[1] > _WIDEST:
         height = max(1, round(image.shape[0] * _WIDEST / image.shape[1]))
         image = cv2.resize(image, (_WIDEST, height), interpolation=cv2.INTER_AREA)

@@ -1,8 +1,8 @@
 """The control loop.
 
-Owns: the order of a control step (observe, request, choose, check, command) and the states of a run. Deadlines are kept
-by `clock`, chunks by `planner`, decoding by `inference` and limits by `safety`: each step uses what is there at that
-moment and always sends a command.
+Owns: the order of a control step (observe, request, choose, check, command) and the states of a run. `clock` keeps the
+deadlines, `planner` the chunks, `inference` decodes, and `safety` applies the limits. A step never waits for a chunk:
+it uses the actions that have arrived, and always sends a command.
 """
 
 from __future__ import annotations
@@ -30,12 +30,11 @@ from vla.control.safety import SafetyFilter
 from vla.errors import SpecError
 from vla.policy import ChunkPolicy
 
-# Commands are sent at this fraction of the robot's period, which begins with its observation: a late command leaves the
-# policy more time, but at 1 it would fall into the next period, as it would from here if it is late by more than the
-# rest of this one.
+# Commands are sent at this fraction of the robot's control period, which begins with its observation. A large value
+# gives the policy more time to decode; the rest of the period is the margin for late commands.
 _PHASE = 0.8
 _EARLY = 0.1  # an observation may be this fraction of a period early
-_POLL_S = 0.001  # between two looks at an observation that is awaited
+_POLL_S = 0.001  # polling interval while waiting for an observation or a decoding
 
 
 class State(enum.Enum):
@@ -54,7 +53,7 @@ class _Run:
     planner: Planner
     monitor: ObservationMonitor
     record: RunRecord
-    decoding: dict[str, Any] | None = None  # ended since the last step
+    decoding: dict[str, Any] | None = None  # decoding that ended since the last step, for its `StepEvent`
 
 
 class Controller:
@@ -62,19 +61,19 @@ class Controller:
     other methods can be called from any thread.
 
     Args:
-        clock: time of the loop and of the robot's readings.
+        clock: clock of the loop and of the robot's readings.
     Attributes:
         state: see `State`.
         safety: the safety filter, with its interventions and the emergency stop.
         instruction: the task of the policy; it may be changed during a run.
-        listeners: called with every `StepEvent`, in the loop: they must return at once.
+        listeners: called with every `StepEvent` in the control loop; they must return immediately.
     """
 
     def __init__(self, robot: Robot, policy: ChunkPolicy, config: ControlConfig, clock: Clock = time) -> None:
         check(config)
         ours, theirs = policy.robot, robot.spec
         self.hz = theirs.control_hz if config.hz is None else config.hz
-        # A rate given in the configuration is intended, even if it differs from the policy's.
+        # A configured rate may differ from the policy's.
         ours.check_fits(dataclasses.replace(theirs, control_hz=self.hz), tolerated=("rate",) if config.hz else ())
         self._robot, self._policy, self._config, self._clock = robot, policy, config, clock
         self.safety = SafetyFilter(theirs, config.safety, *policy.action_limits, hz=self.hz)
@@ -99,7 +98,7 @@ class Controller:
         self.close()
 
     def configure(self) -> None:
-        """Decode one chunk, so that the first chunk of a run is as fast as the others."""
+        """Decode one chunk as a warm-up, so that the first chunk of a run is not slower than later ones."""
         self._policy.warm_up()
         self.state = State.READY
 
@@ -116,17 +115,17 @@ class Controller:
         self._on_hold = False
 
     def stop(self) -> None:
-        """End the current run, or the next one, at its next control step."""
+        """End the current run (or, if none is running, the next run) at its next control step."""
         self._stopping = True
 
     def run(self, instruction: str, seconds: float) -> dict[str, Any]:
-        """Control for `seconds`, until the robot reports that its task is over, or until `stop`. Ends with a hold.
+        """Control the robot for `seconds`, until it reports that its task is over, or until `stop`. Ends with a hold.
 
         Returns:
             The record: success, number of commands, skipped steps, missed deadlines, lateness of each command in ms,
-            time to the first action and to the whole chunk of each decoding in ms, interventions by reason, number of
-            actions that arrived after their step, errors of the policy, and the mean absolute third difference of the
-            commands ("jerk").
+            time to the first action and to the whole chunk of each decoding in ms, number of interventions by reason,
+            number of actions that arrived after their step, errors of the policy, and the mean absolute third
+            difference of the commands ("jerk").
         """
         self.instruction = instruction
         with _no_garbage_collection():
@@ -156,14 +155,14 @@ class Controller:
         except BaseException:
             try:
                 self._end()
-            except Exception as problem:  # the first error is raised; this one is only reported
-                warnings.warn(f"the robot could not be told to hold: {problem}", stacklevel=2)
+            except Exception as problem:  # the first error is raised, this one only reported
+                warnings.warn(f"the hold command could not be sent: {problem}", stacklevel=2)
             raise
         self._end()
         return record.report(buffer.late) | {"interventions": dict(self.safety.interventions - before)}
 
     def _end(self) -> None:
-        """Hold, and wait for a decoding that still runs: its answer belongs to no run."""
+        """Hold, and wait for a decoding that is still running, so that the next run does not receive its answer."""
         self.state = State.HOLDING
         try:
             self._robot.command(self.safety.hold().action)
@@ -174,16 +173,17 @@ class Controller:
                 self._clock.sleep(_POLL_S)
 
     def _wait(self, run: _Run) -> None:
-        """Sleep until the next control step. If a chunk is due, request it as soon as the step's observation is there
-        and the previous decoding has ended: at the step itself, the observation would be older and the answer later.
-        Observations from before that precede the last command: a chunk for them would be for the previous step."""
+        """Sleep until the next control step. If a chunk is due, request it as soon as the step's observation has
+        arrived and the previous decoding has ended: a request at the step itself would use an older observation and be
+        answered later. Earlier observations are not used: they precede the last command and belong to the previous
+        step."""
         step = run.rate.tick + 1
         begins = run.rate.deadline(step) - (_PHASE + _EARLY) / self.hz
-        while run.rate.left() > _POLL_S and not self._held and run.planner.due(step, self.instruction):
+        while run.rate.remaining() > _POLL_S and not self._held and run.planner.due(step, self.instruction):
             if not run.planner.idle:
-                run.decoding = run.decoding or run.planner.receive(step)  # one per step, for the black box
+                run.decoding = run.decoding or run.planner.receive(step)  # at most one per step, for the black box
                 self._clock.sleep(_POLL_S)
-                continue  # with the actions received, it may no longer be due
+                continue  # the received actions may postpone the request
             reading = self._robot.observe()
             early = reading is None or reading.time < begins or not run.planner.is_new(reading, self.instruction)
             if reading is None or early or run.monitor.fault(reading, self._clock.monotonic()) is not None:
@@ -214,18 +214,18 @@ class Controller:
         planner.sent(step, command.action, idle=action is None)
         run.record.sent(command.action)
         if step % max(1, round(self.hz)) == 0:
-            gc.collect(1)  # takes microseconds: everything older is frozen
+            gc.collect(1)  # takes microseconds, because all older objects are frozen
         event = StepEvent(step, run.rate.lateness[-1], reading, command.action, command.reasons, decoding)
         for listener in self.listeners:
             listener(event)
 
     @property
     def _held(self) -> bool:
-        """Whether the robot holds until the operator ends the hold."""
+        """Whether the operator holds the robot, or the emergency stop is pressed."""
         return self._on_hold or self.safety.stopped
 
     def _first_reading(self) -> Reading:
-        """The first reading; for position commands, the first with a finite state, which is the first hold."""
+        """Wait for the first reading. For position commands it must have a finite state, which the robot then holds."""
         spec, deadline = self._robot.spec, self._clock.monotonic() + self._config.safety.max_age_s + 5.0
         while True:
             reading = self._robot.observe()
@@ -233,14 +233,14 @@ class Controller:
             if reading is not None and (any_state or state_of(reading, spec) is not None):
                 return reading
             if self._clock.monotonic() > deadline or self._stopping:
-                what = "observation" if reading is None else f"finite state of {spec.state_dim} entries"
-                raise SpecError(f"the robot gives no {what}.")
+                what = "observation" if reading is None else f"finite state of {spec.state_dim} numbers"
+                raise SpecError(f"the robot has sent no {what}.")
             self._clock.sleep(_POLL_S)
 
 
 @contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Garbage collections take longer than a command may be late; `_step` runs small ones."""
+    """Disable automatic garbage collection, which takes longer than a command may be late. `_step` runs small ones."""
     gc.collect()
     gc.freeze()
     gc.disable()

@@ -1,6 +1,6 @@
-"""What happened in one control step.
+"""The event of a control step.
 
-Owns: the record that the control loop hands to its listeners (black box, operator console, ROS 2 diagnostics), and
+Owns: the record that the control loop passes to its listeners (black box, operator console, ROS 2 diagnostics), and
 which of its reasons are faults.
 """
 
@@ -15,7 +15,7 @@ from vla.control.robot import Reading
 
 #: Reasons to hold that are not faults.
 _EXPECTED = frozenset({"no chunk yet", "on hold"})
-#: Reasons for which a command is changed instead of replaced: they are counted, but are not faults either.
+#: Reasons for which a command is limited instead of replaced: they are counted, but are not faults either.
 _LIMITS = frozenset({"range", "jump", "velocity", "acceleration", "workspace"})
 
 
@@ -25,12 +25,13 @@ class StepEvent:
 
     Attributes:
         tick: number of the step in the run.
-        lateness_s: from the deadline to the command.
+        lateness_s: time from the deadline to the command, in seconds.
         reading: the robot's latest observation.
-        command: what was sent to the robot, float32 [D].
-        reasons: why `command` differs from the policy's action; empty: it does not.
-        decoding: the chunk that was completed in this step: {asked, ms, ids, entropy} or {asked, ms, error}; else
-            None. Its first actions may have been executed since the step `asked`.
+        command: the command sent to the robot, float32 [D].
+        reasons: why `command` differs from the policy's action (empty if it does not).
+        decoding: the chunk that was completed in this step, {asked, ms, ids, entropy} or {asked, ms, error}; None if
+            none was completed. `asked` is the step of its request, from which on its first actions may have been
+            executed.
     """
 
     tick: int
@@ -42,7 +43,7 @@ class StepEvent:
 
     @property
     def fault(self) -> str | None:
-        """The first fault of this step by name; None without one."""
+        """The name of the first fault of this step; None without a fault."""
         if self.decoding is not None and "error" in self.decoding:
             return "policy error"
         return next((reason for reason in self.reasons if reason not in _EXPECTED | _LIMITS), None)

@@ -1,7 +1,7 @@
-"""The policy in a thread of its own.
+"""Inference in a background thread.
 
-Owns: one decoding at a time beside the control loop: its actions as they are decoded, its result or error, and its
-latency. The loop requests and polls; it never waits.
+Owns: one decoding at a time, in parallel with the control loop: its actions as they are decoded, its result or error,
+and its latency. The control loop requests and polls; it never waits.
 """
 
 from __future__ import annotations
@@ -24,11 +24,14 @@ _WINDOW = 100  # decodings that the latency is measured over
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """Result of the request for the observation of `tick`: a chunk's first actions [n, D] while the rest is decoded,
-    then all actions and their prediction, or an error instead.
+    """Answer to the request for the observation of `tick`.
 
     Attributes:
-        first_s, seconds: until the first action, and until this answer.
+        first_s, seconds: time from the request to the first action, and to this answer.
+        actions: float32 [n, D], the first n actions while the rest is being decoded, then the whole chunk; None after
+            an error.
+        prediction: the prediction, once the chunk is complete.
+        error: why decoding failed; None without an error.
     """
 
     tick: int
@@ -40,7 +43,7 @@ class Answer:
 
     @property
     def more(self) -> bool:
-        """Whether the rest is still being decoded."""
+        """Whether the rest of the chunk is still being decoded."""
         return self.prediction is None and self.error is None
 
 
@@ -48,11 +51,12 @@ class Inference:
     """Decodes in the background.
 
     Args:
-        whole: pass on complete chunks only; otherwise a policy that `streams` passes on action after action.
-        injected_latency_s: added to every decoding, for a chunk as a whole, as a network would.
-        clock: time, in `busy_since`, latencies and the injected latency.
+        whole: pass on complete chunks only; otherwise, if the policy `streams`, actions are passed on one by one.
+        injected_latency_s: latency added to every decoding, as by a network; chunks are then not streamed.
+        clock: clock of `busy_since`, of latencies and of the injected latency.
     Attributes:
-        busy_since: time of the running request; None when there is none.
+        busy_since: time of the running request; None if none is running.
+        latency: 99th percentile of the time to the first action over the last decodings, in seconds.
     """
 
     def __init__(
@@ -65,20 +69,20 @@ class Inference:
         self._answer: Answer | None = None
         self._closed = False
         self.busy_since: float | None = None
-        self.latency = 0.0  # p99 time to first action over the last decodings, in seconds
+        self.latency = 0.0
         self._first_s: collections.deque[float] = collections.deque(maxlen=_WINDOW)
         self._thread = threading.Thread(target=self._serve, daemon=True, name="vla-inference")
         self._thread.start()
 
     def request(self, tick: int, observation: Observation, instruction: str, draft: Draft | None) -> None:
-        """Start a decoding; only when none is running."""
+        """Start a decoding. None may be running."""
         with self._wake:
             assert self.busy_since is None, "one request at a time"
             self._request, self.busy_since = (tick, observation, instruction, draft), self._clock.monotonic()
             self._wake.notify()
 
     def take(self) -> Answer | None:
-        """The newest answer; None when there is no new one."""
+        """The newest answer; None if there is no new answer."""
         with self._wake:
             answer, self._answer = self._answer, None
             if answer is not None and not answer.more:
@@ -118,12 +122,12 @@ class Inference:
         try:
             prediction = self._policy.predict(*request, hand_over) if self._streams else self._policy.predict(*request)
             actions = prediction.chunks[0]
-        except Exception as problem:  # any error: the control loop must continue
+        except Exception as problem:  # no error may stop the control loop
             error = "".join(traceback.format_exception_only(problem)).strip()
         if self._injected:
             self._clock.sleep(self._injected)
         seconds = self._clock.monotonic() - start
-        if known or error is None:  # a failure is not a latency
+        if known or error is None:  # failed decodings do not count
             self._first_s.append(first_s or seconds)
             self.latency = float(np.quantile(self._first_s, 0.99))
         self._put(Answer(tick, first_s or seconds, seconds, actions, prediction, error))

@@ -1,7 +1,7 @@
-"""Whether an observation is fit to act upon.
+"""Detection of faulty observations.
 
-Owns: the faults of an observation (stale; a camera missing, malformed, resized, dark or frozen; a state that is not
-finite) and the names under which they are counted. It does not know policies or commands.
+Owns: the faults of an observation (stale; a camera image missing, malformed, resized, dark or frozen; a state that is
+not finite) and the names under which they are counted. It does not know policies or commands.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _DARK = 8  # of 255; in a lit room every image of a working camera has a brighte
 
 
 def state_of(reading: Reading, spec: RobotSpec) -> np.ndarray | None:
-    """The state in `reading`, float64 [S]; None if it is not finite or not of the robot's size."""
+    """The state in `reading`, float64 [S]; None if it is not finite or has a wrong shape."""
     try:
         state = np.asarray(reading.observation.get("agent_pos", ()), np.float64)
     except (TypeError, ValueError):  # not numbers at all
@@ -34,17 +34,17 @@ class ObservationMonitor:
         self._spec, self._config = spec, config
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._changed: dict[str, tuple[np.ndarray, float]] = {}  # camera -> its last new image, and its time
-        self._judged: tuple[Reading, str | None] | None = None
+        self._checked: tuple[Reading, str | None] | None = None  # the last reading, and its fault
 
     def fault(self, reading: Reading, now: float) -> str | None:
-        """The name of the fault of `reading` at time `now` (of `time.monotonic`); None without one."""
+        """The name of the fault of `reading` at time `now` (of `time.monotonic`); None without a fault."""
         if now - reading.time > self._config.max_age_s:
             return "stale observation"
-        if self._judged is None or self._judged[0] is not reading:
-            self._judged = reading, self._examine(reading)
-        return self._judged[1]
+        if self._checked is None or self._checked[0] is not reading:
+            self._checked = reading, self._check(reading)
+        return self._checked[1]
 
-    def _examine(self, reading: Reading) -> str | None:
+    def _check(self, reading: Reading) -> str | None:
         pixels = reading.observation.get("pixels")
         for camera in self._spec.cameras:
             image = pixels.get(camera) if isinstance(pixels, Mapping) else None

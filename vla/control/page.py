@@ -1,12 +1,13 @@
 """The live page: an `OperatorConsole` in a browser.
 
 Owns: the addresses of the page (`GET /`), of its live connection (websocket `/live`) and of the emergency stop
-(`POST /stop`, so that `curl -X POST` stops the robot too), their messages, and access: any client that reaches the
-port, except the pages of other web sites. It does not know robots or policies.
+(`POST /stop`, so that `curl -X POST` stops the robot too), their messages, and access control: every client that
+reaches the port has access, except pages of other web sites. It does not know robots or policies.
 
-To the browser: `{"robot": ...}` once, `{"status": ...}` ten times per second, `{"error": ...}` for an order that was
-not carried out, and every new image as its camera's number (one byte) and a JPEG. From it: `{"do": "start"}`, "hold",
-"stop" (the emergency stop), "release", "new_scene", or `{"do": "instruct", "text": ...}`.
+Messages to the browser: `{"robot": ...}` once, `{"status": ...}` ten times per second, `{"error": ...}` if an operator
+command is rejected, and every new image as its camera's number (one byte) followed by a JPEG. Messages from the
+browser: `{"do": "start"}`, "hold", "stop" (the emergency stop), "release", "new_scene", or
+`{"do": "instruct", "text": ...}`.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from vla.support.sockets import listen
 
 _PERIOD_S = 0.05  # between checks for new images
 _STATUS_EVERY = 2  # checks
-_LARGEST_ORDER = 2**16  # bytes
+_LARGEST_COMMAND = 2**16  # bytes
 #: The page loads nothing from elsewhere, and no other page may embed it (clickjacking).
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
@@ -47,8 +48,8 @@ _HEADERS = {
 
 
 def page(console: OperatorConsole, host: str = "127.0.0.1") -> Starlette:
-    """The application. `host` is the name that it will be bound to; browsers may also use addresses and this machine's
-    name."""
+    """The application. `host` is the name that it is bound to; browsers may also use IP addresses and the name of this
+    machine."""
     html = templates().get_template("live.html").render()
 
     async def home(_: Request) -> Response:
@@ -74,19 +75,19 @@ def page(console: OperatorConsole, host: str = "127.0.0.1") -> Starlette:
 
 @contextlib.contextmanager
 def serve_in_thread(app: ASGIApp, host: str, port: int) -> Iterator[str]:
-    """Serve `app` in a thread, without touching signal handlers; yields the URL to open.
+    """Serve `app` in a thread, without changing signal handlers. Yields the URL to open.
 
     Args:
         port: 0: any free port.
     Raises:
-        ConfigError: the address or port cannot be used.
+        ConfigError: the address or port is not available.
     """
-    listener = listen(host, port, "Take another --port (0: any free one), or deploy with --no-ui.")
+    listener = listen(host, port, "Choose another --port (0: any free port), or deploy with --no-ui.")
     config = uvicorn.Config(
         app,
         log_level="warning",
         lifespan="off",
-        ws_max_size=_LARGEST_ORDER,
+        ws_max_size=_LARGEST_COMMAND,
         ws_per_message_deflate=False,  # most messages are JPEGs
         timeout_graceful_shutdown=1,
     )
@@ -102,7 +103,7 @@ def serve_in_thread(app: ASGIApp, host: str, port: int) -> Iterator[str]:
 
 
 async def _show(console: OperatorConsole, connection: WebSocket) -> None:
-    """Send status and images until cancelled. A slow connection skips some: each is the latest when it is sent."""
+    """Send status and images until cancelled. A slow connection skips intermediate ones."""
     await connection.send_text(_message("robot", console.describe()))
     shown: dict[str, bytes] = {}
     number = check = 0
@@ -121,32 +122,32 @@ async def _show(console: OperatorConsole, connection: WebSocket) -> None:
 
 
 async def _obey(console: OperatorConsole, connection: WebSocket) -> None:
-    """Carry out orders until the connection is closed."""
+    """Execute the operator's commands until the connection is closed."""
     while (message := await connection.receive())["type"] != "websocket.disconnect":
         try:
-            _carry_out(console, message.get("text"))
+            _execute(console, message.get("text"))
         except VLAError as error:
             await connection.send_text(_message("error", str(error)))
 
 
-def _carry_out(console: OperatorConsole, text: str | None) -> None:
+def _execute(console: OperatorConsole, text: str | None) -> None:
     try:
-        order = json.loads(text or "")
+        command = json.loads(text or "")
     except (ValueError, RecursionError):
-        raise ConfigError("an order is a JSON object.") from None
-    if not isinstance(order, dict) or not isinstance(order.get("do"), str):
-        raise ConfigError('an order looks like {"do": "hold"}.')
-    orders: dict[str, Callable[[], None]] = {
+        raise ConfigError("an operator command must be a JSON object.") from None
+    if not isinstance(command, dict) or not isinstance(command.get("do"), str):
+        raise ConfigError('an operator command must have the form {"do": "hold"}.')
+    commands: dict[str, Callable[[], None]] = {
         "start": console.start,
         "hold": console.hold,
         "stop": console.emergency_stop,
         "release": console.release,
         "new_scene": console.new_scene,
-        "instruct": lambda: console.instruct(str(order.get("text", ""))),
+        "instruct": lambda: console.instruct(str(command.get("text", ""))),
     }
-    if order["do"] not in orders:
-        raise ConfigError(unknown("order", order["do"], orders))
-    orders[order["do"]]()
+    if command["do"] not in commands:
+        raise ConfigError(unknown("operator command", command["do"], commands))
+    commands[command["do"]]()
 
 
 def _message(kind: str, content: object) -> str:
@@ -154,10 +155,10 @@ def _message(kind: str, content: object) -> str:
 
 
 class _OurPagesOnly:
-    """Rejects requests that other web sites make a browser send.
+    """Rejects requests that a browser sends on behalf of other web sites.
 
-    A request's Origin must equal its Host (no cross-site requests), and its Host must be an address or a name of this
-    machine: another site can make its own name resolve to this machine (DNS rebinding).
+    A request's Origin must equal its Host (no cross-site requests), and its Host must be an IP address or a name of
+    this machine, because another site could make its own name resolve to this machine (DNS rebinding).
     """
 
     def __init__(self, app: ASGIApp, host: str) -> None:
@@ -179,10 +180,10 @@ class _OurPagesOnly:
             name = urlsplit(f"//{host}").hostname or ""
             foreign = origin is not None and urlsplit(origin).netloc.lower() != host.lower()
         except ValueError:
-            return "Host or Origin cannot be read."
+            return "the Host or Origin header is invalid."
         if name not in self._names and not _is_address(name):
             return f"{name!r} is not a name of this robot: use its address, or deploy with --host {name}."
-        return "Other web sites may not use this robot." if foreign else None
+        return "requests from pages of other web sites are not allowed." if foreign else None
 
 
 def _is_address(name: str) -> bool:
@@ -194,7 +195,7 @@ def _is_address(name: str) -> bool:
 
 
 def _reachable(host: str) -> str:
-    """`host` for a URL; for "all interfaces", the address of the interface that leads out of this machine."""
+    """`host` for a URL. If it means all interfaces, the address of the interface with the default route."""
     if host in ("0.0.0.0", "::"):
         host = "127.0.0.1"
         with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

@@ -1,12 +1,12 @@
-"""When the control loop requests a chunk, and which control step each of its actions is for.
+"""Planning of chunks: when to request one, and the control step of each of its actions.
 
-Owns: the request that is open or was answered last, the draft for the next one, and the chunks that were received. It
-does not know limits or how the loop spends its time.
+Owns: the latest request, the draft for the next request, and the received chunks. It does not know safety limits or the
+timing of the loop.
 
-Actions carry the step that they are for: action i of a chunk that was requested with the observation of step k is for
-step k + i. A policy decodes actions in order and the first is usually ready in time for step k, so each is executed as
-soon as it is known while the rest is decoded. With the transition "prefix", the actions that execute while a chunk is
-decoded are given to the decoder as the chunk's first tokens (prefix conditioning, `vla.decoding.prefix`).
+If a chunk is requested with the observation of step k, its action i is for step k + i. Actions are decoded in order,
+and the first is usually ready in time for step k, so actions are executed while the rest of the chunk is decoded. With
+the transition "prefix", the actions that execute while a chunk is decoded are passed to the decoder as the chunk's
+first tokens (prefix conditioning, `vla.decoding.prefix`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _HISTORY = 1000  # commands that are kept
 
 
 class RequestState(enum.Enum):
-    """pending -> partial -> done; failed from the first two."""
+    """pending -> partial -> done; pending or partial -> failed."""
 
     PENDING = "pending"
     PARTIAL = "partial"
@@ -47,9 +47,9 @@ class Request:
     Attributes:
         step: control step of its observation.
         taken: time of its observation, in seconds of `time.monotonic`.
-        heard: time at which actions last arrived; before the first, `taken`.
+        heard: time of the last arrival of actions; `taken` before the first.
         delay: the chunk's first action is for step `step + delay`.
-        stalled: whether actions were ever more than `max_age_s` apart; `delay` then no longer changes.
+        stalled: whether two arrivals of actions were ever more than `max_age_s` apart; `delay` is then fixed.
     """
 
     step: int
@@ -61,13 +61,13 @@ class Request:
 
 
 def place_chunk(request: Request, heard: float, waited: int, max_age_s: float) -> Request:
-    """The request after more of its actions arrived at time `heard`, with the place of its chunk in time.
+    """Update a request after more of its actions arrived at time `heard`, and choose the step of its first action.
 
-    | while the chunk was decoded, the robot   | the chunk's first action is for                          |
-    |------------------------------------------|----------------------------------------------------------|
-    | executed earlier actions                 | the observation's step; actions that are late are dropped |
-    | held for `waited` steps without an action | `waited` steps later: the robot is where it was observed  |
-    | waited longer than `max_age_s`           | as before the stall: the world may have changed meanwhile |
+    | while the chunk was decoded, the robot    | step of the chunk's first action                              |
+    |-------------------------------------------|---------------------------------------------------------------|
+    | executed earlier actions                  | the observation's step; late actions are dropped              |
+    | held for `waited` steps without an action | `waited` steps later, because the robot has not moved         |
+    | waited longer than `max_age_s`            | as before the stall, because the scene may have changed since |
     """
     stalled = request.stalled or heard - request.heard > max_age_s
     delay = request.delay if stalled else waited
@@ -93,20 +93,20 @@ class Planner:
     ) -> None:
         self._policy, self._inference, self._rate = policy, inference, rate
         self._config, self._buffer, self._record = config, buffer, record
-        self._session = Session()  # its instruction is that of the last request, and its draft begins at its step
+        self._session = Session()  # with the instruction of the last request; its draft begins at the request's step
         self._request: Request | None = None
-        self._executed: int | None = None  # actions of the last chunk to execute; None: none has arrived
+        self._executed: int | None = None  # how many actions of the last chunk to execute; None before the first
         self._commands: collections.deque[tuple[int, np.ndarray]] = collections.deque(maxlen=_HISTORY)
         self._idle: collections.deque[int] = collections.deque(maxlen=_HISTORY)  # steps that had no action
         self.begun, self.entropy = False, 0.0
 
     def due(self, step: int, instruction: str) -> bool:
-        """Whether to request a chunk that is executed from `step` on: `n_action_steps` after the last request, when the
+        """Whether to request a chunk to be executed from `step` on: `n_action_steps` after the last request, if the
         buffer would run out before the answer, or if the last request failed.
 
-        If an answer takes longer than half a chunk, the request waits until the last action is about to be executed.
-        Requested earlier, the chunk is for a state that the robot has left: with a delay of 6 steps, 39 of 40 episodes
-        succeed if no action is left at the request, and 34 if two or four are (docs/log.md).
+        If an answer takes longer than half a chunk, the request is made when the last action is about to be executed.
+        An earlier request would use a state that the robot leaves before the chunk arrives: with a delay of 6 steps, 39
+        of 40 episodes succeed if no action remains at the request, and 34 if two or four remain (docs/log.md).
         """
         request = self._request
         if request is None or request.state is RequestState.FAILED or self._session.instruction != instruction:
@@ -124,13 +124,13 @@ class Planner:
 
     @property
     def idle(self) -> bool:
-        """Whether a request can be made: no chunk is being decoded."""
+        """Whether no chunk is being decoded, so that a request can be made."""
         return self._inference.busy_since is None
 
     def request(self, reading: Reading, instruction: str, step: int) -> None:
         """Request a chunk for `reading`; `step` is the next control step."""
         if self._session.instruction != instruction:
-            self._session = Session(instruction)  # the old draft is for another task
+            self._session = Session(instruction)  # the draft is for the previous task
             self._buffer.new_task()
         now, last = self._rate.clock.monotonic(), self._request
         due = max(now, self._rate.deadline(step))
@@ -149,10 +149,10 @@ class Planner:
         self._inference.request(observed, reading.observation, instruction, draft)
 
     def receive(self, step: int) -> dict[str, Any] | None:
-        """Take the actions that have been decoded; `step` is the next control step.
+        """Receive the actions decoded since the last call; `step` is the next control step.
 
         Returns:
-            `StepEvent.decoding` when a decoding has ended, else None.
+            `StepEvent.decoding` if a decoding has ended, else None.
         """
         answer = self._inference.take()
         if answer is None:
@@ -167,7 +167,7 @@ class Planner:
         if answer.prediction is not None:
             self._record.decoded(answer.seconds, answer.first_s)
             self.entropy = float(answer.prediction.entropy.mean())
-        if self._request is not None and self._request.step == answer.tick:  # else: a `reset` has dropped it
+        if self._request is not None and self._request.step == answer.tick:  # otherwise dropped by `reset`
             self._accept(answer, self._request, step)
         if answer.prediction is None:
             return None
@@ -187,17 +187,17 @@ class Planner:
         self._buffer.put(answer.actions[: self._executed], first, step, answer.more)
 
     def action(self, step: int) -> np.ndarray | None:
-        """The action for `step`, float32 [D]; None if there is none."""
+        """The action for `step`, float32 [D]; None if none is available."""
         return self._buffer.at(step)
 
     def sent(self, step: int, command: np.ndarray, idle: bool) -> None:
-        """`command` was sent in `step`; `idle` if there was no action for it."""
+        """Record that `command` was sent in `step`; `idle` if no action was available for the step."""
         self._commands.append((step, command))
         if idle:
             self._idle.append(step)
 
     def reset(self) -> None:
-        """Drop all chunks and the open request: what follows a hold starts anew."""
+        """Drop all chunks and the open request, so that planning starts anew after a hold."""
         self._buffer.clear()
         self._session = Session(self._session.instruction)
         self._request, self.begun = None, False
@@ -209,16 +209,16 @@ class Planner:
 
     @property
     def _near(self) -> bool:
-        """Whether answers arrive within half a chunk, so that the robot need not wait for them."""
+        """Whether answers arrive within half a chunk, so that the robot does not have to wait for them."""
         return self._steps_to_answer <= self._policy.horizon // 2
 
     def _waited(self, first: int, end: int) -> int:
-        """Number of steps from `first` to before `end` that had no action."""
+        """Number of steps without an action, from `first` up to and excluding `end`."""
         return sum(first <= step < end for step in self._idle)
 
     def _expected(self, first: int, count: int, now: int) -> np.ndarray:
-        """Actions of `count` steps from `first` on if no other chunk arrives, [at most count, D]: past commands, then
-        the buffer's actions; `now` is the next step."""
+        """The actions of `count` steps from `first` on if no other chunk arrives, [at most count, D]: past commands,
+        then actions from the buffer; `now` is the next step."""
         past = [command for step, command in self._commands if step >= first and step not in self._idle]
         ahead = [self._buffer.at(step) for step in range(now, first + count)]
         return np.array(past + [action for action in ahead if action is not None], np.float32)[:count]

@@ -1,6 +1,6 @@
 """The record of one run of the control loop.
 
-Owns: what `Controller.run` returns: timing, errors of the policy, and how smooth the commands were.
+Owns: the record that `Controller.run` returns: timing, errors of the policy, and the smoothness of the commands.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _MAX_ERRORS = 1000
 
 
 class RunRecord:
-    """Filled while the loop runs; its size does not depend on the run's length, except for 8 bytes per measurement.
+    """The record of a running control loop. Its memory is bounded, except for 8 bytes per timing measurement.
 
     Attributes:
         success: whether the task ended in success.
@@ -39,7 +39,7 @@ class RunRecord:
             self._jerks += 1
 
     def decoded(self, seconds: float, first_s: float) -> None:
-        """A chunk took `seconds`, and its first action `first_s`."""
+        """Record the decoding time of a chunk, and the time to its first action, in seconds."""
         self._decode_s.append(seconds)
         self._first_action_s.append(first_s)
 
@@ -48,7 +48,7 @@ class RunRecord:
             self._errors.append(error)
 
     def report(self, late_actions: int) -> dict[str, Any]:
-        """Plain values, as `Controller.run` documents them."""
+        """The record as plain values, as documented by `Controller.run`."""
         return {
             "success": self.success,
             "commands": len(self._rate.lateness),

@@ -20,8 +20,8 @@ class Reading:
     """An observation and its time.
 
     Attributes:
-        time: when it was taken, in seconds of `time.monotonic`.
-        over: the task has ended (simulations know), with `success`.
+        time: when the observation was taken, in seconds of `time.monotonic`.
+        over: whether the task has ended (reported by simulations), with `success`.
         info: other plain values, for display only.
     """
 
@@ -42,8 +42,8 @@ class Robot(Protocol):
 
     @abc.abstractmethod
     def observe(self) -> Reading | None:
-        """The latest reading; None before the first. Called up to a thousand times per second: it returns the same
-        object until there is a new observation."""
+        """The latest reading; None before the first. It is called up to a thousand times per second, and must return
+        the same object until there is a new observation."""
 
     @abc.abstractmethod
     def command(self, action: np.ndarray) -> None:
@@ -51,19 +51,19 @@ class Robot(Protocol):
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Disconnect. The last command was to hold."""
+        """Disconnect. The controller has sent the hold command before."""
 
     def hold_reference(self) -> np.ndarray | None:
-        """The action that a hold repeats before the first command, float32 [D]: where the robot is, in the units of its
-        commands. None (the default): the state entries of the same names (`RobotSpec.hold_action`)."""
+        """The action that a hold repeats before the first command, float32 [D]: the robot's current position in the
+        units of its commands. None (the default) takes it from the state, by name (`RobotSpec.hold_action`)."""
         return None
 
 
 class EpisodicRobot(Robot, Protocol):
-    """A robot that can begin an episode by itself: a simulation, a recording, a bench with a reset routine.
+    """A robot that can begin an episode by itself: a simulation, a recording, or a setup with a reset routine.
 
     Attributes:
-        instruction: of the current episode.
+        instruction: instruction of the current episode.
         episodes: the episodes that `reset` accepts, in order; None: it accepts any seed.
     """
 

@@ -1,8 +1,8 @@
 """The safety filter between a policy and a robot.
 
-Owns: the limits of a command, the emergency stop, and the count of interventions by reason. Every command that leaves
-is finite, in range and without jumps, and never the response to an old observation. It does not know where actions come
-from, or the faults of an observation (`observation_monitor` does).
+Owns: the limits of a command, the emergency stop, and the count of interventions by reason. Every command is finite,
+within its range and without jumps, and never follows from a stale observation. It does not know where actions come
+from, or how faults of observations are detected (`observation_monitor`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vla.spec import RobotSpec
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A command, float32 [D], and the reasons why it differs from the policy's action; empty: it does not."""
+    """A command, float32 [D], and the reasons why it differs from the policy's action (empty if it does not)."""
 
     action: np.ndarray
     reasons: tuple[str, ...] = ()
@@ -31,18 +31,18 @@ class SafetyFilter:
     For position actions, velocity is the change between two commands.
 
     Args:
-        low, high: per entry, float [D], the range of commands in the robot's units.
-        hz: commands per second.
+        low, high: range of each command dimension, float [D], in the robot's units.
+        hz: commands per second; None: `spec.control_hz`.
     Attributes:
         interventions: reason -> count.
-        stopped: the emergency stop is pressed; it stays pressed until `release`.
+        stopped: whether the emergency stop is pressed; it stays pressed until `release`.
     """
 
     def __init__(
         self, spec: RobotSpec, config: SafetyConfig, low: np.ndarray, high: np.ndarray, hz: float | None = None
     ) -> None:
         if np.shape(low) != (spec.action_dim,) or np.shape(high) != (spec.action_dim,) or not (low <= high).all():
-            raise ConfigError(f"safety needs a low and a high limit for each of {', '.join(spec.action_names)}.")
+            raise ConfigError(f"safety needs limits low <= high for each of {', '.join(spec.action_names)}.")
         _check_hold(spec)
         self._spec, self._config = spec, config
         self._low, self._high = np.asarray(low, np.float32), np.asarray(high, np.float32)
@@ -51,13 +51,13 @@ class SafetyFilter:
         self._max_motion_change = period**2 * self._per_entry("max_acceleration", config.max_acceleration)
         self._walls = self._check_workspace(config.workspace)
         self._last: np.ndarray | None = None
-        self._reference: np.ndarray | None = None  # what a hold repeats before the first command
-        self._motion = np.zeros(spec.action_dim, np.float32)  # of the last command, per period
+        self._reference: np.ndarray | None = None  # position that a hold repeats before the first command
+        self._motion = np.zeros(spec.action_dim, np.float32)  # motion of the last command, per period
         self.interventions: Counter[str] = Counter()
         self.stopped = False
 
     def emergency_stop(self) -> None:
-        """From the next command on the robot holds."""
+        """Press the emergency stop: from the next command on, the robot holds until `release`."""
         self.stopped = True
 
     def release(self) -> None:
@@ -65,16 +65,16 @@ class SafetyFilter:
         self.stopped = False
 
     def forget(self) -> None:
-        """Forget the last command: the robot is elsewhere now (a simulation was reset)."""
+        """Forget the last command, because the robot has been moved since (a simulation was reset)."""
         self._last = None
 
     def begin(self, state: np.ndarray | None = None, reference: np.ndarray | None = None) -> None:
-        """Start from where the robot is, not from its last command. The gripper keeps its last command: it may hold
-        an object.
+        """Start from the robot's current position instead of its last command. The gripper keeps its last command,
+        because it may hold an object.
 
         Args:
             state: finite state [S].
-            reference: `Robot.hold_reference`, [D]; None: `state` says where the robot is.
+            reference: `Robot.hold_reference`, [D]; None: the position is taken from `state`.
         """
         self._reference = reference
         place, gripper = self._spec.hold_action(reference, state), self._spec.gripper_index
@@ -95,11 +95,11 @@ class SafetyFilter:
         """The command for this control step.
 
         Args:
-            action: the policy's action [D]; None if there is none for this step.
-            fault: name of the fault of the latest observation.
+            action: the policy's action [D]; None if no action is available for this step.
+            fault: name of the fault of the latest observation; None without a fault.
             state: the robot's state [S], for the workspace.
             entropy: mean entropy of the chunk's tokens, in nats.
-            missing: the reason to count if `action` is None.
+            missing: the reason to report if `action` is None.
         """
         hold = "emergency stop" if self.stopped else fault or self._why_hold(action, entropy, missing)
         if hold is not None:
@@ -129,7 +129,8 @@ class SafetyFilter:
         return None
 
     def _limited(self, action: np.ndarray, state: np.ndarray | None) -> Command:
-        """The range comes first: the other limits move the command towards the last one or a standstill."""
+        """Apply the limits. The range comes first, because all other limits move the command towards the last command
+        or towards a standstill, and so keep it within the range."""
         reasons = []
         for reason, limit in (
             ("range", lambda command: np.clip(command, self._low, self._high)),
@@ -145,7 +146,8 @@ class SafetyFilter:
         return Command(action, tuple(reasons))
 
     def _without_jump(self, command: np.ndarray) -> np.ndarray:
-        """At most `max_change` of an entry's range away from the last command; grippers open and close at once."""
+        """Limit the change from the last command to `max_change` times the range of each dimension. The gripper is
+        exempt: it opens and closes in one step."""
         if self._last is None or self._config.max_change is None:
             return command
         step = self._config.max_change * (self._high - self._low)
@@ -161,7 +163,7 @@ class SafetyFilter:
         return self._with_motion(command, self._motion - change, self._motion + change)
 
     def _with_motion(self, command: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-        """`command` with its motion per period clipped; unchanged bit for bit where nothing is clipped."""
+        """`command` with its motion per period clipped; bitwise unchanged where nothing is clipped."""
         motion = self._moved(command)
         clipped = np.clip(motion, low, high)
         origin = np.zeros_like(command) if self._spec.action_space.relative or self._last is None else self._last
@@ -173,7 +175,7 @@ class SafetyFilter:
         return np.zeros_like(command) if self._last is None else command - self._last
 
     def _inside(self, command: np.ndarray, state: np.ndarray | None) -> np.ndarray:
-        """Keep the robot in its workspace: outward deltas at a wall become zero, positions are clipped."""
+        """Keep the robot in its workspace: outward deltas at a boundary become zero, positions are clipped."""
         command = command.copy()
         for entry, place, low, high in self._walls:
             if not self._spec.action_space.relative:
@@ -184,7 +186,7 @@ class SafetyFilter:
         return command
 
     def _per_entry(self, name: str, limits: dict[str, float]) -> np.ndarray:
-        """Limits by action entry, float [D]; infinite by default."""
+        """Limits of all action dimensions, float [D]; infinite by default."""
         found = np.full(self._spec.action_dim, np.inf, np.float32)
         for entry, limit in limits.items():
             found[self._entry(name, entry)] = limit
@@ -198,28 +200,28 @@ class SafetyFilter:
         return self._spec.action_names.index(entry)
 
     def _check_workspace(self, workspace: dict[str, tuple[str, float, float]]) -> list[tuple[int, int, float, float]]:
-        """(action entry, state entry, lowest, highest) of each wall pair."""
+        """(index in the action, index in the state, lowest, highest) of each workspace limit."""
         walls = []
         for entry, (name, low, high) in workspace.items():
             if name not in self._spec.state_names:
                 raise ConfigError(f"safety.workspace: {unknown('state entry', name, self._spec.state_names)}")
             if not low < high:
-                raise ConfigError(f"safety.workspace: {entry} needs low < high, got {low} and {high}.")
+                raise ConfigError(f"safety.workspace: {entry} must have low < high, got {low} and {high}.")
             walls.append((self._entry("workspace", entry), self._spec.state_names.index(name), low, high))
         return walls
 
 
 def _check_hold(spec: RobotSpec) -> None:
-    """Refuse a robot whose hold command is unknown or would move it."""
+    """ConfigError if the robot's hold command is unknown or would move it."""
     if spec.action_space == "unspecified" and not spec.hold:
         raise ConfigError(
-            "the robot's action_space is unspecified and it has no hold command, so it cannot be stopped. State its "
+            "the robot's action_space is unspecified and it has no hold command, so it cannot be stopped. Set its "
             'action_space ("joint_position", "ee_delta", ...) or hold command; for an environment, in adapter.robot.'
         )
     gripper = None if spec.gripper_index is None else spec.action_names[spec.gripper_index]
     moving = [n for n, v in zip(spec.action_names, spec.hold, strict=False) if v != 0 and n != gripper]
     if spec.action_space.relative and moving:
         raise ConfigError(
-            f"the robot's actions are {spec.action_space}, and its hold command repeats or sets {', '.join(moving)}, "
-            "which would keep it moving. Hold with 0."
+            f"the robot's actions are {spec.action_space}, but its hold command repeats or sets {', '.join(moving)}, "
+            "which would keep it moving. Set these to 0 in the hold command."
         )

@@ -1,8 +1,8 @@
 """The ids that an action tokenizer allows, applied to logits.
 
-Owns: masking logits over the action rows so that every sequence chosen from them is a chunk, and completing sequences
-of variable length. It does not know how tokens are chosen. A tokenizer that allows every id everywhere, such as the
-bins, leaves the logits as they are.
+Owns: masking logits over the action rows so that every sequence chosen from them is a valid chunk, and padding
+sequences of variable length. It does not know how tokens are chosen. If a tokenizer allows every id at every position,
+as the bin tokenizers do, the logits are not changed.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from vla.transforms.tokenizers.base import ActionTokenizer
 
 
 def constrain(tokenizer: ActionTokenizer, logits: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-    """Logits of the last n of the places 0..t, with minus infinity for ids that may not stand there.
+    """Set the logits of ids that are not allowed at their position to minus infinity.
 
     Args:
-        logits: [B, n, rows].
-        before: int64 [B, t], the tokenizer's ids at places 0..t-1.
+        logits: [B, n, rows], for the last n of the positions 0..t.
+        before: int64 [B, t], the tokenizer's ids at positions 0..t-1.
     """
     if not tokenizer.constrained:
         return logits
     allowed = tokenizer.allowed(before.cpu().numpy())
     assert allowed is not None
     allowed = allowed[:, -logits.shape[1] :]
-    # Ids that are not permitted, as in a draft, may lead to a place without any id. It keeps its logits: minus infinity
-    # alone would become NaN.
+    # After ids that are not allowed, which a draft may contain, a position may have no allowed id. It keeps its logits,
+    # because minus infinity for all ids would give NaN.
     ruled_out = torch.from_numpy(~allowed & allowed.any(axis=-1, keepdims=True))
     return logits.masked_fill(ruled_out.to(logits.device), -torch.inf)
 
 
 def all_ended(tokenizer: ActionTokenizer, ids: torch.Tensor) -> bool:
-    """Whether all sequences, the tokenizer's ids int64 [B, n], have ended. Behind `end`, only `end` is allowed."""
+    """Whether all sequences, the tokenizer's ids int64 [B, n], have ended. After `end`, only `end` is allowed."""
     return tokenizer.end is not None and bool((ids[:, -1] == tokenizer.end).all())
 
 
 def completed(tokenizer: ActionTokenizer, begin: int, decoded: Decoded, n_tokens: int) -> Decoded:
-    """Pad sequences that have all ended to `n_tokens` with `end`, whose probability there is 1; leave others as they
-    are. `begin` is the id of the first action row."""
+    """If all sequences have ended, pad them to `n_tokens` with `end`, whose probability there is 1. `begin` is the id
+    of the first action row."""
     missing = n_tokens - decoded.ids.shape[1]
     if not missing or not all_ended(tokenizer, decoded.ids - begin):
         return decoded
@@ -52,7 +52,7 @@ def completed(tokenizer: ActionTokenizer, begin: int, decoded: Decoded, n_tokens
 
 
 def most_likely(tokenizer: ActionTokenizer, logits: torch.Tensor) -> torch.Tensor:
-    """The chunk that given logits [B, T, rows] make most likely token by token, int64 [B, T]."""
+    """The most likely allowed token at each position of the logits [B, T, rows], int64 [B, T]."""
     if not tokenizer.constrained:
         return logits.argmax(-1)
     ids = torch.zeros(len(logits), 0, dtype=torch.int64, device=logits.device)

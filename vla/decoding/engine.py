@@ -1,22 +1,21 @@
-"""The engine: greedy decoding of action tokens near the speed of the hardware, without changing a token.
+"""The engine: fast greedy decoding of action tokens, without changing a token.
 
-Owns: the static key-value cache, the forward pass over plain matrices, and two ways to decode with it that give the
-same tokens as `generate`: stepwise, one token per forward, and in parallel, where a draft of the whole chunk is
-verified in one forward and everything up to the first wrong token is kept. It knows neither robots nor what tokens
-mean.
+Owns: the static key-value cache, the forward pass over plain matrices, and two decoding methods that give the same
+tokens as `generate`: stepwise, with one token per forward pass, and in parallel, where a forward pass verifies a draft
+of the chunk and the tokens up to the first wrong one are kept. It knows neither robots nor what tokens mean.
 
 Exact parallel decoding. Greedy decoding is the only fixed point of
 
     a_t = argmax_k p(k | x, a_<t),    t = 1..T,
 
-and one causal forward over a candidate a_1..a_T evaluates all T right-hand sides. If the first n of them agree with the
-candidate, the first n + 1 are greedy's own tokens; the rest of the right-hand sides are the next candidate (Jacobi
-iteration; Song et al., 2021; Santilli et al., 2023). Consecutive chunks overlap, so the first candidate is the previous
-chunk without its executed part, and the first verification rides along with the prefill.
+and one causal forward pass over a candidate a_1..a_T evaluates all T right-hand sides. If the first n of them agree
+with the candidate, the first n + 1 are the tokens of greedy decoding; the remaining right-hand sides are the next
+candidate (Jacobi iteration; Song et al., 2021; Santilli et al., 2023). Consecutive chunks overlap, so the first
+candidate is the previous chunk without its executed part, and the first verification is part of the prefill.
 
-A tokenizer may rule out ids at a place, depending on the ids before it. The argmax at t is then over the ids that are
-allowed after a_<t of the candidate, so it still depends on a_<t only: the fixed point is greedy's own, and the first
-wrong token is corrected to an allowed one.
+A tokenizer may exclude ids at a position, depending on the previous ids. The argmax at t is then over the ids that are
+allowed after a_<t of the candidate. It still depends on a_<t only, so the fixed point is the result of constrained
+greedy decoding, and the first wrong token is corrected to an allowed one.
 """
 
 from __future__ import annotations
@@ -36,18 +35,18 @@ from vla.model.modeling import VLAForActionPrediction
 from vla.transforms.tokenizers.base import ActionTokenizer
 
 _ROUND = 32  # cache lengths are multiples of this
-WINDOW = 16  # tokens that a verification looks ahead, at most
-ROWS = 64  # limit over all observations of a batch: beyond it, the time of a forward grows with its rows
+WINDOW = 16  # maximum number of tokens per verification
+ROWS = 64  # the same for all observations of a batch together: beyond it, a forward pass takes longer
 
 
 class Engine:
-    """Decodes chunks of `network`, which stays on its device and must not change while the engine is used. The engine
-    reads its parameters and changes nothing about them.
+    """Decodes chunks of `network`, which must not change or move to another device while the engine is used. The engine
+    does not modify the network.
 
     Args:
-        window: tokens that a verification looks ahead, at most.
+        window: maximum number of tokens per verification.
     Raises:
-        ConfigError: the decoder's architecture computes something that the engine does not.
+        ConfigError: the engine does not support the decoder's architecture.
     """
 
     def __init__(self, network: VLAForActionPrediction, window: int = WINDOW) -> None:
@@ -58,24 +57,24 @@ class Engine:
         self._placeholders = torch.tensor([network.config.image_token_id, network.config.state_token_id])
         self._weights = weights.read(network)
         self._cos = self._sin = self._causal = self._cache = torch.empty(0)
-        self._cached: torch.Tensor | None = None  # prompts whose keys and values stand in the cache
+        self._cached: torch.Tensor | None = None  # prompts whose keys and values are in the cache
         self._graphs: dict[int, Captured] = {}  # by number of tokens
-        # On a GPU a chunk is thousands of small kernels, and what each costs is its launch: fewer are faster.
+        # On a GPU, a chunk consists of thousands of small kernels dominated by launch overhead, so fuse them.
         if self.device.type == "cuda":
             # Compiled once per shape, dtype and window; torch stops compiling after 8 by default.
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-            self._turn, self._gate = torch.compile(_turn), torch.compile(_gate)
+            self._rotate, self._gate = torch.compile(_rotate), torch.compile(_gate)
         else:
-            self._turn, self._gate = _turn, _gate
+            self._rotate, self._gate = _rotate, _gate
 
     @property
     def reach(self) -> float:
-        """Positions of prefix and chunk that the engine decodes as the network does; infinite unless attention slides
-        over fewer."""
+        """Maximum length of prompt prefix and chunk that the engine decodes exactly as the network: the size of the
+        attention window; infinite without sliding-window attention."""
         return self._weights.reach
 
     def fits(self, batch: dict[str, torch.Tensor]) -> bool:
-        """Whether a chunk for these prefix tensors stays within `reach`. The chunk's last token is never read."""
+        """Whether prompt prefix and chunk fit into `reach`. The chunk's last token is never an input."""
         return batch["input_ids"].shape[1] + self.tokenizer.max_tokens - 1 <= self.reach
 
     @torch.inference_mode()
@@ -86,14 +85,14 @@ class Engine:
         streamer: BaseStreamer | None = None,
         stopping: StoppingCriteriaList | None = None,
     ) -> Decoded:
-        """Greedy decoding, one token per forward, until all sequences have ended. On CUDA the whole chunk, camera
-        images to tokens, is one graph if the tokenizer allows every id everywhere.
+        """Greedy decoding with one token per forward pass, until all sequences have ended. On CUDA, if the tokenizer
+        allows every id at every position, the whole chunk, from camera images to tokens, is one CUDA graph.
 
         Args:
-            batch: prefix tensors from `VLAProcessor`, on the CPU.
+            batch: prompt prefix tensors from `VLAProcessor`, on the CPU.
             n_tokens: number of tokens to decode; None: a whole chunk.
-            streamer: is given every token as soon as it is decoded.
-            stopping: ends the chunk early when it says so for all observations.
+            streamer: receives every token as soon as it is decoded.
+            stopping: ends the chunk early when it is met for all observations.
         """
         n_tokens = n_tokens or self.tokenizer.max_tokens
         inputs, start = self._start(batch)
@@ -118,8 +117,8 @@ class Engine:
         streamer: BaseStreamer | None = None,
         stopping: StoppingCriteriaList | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prefix and chunk [B, P + T], logits [B, T, rows]; waits for the device only for a streamer, stopping or a
-        constrained tokenizer."""
+        """Prompt prefix and chunk [B, P + T], and logits [B, T, rows]. It only synchronises with the device for a
+        streamer, stopping criteria or a constrained tokenizer."""
         hidden, offsets = self._embed(inputs, start), inputs.get("offsets")
         length, ids, logits = start + hidden.shape[1], inputs["input_ids"], []
         for t in range(n_tokens):
@@ -147,11 +146,12 @@ class Engine:
         """Greedy decoding that verifies a draft of the chunk.
 
         Args:
-            batch: prefix tensors from `VLAProcessor`, on the CPU.
-            draft: int64 [B, T], ids of the model's vocabulary, for as many tokens as shall be decoded. Any will do, but
-                the better they are, the fewer forwards it takes.
-            streamer: is given tokens as soon as they are known to be greedy's own.
-            prefix: prefix conditioning: the first tokens of each draft that are given; the rest continues them.
+            batch: prompt prefix tensors from `VLAProcessor`, on the CPU.
+            draft: int64 [B, T], ids of the model's vocabulary, one per token to decode. It may be wrong, but the better
+                it is, the fewer forward passes are needed.
+            streamer: receives tokens as soon as they are final.
+            prefix: action prefix for prefix conditioning: the given first tokens of each draft, which the rest of the
+                chunk continues.
         """
         inputs, start = self._start(batch)
         hidden, offsets = self._embed(inputs, start), inputs.get("offsets")
@@ -161,7 +161,7 @@ class Engine:
         counts = torch.zeros(len(draft), dtype=torch.int64) if prefix is None else prefix.counts
         given = (torch.arange(total) < counts[:, None]).to(self.device)
         ahead = max(1, min(self.window, ROWS // len(draft)))
-        # Known are tokens that are greedy's own in every row of the batch.
+        # The first `known` tokens are final in every row of the batch.
         known, window, forwards = 0, min(total, ahead + int(counts.min())), 0
         hidden = torch.cat([hidden, F.embedding(candidate[:, : window - 1], table)], dim=1)
         while True:
@@ -177,9 +177,9 @@ class Engine:
             differs = chosen != guess
             wrong = differs.any(dim=0).tolist()
             candidate[:, known:end], logits[:, known:end] = chosen, found
-            # Everything before the first wrong token was right, and the correction of that one is right, too.
+            # All tokens before the first wrong one are final, and so is its correction.
             gained = wrong.index(True) + 1 if True in wrong else window
-            if prefix is not None:  # a rejected token ends the prefix of its row
+            if prefix is not None:  # a rejected token ends the action prefix of its row
                 ended = differs.cumsum(dim=1) > 0
                 given[:, known:end] &= ~ended
                 given[:, end:] &= ~ended[:, -1:]
@@ -198,17 +198,17 @@ class Engine:
         return completed(self.tokenizer, self.begin, decoded, total)
 
     def _start(self, batch: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], int]:
-        """The batch on the engine's device, with `offsets` [B], how many padding tokens stand in front of each row, if
-        there are any; and how many tokens of the prefix are in the cache already.
+        """Prepare the cache for the prompt prefix and its chunk. Returns the batch on the engine's device, with the
+        number of padding tokens before each row as `offsets` [B] if there are any, and the number of prefix tokens that
+        are already in the cache.
 
-        Makes room in the cache for the prefix and its chunk. Prompts that stand before the images are computed once for
-        as long as they stay the same."""
+        If the prompt precedes the images, its keys and values stay in the cache until the prompt changes."""
         ids, w, start = batch["input_ids"], self._weights, 0
         rows, length = ids.shape
         if not self.fits(batch):
             raise ConfigError(
-                f"attention slides over {self.reach} positions; a prefix of {length} tokens and a chunk of "
-                f"{self.tokenizer.max_tokens} need more."
+                f"the attention window has {self.reach} positions, but a prompt prefix of {length} tokens and a chunk "
+                f"of {self.tokenizer.max_tokens} tokens need more."
             )
         if length + self.tokenizer.max_tokens > len(self._cos):
             room = -(-(length + self.tokenizer.max_tokens) // _ROUND) * _ROUND
@@ -217,10 +217,10 @@ class Engine:
         if self._cache.ndim < 2 or self._cache.shape[1] < rows or self._cache.shape[3] < len(self._cos):
             shape = (len(w.layers), rows, 2 * w.kv_heads, len(self._cos), w.head_dim)
             self._cache, self._cached = w.table.new_empty(shape), None
-            self._graphs.clear()  # they write to the old one
+            self._graphs.clear()  # they use the previous cache
         if self._cached is not None and torch.equal(self._cached, ids):
             start = int(torch.isin(ids, self._placeholders).any(dim=0).int().argmax())
-        self._cached = None  # until the forward that follows has succeeded
+        self._cached = None  # until the next forward pass has succeeded
         inputs = {name: tensor for name, tensor in batch.items() if name != "attention_mask"}
         padding = length - batch["attention_mask"].sum(-1)
         if bool(padding.any()):
@@ -228,27 +228,28 @@ class Engine:
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in inputs.items()}, start
 
     def _embed(self, inputs: dict[str, torch.Tensor], start: int) -> torch.Tensor:
-        """The prefix from token `start` on, [B, P - start, width]."""
+        """Embeddings of the prompt prefix from token `start` on, [B, P - start, width]."""
         hidden = self.network.embed(inputs["input_ids"], inputs["pixel_values"], inputs.get("state"))
         return hidden[:, start:].to(self._weights.table.dtype)
 
     def _forward(self, hidden: torch.Tensor, start: int, offsets: torch.Tensor | None) -> torch.Tensor:
-        """Run tokens [B, n, width] at cache places start..start+n-1 through the decoder; final hidden states."""
+        """Run tokens [B, n, width] at cache positions start..start+n-1 through the decoder. Returns the final hidden
+        states."""
         w, (rows, n, _) = self._weights, hidden.shape
-        end, heads, side_by_side = start + n, w.heads, (w.heads + 2 * w.kv_heads, w.head_dim)
+        end, heads, qkv_shape = start + n, w.heads, (w.heads + 2 * w.kv_heads, w.head_dim)
         if offsets is None:
             cos, sin = self._cos[start:end], self._sin[start:end]
         else:
-            places = (torch.arange(start, end, device=self.device) - offsets[:, None]).clamp(min=0)
-            cos, sin = self._cos[places], self._sin[places]
+            positions = (torch.arange(start, end, device=self.device) - offsets[:, None]).clamp(min=0)
+            cos, sin = self._cos[positions], self._sin[positions]
         mask = None if n == 1 and offsets is None else self._mask(start, end, offsets)
         cache = self._cache[:, :rows, :, :end]
         written, keys, values = (
             part.unbind(0) for part in (cache[:, :, :, start:], cache[:, :, : w.kv_heads], cache[:, :, w.kv_heads :])
         )
         for index, layer in enumerate(w.layers):
-            qkv = layer.qkv(layer.attention_norm(hidden)).view(rows, n, *side_by_side)
-            qkv = self._turn(qkv, cos, sin)
+            qkv = layer.qkv(layer.attention_norm(hidden)).view(rows, n, *qkv_shape)
+            qkv = self._rotate(qkv, cos, sin)
             written[index].copy_(qkv[:, heads:])
             attended = F.scaled_dot_product_attention(
                 qkv[:, :heads], keys[index], values[index], mask, enable_gqa=w.kv_heads != heads
@@ -258,18 +259,18 @@ class Engine:
         return w.norm(hidden)
 
     def _mask(self, start: int, end: int, offsets: torch.Tensor | None) -> torch.Tensor:
-        """0 where a token sees a place, else minus infinity, [n, end] or [B, 1, n, end]: it sees those up to itself
-        that are not padding."""
-        seen = self._causal[start:end, :end]
+        """The causal attention mask, [n, end] or [B, 1, n, end]: 0 where a token attends to a position, minus infinity
+        for later positions and padding."""
+        causal = self._causal[start:end, :end]
         if offsets is None:
-            return seen
-        places = torch.arange(end, device=self.device)
-        # A padding token sees itself: a row without anything to see would be NaN.
-        hidden = (places < offsets[:, None, None]) & (places != places[start:, None])
-        return seen.masked_fill(hidden, -torch.inf).unsqueeze(1)
+            return causal
+        positions = torch.arange(end, device=self.device)
+        # A padding token attends to itself, because a fully masked row would give NaN.
+        hidden = (positions < offsets[:, None, None]) & (positions != positions[start:, None])
+        return causal.masked_fill(hidden, -torch.inf).unsqueeze(1)
 
 
-def _turn(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def _rotate(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary positions: [B, n, heads, d] -> [B, heads, n, d]."""
     return torch.addcmul(qkv * cos, qkv.roll(qkv.shape[-1] // 2, dims=-1), sin).transpose(1, 2)
 

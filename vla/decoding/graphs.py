@@ -1,7 +1,7 @@
 """CUDA graphs of tensor functions.
 
-Owns: capture and replay, with one graph per set of input shapes. A graph replaces thousands of kernel launches by one,
-which saves the time between kernels. It does not know what the function computes.
+Owns: capture and replay, with one graph per set of input shapes. A graph replaces thousands of kernel launches by one
+launch. It does not know what the function computes.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from collections.abc import Callable
 
 import torch
 
-_WARM_UP = 3  # runs before a capture, in which libraries select kernels and allocate their workspaces
+_WARM_UP = 3  # runs before a capture, in which libraries select kernels and allocate workspaces
 
 
 class Captured:
     """Runs `function(**inputs)`, which maps tensors to a tuple of tensors, as one CUDA graph.
 
-    The function must not wait for the device, copy from the host, or depend on input values outside of kernels.
+    The function must not synchronise with the device, copy from the host, or depend on input values outside of kernels.
     """
 
     def __init__(self, function: Callable[..., tuple[torch.Tensor, ...]]) -> None:

@@ -1,6 +1,6 @@
-"""What a decoder returns, and what the logits say about it.
+"""The result of a decoder, with its log-probabilities and entropy.
 
-Owns: `Decoded`, and the arithmetic from logits over the action rows to log-probabilities and entropy. It does not know
+Owns: `Decoded`, and the computation of log-probabilities and entropy from logits over the action rows. It does not know
 how the tokens were chosen or what they mean.
 """
 
@@ -17,10 +17,10 @@ class Decoded:
     """One batch of chunks.
 
     Attributes:
-        ids: int64 [B, T], ids of the model's vocabulary; fewer than a whole chunk when decoding was stopped early.
-        logits: [B, T, rows], the network's logits of each token given those before it, over the action rows; minus
-            infinity for ids that the action tokenizer does not allow there.
-        forwards: passes through the decoder, the prefill included.
+        ids: int64 [B, T], ids of the model's vocabulary; fewer than a whole chunk if decoding was stopped early.
+        logits: [B, T, rows], the network's logits over the action rows for each token, given the previous tokens;
+            minus infinity for ids that the action tokenizer does not allow at that position.
+        forwards: number of forward passes of the decoder, the prefill included.
     """
 
     ids: torch.Tensor
@@ -33,13 +33,13 @@ class Decoded:
         return self.logits.float().log_softmax(-1)
 
     def log_probs(self, begin: int) -> torch.Tensor:
-        """log p(a_t | x, a_<t) of the chosen tokens, float32 [B, T]; 0 behind the end of a sequence. `begin` is the id
+        """log p(a_t | x, a_<t) of the chosen tokens, float32 [B, T]; 0 after the end of a sequence. `begin` is the id
         of the first action row."""
         return self.distribution.gather(-1, (self.ids - begin).unsqueeze(-1)).squeeze(-1)
 
     @property
     def entropy(self) -> torch.Tensor:
-        """Entropy of each token's distribution in nats, float32 [B, T]: 0 is certain (as behind the end of a sequence),
+        """Entropy of each token's distribution in nats, float32 [B, T]: 0 is certain (as after the end of a sequence),
         log(rows) is uniform."""
         finite = self.distribution.clamp(min=torch.finfo(torch.float32).min)  # 0 * -inf would be NaN
         return -(self.distribution.exp() * finite).sum(-1)

@@ -1,9 +1,9 @@
-"""Decoding strategies: every one through transformers' `generate`, and greedy decoding through the engine.
+"""Decoding strategies: greedy decoding through the engine, and all strategies through transformers' `generate`.
 
-Owns: the choice of a decoder for a `DecodingConfig`, how that config becomes an exact call of `generate` (the reference
-that the engine equals), the logits processors that transformers lacks, and the restriction to allowed action tokens: a
-malformed chunk is unrepresentable under any strategy, because at each place only the action tokens can be chosen that
-the tokenizer allows there, and exactly as many as it needs. It does not know what the tokens mean.
+Owns: the choice of a decoder for a `DecodingConfig`, the translation of that config into a call of `generate` (the
+reference that the engine must equal), the logits processors that transformers lacks, and the restriction to allowed
+action tokens. No strategy can produce a malformed chunk, because at each position only the action tokens that the
+tokenizer allows there can be chosen, and exactly as many as it needs. It does not know what the tokens mean.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from vla.transforms.tokenizers.base import ActionTokenizer
 
 
 class OnlyAllowed(LogitsProcessor):
-    """Keeps the logits of the action tokens that the tokenizer allows after the chunk so far, which begins behind
-    `prompt` tokens, and sets all others to minus infinity."""
+    """Keeps the logits of the action tokens that the tokenizer allows next, and sets all other logits to minus
+    infinity. The chunk begins after `prompt` tokens."""
 
     def __init__(self, tokenizer: ActionTokenizer, begin: int, prompt: int) -> None:
         self.tokenizer, self.rows, self.prompt = tokenizer, slice(begin, begin + tokenizer.vocab_size), prompt
@@ -63,12 +63,13 @@ class FrequencyAndPresencePenalty(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         counts = torch.zeros_like(scores)
         counts.scatter_add_(1, input_ids, torch.ones_like(input_ids, dtype=scores.dtype))
-        counts[:, : self.begin] = counts[:, self.end :] = 0  # words of the prompt
+        counts[:, : self.begin] = counts[:, self.end :] = 0  # text tokens of the prompt
         return scores - self.frequency * counts - self.presence * (counts > 0)
 
 
 class GivenPrefix(LogitsProcessor):
-    """Allows only the given token of a draft, int64 [B, T], as long as a row has followed the prefix and accepts it."""
+    """Forces the next token of the action prefix of a draft, int64 [B, T], if the row has followed the prefix so far
+    and accepts the token."""
 
     def __init__(self, prompt: int, draft: torch.Tensor, prefix: Prefix) -> None:
         self.prompt, self.draft, self.prefix = prompt, draft, prefix
@@ -76,18 +77,18 @@ class GivenPrefix(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         place, beams = input_ids.shape[1] - self.prompt, len(scores) // len(self.draft)
         draft, *prefix = (part.repeat_interleave(beams, dim=0).to(scores.device) for part in (self.draft, *self.prefix))
-        given = Prefix(*prefix)
+        prefixes = Prefix(*prefix)
         followed = (input_ids[:, self.prompt :] == draft[:, :place]).all(dim=1)
         token = draft[:, place, None]
-        forced = (given.counts > place) & followed & given.accepted(scores[:, None], token)[:, 0]
+        forced = (prefixes.counts > place) & followed & prefixes.accepted(scores[:, None], token)[:, 0]
         only = torch.full_like(scores, float("-inf")).scatter_(1, token, 0.0)
         return torch.where(forced[:, None], only, scores)
 
 
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed the random generator of `device`, and restore its state afterwards. Generators of other devices are not
-    touched (`torch.manual_seed` seeds all of them)."""
+    """Seed the random generator of `device`, and restore its state afterwards. Unlike `torch.manual_seed`, this does
+    not affect the generators of other devices."""
     generator = _generator(device)
     before = generator.get_state()
     generator.manual_seed(seed)
@@ -116,17 +117,17 @@ def generate(
     prefix: tuple[torch.Tensor, Prefix] | None = None,
     **options: Any,
 ) -> Decoded:
-    """Decode one chunk per prefix with stock `generate`.
+    """Decode one chunk per prompt prefix with transformers' `generate`.
 
     Args:
-        batch: prefix tensors from `VLAProcessor`.
-        seed: for sampling; the caller's random state is left alone.
+        batch: prompt prefix tensors from `VLAProcessor`.
+        seed: seed for sampling; the caller's random state is not changed.
         streamer: receives every token as soon as it is decoded (one observation, no beams).
-        stopping: ends the chunk early when it says so for all observations.
-        prefix: a draft, int64 [B, T], and how many of its tokens are given; the rest continues them.
+        stopping: ends the chunk early when it is met for all observations.
+        prefix: a draft, int64 [B, T], and the action prefix that its first tokens form.
         options: passed to `generate`, such as cache_implementation.
     Returns:
-        The chosen ids, and the network's own logits: before temperature, penalties and cuts.
+        The chosen ids, and the network's own logits, before temperature, penalties, top-k and top-p.
     """
     tokenizer, begin, prompt = network.action_tokenizer, network.config.action_token_begin, batch["input_ids"].shape[1]
     end, n_tokens = begin + tokenizer.vocab_size, count_tokens(network, config)
@@ -136,7 +137,7 @@ def generate(
     if prefix is not None:
         processors.append(GivenPrefix(prompt, *prefix))
     criteria = StoppingCriteriaList(stopping or ())
-    if tokenizer.end is not None and config.num_beams == 1:  # beams of one length compare by probability
+    if tokenizer.end is not None and config.num_beams == 1:  # beams must have the same length to be comparable
         criteria.append(AllEnded(tokenizer, begin))
     sampling = {}
     if config.temperature > 0:
@@ -157,12 +158,12 @@ def generate(
             streamer=streamer,
             stopping_criteria=criteria,
             return_dict_in_generate=True,
-            renormalize_logits=config.num_beams > 1,  # beams are compared by their probability as action tokens
+            renormalize_logits=config.num_beams > 1,  # compare beams by their probability among action tokens
             output_logits=config.num_beams == 1,
             **options,
         )
     ids = output.sequences[:, prompt:]
-    if config.num_beams > 1:  # the logits of beams that were left are of no use
+    if config.num_beams > 1:  # the returned logits include those of discarded beams, so compute them anew
         return teacher_forced(network, batch, ids)
     logits = constrain(tokenizer, torch.stack(output.logits, dim=1)[..., begin:end], ids[:, :-1] - begin)
     return completed(tokenizer, begin, Decoded(ids, logits, ids.shape[1]), n_tokens)
@@ -170,7 +171,7 @@ def generate(
 
 @torch.inference_mode()
 def teacher_forced(network: VLAForActionPrediction, batch: dict[str, torch.Tensor], ids: torch.Tensor) -> Decoded:
-    """The logits of given tokens, int64 [B, T]: one forward over prefix and chunk."""
+    """The logits of the tokens `ids`, int64 [B, T], from one forward pass over prompt prefix and chunk."""
     tokenizer, begin = network.action_tokenizer, network.config.action_token_begin
     logits = teacher_forced_logits(network, batch, ids)[..., begin : begin + tokenizer.vocab_size]
     return Decoded(ids.to(logits.device), constrain(tokenizer, logits, ids[:, :-1] - begin), 1)
@@ -180,7 +181,7 @@ def teacher_forced(network: VLAForActionPrediction, batch: dict[str, torch.Tenso
 def teacher_forced_logits(
     network: VLAForActionPrediction, batch: dict[str, torch.Tensor], ids: torch.Tensor
 ) -> torch.Tensor:
-    """Logits [B, T, vocabulary] of each token of `ids`, int64 [B, T], given those before it."""
+    """Logits [B, T, vocabulary] for each token of `ids`, int64 [B, T], given the previous tokens."""
     batch = {name: tensor.to(network.device) for name, tensor in batch.items()}
     ids = ids.to(network.device)
     batch["input_ids"] = torch.cat([batch["input_ids"], ids], dim=1)
@@ -189,7 +190,7 @@ def teacher_forced_logits(
 
 
 def count_tokens(network: VLAForActionPrediction, config: DecodingConfig) -> int:
-    """Tokens that `config` decodes: a whole chunk, or its first `max_actions` actions."""
+    """Number of tokens to decode: those of a whole chunk, or of its first `max_actions` actions."""
     tokenizer = network.action_tokenizer
     if config.max_actions is None or tokenizer.tokens_per_action is None:
         return tokenizer.max_tokens
@@ -201,9 +202,9 @@ class Request:
     """One chunk to decode for each row of a batch.
 
     Attributes:
-        batch: prefix tensors from `VLAProcessor`.
+        batch: prompt prefix tensors from `VLAProcessor`.
         draft: guess of each chunk, int64 [B, T], ids of the model's vocabulary.
-        prefix: prefix conditioning: the draft's first tokens that are given.
+        prefix: action prefix for prefix conditioning, formed by the draft's first tokens.
         streamer: receives every token as soon as it is final.
         stopping: ends the chunk early when it is met for all observations.
     """
@@ -228,7 +229,7 @@ class Decoder(Protocol):
 
 
 class Generate:
-    """Any strategy, through `generate`. Each sampled batch has its own seed: `sampling_seed` plus its number."""
+    """Any strategy, through `generate`. The seed of each batch is `sampling_seed` plus the number of the batch."""
 
     def __init__(self, network: VLAForActionPrediction, config: DecodingConfig) -> None:
         self._network, self._config = network, config
@@ -242,8 +243,8 @@ class Generate:
 
 
 class Greedy:
-    """Greedy decoding through the engine: in parallel from a draft on the CPU, stepwise on other devices. `generate`
-    decodes what the engine cannot."""
+    """Greedy decoding through the engine: in parallel from a draft on the CPU, stepwise on other devices. Requests that
+    the engine does not support are decoded by `generate`."""
 
     final_by_token = True
 
@@ -256,8 +257,8 @@ class Greedy:
         fits = self.engine.fits(request.batch)
         if not fits:
             warnings.warn(
-                f"decoding through transformers, which is slower: attention slides over {self.engine.reach} "
-                "positions, and this prompt and chunk need more.",
+                f"decoding through transformers, which is slower: the attention window has {self.engine.reach} "
+                "positions, but this prompt and chunk need more.",
                 stacklevel=4,
             )
         if not fits or (prefix is not None and stopping is not None):
@@ -268,8 +269,8 @@ class Greedy:
 
 
 def choose_decoder(network: VLAForActionPrediction, config: DecodingConfig) -> Decoder:
-    """The engine for greedy decoding; `generate` for all else, and, with a warning, where the engine does not know the
-    decoder's architecture."""
+    """The engine for greedy decoding, `generate` for all other strategies. If the engine does not support the decoder's
+    architecture, `generate` is used with a warning."""
     if not config.greedy:
         return Generate(network, config)
     try:

@@ -31,7 +31,7 @@ READ = {
     "tie_word_embeddings",
 }  # fmt: skip
 # Fields that do not affect the logits of a trained decoder: initialisation, training, output format, text, other heads,
-# and entries of other software that transformers ignores as well.
+# and fields of other software that transformers ignores as well.
 IGNORED = {
     "architectures", "attention_dropout", "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype",
     "eos_token_id", "id2label", "initializer_range", "is_llama_config", "label2id", "max_position_embeddings",
@@ -174,7 +174,7 @@ def check_config(config: Any) -> None:
 
 
 def _check_modules(language_model: nn.Module, model_type: str) -> None:
-    """Raise ConfigError if the language model has modules or parameters that are not read below."""
+    """Raise ConfigError if the language model has modules or parameters that `read` does not use."""
     own = f"transformers.models.{model_type}.modeling_{model_type}"
     for name, module in language_model.named_modules():
         kind = type(module)
@@ -235,7 +235,7 @@ def _fused(*modules: Any) -> Linear:
 
 def _matrix(module: Any) -> torch.Tensor:
     """The weight of a linear layer, plus the update of an unmerged adapter."""
-    if hasattr(module, "token_adapter"):  # peft trains some of its rows
+    if hasattr(module, "token_adapter"):  # some rows are trained by peft
         return module.token_adapter.get_merged_weights(module.token_adapter.active_adapters).detach()
     if not hasattr(module, "get_delta_weight"):
         return module.weight.detach()

@@ -1,7 +1,7 @@
 """Comparison of two runs: which policy is better, and whether the difference is significant.
 
 Owns: pairing the episodes of two runs, and the difference with its interval and an exact test, in numbers and in words.
-It knows the results of runs (`vla.evaluation.results`), not how they were obtained.
+It knows the results of runs (`vla.evaluation.results`), but not how episodes are run.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ Key = tuple[str, int]  # environment id without its module, seed
 
 
 def compare(run_a: Mapping[str, Any] | str | Path, run_b: Mapping[str, Any] | str | Path) -> dict[str, Any]:
-    """Whether A or B succeeds more often, with the interval of the difference and an exact test.
+    """Compare the success rates of runs A and B, with the interval of their difference and an exact test.
 
     Episodes are paired by (environment, seed) if the runs share any (exact McNemar test); otherwise the episodes of
     common environments are compared as independent samples (Fisher's exact test). Rates are in percent, differences
     A - B in percentage points.
 
     Raises:
-        DataError: a run without results, or runs without a common environment.
+        DataError: a run has no results, or the runs have no environment in common.
     """
     info_a, info_b = (dict(run) if isinstance(run, Mapping) else read(run) for run in (run_a, run_b))
     a, b = ({_key(episode): episode for episode in info["per_episode"]} for info in (info_a, info_b))
@@ -61,7 +61,7 @@ def common_environments(a: Iterable[str], b: Iterable[str]) -> list[str]:
     of_b = {_bare(env_id) for env_id in b}
     common = [env_id for env_id in dict.fromkeys(map(_bare, a)) if env_id in of_b]
     if not common:
-        raise DataError("the two runs have no environment in common; there is nothing to compare.")
+        raise DataError("the two runs cannot be compared, because they have no environment in common.")
     return common
 
 
@@ -91,12 +91,12 @@ def _words(name_a: str, name_b: str, found: Mapping[str, Any], paired: bool) -> 
     if paired:
         share += f"{name_b} in {found['n_successes_b']} of the same {found['n_b']}: "
     else:
-        share += f"{name_b} in {found['n_successes_b']} of {found['n_b']} others: "
+        share += f"{name_b} in {found['n_successes_b']} of {found['n_b']} other episodes: "
     gap = f"a difference of {found['difference']:+.1f} points (95 % interval {low:+.1f} to {high:+.1f}). "
     if paired:
         gap += f"{found['only_a']} succeeded only with {name_a}, {found['only_b']} only with {name_b}. "
     if found["p_value"] >= 0.05:
-        verdict = "These episodes do not show that one is better than the other"
+        verdict = "The difference is not significant"
     else:
         verdict = f"{name_a if found['difference'] > 0 else name_b} is better"
     return f"{share}{gap}{verdict} ({found['test']} test, p = {found['p_value']:.2g})."

@@ -1,7 +1,8 @@
 """The report of a rollout or benchmark: one self-contained HTML file, and text for the terminal.
 
-Owns: how results look. It reads `eval_info.json` and the video files that it names; it does not compute results. Pages
-contain their styles, charts (SVG) and videos (data URLs), work on a phone and follow the light or dark setting.
+Owns: the presentation of results. It reads `eval_info.json` and the video files named in it; it does not compute
+results. Pages contain their styles, charts (SVG) and videos (data URLs), work on phones, and follow the light or dark
+setting of the browser.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def summary(info: Mapping[str, Any], folder: Path) -> str:
 
 
 def tables(summary: Mapping[str, Any], title: str) -> list[Table]:
-    """A benchmark's scores, and if they are complete the published results beside them, for the terminal."""
+    """A benchmark's scores and, if they are complete, a comparison with the published results, for the terminal."""
     policy, average = summary["policy"]["path"], summary["tier_average"]
     scores = Table(title=f"{policy} on {title}, success in %")
     for column in ("", "tasks", "success", "95 % interval", "episodes"):
@@ -118,21 +119,21 @@ def short(env_id: str) -> str:
 
 def _videos(episodes: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[str, Any]]:
     """Episodes with a video, each with its mp4 as a data URL; beyond `MOST_EMBEDDED`, a link to the file."""
-    found, left = [], MOST_EMBEDDED
+    found, remaining = [], MOST_EMBEDDED
     for episode in episodes:
         path = folder / episode["video_path"] if episode["video_path"] else None
         if path is None or not path.is_file():
             continue
-        left -= path.stat().st_size
+        remaining -= path.stat().st_size
         source = episode["video_path"]
-        if left >= 0:
+        if remaining >= 0:
             source = f"data:video/mp4;base64,{base64.b64encode(path.read_bytes()).decode()}"
         found.append({"episode": episode, "source": source})
     return found
 
 
 def _lengths(episodes: Sequence[Mapping[str, Any]]) -> str:
-    """Histogram of episode lengths: successes, and the other episodes stacked on them."""
+    """Histogram of episode lengths: successful episodes, with unsuccessful ones stacked on top."""
     lengths = [episode["length"] for episode in episodes]
     if not lengths:
         return ""

@@ -3,8 +3,8 @@
 Owns: the record of an episode and the contents of `eval_info.json` (LeRobot's names, with intervals). It does not know
 how episodes are run, how two runs are compared, or how a report looks.
 
-*Success* is `final`: at the last step of the episode. `ever` (success at any step) is reported beside it. A fault of
-the environment counts as a failure, and is also counted separately.
+An episode is a success if the task is solved at its last step. Success at any step ("ever") is reported in addition. An
+environment fault counts as a failure, and is also counted separately.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ FILE = "eval_info.json"
 
 OUTCOMES = {
     "success": "success at the last step",
-    "lost": "succeeded, then lost it again",
+    "lost": "solved at an earlier step only",
     "wrong_target": "went to another object",
     "timeout": "ran out of time",
-    "ended": "the environment ended it without success",
-    "fault": "the environment failed",
+    "ended": "ended by the environment without success",
+    "fault": "environment fault",
 }
 
 
@@ -80,7 +80,7 @@ class Episode:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Episode:
-        """Inverse of `to_dict`, without `decode_ms`, of which a record has the percentiles only."""
+        """Inverse of `to_dict`, except for `decode_ms`, of which only median and maximum are stored."""
         names = [field.name for field in dataclasses.fields(cls) if field.name != "decode_ms"]
         return cls(**{name: values[name] for name in names})
 
@@ -146,7 +146,8 @@ def summarise(episodes: Sequence[Episode]) -> dict[str, Any]:
 
 
 def latency(forwards: Sequence[tuple[int, float]]) -> dict[str, Any]:
-    """Percentiles of (batch size, seconds) per batched forward, in ms. The first forward, a warm-up, is separate."""
+    """Percentiles of the decoding time of a batch in ms, from (batch size, seconds) of each batch. The first batch, a
+    warm-up, is reported separately."""
     if not forwards:
         return {"n_forwards": 0}
     steady = forwards[1:] or forwards
@@ -177,18 +178,18 @@ def write(info: Mapping[str, Any], folder: Path) -> Path:
 
 
 def finished(folder: Path) -> dict[str, Any] | None:
-    """The results in `folder`; None if there are none or the rollout was interrupted."""
+    """The results in `folder`; None if the folder has no results or the rollout was interrupted."""
     return read(folder) if RunFolder(folder).is_finished(FILE) else None
 
 
 def read(run: str | Path) -> dict[str, Any]:
-    """The results in a report folder (or an `eval_info.json`). DataError if there are none."""
+    """The results in a report folder (or an `eval_info.json`). DataError without results."""
     path = Path(run) / FILE if Path(run).is_dir() else Path(run)
     try:
         info = json.loads(path.read_text())
         info["per_episode"][0]["env_id"], info["overall"]["pc_success"]
     except (OSError, ValueError, KeyError, IndexError, TypeError):
-        raise DataError(f"no results of `vla rollout` at {run} ({FILE} is missing, unreadable or empty).") from None
+        raise DataError(f"{run} has no results of `vla rollout`: {FILE} is missing, unreadable or empty.") from None
     return info
 
 

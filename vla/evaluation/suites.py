@@ -1,10 +1,10 @@
 """Benchmark suites.
 
-Owns: what a suite consists of (tasks, task sets, tiers, protocol, published results), its validation, and the lookup by
-name. A suite's facts are plain data beside its environments; this module does not know any particular one.
+Owns: the definition of a suite (tasks, task sets, tiers, protocol, published results), its validation, and the lookup
+by name. A suite is plain data that is stored with its environments; this module does not know any particular suite.
 
-A module of your own adds a suite with `SUITES.register("my-suite")(Suite(...))`; or `vla benchmark module:attribute`
-reads it from there.
+Your own module adds a suite with `SUITES.register("my-suite")(Suite(...))`, or defines it as an attribute for
+`vla benchmark module:attribute`.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Published:
         policy: name of the policy.
         average: mean success over the tiers, in percent.
         tiers: success per tier in percent, in the order of the suite's tiers; None: not published.
-        note: what to know when comparing with it.
-        source: where it is published: an arXiv id ("arXiv:2506.01844") or a URL.
+        note: restrictions of a comparison with this result.
+        source: arXiv id ("arXiv:2506.01844") or URL of the publication.
     """
 
     __pydantic_config__ = STRICT
@@ -47,7 +47,7 @@ class Published:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Suite:
-    """A benchmark suite: which tasks are evaluated in which way, and the results published for them.
+    """A benchmark suite: its tasks, the evaluation protocol, and published results.
 
     Attributes:
         name: short name, for files and folders.
@@ -79,7 +79,7 @@ class Suite:
 
     @property
     def tier_sets(self) -> dict[str, tuple[str, ...]]:
-        """Tier -> environment ids. A tier is called by the last part of its set's name: "easy" for "mt50/easy"."""
+        """Tier -> environment ids. The name of a tier is the last part of its set's name: "easy" for "mt50/easy"."""
         return {name.rpartition("/")[2]: self.sets[name] for name in self.tiers or (self.whole,)}
 
     def tier_of(self, env_id: str) -> str | None:
@@ -107,7 +107,7 @@ class Suite:
         siblings = [env_id for env_id in self.tasks if env_id.rpartition("/")[0] == namespace]
         if siblings:
             return unknown("task", name, siblings)
-        return unknown("task set", name, self.sets, f"Or the id of a task, such as {self.tasks[0]}.")
+        return unknown("task set", name, self.sets, f"The id of a task is valid, too, such as {self.tasks[0]}.")
 
     def contradiction(self) -> str | None:
         for name in (self.whole, *self.tiers, *self.max_steps):
@@ -117,9 +117,9 @@ class Suite:
             return f"suite {self.name!r}: the task set {empty[0]!r} is empty."
         in_tiers = [env_id for members in self.tier_sets.values() for env_id in members]
         if sorted(in_tiers) != sorted(set(self.sets[self.whole])):
-            return f"suite {self.name!r}: each task of {self.whole!r} must be in exactly one tier, and no other task."
+            return f"suite {self.name!r}: the tiers must contain each task of {self.whole!r} once, and no other task."
         if len({env_id.rpartition("/")[2] for env_id in self.tasks}) < len(self.tasks):
-            return f"suite {self.name!r}: tasks must differ in the last part of their ids, which names their folders."
+            return f"suite {self.name!r}: task ids must differ in their last part, which names the task's folder."
         for entry in self.published:
             if entry.tiers is not None and len(entry.tiers) != len(self.tier_sets):
                 return (
@@ -145,10 +145,10 @@ def find(name: str) -> Suite:
     if isinstance(found, str):
         try:
             found = plugins.load(found)
-        except Exception as error:  # environments import a GL library, and each fails in its own way
+        except Exception as error:  # the import of an environment's libraries can raise any error
             raise SimulatorError(
-                f"cannot import the suite {found!r} ({type(error).__name__}: {error}). A suite is called by its name "
-                f"({', '.join(SUITES)}) or as module:attribute; `vla doctor` finds problems of the installation."
+                f"cannot import the suite {found!r} ({type(error).__name__}: {error}). Pass the name of a suite "
+                f"({', '.join(SUITES)}) or module:attribute. `vla doctor` finds problems of the installation."
             ) from error
     suite = found if isinstance(found, Suite) else configuration.from_dict(Suite, found, f"suite {name!r}")
     configuration.check(suite)

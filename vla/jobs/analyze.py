@@ -1,9 +1,10 @@
-"""`vla analyze exposure`: exposure bias, the cost of decoding after the policy's own tokens (Ranzato et al., 2016).
+"""`vla analyze exposure`: exposure bias, the error due to conditioning on the policy's own tokens (Ranzato et al.,
+2016).
 
-Owns: the measurement, its table and its figure. In training a token is predicted after the demonstrator's tokens
-(teacher forcing), at run time after the policy's own (free running). The difference of the two error rates shows how
-errors early in a chunk propagate within it. It also measures the probability of tokens that are not actions, which
-decoding excludes. It only sees demonstrations: closed-loop errors are measured by `vla rollout`.
+Owns: the measurement, its table and its figure. In training, a token is predicted from the demonstrator's earlier
+tokens (teacher forcing); at run time, from the policy's own earlier tokens (free running). The difference of the two
+error rates shows how errors early in a chunk propagate within it. It also measures the probability of tokens that are
+not actions, which decoding excludes. It only sees demonstrations: closed-loop errors are measured by `vla rollout`.
 """
 
 from __future__ import annotations
@@ -29,14 +30,15 @@ from vla.support.progress import Progress
 from vla.support.run_folder import RunFolder
 
 FILE, FIGURE = "exposure.json", "exposure.png"
-_STEPS = 12  # groups of steps in the figure
+_STEPS = 12  # number of bins on the figure's axis of episode steps
 
 
 def exposure(config: ExposureConfig) -> dict[str, Any]:
-    """Measure, print, and write `exposure.json` and `exposure.png`; returns what the JSON holds.
+    """Measure, print, and write `exposure.json` and `exposure.png`. Returns the contents of the JSON file.
 
     Raises:
-        ConfigError, DataError, SpecError: before anything is written.
+        ConfigError, DataError, SpecError: the configuration, dataset or policy is invalid; raised before anything is
+            written.
     """
     check(config)
     demos = Demonstrations(config.data)
@@ -68,10 +70,10 @@ class Tokens(NamedTuple):
     """Measurements of every token of every sample, each [B, T].
 
     Attributes:
-        forced: wrong after the demonstrator's tokens.
-        free: wrong after the policy's own tokens.
-        outside: probability of all tokens that are not actions.
-        learned: whether it counts. False beyond the end of a demonstration.
+        forced: whether the token is wrong under teacher forcing.
+        free: whether the token is wrong under free running.
+        outside: total probability of the tokens that are not actions.
+        learned: whether the token counts; False beyond the end of a demonstration.
     """
 
     forced: np.ndarray
@@ -102,7 +104,7 @@ def measure(policy: Policy, samples: list[Sample]) -> Tokens:
 
 def _summarise(tokens: Tokens, steps: np.ndarray) -> dict[str, Any]:
     """Means over all tokens, by position in the chunk, and by step in the episode (`steps`, one per sample)."""
-    last = np.flatnonzero(tokens.learned.any(axis=0))[-1]  # longer sequences do not occur in the data
+    last = np.flatnonzero(tokens.learned.any(axis=0))[-1]  # last position that occurs in the data
     tokens = Tokens(*(values[:, : last + 1] for values in tokens))
     edges = np.unique(np.linspace(0, steps.max() + 1, _STEPS + 1).round().astype(int))
     group = np.searchsorted(edges, steps, side="right") - 1
@@ -134,7 +136,7 @@ def _print(info: dict[str, Any], out: Path) -> None:
         table.add_row(name, *(f"{100 * value:.1f} %" for value in (info[key]["mean"], positions[0], positions[-1])))
     Console().print(table)
     outside = info["outside_action_rows"]
-    print(f"probability of tokens that are not actions: mean {outside['mean']:.2e}, at most {outside['max']:.2e}")
+    print(f"probability of tokens that are not actions: mean {outside['mean']:.2e}, max {outside['max']:.2e}")
     print(f"figure: {out / FIGURE}")
 
 

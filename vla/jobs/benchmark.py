@@ -1,8 +1,8 @@
 """`vla benchmark <suite>`: evaluate a policy on a benchmark suite with the protocol of its published results.
 
-Owns: running the tasks and resuming. Each task is a rollout (`vla.jobs.rollout`) in its own folder, so a benchmark is
-resumed task by task. Suites are defined in `vla.evaluation.suites`, averages are computed in `vla.evaluation.scores`,
-and the page is written in `vla.evaluation.report`.
+Owns: running and resuming the tasks. Each task is a rollout (`vla.jobs.rollout`) in its own folder, so that an
+interrupted benchmark continues with its first unfinished task. Suites are defined in `vla.evaluation.suites`, averages
+are computed in `vla.evaluation.scores`, and the page is written in `vla.evaluation.report`.
 
 The folder of a finished benchmark is also a rollout report: `vla rollout --compare` reads it.
 """
@@ -38,17 +38,18 @@ _FREE = ("n_envs", "videos", "hosts")  # may change when a benchmark is resumed
 def benchmark(config: BenchmarkConfig, policy: ChunkPolicy | None = None) -> dict[str, Any]:
     """Run the unfinished tasks, aggregate, and write `benchmark.json`, `eval_info.json` and the page.
 
-    Finished tasks are not run again, except for tasks in which the environment failed.
+    Finished tasks are not repeated, except for tasks with an environment fault.
 
     Args:
-        policy: None: the one that the configuration names, loaded once for all tasks.
+        policy: None: `config.policy`, loaded once for all tasks.
     Returns:
         The contents of `benchmark.json`.
     Raises:
         ConfigError: the suite or a task is unknown, or the folder holds another policy, other settings or other files.
         SimulatorError: the suite's module cannot be imported.
-        VLAError: as `rollout`.
-        KeyboardInterrupt: stopped. This and all errors of a task are raised after the finished tasks are written.
+        VLAError: as for `rollout`.
+        KeyboardInterrupt: the run was stopped. This exception and errors of a task are raised after the finished tasks
+            are written.
     """
     configuration.check(config)
     suite = suites.find(config.suite)
@@ -79,7 +80,7 @@ def benchmark(config: BenchmarkConfig, policy: ChunkPolicy | None = None) -> dic
 
 
 def _resolved(config: BenchmarkConfig, suite: Suite) -> BenchmarkConfig:
-    """`config` with the suite's protocol in place of None."""
+    """`config`, with None replaced by the values of the suite's protocol."""
     return dataclasses.replace(
         config,
         tasks=config.tasks or (suite.whole,),
@@ -90,13 +91,13 @@ def _resolved(config: BenchmarkConfig, suite: Suite) -> BenchmarkConfig:
 
 
 def _claim(folder: RunFolder, header: Mapping[str, Any]) -> None:
-    """Start or continue a benchmark in `folder`; ConfigError if its results have another policy or other settings."""
+    """Start or continue a benchmark in `folder`. ConfigError if its results are of another policy or other settings."""
     has_results = any((folder.path / TASKS).glob(f"*/{results.FILE}"))
     folder.check(resume=True, has_results=has_results)
     if has_results and folder.read_json(FILE).get("policy") != header["policy"]:
         raise ConfigError(
-            f"{folder.path} holds a benchmark of another policy (the files of {header['policy']['path']} are not the "
-            "ones that were measured). Choose another --out."
+            f"{folder.path} holds a benchmark of another policy, or the files of {header['policy']['path']} have "
+            "changed since. Choose another --out."
         )
     folder.begin()
     if not has_results:
@@ -173,11 +174,14 @@ def _conclude(suite: Suite, env_ids: Sequence[str], header: Mapping[str, Any], o
             Console().print(table)
         print(f"report: {out / report.FILE}")
     if summary["interrupted"]:
-        print(f"{len(infos)} of {len(env_ids)} tasks are finished; the same command runs the others.", file=sys.stderr)
+        print(
+            f"{len(infos)} of {len(env_ids)} tasks are finished. Run the same command again to continue.",
+            file=sys.stderr,
+        )
     if summary["n_faults"]:
         print(
-            f"{summary['n_faults']} episodes failed in the environment and count as failures; the same command runs "
-            "their tasks again.",
+            f"{summary['n_faults']} episodes ended in an environment fault and count as failures. Run the same command "
+            "again to repeat their tasks.",
             file=sys.stderr,
         )
     return summary

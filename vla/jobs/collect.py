@@ -4,8 +4,8 @@ Owns: the environment and seed of every episode, and what happens when attempts 
 not know the format on disk (`data.writer`), nor how an attempt runs (`simulation.experts`).
 
 Episode `n` depends on nothing but the configuration and `n`: neither the number of workers nor an interruption changes
-the dataset. An episode that is not kept is tried again with another seed, which depends only on `n` and the number of
-tries. Workers write finished episodes themselves, so frames never pass between processes.
+the dataset. An attempt that is not kept is retried with another seed, which depends only on `n` and the number of the
+attempt. Workers write finished episodes themselves, so frames never pass between processes.
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ from vla.support.run_folder import RunFolder, write_text
 FAILURES = "failures.jsonl"  # one line per attempt that was not kept
 FREE = ("episodes", "workers", "hosts")  # may change when a collection is resumed
 
-SEEDS_APART = 1_000_000  # between the seeds of an episode's attempts: no two episodes share one
-HOPELESS = 50  # failures in an environment without a success, after which collecting stops
-BROKEN = 10  # the same, when all failures were errors
-TRIES = 200  # attempts per episode
+RETRY_SEED_OFFSET = 1_000_000  # added to an episode's seed per retry; larger than the number of episodes
+MAX_FAILURES_WITHOUT_SUCCESS = 50  # per environment; collecting then stops
+MAX_ERRORS_WITHOUT_SUCCESS = 10  # per environment, if every failure was an error; collecting then stops
+MAX_ATTEMPTS = 200  # per episode
 
 _console = Console(stderr=True)
 
 
 def attempt(config: CollectConfig, episode: int, turn: int) -> Attempt:
-    """The `turn`-th try at an episode of the dataset: a pure function of its arguments."""
+    """Attempt number `turn` at an episode of the dataset: a pure function of its arguments."""
     environment = episode % len(config.env)
-    place = episode // len(config.env)  # within its environment: each gets its share of noisy episodes
-    noisy = int((place + 1) * config.noise_share) > int(place * config.noise_share)
+    index = episode // len(config.env)  # counted per environment, so that each has the same share of noisy episodes
+    noisy = int((index + 1) * config.noise_share) > int(index * config.noise_share)
     return Attempt(
         episode=episode,
         turn=turn,
         env_id=config.env[environment],
-        seed=config.seed + episode + turn * SEEDS_APART,
+        seed=config.seed + episode + turn * RETRY_SEED_OFFSET,
         noise=config.noise if noisy else 0.0,
     )
 
@@ -65,24 +65,24 @@ def collect(config: CollectConfig) -> Path:
     """Collect `config.episodes` demonstrations into the dataset `config.out` and return its folder.
 
     Raises:
-        ConfigError, DataError: values or a folder that cannot be used.
-        SimulatorError: the environment cannot be made, or the expert never succeeds.
+        ConfigError, DataError: a value is invalid, or the folder cannot be used.
+        SimulatorError: the environment cannot be created, or the expert never succeeds.
     """
     configuration.check(config)
     if config.resume and (config.out / INFO).is_file():
-        shutil.rmtree(config.out / STAGING, ignore_errors=True)  # left by a kill after the last rename
+        shutil.rmtree(config.out / STAGING, ignore_errors=True)  # remains if killed after the last rename
         RunFolder(config.out, config, PLAN, FREE).check_settings()
-        there = Info.load(config.out).total_episodes
-        if there < config.episodes:
+        existing = Info.load(config.out).total_episodes
+        if existing < config.episodes:
             raise ConfigError(
-                f"{config.out} is finished with {there} episodes and cannot grow to {config.episodes}. Collect the "
-                f"others into a second folder (with --seed {config.seed + there}) and train on both."
+                f"{config.out} is finished with {existing} episodes and cannot grow to {config.episodes}. Collect the "
+                f"remaining episodes into a second folder (with --seed {config.seed + existing}) and train on both."
             )
-        _console.print(f"{config.out} is complete: nothing to do.", highlight=False)
+        _console.print(f"{config.out} is already complete.", highlight=False)
         return config.out
     check_staging(config.out, config.resume)
-    robot = _examine(config)
-    if config.resume and not finished(config.out / STAGING):  # no episode depends on the earlier settings
+    robot = _shared_robot(config)
+    if config.resume and not finished(config.out / STAGING):  # no episodes yet: the settings may change
         drop_staging(config.out)
     staging = open_staging(config.out, config.resume)
     plan = RunFolder(config.out, config, f"{STAGING}/{PLAN}", FREE)
@@ -100,14 +100,14 @@ def collect(config: CollectConfig) -> Path:
         raise
     shutil.copy(staging / PLAN, config.out / PLAN)
     run.write_failures(config.out / FAILURES)
-    with _console.status("writing the dataset"):
+    with _console.status("writing the dataset ..."):
         finalise(config.out, range(config.episodes))
     run.summarise()
     return config.out
 
 
 class _Run:
-    """Episodes done, attempts to do, and failed attempts."""
+    """The state of a collection: finished episodes, remaining attempts and failed attempts."""
 
     def __init__(self, config: CollectConfig, staging: Path, robot: RobotSpec) -> None:
         self.config, self.staging = config, staging
@@ -116,7 +116,7 @@ class _Run:
         turns = Counter(failure["episode"] for failure in self.failures)
         self.todo = [attempt(config, n, turns[n]) for n in range(config.episodes) if n not in self.done]
         self.solved = sum(self._about(number)["success"] for number in self.done)
-        self.frames = 0  # of this run
+        self.frames = 0  # collected by this process
         self.start = time.monotonic()
         self._deaths: Counter[Attempt] = Counter()
         for number in sorted(self.done)[:1]:
@@ -147,7 +147,7 @@ class _Run:
                         last[slot] = running[slot].env_id
                         pool.submit(slot, ("attempt", running[slot], recording))
                     for slot, reply in pool.completed().items():
-                        self._account(running.pop(slot), reply)
+                        self._handle_reply(running.pop(slot), reply)
                         if reply.kind == "kept":
                             progress.advance(self.describe())
         finally:
@@ -155,7 +155,7 @@ class _Run:
                 shutil.rmtree(leftover, ignore_errors=True)
 
     def write_failures(self, path: Path) -> None:
-        """Write the failed attempts of this dataset, in an order that does not depend on timing."""
+        """Write the failed attempts of this dataset, sorted by episode and attempt."""
         if not self.failures:
             return
         ordered = sorted(self.failures, key=lambda failure: (failure["episode"], failure["turn"]))
@@ -167,19 +167,19 @@ class _Run:
             f", {self.frames} frames in {seconds:.0f} s ({self.frames / seconds:.0f} per second)" if self.frames else ""
         )
         _console.print(
-            f"{self.config.out}: {len(self.done)} episodes{rate}; {self._share()} of the expert's episodes succeeded.",
+            f"{self.config.out}: {len(self.done)} episodes{rate}; {self._share()} of all attempts succeeded.",
             highlight=False,
         )
         errors = [failure for failure in self.failures if failure["kind"] != "failed"]
         if errors:
             _console.print(
-                f"{len(errors)} attempts ended in an error and were replaced; the last: {errors[-1]['message']} "
-                f"(all of them: {self.config.out / FAILURES})",
+                f"{len(errors)} attempts ended in an error and were retried. Last error: {errors[-1]['message']} "
+                f"(all errors are in {self.config.out / FAILURES})",
                 highlight=False,
             )
 
     def describe(self) -> str:
-        """Rate and success so far, for the progress bar."""
+        """Frame rate and success rate so far, for the progress bar."""
         return f"{self.frames / (time.monotonic() - self.start):.0f} frames/s, {self._share()} succeeded"
 
     def _share(self) -> str:
@@ -190,12 +190,12 @@ class _Run:
         return read_json(self.staging / EPISODE.format(number) / "episode.json")
 
     def _next(self, env_id: str | None) -> Attempt:
-        """Take the next attempt; if possible one in the environment that the worker already has."""
+        """Take the next attempt, if possible one in `env_id`, the environment that the worker has already created."""
         same = (i for i, tried in enumerate(self.todo) if tried.env_id == env_id)
         return self.todo.pop(next(same, 0))
 
-    def _account(self, tried: Attempt, outcome: Outcome | Fault) -> None:
-        if isinstance(outcome, Fault) and outcome.error is not None:  # no further attempt can succeed
+    def _handle_reply(self, tried: Attempt, outcome: Outcome | Fault) -> None:
+        if isinstance(outcome, Fault) and outcome.error is not None:  # every further attempt would fail as well
             raise outcome.error
         if isinstance(outcome, Outcome) and outcome.kind == "kept":
             self.done.add(tried.episode)
@@ -203,39 +203,42 @@ class _Run:
             self.frames += outcome.frames
             return
         if outcome.kind == "died" and not self._deaths[tried]:
-            self._deaths[tried] += 1  # perhaps killed from outside: try the same seed once more
+            self._deaths[tried] += 1  # the worker may have been killed from outside: retry the seed once
             self.todo.insert(0, tried)
             return
         failure = dataclasses.asdict(tried) | {"kind": outcome.kind, "message": outcome.message}
         self.failures.append(failure)
         with (self.staging / FAILURES).open("a") as file:
-            file.write("\n" + json.dumps(failure))  # a killed process may have left half a line
-        self._give_up_if_hopeless(tried, outcome)
+            file.write("\n" + json.dumps(failure))  # a killed process may have written half a line
+        self._check_failures(tried, outcome)
         self.todo.insert(0, attempt(self.config, tried.episode, tried.turn + 1))
 
-    def _give_up_if_hopeless(self, tried: Attempt, outcome: Outcome | Fault) -> None:
+    def _check_failures(self, tried: Attempt, outcome: Outcome | Fault) -> None:
+        """SimulatorError if further attempts in this environment are unlikely to succeed."""
         if any(attempt(self.config, number, 0).env_id == tried.env_id for number in self.done):
-            if tried.turn + 1 < TRIES:
+            if tried.turn + 1 < MAX_ATTEMPTS:
                 return
             raise SimulatorError(
-                f"episode {tried.episode} ({tried.env_id!r}) failed with {TRIES} seeds; {outcome.message}"
+                f"episode {tried.episode} ({tried.env_id!r}) failed with {MAX_ATTEMPTS} seeds. Last attempt: "
+                f"{outcome.message}"
             )
         here = [failure for failure in self.failures if failure["env_id"] == tried.env_id]
-        if len(here) >= BROKEN and all(failure["kind"] != "failed" for failure in here):
+        if len(here) >= MAX_ERRORS_WITHOUT_SUCCESS and all(failure["kind"] != "failed" for failure in here):
             raise SimulatorError(
-                f"environment {tried.env_id!r}: all of the first {len(here)} episodes ended in an error; the last one "
+                f"all of the first {len(here)} episodes in environment {tried.env_id!r} ended in an error. Last error "
                 f"(seed {tried.seed}): {outcome.message}"
             )
-        if len(here) >= HOPELESS:
+        if len(here) >= MAX_FAILURES_WITHOUT_SUCCESS:
             raise SimulatorError(
-                f"environment {tried.env_id!r}: the expert solved none of the first {len(here)} episodes. Is "
-                f"{self.config.adapter.success!r} (adapter.success) where the environment reports success, and is "
-                "adapter.max_steps long enough? `--keep all` keeps failures, too."
+                f"the expert solved none of the first {len(here)} episodes in environment {tried.env_id!r}. Check that "
+                f"the environment reports success under {self.config.adapter.success!r} (adapter.success) and that "
+                "adapter.max_steps is large enough. `--keep all` also keeps failed episodes."
             )
 
 
-def _examine(config: CollectConfig) -> RobotSpec:
-    """The robot of all environments. Each is made once, so that errors show before anything is written."""
+def _shared_robot(config: CollectConfig) -> RobotSpec:
+    """The RobotSpec shared by all environments. Each environment is created once, so that errors are raised before
+    anything is written."""
     robots: dict[str, RobotSpec] = {}
     for env_id in dict.fromkeys(config.env):
         env = simulator.make(env_id, config.adapter)
@@ -252,8 +255,8 @@ def _check_same_robot(env_id: str, robot: dict[str, Any], first_id: str, first: 
     if robot != first:
         different = [key for key in robot if robot[key] != first[key]]
         raise SimulatorError(
-            f"{env_id!r} and {first_id!r} cannot share a dataset; they differ in {', '.join(different)}. "
-            "Collect them into two datasets and train on both."
+            f"{env_id!r} and {first_id!r} cannot share a dataset, because their robots differ in "
+            f"{', '.join(different)}. Collect them into two datasets and train on both."
         )
 
 
@@ -262,6 +265,6 @@ def _read_failures(path: Path, episodes: int) -> list[dict[str, Any]]:
         return []
     failures = []
     for line in path.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):  # empty, or cut short by a kill
+        with contextlib.suppress(json.JSONDecodeError):  # empty, or truncated because the process was killed
             failures.append(json.loads(line))
     return [failure for failure in failures if failure["episode"] < episodes]

@@ -1,12 +1,12 @@
-"""`vla dagger`: DAgger, demonstrations of the states that the policy itself reaches (Ross et al. 2011).
+"""`vla dagger`: DAgger, which trains on expert labels for the states that the policy itself reaches (Ross et al. 2011).
 
 Owns: the rounds, the stopping criterion, and labels and success per round. Round 0 is behaviour cloning. Every later
-round runs DAgger rollouts of the last policy with the expert (`vla.training.dagger_rollouts`), trains that policy
-further (or a new one) on the demonstrations of all rounds, and evaluates it. Every stage is a job of its own; finished
-stages are not repeated. It does not know how rollouts run, policies are trained or results computed.
+round collects DAgger rollouts with the last policy and the expert (`vla.training.dagger_rollouts`), trains that policy
+further (or a new one) on the demonstrations of all rounds, and evaluates it. Every stage is a separate job; finished
+stages are not repeated. It does not know how rollouts run, how policies are trained or how results are computed.
 
     round-0/data, train, rollout     output of `vla collect`, `vla train` and `vla rollout`; likewise round-1, ...
-    round-1/trials                   rollouts of the last policy alone, if they decide how many scenes each task gets
+    round-1/trials                   rollouts of the last policy alone, if scenes are distributed by its failures
     bc-4/...                         behaviour cloning on the budget of rounds 0 to 4
     dagger.json, dagger.png          success against the number of labels
     dagger.yaml                      settings
@@ -45,16 +45,17 @@ from vla.training.dagger_rollouts import collect_rollouts, first_seed, scenes_of
 
 FILE, FIGURE, SETTINGS = "dagger.json", "dagger.png", "dagger.yaml"
 FREE = ("rounds", "labels", "target", "compare_bc", "device", "hosts")  # may change when a run is resumed
-KEY = "dagger"  # one unnorm_key for all rounds: they share the robot and the meaning of every action token
+KEY = "dagger"  # one unnorm_key, and so one set of statistics, for all rounds: action tokens keep their meaning
 
 _console = Console()
 
 
 def dagger(config: DaggerConfig) -> dict[str, Any]:
-    """Run the rounds and return what `dagger.json` holds: per round labels, optimizer steps and closed-loop success.
+    """Run the rounds and return the contents of `dagger.json`: labels, optimizer steps and closed-loop success of each
+    round.
 
     Raises:
-        ConfigError, DataError, SimulatorError: values, a folder or an environment that cannot be used.
+        ConfigError, DataError, SimulatorError: a value is invalid, or a folder or an environment cannot be used.
     """
     _check(config)
     RunFolder(config.out, config, SETTINGS, FREE).claim(config.resume)
@@ -75,10 +76,10 @@ def dagger(config: DaggerConfig) -> dict[str, Any]:
 
 
 def _round(config: DaggerConfig, before: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """One round: demonstrations, training, evaluation. None: there was nothing to label."""
+    """One round: demonstrations, training, evaluation. None if there is nothing to label."""
     number = len(before)
     folder = config.out / f"round-{number}"
-    title = f"expert drives {config.beta**number:.0%} of the rollouts" if number else "behaviour cloning"
+    title = f"the expert controls {config.beta**number:.0%} of the rollouts" if number else "behaviour cloning"
     _console.print(Rule(f"round {number}: {title}", align="left"))
     steps = config.train.steps if not number or config.finetune_steps is None else config.finetune_steps
     if number:
@@ -110,24 +111,24 @@ def _round(config: DaggerConfig, before: Sequence[dict[str, Any]]) -> dict[str, 
 
 def _failures(config: DaggerConfig, number: int, policy: str) -> list[int]:
     """Failures of the policy alone per environment, in this round's scenes."""
-    place = config.out / f"round-{number}" / "trials"
-    tried = _evaluate(config, policy, place, config.trials, first_seed(config, number))["per_episode"]
+    folder = config.out / f"round-{number}" / "trials"
+    tried = _evaluate(config, policy, folder, config.trials, first_seed(config, number))["per_episode"]
     failed = [episode["env_id"] for episode in tried if not episode["success"]]
     return [failed.count(env_id) for env_id in config.env]
 
 
 def _behaviour_cloning(config: DaggerConfig, rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The baseline: demonstrations of the expert alone, with as many labels and optimizer steps.
+    """The baseline: behaviour cloning on the expert's demonstrations, with as many labels and optimizer steps.
 
-    It trains on all demonstrations from the start, where DAgger sees them round by round, and gets at least as many
-    labels, because it collects whole episodes. If either matters, it favours the baseline.
+    It trains on all demonstrations from the start, whereas DAgger gets them round by round, and it has at least as many
+    labels, because it collects complete episodes. Any effect of these differences favours the baseline.
     """
     _console.print(Rule("behaviour cloning on the same budget", align="left"))
     first, last = rounds[0], rounds[-1]
     folder = config.out / f"bc-{last['round']}"
     data, labels, seed = list(map(Path, first["data"])), first["labels"], config.seed + ROUNDS_APART
     while labels < last["labels"]:
-        # The lengths of episodes are known only after they are collected.
+        # The length of an episode is known only after it is collected.
         episodes = math.ceil((last["labels"] - labels) * first["episodes"] / first["labels"])
         data.append(_demonstrate(config, folder / f"data-{len(data)}", episodes, seed))
         labels, seed = labels + Info.load(data[-1]).total_frames, seed + episodes
@@ -136,7 +137,7 @@ def _behaviour_cloning(config: DaggerConfig, rounds: Sequence[dict[str, Any]]) -
 
 
 def _demonstrate(config: DaggerConfig, out: Path, episodes: int, seed: int) -> Path:
-    """Successful episodes of the expert alone."""
+    """Collect successful episodes of the expert alone."""
     if not (out / INFO).is_file():
         collect(
             CollectConfig(
@@ -157,7 +158,7 @@ def _demonstrate(config: DaggerConfig, out: Path, episodes: int, seed: int) -> P
 def _learn(
     config: DaggerConfig, folder: Path, data: Sequence[Path], backbone: str | None, steps: int
 ) -> dict[str, Any]:
-    """Train on `data`, from the policy `backbone` or else the configured one, and evaluate the result."""
+    """Train on `data`, starting from the policy `backbone` (None: the configured backbone), and evaluate the result."""
     run, report = folder / "train", folder / "rollout"
     if not (run / "policy").is_dir():
         train(_training(config, run, data, backbone, steps), conclude=False)
@@ -189,12 +190,12 @@ def _evaluate(
 
 def _training(config: DaggerConfig, run: Path, data: Sequence[Path], backbone: str | None, steps: int) -> TrainConfig:
     started = (run / "config.yaml").is_file()
-    if not started:  # killed while it wrote its first files
+    if not started:  # no folder, or an earlier process was killed while it wrote the first files
         shutil.rmtree(run, ignore_errors=True)
     model = config.train.model
-    if backbone is not None:  # it has its own vision tower; tokenizer and horizon stay as configured
+    if backbone is not None:  # a policy with its own vision tower; tokenizer and horizon stay as configured
         model = dataclasses.replace(model, backbone=backbone, vision=(), image_size=None)
-    # Keep the seed: it decides which episodes are held out, and those of earlier rounds must stay held out.
+    # Keep the seed, which selects the validation episodes: those of earlier rounds must stay held out.
     return dataclasses.replace(
         config.train,
         data=tuple(data),
@@ -207,7 +208,7 @@ def _training(config: DaggerConfig, run: Path, data: Sequence[Path], backbone: s
 
 
 def _enough(config: DaggerConfig, rounds: Sequence[dict[str, Any]]) -> str | None:
-    """Why no further round follows; None when one does."""
+    """The criterion that ends the run after these rounds; None if another round follows."""
     if rounds[-1]["pc_success"] >= 100 * config.target:
         return "target"
     if config.labels is not None and rounds[-1]["labels"] >= config.labels:
@@ -216,7 +217,7 @@ def _enough(config: DaggerConfig, rounds: Sequence[dict[str, Any]]) -> str | Non
 
 
 def _check(config: DaggerConfig) -> None:
-    """Fail now where a later stage would fail hours into the run."""
+    """Raise errors now that would otherwise occur in a later stage, hours into the run."""
     configuration.check(config)
     for folder in config.data:
         Info.load(folder)
@@ -232,7 +233,7 @@ def _write(config: DaggerConfig, info: dict[str, Any]) -> None:
 
 
 def _print(info: dict[str, Any], out: Path) -> None:
-    table = Table(title=f"DAgger: ended by {info['stopped']}", title_justify="left")
+    table = Table(title=f"DAgger (stopping criterion: {info['stopped']})", title_justify="left")
     for column in ("", "expert", "episodes", "solved", "labels", "steps", "success (95 %)"):
         table.add_column(column, justify="right" if column else "left")
     for row in info["rounds"]:
@@ -253,7 +254,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _draw(info: dict[str, Any]) -> Figure:
-    """Success with its interval against the number of labels. Both lines start at round 0."""
+    """Plot success with its interval against the number of labels. Both lines start at round 0."""
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axis = figure.subplots()
     lines = [("DAgger", info["rounds"], ACCENT)]
@@ -262,7 +263,7 @@ def _draw(info: dict[str, Any]) -> Figure:
     for name, rows, colour in lines:
         success = np.array([row["pc_success"] for row in rows])
         low, high = np.array([row["pc_success_ci95"] for row in rows]).T
-        spread = np.maximum([success - low, high - success], 0)  # rounding may leave -1e-15
+        spread = np.maximum([success - low, high - success], 0)  # rounding can give -1e-15
         labels = [row["labels"] for row in rows]
         axis.errorbar(labels, success, spread, color=colour, label=name, lw=1.6, marker="o", ms=4, capsize=3)
     axis.set_ylim(-3, 103)

@@ -1,4 +1,4 @@
-"""`vla deploy`: a policy in real time, on a simulated robot, on recorded demonstrations or on your own robot.
+"""`vla deploy`: run a policy in real time on a simulated robot, on recorded demonstrations or on your own robot.
 
 Owns: the episodes of a deployment and their record. The control loop is in `vla.control`.
 """
@@ -43,22 +43,22 @@ from vla.support.statistics import percentiles, wilson
 
 FILE = "deploy.json"
 _NO_LIMIT = 2**31  # steps
-_REMEMBERED = 10_000  # episodes whose records are kept: a deployment may last for weeks
+_MAX_RECORDS = 10_000  # only the records of the last episodes are kept: a deployment may last for weeks
 
 
 def deploy(config: DeployConfig) -> dict[str, Any]:
-    """Run the episodes in real time; print and write their record.
+    """Run the episodes in real time; print and write their records.
 
     Raises:
-        VLAError: policy, robot and configuration do not fit; raised before the first episode.
-        KeyboardInterrupt: stopped. The robot holds, and the finished episodes are written.
+        VLAError: policy, robot and configuration are incompatible; raised before the first episode.
+        KeyboardInterrupt: the deployment was stopped. The robot holds, and the finished episodes are written.
     """
     configuration.check(config)
     policy = client.load(
         config.policy, config.device, config.unnorm_key, config.n_action_steps, connect_s=config.connect_s
     )
-    records: deque[dict[str, Any]] = deque(maxlen=_REMEMBERED)
-    # The longest that a thread waits for Python's lock: less than the jitter that matters.
+    records: deque[dict[str, Any]] = deque(maxlen=_MAX_RECORDS)
+    # Limits how long a thread waits for Python's global interpreter lock to less than the tolerable jitter.
     sys.setswitchinterval(0.0005)
     robot = _robot(config)
     with (
@@ -112,10 +112,10 @@ def _robot(config: DeployConfig) -> Robot | EpisodicRobot:
 
 
 def _controller(config: DeployConfig, robot: Robot, policy: ChunkPolicy) -> Controller:
-    """The controller, which then owns the robot. If it cannot be made, the robot is closed."""
+    """Create the controller, which then owns the robot. If that fails, the robot is closed."""
     try:
         if not is_episodic(robot) and not config.adapter.instruction:
-            raise ConfigError(f"robot {config.robot!r} has no instruction of its own: state its task in --instruction.")
+            raise ConfigError(f"robot {config.robot!r} has no instruction. Set the task with --instruction.")
         return Controller(robot, policy, config.control)
     except BaseException:
         robot.close()
@@ -128,8 +128,8 @@ def _instruction(config: DeployConfig, robot: Robot) -> str:
 
 
 def _adapter(config: DeployConfig) -> AdapterConfig:
-    """The adapter without the environment's time limit if an operator is expected (the live page, and no number of
-    episodes): then only `config.seconds` limits an episode."""
+    """The adapter. If an operator is expected (a live page and no number of episodes), the environment's step limit is
+    disabled, and only `config.seconds` limits an episode."""
     if config.ui and config.episodes is None and config.adapter.max_steps is None:
         return dataclasses.replace(config.adapter, max_steps=_NO_LIMIT)
     return config.adapter
@@ -147,9 +147,9 @@ def _black_box(config: DeployConfig, controller: Controller) -> Iterator[None]:
     finally:
         box.close()
         if box.problem is not None:
-            print(f"the black box is not complete: {box.problem}", flush=True)
+            print(f"the black box recording is incomplete: {box.problem}", flush=True)
         if box.files:
-            print(f"recordings of the seconds before faults: {', '.join(map(str, box.files))}", flush=True)
+            print(f"black box recordings: {', '.join(map(str, box.files))}", flush=True)
 
 
 @contextlib.contextmanager
@@ -172,8 +172,8 @@ def _live_page(
 
 @contextlib.contextmanager
 def _held_by_signals(controller: Controller) -> Iterator[Callable[[], None]]:
-    """Ctrl-C and SIGTERM end the run at its next control step, with the hold command. Their usual handlers run when the
-    yielded function is called, or at once for a second signal.
+    """On Ctrl-C or SIGTERM, end the run at its next control step with the hold command. The original handler runs when
+    the yielded function is called, or at once on a second signal.
 
     Ignored signals stay ignored: shells make background jobs of scripts (`vla deploy &`) ignore SIGINT."""
     if threading.current_thread() is not threading.main_thread():
@@ -200,7 +200,7 @@ def _held_by_signals(controller: Controller) -> Iterator[Callable[[], None]]:
 
     heard = [signum for signum in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(signum) is not signal.SIG_IGN]
     if signal.SIGINT not in heard:
-        print(f"SIGINT is ignored, as in background jobs of scripts; stop with `kill {os.getpid()}`", flush=True)
+        print(f"SIGINT is ignored, as in background jobs. To stop, run `kill {os.getpid()}`.", flush=True)
     before = {signum: signal.signal(signum, stop) for signum in heard}
     try:
         yield check
@@ -215,13 +215,13 @@ def _line(record: dict[str, Any]) -> str:
     if "agreement" in record:
         what = "differs from the demonstration by " + ", ".join(f"{k} {v:.2g}" for k, v in record["agreement"].items())
     decode = record["decode_ms"]
-    thinking = f"decoding {statistics.median(decode):.0f} ms" if decode else "no chunk"
+    decoding = f"decoding {statistics.median(decode):.0f} ms" if decode else "no chunk"
     notes = "".join(f", {count} x {reason}" for reason, count in record["interventions"].items())
-    return f"{record['instruction']!r}: {what} after {record['commands']} commands, {thinking}{notes}"
+    return f"{record['instruction']!r}: {what} after {record['commands']} commands, {decoding}{notes}"
 
 
 def _summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    # Episodes with orders of the operator say nothing about the policy.
+    # Episodes in which the operator intervened do not measure the policy.
     alone = [record for record in records if not record.get("orders")]
     successes, total = sum(record["success"] for record in alone), len(alone)
     ticks = sum(record["commands"] + record["skipped"] for record in records)
@@ -249,13 +249,13 @@ def _summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _print(info: dict[str, Any]) -> None:
     table = Table(show_header=False)
     low, high = (100 * limit for limit in info["interval"])
-    guided = f"; {info['n_guided']} with orders of the operator are not counted" if info["n_guided"] else ""
+    guided = f"; {info['n_guided']} episodes guided by the operator not counted" if info["n_guided"] else ""
     rows = {
         "success": f"{info['successes']}/{info['n_episodes']} (95 % interval {low:.0f} to {high:.0f}){guided}",
         "control steps": f"{info['ticks']}, {100 * info['missed']:.2f} % of the deadlines missed",
-        "lateness of a command": _spread(info["lateness_ms"]),
-        "until the first action": _spread(info["first_action_ms"]),
-        "until the whole chunk": _spread(info["decode_ms"]),
+        "command lateness": _spread(info["lateness_ms"]),
+        "time to the first action": _spread(info["first_action_ms"]),
+        "time to the whole chunk": _spread(info["decode_ms"]),
         "interventions": ", ".join(f"{count} x {reason}" for reason, count in info["interventions"].items()) or "none",
         "mean jerk of the commands": f"{info['jerk']:.3f}",
     }
@@ -265,4 +265,4 @@ def _print(info: dict[str, Any]) -> None:
 
 
 def _spread(ms: dict[str, float] | None) -> str:
-    return "none" if ms is None else f"p50 {ms['p50']:.1f} ms, p99 {ms['p99']:.1f}, at most {ms['max']:.1f}"
+    return "none" if ms is None else f"p50 {ms['p50']:.1f} ms, p99 {ms['p99']:.1f} ms, max {ms['max']:.1f} ms"

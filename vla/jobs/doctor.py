@@ -1,8 +1,8 @@
-"""`vla doctor`: what is wrong with this machine, and the command that fixes it.
+"""`vla doctor`: find problems of this machine, with the commands that fix them.
 
 Owns: the assessment of what `vla.support.machine` and `vla.simulation.probes` report. Every finding is ok, warn (works,
-but slower or not everywhere) or fail (something needed does not work), and names the fix. It knows no policies, data
-or environments.
+but slower or with limitations) or fail (something necessary does not work), with a fix if it is not ok. It knows no
+policies, data or environments.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ STYLES: dict[Status, str] = {"ok": "green", "warn": "yellow", "fail": "bold red"
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One line of the report; `fix` is empty when there is nothing to fix."""
+    """One line of the report; `fix` is empty if nothing needs to be fixed."""
 
     name: str
     status: Status
@@ -49,7 +49,7 @@ class Finding:
 
 
 def doctor(config: DoctorConfig) -> bool:
-    """Print the findings; True when nothing needed fails."""
+    """Print the findings. Returns whether none of them is a failure."""
     findings = []
     console = Console(highlight=False, soft_wrap=True)
     for finding in examine(config.out):
@@ -66,9 +66,9 @@ def doctor(config: DoctorConfig) -> bool:
 
 
 def examine(folder: Path) -> Iterator[Finding]:
-    """All findings, the quick ones first; the trials run side by side meanwhile."""
+    """All findings. The probes run in parallel while the quick checks are reported."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    with ThreadPoolExecutor(machine.cores()) as pool:  # more at once would measure each other
+    with ThreadPoolExecutor(machine.cores()) as pool:  # more probes than cores would slow each other down
         torch = pool.submit(probe, "torch")
         renders = {gl: pool.submit(probe, "render", {"MUJOCO_GL": gl}) for gl in GL_BACKENDS}
         video = pool.submit(probe, "video")
@@ -85,7 +85,7 @@ def examine(folder: Path) -> Iterator[Finding]:
 
 
 def probe(name: str, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Run one of `vla.simulation.probes`; its facts, or {"error": why it failed}."""
+    """Run one of `vla.simulation.probes`. Returns its result, or {"error": reason} if it failed."""
     try:
         done = subprocess.run(
             [sys.executable, "-m", "vla.simulation.probes", name],
@@ -99,7 +99,7 @@ def probe(name: str, environment: Mapping[str, str] | None = None) -> dict[str, 
     if done.returncode < 0:
         return {"error": f"the process crashed (signal {-done.returncode})"}
     if done.returncode:
-        # Clean-up code may complain after the real error: the first exception's line is the cause.
+        # Clean-up code may raise further errors, so the cause is the first exception's line.
         lines = [line for line in done.stderr.splitlines() if line and not line.startswith((" ", "Traceback"))]
         return {"error": lines[0] if lines else f"exit code {done.returncode}"}
     return json.loads(done.stdout.splitlines()[-1])
@@ -113,7 +113,7 @@ def python_version(version: tuple[int, ...]) -> Finding:
 
 
 def packages(requirements: list[str], installed: Any) -> Iterator[Finding]:
-    """Installed versions against the bounds that the package states, and neighbours that break it."""
+    """Compare installed versions with this package's requirements, and find packages that conflict with it."""
     found, wrong, pins = [], [], []
     for line in requirements:
         requirement = Requirement(line)
@@ -128,7 +128,7 @@ def packages(requirements: list[str], installed: Any) -> Iterator[Finding]:
     if wrong:
         yield Finding("packages", "fail", "; ".join(wrong), f"pip install {' '.join(pins)}")
     else:
-        yield Finding("packages", "ok", f"{len(found)} packages within their bounds")
+        yield Finding("packages", "ok", f"{len(found)} packages satisfy their version requirements")
     if installed("opencv-python-headless"):
         yield Finding(
             "opencv",
@@ -141,7 +141,7 @@ def packages(requirements: list[str], installed: Any) -> Iterator[Finding]:
         yield Finding(
             "torchvision",
             "fail",
-            f"torchvision {torchvision} does not belong to torch {torch}: transformers fails when it imports it",
+            f"torchvision {torchvision} does not match torch {torch}; transformers fails when it imports torchvision",
             "pip uninstall -y torchvision",
         )
 
@@ -154,48 +154,49 @@ def locked() -> list[Requirement]:
 
 
 def tested(locks: list[Requirement], installed: Any) -> Finding:
-    """Installed versions against those that the tests ran with."""
+    """Compare installed versions with those that the tests ran with."""
     versions = {lock.name: installed(lock.name) for lock in locks}
     differing = [lock for lock in locks if versions[lock.name] and not lock.specifier.contains(versions[lock.name])]
     if not differing:
-        return Finding("versions", "ok", "every package has the version that was tested")
+        return Finding("versions", "ok", "every package has the tested version")
     names = ", ".join(f"{lock.name} {versions[lock.name]} (tested {str(lock.specifier)[2:]})" for lock in differing)
-    # A build of torch for another device is a reason to differ; a reader decides.
+    # Only a warning: another version may be intended, such as a torch build for another device.
     return Finding(
         "versions",
         "warn",
-        f"not the versions that were tested: {names}",
+        f"versions differ from the tested ones: {names}",
         f"scripts/setup, or pip install {' '.join(map(str, differing))}",
     )
 
 
 def processor(cores: int, quota: float | None, load: float, threads: str | None) -> Finding:
-    """Cores, and whether torch's one thread per core will be slow: threads that wait for each other lose far more than
-    their share when another program or a container's limit takes cores away (12 times, measured on two cores)."""
+    """The number of cores, and whether one torch thread per core would be slow. If another program or a container limit
+    takes cores away, threads that wait for each other slow down far more than proportionally (12 times, measured on two
+    cores)."""
     says = f"{machine.cpu_model()}, {cores} cores" + (f", OMP_NUM_THREADS={threads}" if threads else "")
     if not threads and quota is not None and quota < cores:
         return Finding(
             "processor",
             "warn",
-            f"{says}, of which this container may use {quota:g}: torch computes slowly with one thread per core",
+            f"{says}, of which this container may use {quota:g}: torch is slow with one thread per core",
             f"export OMP_NUM_THREADS={max(1, int(quota))}",
         )
     if not threads and load > 0.5 * cores:
         return Finding(
             "processor",
             "warn",
-            f"{says}, but other programs keep {load:.1f} of them busy: torch computes slowly with one thread per core",
-            f"end them, or export OMP_NUM_THREADS={max(1, int(cores - load))}",
+            f"{says}, but other programs keep {load:.1f} of them busy: torch is slow with one thread per core",
+            f"stop these programs, or export OMP_NUM_THREADS={max(1, int(cores - load))}",
         )
     return Finding("processor", "ok", says)
 
 
 def memory() -> Iterator[Finding]:
-    """Main memory, and the shared memory that data workers use (a container has 64 MiB unless asked otherwise)."""
+    """Main memory, and the shared memory that data workers use (64 MiB in a container by default)."""
     free = machine.free_memory()
     says = f"{free / GIB:.1f} GiB free"
     if free < 2 * GIB:
-        yield Finding("memory", "warn", f"{says}; training wants about 4", "use a smaller --batch-size and --workers 0")
+        yield Finding("memory", "warn", f"{says}; training needs about 4", "use a smaller --batch-size and --workers 0")
     else:
         yield Finding("memory", "ok", says)
     shared = Path("/dev/shm")
@@ -209,19 +210,22 @@ def memory() -> Iterator[Finding]:
 
 
 def disk(folder: Path) -> Finding:
-    """Whether `folder` (or the nearest parent that exists) can be written to and has room."""
-    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
+    """Whether `folder` (or its nearest existing parent) is writable and has free space."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
     try:
-        with tempfile.NamedTemporaryFile(dir=place):
-            free = shutil.disk_usage(place).free / GIB
+        with tempfile.NamedTemporaryFile(dir=existing):
+            free = shutil.disk_usage(existing).free / GIB
     except OSError as error:
-        return Finding("disk", "fail", f"cannot write to {place}: {error.strerror}", "choose another place with --out")
+        reason = f"cannot write to {existing}: {error.strerror}"
+        return Finding("disk", "fail", reason, "choose another folder with --out")
     status: Status = "fail" if free < 0.5 else "warn" if free < 5 else "ok"
-    return Finding("disk", status, f"{free:.1f} GiB free at {place}", "" if status == "ok" else "free some space")
+    return Finding(
+        "disk", status, f"{free:.1f} GiB free in {existing}", "" if status == "ok" else "free some disk space"
+    )
 
 
 def rendering(trials: Mapping[str, Mapping[str, Any]], environment: Mapping[str, str]) -> Finding:
-    """Which GL backend draws; "fail" when the one that would be used does not."""
+    """The GL backends that work; "fail" if the one that would be used does not."""
     default = "glfw" if "glfw" in trials and environment.get("DISPLAY") else next(iter(trials))
     chosen = environment.get("MUJOCO_GL") or default
     working = [gl for gl, trial in trials.items() if "error" not in trial]
@@ -246,7 +250,7 @@ def encoding(trial: Mapping[str, Any]) -> Finding:
 
 
 def torch_build(trial: Mapping[str, Any], has_nvidia: bool, flags: set[str]) -> Finding:
-    """What policies run on."""
+    """The torch installation and the device that policies run on."""
     if "error" in trial:
         return Finding("torch", "fail", trial["error"], "pip install --force-reinstall torch")
     speed = f"{trial['gflops']:.0f} GFLOP/s in float32"
@@ -259,16 +263,16 @@ def torch_build(trial: Mapping[str, Any], has_nvidia: bool, flags: set[str]) -> 
     says = f"{trial['version']} on the CPU, {trial['threads']} threads, {speed}"
     says += f", {' + '.join(native)}" if native else ""
     if has_nvidia:
-        why = "its driver does not work" if trial["cuda_build"] else "this torch is built for the CPU"
+        why = "its driver does not work" if trial["cuda_build"] else "this torch build supports only the CPU"
         fix = "nvidia-smi" if trial["cuda_build"] else "pip install --force-reinstall torch"
-        return Finding("torch", "warn", f"{says}. There is an NVIDIA GPU, but {why}", fix)
+        return Finding("torch", "warn", f"{says}. This machine has an NVIDIA GPU, but {why}", fix)
     return Finding("torch", "ok", says)
 
 
 def embedded_policy() -> Finding:
     folder = Path(__file__).parent.parent / "pretrained" / "nano"
     if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
-        return Finding("policy", "ok", "the embedded policy `nano` is there")
+        return Finding("policy", "ok", "the embedded policy `nano` is installed")
     return Finding(
         "policy", "warn", "the embedded policy `nano` is missing; --backbone nano-init works", "reinstall vla"
     )

@@ -1,7 +1,7 @@
-"""`vla inspect`: show what is in a dataset, and what is wrong with it.
+"""`vla inspect`: show the contents of a dataset and its problems.
 
-Owns: the report of a dataset: tables on the terminal, figures, and one self-contained HTML page. The checks are in
-`data.checks`, the figures in `data.figures`. It changes nothing in the dataset.
+Owns: the report of a dataset, which consists of tables on the terminal, figures, and one self-contained HTML page. The
+checks are in `data.checks`, the figures in `data.figures`. The dataset is not modified.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from vla.transforms.normalize import Normalizer, compute_statistics
 
 PAGE = "index.html"
 ROWS = 6  # episodes on a camera's contact sheet
-IMAGE_EPISODES, IMAGE_FRAMES = 60, 4000  # looked at for repeated or empty images, spread over the dataset
-LISTED = 12  # instructions and episode numbers before "and so on"
+IMAGE_EPISODES, IMAGE_FRAMES = 60, 4000  # limits of the search for repeated or empty images, per camera
+LISTED = 12  # instructions and episode numbers that a list shows
 
 
 def inspect(config: InspectConfig) -> Path:
     """Inspect the dataset `config.data` and return the folder of the report.
 
     Raises:
-        DataError: the dataset cannot be read; the message says why.
+        DataError: the dataset cannot be read.
     """
     check_config(config)
     bins = embedded_bins() if config.bins is None else config.bins
@@ -64,7 +64,7 @@ def inspect(config: InspectConfig) -> Path:
 
 
 def embedded_bins() -> int:
-    """Bins of the embedded backbone, which `vla train` starts from by default."""
+    """Number of bins of the embedded backbone, the default backbone of `vla train`."""
     config = Path(__file__).parent.parent / "pretrained/nano/config.json"
     return int(json.loads(config.read_text())["action_tokenizer"]["n_bins"])
 
@@ -80,7 +80,7 @@ def _facts(demos: Demonstrations) -> dict[str, str]:
         "frames": f"{demos.num_frames} at {demos.fps:g} per second ({demos.num_frames / demos.fps / 60:.1f} minutes)",
         "episode length": f"{min(lengths)} to {max(lengths)}, median {np.median(lengths):.0f} frames",
         "cameras": (cameras or "none")
-        + (f" (depth left out: {', '.join(demos.info.depth)})" if demos.info.depth else ""),
+        + (f" (depth not used: {', '.join(demos.info.depth)})" if demos.info.depth else ""),
         "state": ", ".join(demos.robot.state_names) or "none",
         "action": f"{demos.robot.action_space}: {', '.join(demos.robot.action_names)}",
         "instructions": str(len({episode.instruction for episode in demos.episodes})),
@@ -93,7 +93,7 @@ def _facts(demos: Demonstrations) -> dict[str, str]:
 def _entries(
     demos: Demonstrations, normalizer: Normalizer, statistics: dict[str, list[float]], bins: int
 ) -> list[dict[str, Any]]:
-    """Per action entry: its statistics, what the bins clip, and how finely they divide it."""
+    """Statistics of each action dimension, the share of its values that the bins clip, and its bin width."""
     low, high = (
         normalizer.unnormalize(-np.ones(len(normalizer.scale))),
         normalizer.unnormalize(np.ones(len(normalizer.scale))),
@@ -128,16 +128,16 @@ def _strip(demos: Demonstrations, camera: str) -> Any:
 
 
 def _image_findings(demos: Demonstrations) -> list[Finding]:
-    """What the cameras of some episodes show, findings of a kind taken together."""
+    """Problems of the images in a selection of episodes, merged by camera and kind."""
     moving = moves(demos)
     merged: dict[tuple[str, str], Finding] = {}
     for camera in demos.cameras:
-        left = IMAGE_FRAMES
+        remaining = IMAGE_FRAMES
         for episode in _spread(demos.episodes, IMAGE_EPISODES):
-            if left <= 0:
+            if remaining <= 0:
                 break
             images = list(demos.frames(episode.index, camera))
-            left -= len(images)
+            remaining -= len(images)
             moved = np.concatenate([[True], moving[episode.rows][:-1]])
             for finding in check_images(camera, episode, images, moved):
                 before = merged.get((camera, finding.what), Finding(finding.what, finding.detail))
@@ -185,7 +185,7 @@ def _print(
         where = f" (episodes {_listed(finding.episodes)})" if finding.episodes else ""
         console.print(f"[bold yellow]{finding.what}[/]{where}: {finding.detail}", highlight=False)
     if not findings:
-        console.print("[bold green]nothing suspicious[/]", highlight=False)
+        console.print("[bold green]no problems found[/]", highlight=False)
 
 
 def _page(

@@ -1,7 +1,7 @@
 """`vla quickstart`: from demonstrations to an evaluated policy in one command.
 
-Owns: the sequence collect -> rollout (zero-shot) -> train (LoRA) -> rollout, and its settings. Every step is the verb
-of that name; finished steps are not repeated.
+Owns: the sequence collect -> rollout (zero-shot) -> train (LoRA) -> rollout, and its settings. Every step is the job of
+that name; finished steps are not repeated.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from vla.jobs.rollout import rollout
 from vla.jobs.train import seconds_per_step, train
 from vla.support.run_folder import RunFolder
 
-UNSEEN = 100_000  # first seed of the rollouts: no demonstration has it
+UNSEEN = 100_000  # first seed of the rollouts, larger than all seeds of the demonstrations
 SETTINGS = "quickstart.yaml"
 
 
@@ -48,14 +48,14 @@ def quickstart(cfg: QuickstartConfig) -> Path:
     if not (demos / INFO).is_file():
         collect(CollectConfig(env=(cfg.env,), out=demos, episodes=cfg.demonstrations, noise=0.5, resume=demos.exists()))
 
-    console.print(Rule("2/4  the embedded backbone, which has never seen this task", align="left"))
+    console.print(Rule("2/4  zero-shot evaluation of the embedded backbone", align="left"))
     before = _rollout(cfg, "nano", cfg.out / "before")
 
     console.print(Rule("3/4  LoRA fine-tuning", align="left"))
     if not (run / "policy").is_dir():
         train(_training(cfg, demos, run), conclude=False)
 
-    console.print(Rule("4/4  the fine-tuned policy on unseen seeds", align="left"))
+    console.print(Rule("4/4  evaluation of the fine-tuned policy on unseen seeds", align="left"))
     after = _rollout(cfg, str(run), cfg.out / "after", compare=cfg.out / "before")
 
     report = cfg.out / "after" / "report.html"
@@ -68,8 +68,8 @@ def quickstart(cfg: QuickstartConfig) -> Path:
 
 
 def _claim(cfg: QuickstartConfig) -> None:
-    """Start or continue in `out`; with `fresh`, remove what an earlier quickstart made there."""
-    remedy = "give --fresh, or choose another --out"
+    """Start or continue in `out`; with `fresh`, remove the results of an earlier quickstart first."""
+    remedy = "pass --fresh, or choose another --out"
     folder = RunFolder(cfg.out, dataclasses.replace(cfg, fresh=False), SETTINGS, remedy=remedy)
     if cfg.fresh and folder.settings_file.is_file():
         for name in ("demonstrations", "before", "train", "after"):
@@ -88,14 +88,14 @@ def _training(cfg: QuickstartConfig, demos: Path, run: Path) -> TrainConfig:
         model=ModelConfig(backbone="nano"),
         # The embedded vision tower is small and was trained on few objects.
         lora=LoraConfig(train_vision=True),
-        # The cameras are fixed: shifted images would only blur the positions of objects.
+        # The cameras are fixed: shifting images would only make the positions of objects inaccurate.
         augment=AugmentConfig(shift=0.0),
         batch_size=32,
         save_every=200,
         eval_every=200,
     )
     steps = int(60 * cfg.minutes / seconds_per_step(training))
-    # More than 4000 steps gain nothing; fewer than `min_steps` learn too little.
+    # More than 4000 steps bring no improvement; fewer than `min_steps` are not enough.
     return dataclasses.replace(training, steps=max(cfg.min_steps, min(steps, 4000)))
 
 

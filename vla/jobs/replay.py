@@ -1,10 +1,10 @@
-"""`vla replay`: send recorded actions back to the environment they came from.
+"""`vla replay`: execute recorded actions in the environment that they were recorded in.
 
-Owns: the check that the recording, the environment and the action conventions still fit together. If the recorded
-actions no longer solve the task, no policy that imitates them will. It does not know policies.
+Owns: the check that the recording matches the environment and its action conventions. If the recorded actions no longer
+solve the task, neither will a policy that imitates them. It does not know policies.
 
-Datasets are not trusted: a module that a dataset names (in its environment ids or in `collect.yaml`) is never imported.
-Modules come only from the command line, from files named there, and from this package.
+Datasets are not trusted: a module named by a dataset (in its environment ids or in `collect.yaml`) is never imported.
+Modules come only from the command line, from files named on the command line, and from this package.
 """
 
 from __future__ import annotations
@@ -29,21 +29,22 @@ from vla.simulation.environments import OWN
 from vla.support.run_folder import RunFolder
 
 FILE = "replay.json"
-SAME = 1e-3  # share of a state entry's range up to which two states count as the same
+SAME = 1e-3  # states are equal if each dimension differs by at most this share of its range
 
 
 @dataclasses.dataclass(frozen=True)
 class Replay:
-    """One episode, replayed.
+    """Result of replaying one episode.
 
     Attributes:
-        success: after the last action; `recorded_success` says what the dataset claims (None: nothing).
-        steps: actions sent.
-        drift: the largest difference between a replayed and the recorded state, as a share of that state entry's range
-            over the dataset; None without states.
-        drift_at: the first frame at which they differed by more than `SAME`; None if they never did.
-        drift_in: the state entry that differed most.
-        early_end: whether the environment ended the episode before the recording did.
+        success: success after the last action.
+        recorded_success: success according to the dataset; None if it is not recorded.
+        steps: number of executed actions.
+        drift: the largest difference between the replayed and the recorded states, as a share of the state dimension's
+            range over the dataset; None without states.
+        drift_at: the first frame at which the states differ by more than `SAME`; None if they never do.
+        drift_in: the state dimension with the largest difference.
+        early_end: whether the environment ended the episode before the end of the recording.
     """
 
     episode: int
@@ -60,14 +61,14 @@ class Replay:
 
 
 def replay(config: ReplayConfig) -> bool:
-    """Replay the first `config.episodes` episodes, print the results, and return whether all went as recorded.
+    """Replay the first `config.episodes` episodes, print the results, and return whether all outcomes are as recorded.
 
-    An adapter of which only `module` is configured takes its other values from the dataset's collection.
+    If at most `module` of the adapter is configured, its other values are those that the dataset was collected with.
 
     Raises:
-        DataError: the dataset cannot be read, or does not name its environments and seeds.
-        SimulatorError: the environment cannot be made.
-        SpecError: the environment does not fit the recording.
+        DataError: the dataset cannot be read, or does not name its environments.
+        SimulatorError: the environment cannot be created.
+        SpecError: the environment's robot does not match the recorded robot.
     """
     configuration.check(config)
     demos = Demonstrations(config.data)
@@ -75,7 +76,7 @@ def replay(config: ReplayConfig) -> bool:
     collected = _collected_with(config.data)
     adapter = _adapter(config.adapter, collected)
     results: list[Replay] = []
-    notes: dict[str, None] = {}  # differences from the recording, each once
+    notes: dict[str, None] = {}  # differences from the recording, without duplicates
     env: simulator.SimulatedRobot | None = None
     try:
         for episode in track(episodes, "replaying", console=Console(stderr=True), transient=True):
@@ -84,11 +85,11 @@ def replay(config: ReplayConfig) -> bool:
                 if env is not None:
                     env.close()
                 env = simulator.make(env_id, adapter)
-                recorded = dataclasses.replace(demos.robot, cameras=())  # actions and states are all that is compared
+                recorded = dataclasses.replace(demos.robot, cameras=())  # images are not compared
                 recorded.check_fits(env.robot, f"environment {env_id!r}", "the recording", ("names", "rate"))
             if episode.env_id is not None and _bare(env_id) != _bare(episode.env_id):
-                note = f"The demonstrations were recorded in {_bare(episode.env_id)!r}, not in {_bare(env_id)!r}."
-                notes[note] = None
+                recorded_in, replayed_in = _bare(episode.env_id), _bare(env_id)
+                notes[f"The demonstrations were recorded in {recorded_in!r} and replayed in {replayed_in!r}."] = None
             results.append(_replay(env, demos, episode))
     finally:
         if env is not None:
@@ -108,7 +109,7 @@ def replay(config: ReplayConfig) -> bool:
 
 
 def explain(results: Sequence[Replay]) -> str:
-    """The likely cause of the failures and where to look; "" when all went as recorded."""
+    """The likely cause of the failures and what to check; "" if all outcomes are as recorded."""
     wrong = [result for result in results if not _as_recorded(result)]
     if not wrong:
         return ""
@@ -116,23 +117,23 @@ def explain(results: Sequence[Replay]) -> str:
     at_start = [result for result in drifted if result.drift_at == 0]
     if len(at_start) * 2 > len(wrong):
         return (
-            "The very first state already differs: the environment starts elsewhere. It ignores its seed, has other "
-            "arguments than in the recording, or has changed since."
+            "The initial states differ. The environment ignores its seed, was created with other arguments than for "
+            "the recording, or has changed since."
         )
     if len(drifted) * 2 > len(wrong):
         where = int(np.median([result.drift_at for result in drifted]))
         return (
-            f"The states agree at first and part at about frame {where}: the actions do something else now. Compare "
-            "the action space, its units, the gripper's polarity, the control rate and the simulator's version. "
-            "A noisy expert's recording can only be replayed if it has `executed_action`."
+            f"The states agree up to about frame {where}, so the actions have a different effect now. Compare the "
+            "action space, its units, the gripper's polarity, the control rate and the simulator's version. "
+            "Demonstrations of a noisy expert can only be replayed if the dataset has `executed_action`."
         )
     if any(result.early_end for result in wrong):
-        return "The environment ends the episodes early: is adapter.max_steps below the recorded lengths?"
+        return "The environment ends the episodes early. Is adapter.max_steps below the recorded lengths?"
     if all(result.drift is None for result in wrong):
-        return "The dataset has no states, so the step at which the replay departs from the recording is unknown."
+        return "The dataset has no states, so the frame at which the replay deviates from the recording is unknown."
     return (
-        "The states agree, but the task is not solved: success is defined differently now, depends on something that "
-        "the state does not show, or adapter.success names the wrong entry of `info`."
+        "The states agree, but the task is not solved. The definition of success has changed, success depends on "
+        "something that the state does not contain, or adapter.success names the wrong entry of `info`."
     )
 
 
@@ -141,7 +142,7 @@ def _replay(env: simulator.SimulatedRobot, demos: Demonstrations, episode: Episo
     states = None if demos.states is None else demos.states[episode.rows]
     seen: list[np.ndarray] = []
     steps, over = 0, False
-    # Without a recorded seed the scene differs; the drift shows it.
+    # Without a recorded seed the scene differs, which the drift then shows.
     observation, info = env.reset(seed=episode.seed if episode.seed is not None else episode.index)
     success = info["is_success"]
     for action in recorded[episode.rows]:
@@ -175,7 +176,7 @@ def _replay(env: simulator.SimulatedRobot, demos: Demonstrations, episode: Episo
 
 
 def _collected_with(root: Path) -> AdapterConfig:
-    """The adapter of the dataset's collection; the default when it is unknown."""
+    """The adapter that the dataset was collected with; the default adapter if it is unknown."""
     plan = root / PLAN
     return configuration.load(CollectConfig, plan).adapter if plan.is_file() else AdapterConfig()
 
@@ -188,10 +189,10 @@ def _adapter(given: AdapterConfig, collected: AdapterConfig) -> AdapterConfig:
 
 
 def _recorded_env(demos: Demonstrations, episode: Episode, adapter: AdapterConfig, collected_module: str | None) -> str:
-    """The id that the episode was recorded with, without a module that only the dataset names."""
+    """The environment id of the recording, without a module that only the dataset names."""
     if episode.env_id is None:
         raise DataError(
-            f"{demos.root}: episode {episode.index} does not say which environment it is from. Name it: `--env <id>`."
+            f"{demos.root}: the environment of episode {episode.index} is not recorded. Set it with `--env <id>`."
         )
     module, _, name = episode.env_id.rpartition(":")
     module = module or collected_module or ""
@@ -199,8 +200,8 @@ def _recorded_env(demos: Demonstrations, episode: Episode, adapter: AdapterConfi
         return f"{module}:{name}"
     if module and adapter.module is None and name not in gym.registry:
         raise SimulatorError(
-            f"{demos.root} was recorded in {name!r} of the module {module!r}. A module that a dataset names is not "
-            f"imported. If you know it and have it, name it: `vla replay --data {demos.root} --module <module>`."
+            f"{demos.root} was recorded in {name!r} of the module {module!r}. For security, modules named by a dataset "
+            f"are not imported. If you trust it, pass it: `vla replay --data {demos.root} --module <module>`."
         )
     return name
 

@@ -1,14 +1,14 @@
-"""`vla rollout`: evaluate a policy closed loop on environments x seeds.
+"""`vla rollout`: evaluate a policy in closed loop, with every seed in every environment.
 
-Owns: the queue of episodes, the loop that decodes one batch for all environments that need a chunk, and what happens
-when an episode fails or the run is stopped. Processes are in `vla.simulation.pool`, metrics in
-`vla.evaluation.results`, the report in `vla.evaluation.report`.
+Owns: the queue of episodes, the loop that decodes one batch for all environments that need a chunk, and the handling of
+faults and interruptions. Worker processes are managed by `vla.simulation.pool`, metrics are computed by
+`vla.evaluation.results`, and the report is written by `vla.evaluation.report`.
 
 The loop runs in rounds: fill free slots from the queue, decode one batch, execute `n_action_steps` of each chunk.
 Batches therefore do not depend on timing: the same seeds give the same results.
 
-An exception of the environment ends its episode as a fault. An episode whose worker died (a crash, a hang, a kill) runs
-once more from its seed, before all others; if the worker dies again, it is a fault.
+If the environment raises an exception, the episode ends as a fault. If the worker dies (crashes, hangs or is killed),
+its episode is the next to run, again from its seed; if the worker dies again, the episode ends as a fault.
 """
 
 from __future__ import annotations
@@ -45,15 +45,17 @@ VIDEOS = "videos"
 
 
 def rollout(config: RolloutConfig, policy: ChunkPolicy | None = None) -> dict[str, Any]:
-    """Evaluate `policy` (default: the one that the configuration names) and write the report folder.
+    """Evaluate a policy and write the report folder.
 
+    Args:
+        policy: None: load `config.policy`.
     Returns:
-        What `eval_info.json` holds.
+        The contents of `eval_info.json`.
     Raises:
-        VLAError: before the first episode, when the configuration, the policy and the environments do not fit; after
-            the results are written, when every episode was a fault.
-        KeyboardInterrupt: stopped. This and any error of the policy come after what was finished is written, marked
-            `"interrupted": true`.
+        VLAError: configuration, policy and environments are incompatible (raised before the first episode), or every
+            episode ended in an environment fault (raised after the results are written).
+        KeyboardInterrupt: the run was stopped. This exception and errors of the policy are raised after the finished
+            episodes are written with `"interrupted": true`.
     """
     _check(config)
     baseline = results.read(config.compare) if config.compare else None
@@ -80,8 +82,8 @@ def rollout(config: RolloutConfig, policy: ChunkPolicy | None = None) -> dict[st
         run = _Run(pool, policy, episodes, steps, config)
         stopped: BaseException | None = None
         try:
-            run.play()
-        except (KeyboardInterrupt, Exception) as error:  # raised again once the finished episodes are written
+            run.run()
+        except (KeyboardInterrupt, Exception) as error:  # re-raised after the finished episodes are written
             stopped = error
     info = results.evaluate(run.finished, run.seconds) | {
         "decode_latency": results.latency(run.forwards),
@@ -105,12 +107,18 @@ def rollout(config: RolloutConfig, policy: ChunkPolicy | None = None) -> dict[st
     if stopped is not None:
         raise stopped
     if all(episode.fault for episode in run.finished):
-        raise SimulatorError(f"every episode failed in the environment; the first: {run.finished[0].fault}")
+        raise SimulatorError(f"every episode ended in an environment fault. First fault: {run.finished[0].fault}")
     return info
 
 
 class _Run:
-    """The rounds of one evaluation. `finished` is in the order of the queue; `forwards` is (batch size, seconds)."""
+    """The rounds of one evaluation.
+
+    Attributes:
+        finished: the finished episodes, in the order of the queue.
+        forwards: (batch size, seconds) of every decoded batch.
+        seconds: duration of the evaluation.
+    """
 
     def __init__(
         self, pool: Pool, policy: ChunkPolicy, episodes: Sequence[Episode], n_action_steps: int, config: RolloutConfig
@@ -118,10 +126,10 @@ class _Run:
         self._pool, self._policy, self._n_action_steps, self._config = pool, policy, n_action_steps, config
         self._queue = deque(episodes)
         self._running: dict[int, Episode] = {}  # by slot
-        self._views: dict[int, ResetResult | StepResult] = {}  # by slot: the last that was seen of its episode
+        self._latest: dict[int, ResetResult | StepResult] = {}  # by slot: the last result from its environment
         self._sessions: dict[int, Session] = {}  # by slot
-        self._replayed: set[int] = set()  # `episode_ix` of the episodes whose worker died
-        self._failures: collections.Counter[str] = collections.Counter()  # by environment id: failures on video
+        self._retried: set[int] = set()  # `episode_ix` of the episodes whose worker died
+        self._failures: collections.Counter[str] = collections.Counter()  # by environment id: recorded failures
         self._done: list[Episode] = []
         self._progress = Progress(len(episodes), "episodes")
         self.forwards: list[tuple[int, float]] = []
@@ -131,8 +139,8 @@ class _Run:
     def finished(self) -> list[Episode]:
         return sorted(self._done, key=lambda episode: episode.episode_ix)
 
-    def play(self) -> None:
-        """Play all episodes. When an exception ends it, unfinished episodes are forgotten."""
+    def run(self) -> None:
+        """Run all episodes. Episodes that an exception interrupts are dropped."""
         start = time.monotonic()
         try:
             with self._progress:
@@ -143,7 +151,7 @@ class _Run:
             self.seconds = time.monotonic() - start
 
     def _fill(self) -> None:
-        """Start the next episodes in the free slots."""
+        """Start episodes from the queue in the free slots."""
         requests = {}
         for slot in range(len(self._pool)):
             if slot not in self._running and self._queue:
@@ -154,22 +162,22 @@ class _Run:
         failed: dict[int, str | None] = {}
         for slot, reply in self._pool.exchange(requests).items():
             if isinstance(reply, Fault):
-                if not self._replay(slot, reply):
+                if not self._retry(slot, reply):
                     failed[slot] = f"at reset: {reply.message}"
                 continue
-            episode, self._views[slot] = self._running[slot], reply
+            episode, self._latest[slot] = self._running[slot], reply
             episode.instruction, episode.image_hash = reply.instruction, reply.image_hash
         self._finish(failed)
 
     def _decode(self) -> dict[int, np.ndarray]:
-        """One chunk [H, D] for every running episode, in one forward."""
+        """One chunk [H, D] for every running episode, decoded as one batch."""
         slots = sorted(self._running)
         if not slots:
             return {}
         for slot in slots:
-            self._sessions[slot].instruction = self._views[slot].instruction
+            self._sessions[slot].instruction = self._latest[slot].instruction
         sessions, observations = zip(
-            *((self._sessions[slot], self._views[slot].observation) for slot in slots), strict=True
+            *((self._sessions[slot], self._latest[slot].observation) for slot in slots), strict=True
         )
         start = time.perf_counter()
         chunks = predict(self._policy, sessions, observations).chunks
@@ -182,34 +190,34 @@ class _Run:
         return dict(zip(slots, chunks, strict=True))
 
     def _act(self, chunks: dict[int, np.ndarray]) -> None:
-        """Execute the first actions of each chunk, and finish the episodes that end."""
+        """Execute the first `n_action_steps` actions of each chunk, and finish the episodes that end."""
         requests = {slot: ("run", chunk[: self._n_action_steps]) for slot, chunk in chunks.items()}
         ended: dict[int, str | None] = {}
         for slot, reply in self._pool.exchange(requests).items():
             episode = self._running[slot]
             if isinstance(reply, Fault):
                 when = f"after step {episode.length}" if reply.step is None else f"at step {reply.step}"
-                if not self._replay(slot, reply):
+                if not self._retry(slot, reply):
                     ended[slot] = f"{when}: {reply.message}"
                 continue
-            self._views[slot] = reply
-            _account(episode, reply)
+            self._latest[slot] = reply
+            _update_episode(episode, reply)
             if reply.terminated or reply.truncated:
                 ended[slot] = None
         self._finish(ended)
 
-    def _replay(self, slot: int, fault: Fault) -> bool:
-        """Put the episode of this slot back into the queue if its worker died for the first time."""
+    def _retry(self, slot: int, fault: Fault) -> bool:
+        """Return the episode of this slot to the front of the queue if its worker died for the first time."""
         episode = self._running[slot]
-        if fault.kind != "died" or episode.episode_ix in self._replayed:
+        if fault.kind != "died" or episode.episode_ix in self._retried:
             return False
-        self._replayed.add(episode.episode_ix)
+        self._retried.add(episode.episode_ix)
         self._queue.appendleft(Episode(episode.episode_ix, episode.env_id, episode.seed))
         del self._running[slot]
         return True
 
     def _finish(self, ended: dict[int, str | None]) -> None:
-        """Take the episodes of these slots (slot -> fault) out of the loop, and fetch the videos worth keeping."""
+        """Finish the episodes in `ended` (slot -> fault, or None), and fetch the videos to keep."""
         clips = {}
         for slot, fault in ended.items():
             episode = self._running[slot]
@@ -237,28 +245,28 @@ class _Run:
         return self._failures[episode.env_id] < self._config.videos
 
 
-def _account(episode: Episode, stretch: StepResult) -> None:
-    """Add what a chunk brought to the record of its episode."""
-    episode.max_reward = max(stretch.rewards + [episode.max_reward] * (episode.length > 0))
-    episode.sum_reward += sum(stretch.rewards)
-    episode.length += len(stretch.rewards)
-    episode.success, episode.truncated = stretch.success, stretch.truncated
-    episode.success_ever |= stretch.ever
-    episode.reached = episode.reached if stretch.reached is None else stretch.reached
-    episode.target = stretch.target
+def _update_episode(episode: Episode, result: StepResult) -> None:
+    """Add the result of executing a chunk to the record of its episode."""
+    episode.max_reward = max(result.rewards + [episode.max_reward] * (episode.length > 0))
+    episode.sum_reward += sum(result.rewards)
+    episode.length += len(result.rewards)
+    episode.success, episode.truncated = result.success, result.truncated
+    episode.success_ever |= result.ever
+    episode.reached = episode.reached if result.reached is None else result.reached
+    episode.target = result.target
 
 
 def _check(config: RolloutConfig) -> None:
-    """Refuse what cannot work before anything is loaded."""
+    """Reject an invalid configuration or output folder before anything is loaded."""
     configuration.check(config)
     folder = RunFolder(config.out, config)
     if folder.is_finished(results.FILE) and not config.overwrite:
-        raise ConfigError(f"{config.out} already holds a rollout report. Choose another --out, or give --overwrite.")
+        raise ConfigError(f"{config.out} already holds a rollout report. Choose another --out, or pass --overwrite.")
     foreign = folder.entries() - {folder.settings, results.FILE, report.FILE, VIDEOS}
     if foreign:
         raise folder.unrelated_files(min(foreign))
     if not (config.out / results.FILE).is_file():
-        folder.read_settings()  # a rollout that was killed leaves its own; other jobs also write a config.yaml
+        folder.read_settings()  # from an interrupted rollout; an error if another job wrote the config.yaml
 
 
 def _prepare(config: RolloutConfig) -> None:
@@ -269,7 +277,7 @@ def _prepare(config: RolloutConfig) -> None:
 
 
 def _describe(pool: Pool, env_ids: Sequence[str]) -> dict[str, Description]:
-    """Make every environment once, side by side: a wrong name shows now, not an hour into the run."""
+    """Create every environment once, in parallel, so that an unknown id is an error before the first episode."""
     descriptions: dict[str, Description] = {}
     for first in range(0, len(env_ids), len(pool)):
         batch = env_ids[first : first + len(pool)]
@@ -297,7 +305,7 @@ def _save_clip(out: Path, episode: Episode, video: bytes) -> str:
 
 
 def hash_of(policy: str) -> str | None:
-    """sha256 of every file of a checkpoint folder, names included; None for one that is not on this disk."""
+    """sha256 over the names and contents of all files of a checkpoint; None if it is not a local folder."""
     from vla.model.sources.checkpoint import find_checkpoint
 
     folder = find_checkpoint(policy)

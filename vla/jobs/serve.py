@@ -24,7 +24,7 @@ def serve(config: ServeConfig) -> None:
     check(config)
     for path in (config.certificate, config.private_key):
         if path is not None and not path.is_file():
-            raise ConfigError(f"there is no file {path}.")
+            raise ConfigError(f"the file {path} does not exist.")
     logging.basicConfig(format="%(asctime)s %(message)s")
     policy = Policy.from_pretrained(
         config.policy, config.device, config.unnorm_key, config.n_action_steps, config.decoding

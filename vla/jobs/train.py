@@ -1,7 +1,8 @@
-"""`vla train` and `vla pretrain`: demonstrations in, a policy out.
+"""`vla train` and `vla pretrain`: train a policy on demonstrations.
 
 Owns: the steps of a training run, from checking its data to exporting the merged policy, and the layout of a run
-folder (config.yaml, metrics.jsonl, curves.png, checkpoint-N/, policy/, adapter/). The loop is `vla.training.trainer`'s.
+folder (config.yaml, metrics.jsonl, curves.png, checkpoint-N/, policy/, adapter/). The training loop is in
+`vla.training.trainer`.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from vla.transforms.normalize import compute_statistics
 
 VALIDATION_FRAMES = 512
 SETTINGS = "config.yaml"
-DATA = "data.json"  # fingerprints of the datasets a run was started with
+DATA = "data.json"  # fingerprints of the datasets that the run was started with
 
 
 def pretrain(cfg: TrainConfig) -> Path:
@@ -53,9 +54,10 @@ def train(cfg: TrainConfig, conclude: bool = True) -> Path:
     """Run one training job and return the run folder. The (merged) policy is in its `policy/`.
 
     Args:
-        conclude: print the paths of the results and the next command.
+        conclude: print the paths of the results and a command to continue with.
     Raises:
-        ConfigError, DataError, CheckpointError: before anything is written.
+        ConfigError, DataError, CheckpointError: the configuration, a dataset or the backbone is invalid; raised before
+            anything is written.
     """
     config.check(cfg)
     if cfg.dry_run:
@@ -83,10 +85,10 @@ def train(cfg: TrainConfig, conclude: bool = True) -> Path:
 
 
 def _leave(job: trainer.VLATrainer) -> None:
-    """End what several processes share. One that leaves while another still works would abort the other."""
+    """End distributed training together: a process that exits early would abort the processes that still work."""
     job.accelerator.wait_for_everyone()
-    # The data-parallel wrapper goes before its process group: where the wrapper is the last that holds the group, gloo
-    # joins its threads without releasing the GIL, and a thread that still frees the barrier above waits for it forever
+    # Free the data-parallel wrapper before its process group. If the wrapper held the last reference to the group, gloo
+    # would join its threads without releasing the GIL, and deadlock with a thread that still frees the barrier above
     # (torch 2.13, one exit in ten).
     job.accelerator.free_memory()
     job.model_wrapped = job.model
@@ -95,16 +97,16 @@ def _leave(job: trainer.VLATrainer) -> None:
 
 
 def seconds_per_step(cfg: TrainConfig, steps: int = 4) -> float:
-    """How long an optimizer step of this job takes on this machine, measured on `steps` steps; writes nothing."""
+    """Duration of an optimizer step of this job on this machine, measured over `steps` steps. Writes nothing."""
     ends = _Ends()
     job, _ = _prepare(dataclasses.replace(cfg, steps=steps + 1, report_to="none", dry_run=True), quiet=True)
     job.add_callback(ends)
     job.train()
-    return (ends.times[-1] - ends.times[0]) / steps  # from the first one's end on: it allocates and compiles
+    return (ends.times[-1] - ends.times[0]) / steps  # without the first step, which allocates and compiles
 
 
 def _prepare(cfg: TrainConfig, quiet: bool = False) -> tuple[trainer.VLATrainer, list[Demonstrations]]:
-    """The trainer (with network and samples) and the data of a job. The trainer of a dry run writes nothing."""
+    """The trainer (with network and samples) and the datasets of a job. The trainer of a dry run writes nothing."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     demos = [Demonstrations(folder) for folder in cfg.data]
@@ -117,8 +119,9 @@ def _prepare(cfg: TrainConfig, quiet: bool = False) -> tuple[trainer.VLATrainer,
             processor.robot.check_fits(env.robot, f"environment {env_id!r}", tolerated=("names", "rate"))
     if cfg.augment.prefix and processor.action_tokenizer.tokens_per_action is None:
         raise ConfigError(
-            "augment.prefix conditions chunks on their first actions; the tokens of "
-            f"{processor.action_tokenizer.name!r} span several actions."
+            "augment.prefix conditions chunks on their first actions, but the tokens of "
+            f"{processor.action_tokenizer.name!r} span several actions. Set augment.prefix to 0, or use a "
+            "tokenizer with tokens for each action, such as 'uniform'."
         )
     sources = [ChunkSamples(demo, cameras, size, horizon, i) for i, demo in enumerate(demos)]
     splits = [split_episodes(demo, cfg.val_fraction, cfg.seed) for demo in demos]
@@ -130,15 +133,15 @@ def _prepare(cfg: TrainConfig, quiet: bool = False) -> tuple[trainer.VLATrainer,
     if not quiet and arguments.process_index == 0:
         summary.show(cfg, demos, model, processor, bf16(cfg.precision))
     if arguments.n_gpu > 1:
-        # One process drives one device: torch's own DataParallel would change what a batch is.
-        print(f"using one of {arguments.n_gpu} GPUs; `accelerate launch -m vla.cli train ...` uses all.")
+        # One process uses one device: torch's DataParallel would change the batch size.
+        print(f"using one of {arguments.n_gpu} GPUs; `accelerate launch -m vla.cli train ...` uses all of them.")
         arguments._n_gpu = 1
     if arguments.device.type == "cuda":
-        # The kernel that torch prefers on Hopper gives NaN gradients for masked sequences of some lengths
+        # The kernel that torch selects on Hopper gives NaN gradients for masked sequences of some lengths
         # (https://github.com/pytorch/pytorch/issues/196678).
         torch.backends.cuda.enable_cudnn_sdp(False)
     if arguments.device.type == "cpu":
-        # For sequences this short a plain softmax is faster than the fused kernel's backward pass (measured, 1.25x).
+        # For such short sequences, a plain softmax is 1.25 times faster than the fused kernel, backward pass included.
         network.set_attn_implementation("eager")
     callbacks: list[TrainerCallback] = []
     if not cfg.dry_run:
@@ -158,13 +161,16 @@ def _fingerprints(cfg: TrainConfig) -> dict[str, str]:
 
 
 def _check_output(folder: RunFolder) -> str | None:
-    """The checkpoint to resume from, None to start at step 0; ConfigError when the folder and `resume` do not fit."""
+    """The checkpoint to resume from; None to start at step 0. ConfigError if the folder does not allow it."""
     cfg, last = folder.config, trainer.last_checkpoint(folder.path)
     if cfg.resume and last is None and not folder.settings_file.is_file():
-        raise ConfigError(f"nothing to resume in {cfg.out}: it holds no training run.")
+        raise ConfigError(f"cannot resume {cfg.out}: the folder holds no training run.")
     folder.check(cfg.resume, has_results=last is not None)
     if last and (cfg.out / DATA).is_file() and folder.read_json(DATA) != _fingerprints(cfg):
-        raise ConfigError(f"cannot resume {cfg.out}: its data has changed since it was started. Start another run.")
+        raise ConfigError(
+            f"cannot resume {cfg.out}: its datasets have changed since it was started. Start another run with another "
+            "--out."
+        )
     return last
 
 
@@ -172,16 +178,16 @@ def _facts(cfg: TrainConfig, demos: list[Demonstrations]) -> tuple[DataFacts, li
     """Robot and statistics of the datasets, and the unnorm_key of each. Datasets with the same key share statistics."""
     keys = list(cfg.unnorm_keys) or [demo.root.resolve().name for demo in demos]
     if len(keys) != len(demos) or (not cfg.unnorm_keys and len(set(keys)) < len(keys)):
-        raise ConfigError(f"unnorm_keys: give one name per dataset, {len(demos)} in all; got {keys}.")
+        raise ConfigError(f"unnorm_keys must be one name for each of the {len(demos)} datasets, got {keys}.")
     first = demos[0].robot
     for demo in demos[1:]:
         ours, theirs = first.to_dict(), demo.robot.to_dict()
         differing = [name for name in ours if name != "cameras" and ours[name] != theirs[name]]
         if differing:
             raise DataError(
-                f"{demos[0].root} and {demo.root} were recorded with different robots: "
+                f"{demos[0].root} and {demo.root} were recorded with different robots ("
                 + "; ".join(f"{name} {ours[name]} and {theirs[name]}" for name in differing)
-                + ". A mixture needs one robot."
+                + "). All datasets of a training run must have the same robot."
             )
     shared = tuple(name for name in first.cameras if all(name in demo.robot.cameras for demo in demos))
     statistics: dict[str, dict[str, Any]] = {}
@@ -195,7 +201,8 @@ def _facts(cfg: TrainConfig, demos: list[Demonstrations]) -> tuple[DataFacts, li
             "num_episodes": sum(len(demo.episodes) for demo in group),
         }
     if first.cameras and not shared:
-        raise DataError(f"the datasets share no camera: {', '.join(f'{d.root}: {d.robot.cameras}' for d in demos)}.")
+        listed = "; ".join(f"{demo.root} has {', '.join(demo.robot.cameras) or 'none'}" for demo in demos)
+        raise DataError(f"the datasets have no camera in common: {listed}.")
     actions = {
         key: np.concatenate([d.actions for d, own in zip(demos, keys, strict=True) if own == key]) for key in keys
     }
@@ -203,7 +210,7 @@ def _facts(cfg: TrainConfig, demos: list[Demonstrations]) -> tuple[DataFacts, li
 
 
 def _validation(sources: list[ChunkSamples], frames: list[np.ndarray]) -> list[Any]:
-    """At most VALIDATION_FRAMES samples, spread evenly over the held-out episodes of all datasets."""
+    """At most `VALIDATION_FRAMES` samples, spread evenly over the validation episodes of all datasets."""
     pairs = [(source, int(frame)) for source, indices in zip(sources, frames, strict=True) for frame in indices]
     places = np.linspace(0, len(pairs) - 1, min(len(pairs), VALIDATION_FRAMES)).round().astype(int)
     return [source[frame] for source, frame in (pairs[place] for place in places)]
@@ -218,7 +225,7 @@ def _trainable(network: VLAForActionPrediction, cfg: TrainConfig) -> torch.nn.Mo
 
 
 def _static_length(cfg: TrainConfig, demos: list[Demonstrations], processor: VLAProcessor) -> int | None:
-    """A compiled network needs one sequence length: that of the longest instruction."""
+    """The length to pad prefixes to for a compiled network, which needs a fixed sequence length; else None."""
     if not cfg.compile:
         return None
     return max(len(processor.prefix_ids(task)) for demo in demos for task in demo.tasks)
@@ -226,7 +233,7 @@ def _static_length(cfg: TrainConfig, demos: list[Demonstrations], processor: VLA
 
 def _arguments(cfg: TrainConfig, validate: bool) -> TrainingArguments:
     return TrainingArguments(
-        # The Trainer makes its folder at once; a dry run must not leave one.
+        # The Trainer creates its folder at once; a dry run must not create one in `out`.
         output_dir=tempfile.gettempdir() if cfg.dry_run else str(cfg.out),
         max_steps=cfg.steps,
         per_device_train_batch_size=cfg.batch_size,
@@ -260,7 +267,7 @@ def _arguments(cfg: TrainConfig, validate: bool) -> TrainingArguments:
 
 
 def bf16(precision: str) -> bool:
-    """Whether to compute in bfloat16: "auto" does where the hardware multiplies it natively."""
+    """Whether to compute in bfloat16; "auto": if the hardware supports it natively."""
     if precision != "auto":
         return precision == "bf16"
     if torch.cuda.is_available():
@@ -269,18 +276,18 @@ def bf16(precision: str) -> bool:
 
 
 def _dry_run(cfg: TrainConfig) -> Path:
-    """One optimizer step, as training takes it; writes nothing."""
+    """Take one optimizer step as in training. Writes nothing."""
     job, _ = _prepare(dataclasses.replace(cfg, steps=1, log_every=1, report_to="none"))
     job.train()
     loss, tokenizer = job.state.log_history[0]["loss"], job.collator.processor.action_tokenizer
     if job.args.process_index == 0:
         batch = job.collator([job.train_dataset[i] for i in range(cfg.batch_size)])
         shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in batch.items())
-        guess = f"a guess among the {tokenizer.vocab_size} action tokens has {np.log(tokenizer.vocab_size):.3f}"
+        guess = f"a uniform guess among {tokenizer.vocab_size} action tokens has {np.log(tokenizer.vocab_size):.3f}"
         print(f"dry run: one step, loss {loss:.3f} ({guess}), {shapes}")
         if torch.cuda.is_available():
-            print(f"dry run: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of GPU memory at the peak")
-        print("dry run: everything fits together; nothing was written")
+            print(f"dry run: peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+        print("dry run: no problems found; nothing was written")
     return cfg.out
 
 
@@ -293,7 +300,7 @@ def _forget_start(run: Path) -> None:
 
 
 def _export(model: Any, processor: VLAProcessor, cfg: TrainConfig) -> None:
-    """The policy of the finished run: merged weights in `policy/`, for LoRA the adapter beside it."""
+    """Export the policy of the finished run: merged weights to `policy/` and, for LoRA, the adapter to `adapter/`."""
     if isinstance(model, peft.PeftModel):
         with checkpoint.atomic_folder(cfg.out / "adapter") as scratch:
             model.save_pretrained(scratch)
@@ -321,7 +328,7 @@ class _Ends(TrainerCallback):
 
 
 class _Rollouts(TrainerCallback):
-    """Evaluates the network closed loop every `rollout_every` steps. A failed evaluation does not end training."""
+    """Evaluates the network in closed loop every `rollout_every` steps. A failed evaluation does not end training."""
 
     def __init__(self, cfg: TrainConfig, processor: VLAProcessor) -> None:
         self.cfg, self.processor = cfg, processor
@@ -332,9 +339,9 @@ class _Rollouts(TrainerCallback):
         try:
             overall = self._evaluate(model, args, state.global_step)["overall"]
             print(f"step {state.global_step}: closed-loop success {overall['pc_success']:.0f} %", flush=True)
-        except Exception as error:  # an environment, its renderer, a full disk: none is worth losing the training
+        except Exception as error:  # no error of an environment, renderer or disk may end training
             what = str(error) if isinstance(error, VLAError) else f"{type(error).__name__}: {error}"
-            print(f"step {state.global_step}: no closed-loop evaluation: {what}", file=sys.stderr, flush=True)
+            print(f"step {state.global_step}: the closed-loop evaluation failed: {what}", file=sys.stderr, flush=True)
         finally:
             model.train()
             gc.collect()  # the policy's engine holds a copy of the weights, in a reference cycle

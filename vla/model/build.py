@@ -59,7 +59,7 @@ def build_policy(model: ModelConfig, facts: DataFacts) -> tuple[VLAForActionPred
 
 
 def _make_room(config: VLAConfig) -> None:
-    """Raise the limits of an untrained network to the number of cameras and state entries in the data."""
+    """Increase the limits of an untrained network to the number of cameras and the state dimension of the data."""
     robot = config.robot_spec
     config.max_cameras = max(config.max_cameras, len(robot.cameras))
     if config.use_state:
@@ -67,7 +67,7 @@ def _make_room(config: VLAConfig) -> None:
 
 
 def check_room(config: VLAConfig, backbone: str) -> None:
-    """Raise ConfigError if the data has more cameras or state entries than a trained network supports."""
+    """Raise ConfigError if the data has more cameras or state dimensions than a trained network supports."""
     robot = config.robot_spec
     if len(robot.cameras) > config.max_cameras:
         raise ConfigError(
@@ -84,7 +84,7 @@ def check_room(config: VLAConfig, backbone: str) -> None:
 def _set_policy(config: VLAConfig, model: ModelConfig, facts: DataFacts, robot: RobotSpec) -> None:
     """Write the policy fields into `config`: robot, statistics, tokenizer, horizon, prompt.
 
-    When a checkpoint is trained further, fields that `model` leaves unset keep their values.
+    If a checkpoint is trained further, fields that are unset in `model` keep their values.
     """
     before = config.action_tokenizer or {}
     config.robot, config.statistics = robot.to_dict(), facts.statistics
@@ -99,7 +99,7 @@ def _set_policy(config: VLAConfig, model: ModelConfig, facts: DataFacts, robot: 
     normalizers = {key: config.action_normalizer(key) for key in facts.statistics}
     constant = np.logical_and.reduce([normalizer.constant for normalizer in normalizers.values()])
     if constant.all():
-        raise ConfigError("all action entries are constant in this data, so there is nothing to learn.")
+        raise ConfigError("all actions in this data are constant, so a policy cannot be trained on it.")
     active = np.flatnonzero(~constant).tolist()
     normalized = np.concatenate([normalizers[key].normalize(actions) for key, actions in facts.actions.items()])
     name = model.tokenizer or before.get("name", "uniform")

@@ -1,7 +1,7 @@
 """LoRA adapters (Hu et al., arXiv:2106.09685) through peft: attach, load and merge.
 
 Owns: the choice of trained parts, and the merge. The merge is done in float32, so that the merged network decodes the
-same tokens. Action tokens are trained as rows of the embedding and of the head, so embeddings are never resized. It
+same tokens. Only the rows of the action tokens in embedding and head are trained, and embeddings are never resized. It
 does not know the training loop.
 """
 

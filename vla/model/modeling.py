@@ -90,7 +90,7 @@ class VLAForActionPrediction(PreTrainedModel, GenerationMixin):
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        """The name that peft uses; transformers deprecates it in favour of `is_activation_checkpointing`."""
+        """Alias of `is_activation_checkpointing` for peft, which uses this deprecated name."""
         return self.is_activation_checkpointing
 
     def get_input_embeddings(self) -> nn.Module:

@@ -103,8 +103,8 @@ class NanoVisionModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         # Convolutions keep torch's default initialisation, which suits training from scratch.
         if isinstance(module, NanoVisionModel):
-            # At the scale of the features. With the usual 0.02, tokens encoded what is visible but hardly where, and
-            # even locating a single red object was not learned.
+            # A standard deviation at the scale of the features. With the usual 0.02, tokens hardly encoded the position
+            # of objects, and the policy did not even learn to locate a single red object.
             nn.init.normal_(module.position_embedding, std=1.0)
 
     @can_return_tuple

@@ -1,4 +1,4 @@
-"""Vision towers: what the network needs to know about each kind.
+"""Vision towers: adapters for each kind of tower.
 
 Owns: the number of tokens per image, the features of a tower, and the image statistics of its family. A kind of tower
 is an adapter, registered under the `model_type` of its transformers configuration; `vla --plugin MODULE` adds others. A
@@ -21,8 +21,8 @@ class Tower:
     """A vision transformer: one token per patch of a square grid, preceded by class and register tokens.
 
     Attributes:
-        mean, std: image statistics of the family, for images scaled to [0, 1]; used if a folder states none.
-        any_size: whether the tower takes images of another size than its configuration states.
+        mean, std: image statistics of the family, for images scaled to [0, 1]; used if a folder has none.
+        any_size: whether the tower accepts images of another size than that in its configuration.
     """
 
     mean: ClassVar[tuple[float, float, float]] = (0.5, 0.5, 0.5)
@@ -31,7 +31,7 @@ class Tower:
 
     @classmethod
     def check(cls, name: str, config: PreTrainedConfig) -> None:
-        """ConfigError if a tower with this configuration cannot be used; `name` is for the message."""
+        """ConfigError if a tower with this configuration cannot be used. `name` is used in the message."""
         if not isinstance(getattr(config, "patch_size", None), int):
             raise ConfigError(f"vision tower {name!r} ({config.model_type}) has no patch grid.")
         if not isinstance(getattr(config, "image_size", None), int):
@@ -42,7 +42,7 @@ class Tower:
 
     @classmethod
     def tokens_per_image(cls, config: Any, image_size: int) -> int:
-        """Number of tokens that the decoder gets for an image of `image_size` pixels."""
+        """Number of tokens for an image with sides of `image_size` pixels."""
         return (image_size // config.patch_size) ** 2
 
     @classmethod

@@ -11,7 +11,7 @@ __all__ = ["ChunkPolicy", "Policy", "Prediction"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the policy, and with it torch, on first use: processes that run environments import `session` only."""
+    """Import the policy, and with it torch, on first use: processes that run environments only import `session`."""
     if name not in __all__:
         raise AttributeError(f"module 'vla.policy' has no attribute {name!r}")
     from vla.policy import policy

@@ -1,8 +1,8 @@
-"""Checkpoints on disk: one folder that is a whole policy.
+"""Checkpoints on disk: one folder with a complete policy.
 
-Owns: the folder layout (config.json, model.safetensors, text tokenizer, model card), writing it so that a folder with
-the final name is always complete, and finding one by name. It does not know training state (the trainer keeps that
-beside it) nor how to decode.
+Owns: the folder layout (config.json, model.safetensors, text tokenizer, model card), atomic writing (a folder with its
+final name is always complete), and finding a checkpoint by name. It does not know training state, which the trainer
+stores separately, or how to decode.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from vla.model.sources.hub import read_json
 from vla.spec import RobotSpec
 from vla.support.locations import check_policy
 
-# Beside `robot`, `statistics` and `action_tokenizer`, which VLAConfig itself demands.
+# In addition to `robot`, `statistics` and `action_tokenizer`, which VLAConfig itself requires.
 REQUIRED = ("normalization", "prompt", "layout", "image_size", "use_state", "horizon", "n_action_steps")
 
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """A scratch folder that becomes `target` when the block ends without an error (replacing what was there)."""
+    """A scratch folder that replaces `target` if the block ends without an error."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    for left in target.parent.glob(f".{target.name}-*"):  # by a process that was killed
-        shutil.rmtree(left, ignore_errors=True)
+    for stale in target.parent.glob(f".{target.name}-*"):  # of a process that was killed
+        shutil.rmtree(stale, ignore_errors=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         scratch.chmod(0o755)
         yield scratch
         for file in scratch.rglob("*"):
             if file.is_file():
-                file.chmod(0o644)  # safetensors makes files that only their owner may read
+                file.chmod(0o644)  # safetensors creates files that only their owner can read
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
         if target.exists():
@@ -60,8 +60,8 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 
 def save(network: VLAForActionPrediction, processor: VLAProcessor, folder: Path, card: str = "") -> None:
-    """Write a whole policy to `folder`, atomically."""
-    network.generation_config.use_cache = True  # training switches it off, and `generate` would follow
+    """Write a complete policy to `folder`, atomically."""
+    network.generation_config.use_cache = True  # training disables the cache; `generate` must use it
     with atomic_folder(folder) as scratch:
         network.save_pretrained(scratch)
         processor.save_pretrained(scratch)
@@ -69,10 +69,10 @@ def save(network: VLAForActionPrediction, processor: VLAProcessor, folder: Path,
 
 
 def load(name: str, dtype: torch.dtype = torch.float32) -> tuple[VLAForActionPrediction, VLAProcessor]:
-    """Load a policy by "nano", run folder, checkpoint folder or hub id.
+    """Load a policy: "nano", a run folder, a checkpoint folder or a hub id.
 
     Raises:
-        CheckpointError: nothing there, not one of this package's policies, or incomplete (says what is missing).
+        CheckpointError: the policy does not exist, is not a policy of this package, or is incomplete.
     """
     transformers_logging.disable_progress_bar()  # a policy loads in a second
     folder = find_checkpoint(name) or _from_hub(name)
@@ -82,7 +82,8 @@ def load(name: str, dtype: torch.dtype = torch.float32) -> tuple[VLAForActionPre
 
 
 def _checked_config(folder: Path) -> VLAConfig:
-    """config.json, checked: nothing that decides what an action means may come from a default of this version."""
+    """Read and check config.json. All fields that define the meaning of an action must be present, so that no value
+    depends on the defaults of this version."""
     values = read_json(folder / "config.json")
     missing = [name for name in REQUIRED if name not in values]
     robot = values.get("robot")
@@ -90,8 +91,8 @@ def _checked_config(folder: Path) -> VLAConfig:
         missing += [f"robot.{field.name}" for field in dataclasses.fields(RobotSpec) if field.name not in robot]
     if missing:
         raise CheckpointError(
-            f"{folder}/config.json has no {', '.join(missing)}: without that this checkpoint's actions cannot be "
-            "interpreted. Add it from the run that trained it."
+            f"{folder}/config.json has no {', '.join(missing)}, without which this checkpoint's actions cannot be "
+            "interpreted. Add the values of the original training run."
         )
     config = read_config(folder)
     try:
@@ -99,24 +100,26 @@ def _checked_config(folder: Path) -> VLAConfig:
         check_room(config, str(folder))
     except VLAError:
         raise
-    except Exception as error:  # values of any type may stand in a file
+    except Exception as error:  # the file may contain values of any type
         raise CheckpointError(f"{folder}/config.json does not describe a policy: {error}") from error
     return config
 
 
 def _from_hub(name: str) -> Path:
     if (Path(name) / "metrics.jsonl").is_file():
-        raise CheckpointError(f"the run in {name} has no policy yet; finish it with `vla train ... --resume`.")
+        raise CheckpointError(f"the run in {name} has no policy yet. Finish it with `vla train ... --resume`.")
     if Path(name).exists():
         raise CheckpointError(
-            f"{name} is not a policy of this package: no config.json with model_type 'vla' in it or in {name}/policy. "
-            "Give the run folder of `vla train`, or its policy folder."
+            f"{name} is not a policy of this package: neither it nor {name}/policy has a config.json with model_type "
+            "'vla'. Pass the run folder of `vla train`, or its policy folder."
         )
     check_policy(name)
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"no policy {name!r}: neither a folder nor reachable on the hub ({error}).") from None
+        raise CheckpointError(
+            f"no policy {name!r}: there is no such folder, and it cannot be loaded from the hub ({error})."
+        ) from None
 
 
 _FRONT_MATTER = """---

@@ -1,9 +1,9 @@
 """Policy: observations in, actions out.
 
-Owns: the interface of all policies (`ChunkPolicy`) and the network behind it (`Policy`), which decodes a batch of
-action chunks by its `DecodingConfig` and reports their likelihood. Predicting is stateless: what one chunk leaves for
-the next is in `Prediction.next_draft`, and `vla.policy.session` carries it through an episode. It does not know
-environments, clocks or robot drivers.
+Owns: the interface of all policies (`ChunkPolicy`) and the policy with a network (`Policy`), which decodes a batch of
+action chunks according to its `DecodingConfig` and reports their likelihood. Prediction is stateless: the state that
+one chunk passes to the next is in `Prediction.next_draft`, and `vla.policy.session` keeps it during an episode. It does
+not know environments, clocks or robot drivers.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ class Prediction:
     """A batch of chunks and their confidence.
 
     Attributes:
-        chunks: float32 [B, H, D], un-normalised; fewer than H actions when decoding was stopped early.
+        chunks: float32 [B, H, D], un-normalised; fewer than H actions if decoding was stopped early.
         ids: int64 [B, T], the chosen tokens, ids of the model's vocabulary.
-        log_probs: float32 [B, T], log p(a_t | x, a_<t) over the allowed action rows, by the network itself: before
-            temperature, penalties and cuts. 0 behind the end of a sequence of variable length.
-        entropy: float32 [B, T], of the same distributions, in nats; also 0 there.
-        forwards: forward passes of the decoder.
-        next_draft: for each episode the draft of its next chunk, before any action of this one has run.
+        log_probs: float32 [B, T], the network's log p(a_t | x, a_<t) over the allowed action rows, before temperature,
+            penalties, top-k and top-p. 0 after the end of a sequence of variable length.
+        entropy: float32 [B, T], entropy of these distributions in nats; 0 after the end of a sequence.
+        forwards: number of forward passes of the decoder.
+        next_draft: for each episode, the draft of its next chunk, before any action of this chunk is executed.
     """
 
     chunks: np.ndarray
@@ -59,7 +59,7 @@ class Prediction:
         return self.log_probs.sum(-1)
 
     def row(self, index: int) -> Prediction:
-        """One observation's part of the batch."""
+        """The prediction for one observation, as a batch of one."""
         here = slice(index, index + 1)
         return Prediction(
             self.chunks[here],
@@ -72,14 +72,14 @@ class Prediction:
 
 
 class ChunkPolicy(abc.ABC):
-    """A policy that predicts chunks: a network here (`Policy`) or behind a server (`vla.serving.client.RemotePolicy`).
+    """A policy that predicts chunks, with a network (`Policy`) or through a server (`vla.serving.client.RemotePolicy`).
 
     Attributes:
-        robot: the RobotSpec that it was trained for.
+        robot: the RobotSpec that the policy was trained for.
         horizon: actions per chunk, H.
-        n_action_steps: actions of a chunk that `act` executes before it predicts the next.
+        n_action_steps: number of actions of a chunk that `act` executes before it predicts the next chunk.
         unnorm_key: key of the statistics that un-normalise the actions.
-        image_size: side of the square image that the network reads, in pixels; observations may have any size.
+        image_size: side of the network's square input image in pixels; observations may have any size.
     """
 
     robot: RobotSpec
@@ -93,11 +93,11 @@ class ChunkPolicy(abc.ABC):
     @property
     @abc.abstractmethod
     def action_limits(self) -> tuple[np.ndarray, np.ndarray]:
-        """Lowest and highest value of each action entry that tokens can encode, float [D], in the robot's units."""
+        """Lowest and highest value of each action dimension that tokens can encode, float [D], in the robot's units."""
 
     @property
     def streams(self) -> bool:
-        """Whether `predict` can pass on a chunk's actions one by one and saves time by it."""
+        """Whether `predict` can pass on a chunk's actions one by one, and this saves time."""
         return False
 
     @abc.abstractmethod
@@ -111,10 +111,10 @@ class ChunkPolicy(abc.ABC):
         """Chunks for a batch of observations and their confidence. Stateless: nothing is kept for the next call.
 
         Args:
-            drafts: of each episode, `next_draft` of its last prediction, advanced by the executed actions
+            drafts: for each episode, `next_draft` of its last prediction, advanced by the executed actions
                 (`Draft.after`); None at the start of an episode.
             on_action: called with (index, action [D], un-normalised) as soon as an action is decoded, while the rest of
-                the chunk is still being decoded; for one observation.
+                the chunk is still being decoded. The batch must have one observation.
         Raises:
             ConfigError: actions cannot be streamed.
         """
@@ -130,15 +130,15 @@ class ChunkPolicy(abc.ABC):
         return self._session.act(self, observation)
 
     def predict_chunk(self, observation: Observation, instruction: str | None = None) -> np.ndarray:
-        """The chunk for one observation, float32 [H, D]; by default for the instruction of `reset`."""
+        """The chunk for one observation, float32 [H, D]. The default instruction is that of `reset`."""
         if instruction is None and self._session is not None:
             instruction = self._session.instruction
         if instruction is None:
-            raise ConfigError("give an instruction, or call policy.reset(instruction) first.")
+            raise ConfigError("pass an instruction, or call policy.reset(instruction) first.")
         return self.predict([observation], [instruction]).chunks[0]
 
     def warm_up(self, batch_size: int = 1, instruction: str = "warm up") -> None:
-        """Decode one chunk of a blank observation, so that the first real chunk is as fast as the others."""
+        """Decode one chunk for a blank observation, so that the first real chunk is not slower than later ones."""
         size, robot = self.image_size, self.robot
         blank = {
             "pixels": {camera: np.zeros((size, size, 3), np.uint8) for camera in robot.cameras},
@@ -155,7 +155,7 @@ class Policy(ChunkPolicy):
     >>> action = policy.act(observation)          # float32 [D], in the robot's units
 
     Attributes: those of `ChunkPolicy`, and
-        decoding: how chunks are chosen from probabilities.
+        decoding: the decoding strategy.
     """
 
     def __init__(
@@ -182,8 +182,8 @@ class Policy(ChunkPolicy):
         by_action = (decoding.readout == "mean", decoding.ensemble is not None, decoding.max_actions is not None)
         if self.processor.action_tokenizer.tokens_per_action is None and any(by_action):
             raise ConfigError(
-                "this policy's tokens span several actions; readout 'mean', ensemble and max_actions need tokens for "
-                "each action."
+                "the tokens of this policy span several actions, but readout 'mean', ensemble and max_actions need "
+                "tokens for each action."
             )
         self.unnorm_key = network.config.unnorm_key(unnorm_key)
         self._decoder = strategies.choose_decoder(self.network, decoding)
@@ -202,32 +202,32 @@ class Policy(ChunkPolicy):
         network.requires_grad_(False)
         policy = cls(network, processor, device, unnorm_key, n_action_steps, decoding)
         if policy.device.type == "cpu":
-            for tower in network.vision_towers:  # oneDNN's convolutions are a fifth faster with it
+            for tower in network.vision_towers:  # makes oneDNN's convolutions 20 % faster
                 tower.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return policy
 
     @property
     def action_limits(self) -> tuple[np.ndarray, np.ndarray]:
-        """Lowest and highest value of each action entry that tokens can encode, float [D], in the robot's units."""
+        """Lowest and highest value of each action dimension that tokens can encode, float [D], in the robot's units."""
         ends = np.stack([-np.ones(self.robot.action_dim), np.ones(self.robot.action_dim)])
         low, high = self.processor.unnormalize(ends, self.unnorm_key)
         return np.minimum(low, high), np.maximum(low, high)
 
     @property
     def streams(self) -> bool:
-        """Whether `predict` can pass on a chunk's actions one by one and saves time by it. On CUDA it does not: a chunk
-        is one graph."""
+        """Whether `predict` can pass on a chunk's actions one by one, and this saves time. On CUDA it does not, because
+        a chunk is decoded by one CUDA graph."""
         by_action = self.processor.action_tokenizer.tokens_per_action is not None
         return by_action and self._final_by_token and self.device.type != "cuda"
 
     @property
     def _final_by_token(self) -> bool:
-        """Whether a decoded token is final: what follows does not change its action."""
+        """Whether a decoded token is final, so that later tokens do not change its action."""
         config = self.decoding
         return self._decoder.final_by_token and config.readout != "mean" and config.ensemble is None
 
     def for_key(self, unnorm_key: str | None) -> Policy:
-        """The same policy with other statistics and no episode; the network is shared, not copied."""
+        """The same policy with other statistics and no running episode. The network is shared, not copied."""
         twin = copy.copy(self)
         twin.unnorm_key = self.network.config.unnorm_key(unnorm_key)
         twin._session = None
@@ -244,17 +244,17 @@ class Policy(ChunkPolicy):
         """Chunks for a batch of observations, as in `ChunkPolicy.predict`.
 
         Args:
-            drafts: make greedy decoding faster without changing a token, carry temporal ensembling, and give the prefix
-                that a chunk is conditioned on.
-            stopping: transformers' criteria, evaluated after every token; chunks end with the last whole action.
+            drafts: accelerate greedy decoding without changing a token, hold the earlier chunks of temporal
+                ensembling, and contain the action prefix of prefix conditioning.
+            stopping: transformers' criteria, evaluated after every token; chunks end with the last complete action.
         Raises:
-            SpecError: an observation does not fit the robot.
-            ConfigError: this policy's decoding cannot stream actions, or its tokens span several actions and cannot be
-                stopped early or given as a prefix.
+            SpecError: an observation does not match the robot.
+            ConfigError: the decoding strategy cannot stream actions; or early stopping or an action prefix is used
+                with tokens that span several actions.
         """
         size = self.processor.action_tokenizer.tokens_per_action
         if stopping is not None and size is None:
-            raise ConfigError("this policy's tokens span several actions; it cannot be stopped within a chunk.")
+            raise ConfigError("the tokens of this policy span several actions, so decoding cannot be stopped early.")
         batch = self.processor.observe(observations, instructions, self.unnorm_key)
         drafts = [None] * len(observations) if drafts is None else drafts
         decoded = self.decode(batch, drafts, self._streamer(on_action, len(observations)), stopping)
@@ -267,7 +267,7 @@ class Policy(ChunkPolicy):
         return prediction
 
     def score(self, observations: Sequence[Observation], instructions: Sequence[str], chunks: np.ndarray) -> Prediction:
-        """The likelihood of given chunks [B, H, D], in one forward."""
+        """The likelihood of the chunks [B, H, D], computed in one forward pass."""
         batch = self.processor.observe(observations, instructions, self.unnorm_key)
         ids = torch.from_numpy(self.processor.encode_actions(np.asarray(chunks), self.unnorm_key))
         return self._describe(strategies.teacher_forced(self.network, batch, ids))
@@ -279,14 +279,14 @@ class Policy(ChunkPolicy):
         streamer: ActionStreamer | None = None,
         stopping: StoppingCriteriaList | None = None,
     ) -> Decoded:
-        """Tokens for prefix tensors from the processor."""
+        """Decode the tokens for the prompt prefixes `batch`, tensors from the processor."""
         drafts = [None] * len(batch["input_ids"]) if drafts is None else drafts
         request = Request(batch, self.draft_ids(drafts), self._prefix(drafts), streamer, stopping)
         return self._decoder(request)
 
     def draft_ids(self, drafts: Sequence[Draft | None]) -> torch.Tensor:
-        """The drafts' tokens, int64 [B, T], ids of the model's vocabulary, their prefixes first; the middle action row
-        where there is no draft."""
+        """The drafts' tokens, int64 [B, T], ids of the model's vocabulary, each beginning with its action prefix; the
+        middle action row without a draft."""
         tokenizer = self.processor.action_tokenizer
         middle = self.network.config.action_token_begin + tokenizer.vocab_size // 2
         ids = np.full((len(drafts), tokenizer.max_tokens), middle)
@@ -304,13 +304,13 @@ class Policy(ChunkPolicy):
         return self.processor.encode_actions(chunk, self.unnorm_key)
 
     def _prefix(self, drafts: Sequence[Draft | None]) -> Prefix | None:
-        """How many first tokens of each draft are given; None where none is."""
+        """The length of each draft's action prefix in tokens, and its threshold; None if no draft has a prefix."""
         size = self.processor.action_tokenizer.tokens_per_action
         lengths = [0 if draft is None or draft.prefix is None else len(draft.prefix) for draft in drafts]
         if not any(lengths):
             return None
         if size is None:
-            raise ConfigError("this policy's tokens span several actions; it cannot be given a prefix of actions.")
+            raise ConfigError("the tokens of this policy span several actions, so an action prefix cannot be used.")
         thresholds = [0.0 if draft is None else draft.threshold for draft in drafts]
         return Prefix(torch.tensor(lengths) * size, torch.tensor(thresholds))
 
@@ -329,7 +329,7 @@ class Policy(ChunkPolicy):
         )
 
     def _average(self, prediction: Prediction, decoded: Decoded, drafts: Sequence[Draft | None]) -> Prediction:
-        """Chunks from distributions instead of tokens: their mean, their average over chunks, or both."""
+        """Chunks from the token distributions: their expected values, their average over chunks, or both."""
         probabilities, following = decoded.distribution.exp().cpu().numpy(), prediction.next_draft
         if self.decoding.ensemble is not None:
             by_action = probabilities.reshape(*prediction.chunks.shape[:2], -1, probabilities.shape[-1])
@@ -347,14 +347,14 @@ class Policy(ChunkPolicy):
         return dataclasses.replace(prediction, chunks=chunks, next_draft=following)
 
     def _streamer(self, on_action: Callable[[int, np.ndarray], None] | None, size: int) -> ActionStreamer | None:
-        """The streamer that passes on decoded actions; ConfigError where they may still change."""
+        """The streamer that passes on decoded actions. ConfigError if later tokens could still change them."""
         if on_action is None:
             return None
         tokens = self.processor.action_tokenizer.tokens_per_action
         if tokens is None or size > 1 or not self._final_by_token:
             raise ConfigError(
-                "actions can be streamed for one observation, decoded token by token: without beams, readout 'mean' or "
-                "temporal ensembling."
+                "actions can be streamed for one observation only, with tokens for each action, and without beams, "
+                "readout 'mean' and temporal ensembling."
             )
 
         def forward(index: int, ids: list[int]) -> None:
@@ -364,7 +364,7 @@ class Policy(ChunkPolicy):
 
 
 def choose_device(name: str) -> torch.device:
-    """ "auto" is CUDA, else Apple's MPS, else the CPU. ConfigError for a device that this machine lacks."""
+    """The device `name`; "auto": CUDA, else Apple's MPS, else the CPU. ConfigError if the device is not available."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -372,5 +372,5 @@ def choose_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"device {name!r} is not available here ({reason}); try 'auto' or 'cpu'.") from None
+        raise ConfigError(f"device {name!r} is not available ({reason}). Use 'auto' or 'cpu'.") from None
     return device

@@ -1,7 +1,7 @@
-"""One episode of a policy, from instruction to instruction.
+"""The state of a policy within one episode.
 
-Owns: the `Draft` that one chunk leaves for the next, and the `Session` that carries it through an episode together with
-the instruction and the queue of actions still to execute. It does not know how chunks are decoded.
+Owns: the `Draft` that one chunk passes to the next, and the `Session`, which keeps it during an episode together with
+the instruction and the queue of actions to execute. It does not know how chunks are decoded.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Draft:
-    """What one chunk leaves for the next chunk of its episode.
+    """State that one chunk passes to the next chunk of its episode.
 
     Attributes:
         steps: guess of the next chunk, one row per action: its tokens, int64 [n, tokens_per_action], ids of the model's
-            vocabulary; or the action itself, float32 [n, D] in the robot's units, where no tokenizer is at hand (a
+            vocabulary; or the action itself, float32 [n, D] in the robot's units, if no tokenizer is available (in a
             client) or tokens span several actions.
-        prefix: prefix conditioning, float32 [k, D] in the robot's units: actions that execute while the next chunk is
-            decoded, which therefore begins with them and continues them; None: nothing is given.
-        threshold: acceptance threshold: the chunk follows `prefix` while the network gives each of its tokens at least
-            this share of the best token's probability.
-        past: temporal ensembling: distributions of earlier chunks, oldest first, [actions ahead, tokens_per_action,
-            rows] each.
+        prefix: action prefix for prefix conditioning, float32 [k, D] in the robot's units: the actions that execute
+            while the next chunk is decoded, and with which that chunk begins; None: no prefix.
+        threshold: acceptance threshold of the prefix: the chunk follows it while the probability of each of its tokens
+            is at least this share of the best token's probability.
+        past: distributions of earlier chunks for temporal ensembling, oldest first, each [remaining actions,
+            tokens_per_action, rows].
     """
 
     steps: np.ndarray
@@ -45,12 +45,12 @@ class Draft:
         return len(self.steps)
 
     def after(self, executed: int) -> Draft:
-        """The draft once `executed` more actions have run; its last action is repeated."""
+        """The draft after `executed` more actions; its last action is repeated."""
         steps = remainder(self.steps, min(executed, len(self)))
         return Draft(steps, past=tuple(chunk[executed:] for chunk in self.past if len(chunk) > executed))
 
     def given(self, prefix: np.ndarray, threshold: float = 0.0) -> Draft:
-        """The same draft, conditioned on a prefix of actions [k, D], k < n."""
+        """The same draft with an action prefix [k, D], k < n."""
         assert len(prefix) < len(self)
         return dataclasses.replace(self, prefix=prefix, threshold=threshold)
 
@@ -59,8 +59,8 @@ class Session:
     """The state of one episode.
 
     Attributes:
-        instruction: the task; None before the first.
-        draft: of the next chunk; None at the start of an episode.
+        instruction: the task; None before it is set.
+        draft: draft of the next chunk; None at the start of an episode.
     """
 
     def __init__(self, instruction: str | None = None) -> None:
@@ -73,7 +73,7 @@ class Session:
         self.draft = None if self.draft is None else self.draft.after(executed)
 
     def act(self, policy: ChunkPolicy, observation: Observation) -> np.ndarray:
-        """The next action, float32 [D]; predicts a chunk whenever `n_action_steps` actions of the last one have run."""
+        """The next action, float32 [D]. Predicts a new chunk after `n_action_steps` actions of the last chunk."""
         if not self._queue:
             self._queue.extend(predict(policy, [self], [observation]).chunks[0][: policy.n_action_steps])
         self.advance(1)
@@ -81,7 +81,7 @@ class Session:
 
 
 def predict(policy: ChunkPolicy, sessions: Sequence[Session], observations: Sequence[Observation]) -> Prediction:
-    """One chunk for each of several episodes, as one batch; every session takes its next draft."""
+    """Predict one chunk for each of several episodes as one batch, and store the next draft in each session."""
     instructions = [session.instruction or "" for session in sessions]
     prediction = policy.predict(observations, instructions, [session.draft for session in sessions])
     for session, draft in zip(sessions, prediction.next_draft, strict=True):

@@ -1,11 +1,12 @@
 """The application behind `vla serve`: all wire protocols on one port, health and metrics.
 
-Owns: what protocols share. API keys and origins, size and time limits, draining, the log and the reasons that clients
-receive. It does not know the messages of a protocol (`vla.serving.protocols`), how a batch is decoded
+Owns: what protocols share: API keys and origins, size and time limits, draining, the log, and the error texts that
+clients receive. It does not know the messages of a protocol (`vla.serving.protocols`), how a batch is decoded
 (`vla.serving.batcher`) or what the keys of a request mean (`vla.serving.requests`).
 
-A request that is too large, too slow, unauthorised or one too many is refused by HTTP status in every protocol. The log
-has a line for each kind of refusal (`vla.serving.refusals`). Clients receive a traceback only with `--tracebacks`.
+In every protocol, a request that is too large, too slow or unauthorised, or that exceeds the queue, is rejected by HTTP
+status. The log has a line for each kind of rejection (`vla.serving.refusals`). Clients receive a traceback only with
+`--tracebacks`.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ class PolicyApp:
     Attributes:
         policy: the policy.
         metadata: the description of the policy for clients.
-        metrics: what `/metrics` reports.
-        draining: whether the server is about to stop and accepts no more requests.
+        metrics: the metrics that `/metrics` reports.
+        draining: whether the server is shutting down and rejects new requests.
     """
 
     def __init__(self, batcher: Batcher, config: ServeConfig, metadata: dict[str, Any], key: str | None = None) -> None:
@@ -73,7 +74,7 @@ class PolicyApp:
         )
 
     async def drain(self, patience_s: float = 30.0) -> None:
-        """Refuse new requests, and wait until the pending ones are answered."""
+        """Reject new requests, and wait up to `patience_s` seconds until the pending requests are answered."""
         self.draining = True
         deadline = time.monotonic() + patience_s
         while self._active and time.monotonic() < deadline:
@@ -84,7 +85,7 @@ class PolicyApp:
 
     @property
     def too_large(self) -> str:
-        """The reason for refusing a request that exceeds the maximum size."""
+        """The error text for a request that exceeds the maximum size."""
         return f"the request is larger than {self._config.max_request_mb:g} MB."
 
     async def body(self, request: Request) -> bytes:
@@ -112,23 +113,24 @@ class PolicyApp:
             values: the request, in one of the forms that `vla.serving.requests` reads.
             receive: waits for the client's next message. If it is a disconnect, the request is cancelled.
             draft: draft of the next chunk of the client's episode, unless the request has its own.
-            size: bytes of the request; large ones are read in a thread.
+            size: bytes of the request; large requests are read in a thread.
         Raises:
-            ServerError: too many requests are waiting, or the server is going down.
-            ClientDisconnect: the client left.
+            ServerError: the request queue is full, or the server is shutting down.
+            ClientDisconnect: the client disconnected.
             VLAError: the request is invalid.
         """
         if self.draining:
-            raise ServerError("the server is going down.")
+            raise ServerError("the server is shutting down.")
         read = functools.partial(
             requests.read, values, self.policy.robot, self.policy.horizon, self._config.keys, draft
         )
         return await _unless_disconnected(self._answer(read, size), receive)
 
     def failed(self, protocol: str, error: Exception, connection: HTTPConnection) -> tuple[int, str]:
-        """Count and log an error. Returns the HTTP status and the reason for the client.
+        """Count and log an error. Returns the HTTP status and the error text for the client.
 
-        ClientDisconnect and HTTPException are raised again: the application answers them, in every protocol alike.
+        ClientDisconnect and HTTPException are re-raised: the application handles them in the same way for all
+        protocols.
         """
         if isinstance(error, ClientDisconnect | HTTPException):
             raise error
@@ -138,7 +140,7 @@ class PolicyApp:
         elif isinstance(error, VLAError):
             text = str(error)
         else:
-            text = "the policy failed; see the server's log."
+            text = "the policy failed; the server's log has the error."
         if not isinstance(error, VLAError):
             if self.log_refusal(connection, f"the policy failed: {type(error).__name__}: {error}"):
                 log.error("the policy failed", exc_info=error)
@@ -147,15 +149,15 @@ class PolicyApp:
         return 503 if isinstance(error, ServerError) else 400, text
 
     def log_refusal(self, connection: HTTPConnection, message: str) -> bool:
-        """Log a refusal. False if the line was suppressed (`Refusals`)."""
+        """Log a rejected request. Returns False if the line was suppressed (`Refusals`)."""
         client = connection.client.host if connection.client else "an unknown client"
         method = connection.scope.get("method", "websocket")
         return self._refusals.log(client, f"{method} {connection.url.path}", message)
 
-    # For all protocols alike.
+    # The same for all protocols.
 
     def _guarded(self, app: ASGIApp) -> ASGIApp:
-        """`app` for authorised clients only; others are refused by status."""
+        """`app` for authorised clients; unauthorised clients are rejected by status."""
 
         async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
             connection = HTTPConnection(scope)
@@ -169,23 +171,23 @@ class PolicyApp:
                 self.log_refusal(connection, refusal[1])
                 await socket.close()  # before it is accepted: status 403
             elif self.draining:
-                await socket.send_denial_response(self._refuse(connection, 503, "the server is going down."))
+                await socket.send_denial_response(self._refuse(connection, 503, "the server is shutting down."))
             else:
-                # The client may leave at any time; to send to it is a RuntimeError then.
-                left = contextlib.suppress(WebSocketDisconnect, RuntimeError)
-                with self.metrics.connections.track_inprogress(), left:
+                # The client may disconnect at any time; sending to it then raises RuntimeError.
+                disconnected = contextlib.suppress(WebSocketDisconnect, RuntimeError)
+                with self.metrics.connections.track_inprogress(), disconnected:
                     await app(scope, receive, send)
 
         return guarded
 
     def _authorise(self, connection: HTTPConnection) -> tuple[int, str] | None:
-        """Status and reason if the client may not use the server: it lacks the API key or, without a key, is a page of
-        another web site in a browser on this machine (only browsers send an origin)."""
+        """Status and error text if the client is not authorised: the API key is missing or wrong or, if the server has
+        no key, the request comes from a page of another web site (only browsers send an origin)."""
         headers = connection.headers
         if self._key is None:
             origin = headers.get("origin")
             foreign = origin is not None and origin.lower().partition("://")[2] != headers.get("host", "").lower()
-            return (403, "other web sites may not use this server.") if foreign else None
+            return (403, "requests from pages of other web sites are not allowed.") if foreign else None
         scheme, _, key = headers.get("authorization", "").partition(" ")
         allowed = scheme.lower() in ("api-key", "bearer") and hmac.compare_digest(key.encode(), self._key.encode())
         return None if allowed else (401, "the API key is missing or wrong.")
@@ -199,9 +201,9 @@ class PolicyApp:
             self._active -= 1
 
     async def _refused(self, request: Request, error: Exception) -> Response:
-        """The reply to an HTTPException: of `body`, or of Starlette for an unknown address or method."""
+        """The reply to an HTTPException, raised by `body`, or by Starlette for an unknown address or method."""
         assert isinstance(error, HTTPException)
-        offer = f"; {self._offer} are served here." if error.status_code in (404, 405) else ""
+        offer = f"; this server has {self._offer}." if error.status_code in (404, 405) else ""
         return self._refuse(request, error.status_code, error.detail + offer, error.headers)
 
     def _refuse(
@@ -218,7 +220,7 @@ class PolicyApp:
 
 
 def _offer(routes: list[Route | WebSocketRoute]) -> str:
-    """The addresses that are served, for messages: "POST /act, GET /healthz and websockets"."""
+    """The served addresses, for error texts: "POST /act, GET /healthz and websockets"."""
     addresses = [
         f"{'/'.join(sorted((route.methods or set()) - {'HEAD'}))} {route.path}"
         for route in routes
@@ -228,14 +230,14 @@ def _offer(routes: list[Route | WebSocketRoute]) -> str:
 
 
 async def _disconnected(connection: Any, error: Exception) -> Any:
-    """The end of a request whose client is gone: a status for the record, and nothing on a websocket."""
+    """The response if the client has disconnected: a status for the log; None on a websocket."""
     return Response(status_code=499) if connection.scope["type"] == "http" else None
 
 
 async def _unless_disconnected(
     answer: Coroutine[Any, Any, Answer], receive: Callable[[], Awaitable[Message]]
 ) -> Answer:
-    """Await `answer`; cancel it and raise ClientDisconnect if the client leaves first."""
+    """Await `answer`; cancel it and raise ClientDisconnect if the client disconnects first."""
     answering, listening = asyncio.create_task(answer), asyncio.ensure_future(receive())
     try:
         await asyncio.wait({answering, listening}, return_when=asyncio.FIRST_COMPLETED)

@@ -1,7 +1,7 @@
 """Batching of concurrent requests.
 
-Owns: the queue of requests and the thread that decodes. Requests that are queued when the thread becomes idle form one
-batch. It does not know protocols.
+Owns: the request queue and the decoding thread. Requests that are queued when the thread becomes idle form one batch.
+It does not know protocols.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class Batcher:
             Exception: the error that the policy raised.
         """
         if self.waiting >= self._max_queue:
-            raise ServerError(f"{self.waiting} requests are waiting already; try again later.")
-        self._policy_for(request)  # refuse an unknown key before it is queued
+            raise ServerError(f"the request queue is full ({self.waiting} waiting); try again later.")
+        self._policy_for(request)  # reject an unknown key before the request is queued
         loop = asyncio.get_running_loop()
         job = _Job(request, loop, loop.create_future())
         self._queue.put(job)
@@ -91,7 +91,7 @@ class Batcher:
                     jobs.append(self._queue.get_nowait())
             batches = defaultdict(list)
             for job in jobs:
-                if job is not None and not job.future.cancelled():  # cancelled: the client is gone
+                if job is not None and not job.future.cancelled():  # cancelled: the client has disconnected
                     batches[self._policy_for(job.request)].append(job)
             for policy, batch in batches.items():
                 self._decode(policy, batch)
@@ -108,7 +108,7 @@ class Batcher:
                 [request.draft for request in requests],
             )
         except Exception as error:
-            if len(jobs) > 1:  # find the request that fails
+            if len(jobs) > 1:  # decode one by one, so that only the request that fails gets the error
                 for job in jobs:
                     self._decode(policy, [job])
                 return

@@ -1,6 +1,6 @@
 """The client of `vla serve`.
 
-Owns: openpi's websocket protocol on the client's side, with the interface of `Policy`, a deadline for every call and
+Owns: the client side of openpi's websocket protocol, with the interface of `Policy`, a timeout for every call, and
 reconnection.
 """
 
@@ -30,7 +30,7 @@ from vla.transforms.chunks import completed
 _RETRY_S = 0.05
 #: Metadata that must be the same after a reconnection, so that an episode never continues with another policy.
 _IDENTITY = ("robot", "horizon", "image_size", "tokenizer_sha256", "unnorm_keys", "action_limits", "weights")
-_BUSY = 503  # the server is going down; it may come back
+_UNAVAILABLE = 503  # status of a server that is shutting down; it may be restarted, so connecting is retried
 
 
 def load(
@@ -41,15 +41,15 @@ def load(
     decoding: DecodingConfig = GREEDY,
     connect_s: float = 30.0,
 ) -> ChunkPolicy:
-    """Load the policy `name` on this machine or, for an address ("ws://host:8000"), connect to a server.
+    """Load the policy `name` on this machine, or connect to a server if it is an address ("ws://host:8000").
 
     Args:
-        connect_s: how long to wait for the server, in seconds.
+        connect_s: timeout for the connection, in seconds.
     """
     if name.startswith(("ws://", "wss://")):
         if decoding != GREEDY:
             raise ConfigError(
-                "decoding options of a served policy are set where it is served, as in `vla serve --temperature ...`."
+                "decoding options of a served policy are set on the server, as in `vla serve --temperature ...`."
             )
         print(f"connecting to {name}", file=sys.stderr, flush=True)
         return RemotePolicy(
@@ -58,8 +58,8 @@ def load(
     return Policy.from_pretrained(name, device, unnorm_key, n_action_steps, decoding)
 
 
-def _print_reason(reason: str, left: float) -> None:
-    print(f"{reason} Trying again for {left:.0f} s; Ctrl-C stops.", file=sys.stderr, flush=True)
+def _print_reason(reason: str, remaining: float) -> None:
+    print(f"{reason} Retrying for {remaining:.0f} s; press Ctrl-C to stop.", file=sys.stderr, flush=True)
 
 
 class RemotePolicy(ChunkPolicy):
@@ -67,12 +67,13 @@ class RemotePolicy(ChunkPolicy):
 
     Args:
         address: "ws://host:port", or "wss://..." with TLS.
-        deadline_s: time limit of every call in seconds, including reconnections.
-        patience_s: how long to wait for the server at the start, in seconds.
+        deadline_s: timeout of every call in seconds, reconnections included.
+        patience_s: timeout of the first connection in seconds.
         api_key: None: the environment variable VLA_API_KEY.
-        on_wait: called once, with the reason and the seconds left, if the server cannot be reached at the start.
+        on_wait: called once, with the reason and the remaining seconds, if the first attempt to connect fails.
     Raises:
-        ServerError: from every call: the server is not reached in time, is too busy, or replies with an error.
+        ServerError: the server cannot be reached in time, rejects the request or replies with an error. Every call can
+            raise it.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class RemotePolicy(ChunkPolicy):
         self._headers = {"Authorization": f"Api-Key {key}"} if key else {}
         self._address, self._deadline_s = address, deadline_s
         self._socket: ClientConnection | None = None
-        self._leave = contextlib.ExitStack()  # closes it
+        self._leave = contextlib.ExitStack()  # closes the websocket
         self.metadata: dict[str, Any] = {}
         self._connect(time.monotonic() + patience_s, on_wait)
         metadata = self.metadata
@@ -114,12 +115,12 @@ class RemotePolicy(ChunkPolicy):
         drafts: Sequence[Draft | None] | None = None,
         on_action: Callable[[int, np.ndarray], None] | None = None,
     ) -> Prediction:
-        """Send one request per observation, one after the other; the server batches requests of different clients.
+        """Send the observations in sequence, one request each. The server batches requests of different clients.
 
         Drafts are sent as actions in the robot's units, because a client has no tokenizer.
         """
         if on_action is not None:
-            raise ConfigError("the actions of a served policy cannot be streamed: a chunk arrives as a whole.")
+            raise ConfigError("actions of a served policy cannot be streamed: the server replies with whole chunks.")
         drafts = [None] * len(observations) if drafts is None else drafts
         answers = [self._ask(*request) for request in zip(observations, instructions, drafts, strict=True)]
         chunks = np.stack([answer["actions"] for answer in answers])
@@ -146,16 +147,18 @@ class RemotePolicy(ChunkPolicy):
         if self.robot.state_dim:
             request["agent_pos"] = np.asarray(observation["agent_pos"])
         if draft is not None:
-            given = np.empty((0, self.robot.action_dim), np.float32) if draft.prefix is None else draft.prefix
-            steps = np.concatenate([given, completed(draft.steps, self.horizon)[len(given) :]])
-            request |= {"vla/draft": steps, "vla/committed": len(given), "vla/trust": float(draft.threshold)}
+            prefix = np.empty((0, self.robot.action_dim), np.float32) if draft.prefix is None else draft.prefix
+            steps = np.concatenate([prefix, completed(draft.steps, self.horizon)[len(prefix) :]])
+            # "vla/committed" is the length of the action prefix, "vla/trust" its acceptance threshold.
+            request |= {"vla/draft": steps, "vla/committed": len(prefix), "vla/trust": float(draft.threshold)}
         answer = self._exchange(wire.to_msgpack(request))
         if "error" in answer:
             raise ServerError(f"{self._address} replied with an error: {answer['error']}")
         return answer
 
     def _exchange(self, request: bytes) -> dict[str, Any]:
-        """Send a request and wait for the reply, with reconnections until the deadline. Requests can be repeated."""
+        """Send a request and wait for the reply; reconnect and resend until the deadline. Requests are idempotent, so
+        resending one is safe."""
         deadline = time.monotonic() + self._deadline_s
         while True:
             try:
@@ -166,9 +169,9 @@ class RemotePolicy(ChunkPolicy):
                     self._socket.send(request)
                 return _map(self._socket.recv(timeout=max(0.0, deadline - time.monotonic())))
             except (OSError, websockets.WebSocketException):
-                self.close()  # a late reply must not be taken for that of the next request
+                self.close()  # a late reply must not be mistaken for the reply to the next request
                 if time.monotonic() >= deadline:
-                    raise ServerError(f"{self._address} did not answer within {self._deadline_s:g} s.") from None
+                    raise ServerError(f"{self._address} did not reply within {self._deadline_s:g} s.") from None
                 time.sleep(_RETRY_S)
 
     def _connect(self, deadline: float, on_wait: Callable[[str, float], None] | None = None) -> None:
@@ -185,7 +188,7 @@ class RemotePolicy(ChunkPolicy):
                             max_size=None,
                             proxy=None,
                             open_timeout=max(0.01, deadline - time.monotonic()),
-                            close_timeout=_RETRY_S,  # a server that does not reply does not close properly either
+                            close_timeout=_RETRY_S,  # do not wait for a server that does not respond
                         )
                     )
                     self._identify(_map(connection.recv(timeout=max(0.01, deadline - time.monotonic()))))
@@ -194,31 +197,31 @@ class RemotePolicy(ChunkPolicy):
                 raise ConfigError(f"invalid address {self._address!r}; expected ws://host:port.") from None
             except (OSError, websockets.WebSocketException) as error:
                 status = error.response.status_code if isinstance(error, websockets.InvalidStatus) else None
-                if status is not None and status != _BUSY:
-                    hint = " Is VLA_API_KEY right?" if status in (401, 403) else ""
-                    raise ServerError(f"{self._address} refused the connection with status {status}.{hint}") from None
+                if status is not None and status != _UNAVAILABLE:
+                    hint = " Check VLA_API_KEY." if status in (401, 403) else ""
+                    raise ServerError(f"{self._address} rejected the connection with status {status}.{hint}") from None
                 reason = f"{self._address} cannot be reached: {error or type(error).__name__}."
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise ServerError(f"{reason} Is `vla serve` running there?") from None
+                remaining = deadline - time.monotonic()
+                if remaining <= 0:
+                    raise ServerError(f"{reason} Check that `vla serve` is running at this address.") from None
                 if on_wait is not None:
-                    on_wait(reason, left)
+                    on_wait(reason, remaining)
                     on_wait = None
                 time.sleep(_RETRY_S)
 
     def _identify(self, metadata: dict[str, Any]) -> None:
-        """Store the server's metadata; ServerError if it describes another policy than at the start."""
+        """Store the server's metadata. ServerError if its policy differs from that of the first connection."""
         for name in _IDENTITY:
             if name not in metadata:
-                raise ServerError(f"{self._address} is not a `vla serve`: its metadata has no {name!r}.")
+                raise ServerError(f"{self._address} is not a `vla serve` server: its metadata has no {name!r}.")
             if self.metadata and wire.to_msgpack(metadata[name]) != wire.to_msgpack(self.metadata[name]):
-                raise ServerError(f"{self._address} serves another policy now: its {name!r} has changed.")
+                raise ServerError(f"{self._address} now serves another policy: its {name!r} has changed.")
         self.metadata = metadata
 
 
 @contextlib.contextmanager
 def _cut_at(deadline: float, connection: ClientConnection) -> Iterator[None]:
-    """Shut a connection down that is still sending at the deadline: `send` has no time limit of its own."""
+    """Shut down a connection that is still sending at the deadline, because `send` has no timeout."""
 
     def cut() -> None:
         with contextlib.suppress(OSError):

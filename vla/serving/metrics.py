@@ -34,10 +34,10 @@ class Metrics:
             "vla_inference_seconds", "Decoding time of a batch.", registry=self.registry, buckets=_SECONDS
         )
         self._batch = Histogram(
-            "vla_batch_size", "Requests decoded together.", registry=self.registry, buckets=(1, 2, 4, 8, 16, 32, 64)
+            "vla_batch_size", "Requests per batch.", registry=self.registry, buckets=(1, 2, 4, 8, 16, 32, 64)
         )
         self._errors = Counter(
-            "vla_errors", "Requests that failed or were refused.", [*labels, "kind"], registry=self.registry
+            "vla_errors", "Requests that failed or were rejected.", [*labels, "kind"], registry=self.registry
         )
         self.connections = Gauge("vla_connections", "Open websockets.", registry=self.registry)
         Gauge("vla_queue", "Queued requests.", registry=self.registry).set_function(waiting)
@@ -52,5 +52,5 @@ class Metrics:
         self._batch.observe(size)
 
     def count(self, protocol: str, error: Exception) -> None:
-        """Record a failed or refused request."""
+        """Record a failed or rejected request."""
         self._errors.labels(protocol, type(error).__name__).inc()

@@ -1,7 +1,7 @@
-"""The log of refused and failed requests.
+"""The log of rejected and failed requests.
 
-Owns: one line per refusal (client, address, reason), and a limit on their number: a broken client that sends fifty
-requests per second must not fill the disk. It does not know protocols.
+Owns: one line per rejection (client, address, reason), and a limit on the number of lines, so that a faulty client that
+sends fifty requests per second does not fill the disk. It does not know protocols.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ log = logging.getLogger("vla.serve")
 
 PERIOD_S = 60.0
 MOST = 20  # maximum number of lines per period
-_LONGEST = 300  # characters of a reason, which may quote the request
+_LONGEST = 300  # maximum characters of an address or reason, which may quote the request
 
 
 class Refusals:
-    """Logs the first of equal refusals in each period, and the number of the others at the start of the next one."""
+    """Logs each distinct rejection once per period, and the number of suppressed lines at the end of the period."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now, self._since = now, now()
@@ -26,7 +26,7 @@ class Refusals:
         self._suppressed = 0
 
     def log(self, client: str, address: str, reason: str) -> bool:
-        """Log that a request to `address` was refused. False if the line was suppressed."""
+        """Log that a request to `address` was rejected. Returns False if the line was suppressed."""
         if self._now() - self._since >= PERIOD_S:
             self.flush()
         refusal = (client, address, reason)
@@ -34,13 +34,13 @@ class Refusals:
             self._suppressed += 1
             return False
         self._logged.add(refusal)
-        log.warning("refused: %s from %s: %s", _line(address), client, _line(reason))
+        log.warning("rejected: %s from %s: %s", _line(address), client, _line(reason))
         return True
 
     def flush(self) -> None:
         """Log the number of suppressed lines, and begin a new period."""
         if self._suppressed:
-            log.warning("%d more refusals in the last %.0f s", self._suppressed, self._now() - self._since)
+            log.warning("%d more rejected requests in the last %.0f s", self._suppressed, self._now() - self._since)
         self._since, self._suppressed = self._now(), 0
         self._logged.clear()
 

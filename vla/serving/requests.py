@@ -4,9 +4,9 @@ Owns: the mapping from the keys of existing clients (openpi's LIBERO, DROID and 
 OpenVLA-OFT's, and this package's own `{"pixels": ..., "agent_pos": ..., "prompt": ...}`) to the cameras, the state and
 the instruction of a policy. It does not know the wire protocols.
 
-An image is assigned to the camera that the last part of its key names ("images/front": "front"). If one camera and one
-image remain among those of the hand ("wrist" or "hand" in the name), or among the others, they are matched. All other
-assignments must be configured with `keys`. A batch of one observation is read as that observation.
+An image is assigned to the camera named by the last part of its key ("images/front": "front"). If exactly one camera
+and one image remain among the hand cameras ("wrist" or "hand" in the name), or among all other cameras, they are
+matched. All other assignments must be configured with `keys`. A batch of one observation is read as that observation.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ _STATES = (
 )
 _PROMPTS = ("prompt", "instruction", "task", "language_instruction")
 _SMALLEST = 8  # pixels on a side of an image
-# Limits beyond the needs of any client: errors list the keys, and a batch takes as long as its longest instruction.
+# Limits far above the needs of real clients: errors list the keys, and the longest instruction determines the decoding
+# time of a batch.
 _DEEPEST, _KEYS, _LONGEST_KEY, _LONGEST_PROMPT = 4, 256, 200, 1000
 
 
@@ -51,10 +52,10 @@ class Request:
 
 
 def read(values: Any, robot: RobotSpec, horizon: int, keys: KeysConfig, draft: Draft | None = None) -> Request:
-    """Read a decoded request. SpecError lists what is missing or ambiguous, and the keys of the request.
+    """Read a decoded request. SpecError names the missing or ambiguous keys, and lists the keys of the request.
 
     Args:
-        draft: used if the request has no draft of its own.
+        draft: the draft to use if the request has none.
     """
     if not isinstance(values, Mapping):
         raise SpecError(f"a request must be a map of keys and values, got {type(values).__name__}.")
@@ -96,14 +97,14 @@ def _images(flat: dict[str, Any], robot: RobotSpec, keys: KeysConfig) -> dict[st
     for hand in (False, True):
         cameras = [camera for camera in robot.cameras if camera not in chosen and _of_hand(camera) == hand]
         rest = [key for key in found if key not in chosen.values() and _of_hand(key) == hand]
-        left = _coloured_first(found, rest)
-        if len(cameras) == len(left) == 1:
-            chosen[cameras[0]] = left[0]
+        remaining = _coloured_first(found, rest)
+        if len(cameras) == len(remaining) == 1:
+            chosen[cameras[0]] = remaining[0]
         elif cameras:
             raise SpecError(
                 f"no image can be assigned to camera {cameras[0]!r}; the images of the request are "
-                f"{', '.join(map(repr, found)) or '(none; an image is an array of three axes)'}. "
-                + (_encoded(flat) or f"Assign one when the server starts: --images {cameras[0]} KEY.")
+                f"{', '.join(map(repr, found)) or '(none; an image is an array with three axes)'}. "
+                + (_encoded(flat) or f"Assign one with `vla serve --images {cameras[0]} KEY`.")
             )
     missing = [key for key in chosen.values() if key not in found]
     if missing:
@@ -113,7 +114,8 @@ def _images(flat: dict[str, Any], robot: RobotSpec, keys: KeysConfig) -> dict[st
 
 
 def _coloured_first(found: dict[str, np.ndarray], keys: list[str]) -> list[str]:
-    """The keys of arrays with three axes; if there are none, of those with two: grey images, depth maps or matrices."""
+    """The keys of arrays with three axes; if there are none, all keys, whose arrays have two axes (grey images, depth
+    maps or matrices)."""
     return [key for key in keys if found[key].ndim > 2] or keys
 
 
@@ -133,7 +135,7 @@ def _array(value: Any) -> np.ndarray | None:
 
 
 def _encoded(flat: dict[str, Any]) -> str:
-    """The remedy if an image was sent as a file; "" otherwise."""
+    """The remedy if an image was sent as an encoded file; "" otherwise."""
     for key, value in flat.items():
         if isinstance(value, bytes | str) and value[:4] in (
             b"\xff\xd8\xff\xe0",
@@ -158,7 +160,7 @@ def _state(flat: dict[str, Any], robot: RobotSpec, keys: KeysConfig) -> np.ndarr
             except (TypeError, ValueError, OverflowError):
                 raise SpecError(f"the state {', '.join(names)} must be numbers.") from None
     raise SpecError(
-        f"the request has no state; {robot.state_dim} entries ({', '.join(robot.state_names)}) are expected under "
+        f"the request has no state; {robot.state_dim} numbers ({', '.join(robot.state_names)}) are expected under "
         f"{' or '.join(' + '.join(names) for names in ((keys.state,) if keys.state else _STATES))}."
     )
 
@@ -177,14 +179,17 @@ def _prompt(flat: dict[str, Any], keys: KeysConfig) -> str:
 
 
 def _draft(values: Mapping[Any, Any], horizon: int, action_dim: int) -> Draft | None:
-    """The draft in a request: actions in the robot's units, because a client has no tokenizer."""
+    """The draft in a request: actions in the robot's units, because a client has no tokenizer.
+
+    "vla/committed" is the length of the action prefix, "vla/trust" its acceptance threshold (`Draft`).
+    """
     draft, committed, trust = (values.get(f"vla/{name}", 0) for name in ("draft", "committed", "trust"))
     if "vla/draft" not in values:
         return None
     expected = (horizon, action_dim)
     if not isinstance(draft, np.ndarray) or draft.shape != expected or not np.isfinite(draft).all():
         got = f"shape {list(draft.shape)}" if isinstance(draft, np.ndarray) else type(draft).__name__
-        raise SpecError(f"vla/draft must be an array of finite actions {list(expected)}, got {got}.")
+        raise SpecError(f"vla/draft must be a finite array of shape {list(expected)}, got {got}.")
     if not isinstance(committed, int | np.integer) or not 0 <= committed < horizon:
         raise SpecError(f"vla/committed must be between 0 and {horizon - 1}, got {committed!r}.")
     if not isinstance(trust, int | float | np.number) or not 0 <= trust <= 1:

@@ -43,7 +43,7 @@ def describe(policy: Policy) -> dict[str, Any]:
 
 
 def _fingerprint(network: torch.nn.Module) -> str:
-    """sha256 over about 64 numbers of every tensor: enough to recognise other weights, without minutes of hashing."""
+    """sha256 over about 64 numbers of every tensor: enough to detect other weights, faster than hashing everything."""
     digest = hashlib.sha256()
     for name, tensor in network.state_dict().items():
         few = tensor.flatten()[:: max(1, tensor.numel() // 64)]
@@ -52,10 +52,10 @@ def _fingerprint(network: torch.nn.Module) -> str:
 
 
 def settings(app: PolicyApp, config: ServeConfig) -> uvicorn.Config:
-    """uvicorn's settings: large websocket messages, no compression, and the time limits of `config`."""
+    """uvicorn's settings: large websocket messages, no compression, and the timeouts of `config`."""
     return uvicorn.Config(
         app.asgi,
-        http=_hurried(config.patience_s),
+        http=_with_header_timeout(config.patience_s),
         ws="websockets-sansio",
         ws_max_size=int(config.max_request_mb * 2**20),
         ws_per_message_deflate=False,
@@ -70,37 +70,38 @@ def settings(app: PolicyApp, config: ServeConfig) -> uvicorn.Config:
 
 
 class Server(uvicorn.Server):
-    """Answers pending requests before it closes connections. uvicorn's own shutdown closes websockets first."""
+    """A uvicorn server that answers pending requests before it closes connections. uvicorn closes websockets first."""
 
     def __init__(self, config: uvicorn.Config, app: PolicyApp) -> None:
         super().__init__(config)
         self._app = app
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        print("stopping: pending requests are still answered", file=sys.stderr, flush=True)
+        print("stopping after the pending requests are answered", file=sys.stderr, flush=True)
         await self._app.drain()
-        await asyncio.sleep(0.05)  # for the last replies to be sent
+        await asyncio.sleep(0.05)  # until the last replies are sent
         await super().shutdown(sockets)
 
 
-def _hurried(patience_s: float) -> type[H11Protocol]:
-    """uvicorn's HTTP protocol with a time limit for the headers of a request, against slowloris attacks.
+def _with_header_timeout(patience_s: float) -> type[H11Protocol]:
+    """uvicorn's HTTP protocol with a timeout for the headers of a request, against slowloris attacks.
 
-    uvicorn itself waits for headers without a limit, and has no setting or hook for it.
+    uvicorn itself waits for headers indefinitely, and has no setting or hook for a timeout.
     """
 
-    class Hurried(H11Protocol):
+    class WithHeaderTimeout(H11Protocol):
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            self.loop.call_later(patience_s, self._hurry, None)
+            self.loop.call_later(patience_s, self._close_if_idle, None)
 
         def on_response_complete(self) -> None:
-            self.loop.call_later(patience_s, self._hurry, self.cycle)
+            self.loop.call_later(patience_s, self._close_if_idle, self.cycle)
             super().on_response_complete()  # may begin the next request
 
-        def _hurry(self, last: Any) -> None:
-            """Close the connection if no request has begun since `last`. A websocket has another protocol by then."""
+        def _close_if_idle(self, last: Any) -> None:
+            """Close the connection if no request has begun since `last`. A websocket has changed its protocol by then
+            and stays open."""
             if self.cycle is last and not self.transport.is_closing() and self.transport.get_protocol() is self:
                 self.transport.close()
 
-    return Hurried
+    return WithHeaderTimeout

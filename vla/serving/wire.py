@@ -1,8 +1,8 @@
-"""Encodings of arrays: the two that robot clients use.
+"""The two array encodings that robot clients use.
 
-Owns: json-numpy (OpenVLA: base64 in JSON objects) and openpi's msgpack-numpy, in both directions, byte for byte as
-their own packages write them. Only plain arrays of numbers whose size matches their data are accepted, and decoding
-never executes code. It does not know what the values mean.
+Owns: json-numpy (OpenVLA: base64 in JSON objects) and openpi's msgpack-numpy, in both directions. The bytes are
+identical to those of the original packages. Only plain numeric arrays whose size matches their data are accepted, and
+decoding never executes code. It does not know what the values mean.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def from_msgpack(data: bytes) -> Any:
     """Inverse of `to_msgpack`; arrays are read-only views of the bytes."""
     try:
         return msgpack.unpackb(data, object_hook=_decode_msgpack, raw=False, strict_map_key=False)
-    # Besides its own exceptions, msgpack raises those of unhashable keys and invalid UTF-8.
+    # Besides its own exceptions, msgpack raises TypeError for unhashable keys and ValueError for invalid UTF-8.
     except (ValueError, TypeError, RecursionError, msgpack.exceptions.UnpackException) as error:
         raise WireError(f"not valid msgpack: {type(error).__name__}: {error}.") from None
 
@@ -107,11 +107,11 @@ def _array(data: Any, dtype: Any, shape: Any) -> np.ndarray:
 
 
 def _dtype(name: Any) -> np.dtype:
-    """A dtype of numbers or booleans; WireError for structured types, objects and text."""
+    """A numeric or boolean dtype; WireError for structured types, objects and text."""
     try:
         dtype = np.dtype(name) if isinstance(name, str) else None
     except TypeError:
         dtype = None
     if dtype is None or dtype.kind not in "biuf":
-        raise WireError(f"arrays of numbers are expected, got dtype {name!r}.")
+        raise WireError(f"arrays must be numeric, got dtype {name!r}.")
     return dtype

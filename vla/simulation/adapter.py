@@ -28,7 +28,7 @@ from vla.support import plugins
 from vla.transforms.images import ImageFormat
 from vla.transforms.prompt import text
 
-LONGEST = 20_000  # maximum steps per episode in an environment without a limit of its own
+LONGEST = 20_000  # maximum steps per episode in an environment without a step limit
 
 
 class Expert(Protocol):
@@ -79,11 +79,10 @@ class SimulatedRobot(gym.Wrapper):
     The infos of `reset` and `step` always contain "instruction" (str) and "is_success" (bool).
 
     Attributes:
-        env_id: the id that it was created with.
-        robot: its RobotSpec.
+        env_id: the id that the environment was created with.
+        robot: the RobotSpec of the environment.
     Raises (all methods):
-        SimulatorError, SpecError: a value that the environment returns is invalid, or differs in shape or type from the
-            first one.
+        SimulatorError, SpecError: a value from the environment is invalid, or its shape or type has changed.
     """
 
     def __init__(self, env: gym.Env, env_id: str, adapter: AdapterConfig) -> None:
@@ -127,7 +126,7 @@ class SimulatedRobot(gym.Wrapper):
         return self._adapt(observation), self._number("the reward", reward), terminated, truncated, info
 
     def check_length(self, steps: int) -> None:
-        """Raise SimulatorError if an episode does not end in an environment without a step limit."""
+        """Raise SimulatorError after `LONGEST` steps in an environment without a step limit."""
         limit = self.env.spec.max_episode_steps if self.env.spec is not None else None
         if steps >= LONGEST and limit is None:
             raise SimulatorError(
@@ -135,9 +134,9 @@ class SimulatedRobot(gym.Wrapper):
             )
 
     def make_expert(self, noise: float = 0.0, seed: int = 0) -> Expert:
-        """The adapter's source of demonstrations, for the current and all later episodes of this environment.
+        """Create the adapter's expert, for the current and all later episodes of this environment.
 
-        `noise` applies to an environment's own expert only.
+        `noise` is only used by an environment's own expert.
         """
         source = self.adapter.expert
         if source == "random":
@@ -158,7 +157,7 @@ class SimulatedRobot(gym.Wrapper):
             if self.env.has_wrapper_attr("make_expert"):
                 return self.env.get_wrapper_attr("make_expert")
             raise SimulatorError(
-                f"environment {self.env_id!r} has no expert of its own. Set one in the adapter: "
+                f"environment {self.env_id!r} has no expert. Set one in the adapter: "
                 '`expert: "module:callable"` (called with the environment and a seed), or `expert: random`.'
             )
         try:
@@ -184,8 +183,8 @@ class SimulatedRobot(gym.Wrapper):
             state = np.concatenate([self._part_of_state(observation, path) for path in self.adapter.state])
             if self._state_dim not in (None, len(state)):
                 raise SimulatorError(
-                    f"environment {self.env_id!r}: the state {', '.join(self.adapter.state)} has {len(state)} entries, "
-                    f"but had {self._state_dim} at first. Its size must not change."
+                    f"environment {self.env_id!r}: the size of the state {', '.join(self.adapter.state)} has changed "
+                    f"from {self._state_dim} to {len(state)}. It must be constant."
                 )
             self._state_dim = len(state)
             with np.errstate(over="ignore"):  # overflow gives infinity, which the observation check rejects
@@ -193,7 +192,7 @@ class SimulatedRobot(gym.Wrapper):
         return adapted
 
     def _image(self, observation: Any, camera: str, path: str) -> np.ndarray:
-        """The image as a copy, because the environment may reuse its memory for the next one."""
+        """A copy of the image, because the environment may reuse its memory for the next image."""
         value = self._render(camera) if path == "render()" else self._read(observation, path, "images")
         image = self._array(value, "images", path)
         if camera not in self._formats:
@@ -284,8 +283,7 @@ class SimulatedRobot(gym.Wrapper):
         if over and self._solved is None:
             message = unknown("path into the info of a step", path, dict(leaves(info)))
             raise SimulatorError(
-                f"environment {self.env_id!r}, adapter.success: {message} An episode ended, and none of its steps had "
-                "this entry."
+                f"environment {self.env_id!r}, adapter.success: {message} No step of the episode had this entry."
             )
         return bool(self._solved)
 

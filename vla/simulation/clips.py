@@ -21,7 +21,7 @@ MOST_FRAMES = 1200
 
 
 class Recorder:
-    """The policy's camera images in one episode, side by side.
+    """Records the policy's camera images in one episode, next to each other in one frame.
 
     Memory is bounded: beyond `MOST_FRAMES` frames, every second one is dropped and the recording rate is halved.
     """

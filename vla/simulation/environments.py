@@ -1,6 +1,6 @@
-"""Gymnasium environments by id.
+"""Lookup of Gymnasium environments by id.
 
-Owns: importing the module that registers an environment, and the error if there is none.
+Owns: importing the module that registers an environment, and the error for an unknown id.
 """
 
 from __future__ import annotations

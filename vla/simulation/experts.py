@@ -1,7 +1,7 @@
 """Experts that collect demonstrations in workers.
 
-Owns: an attempt at an episode, from its reset to the recorded episode. Workers write finished episodes themselves, so
-frames are never sent between processes. It does not know which attempts make up a dataset, or when to give up.
+Owns: an attempt at an episode, from the reset to the recorded episode. Workers write finished episodes themselves, so
+frames are never sent between processes. It does not know which attempts make up a dataset, or when collecting stops.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vla.simulation import adapter as simulator
 from vla.simulation.pool import EnvServer, check_shared
 
 EXPERT_SEED = 1_000_000_000  # offset, so that the expert's noise is independent of the scene layout
-PATIENCE_S = 900.0  # time limit per episode
+PATIENCE_S = 900.0  # timeout per episode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,13 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Recording:
-    """Where and how all workers record: the staging folder (absolute), and what is kept of an episode."""
+    """How workers record.
+
+    Attributes:
+        staging: absolute path of the staging folder.
+        keep_all: also keep episodes in which the expert failed.
+        executed_actions: record the executed actions in addition to the labels.
+    """
 
     staging: Path
     keep_all: bool
@@ -94,7 +100,7 @@ def consult(expert: simulator.Expert, space: spaces.Space) -> tuple[np.ndarray, 
 
 
 def executable(action: Any, space: spaces.Space) -> np.ndarray:
-    """The action within the environment's limits, float32 [D], as it is executed and stored."""
+    """`action` clipped to the environment's limits, float32 [D], as it is executed and stored."""
     assert isinstance(space, spaces.Box)
     action = np.asarray(action, np.float32)
     if action.shape != space.shape:

@@ -1,7 +1,8 @@
 """Worker processes, and the backends that start them.
 
-Owns: the message protocol, a process with its pipe, and turning a crash, a hang or a kill into a `Fault`. A request is
-`(method, *arguments)`; its reply is a value or a `Fault`. This module does not know environments, nor what is asked.
+Owns: the message protocol, a process with its pipe, and the `Fault` for a worker that crashed, hung or was killed. A
+request is `(method, *arguments)`; its reply is a value or a `Fault`. This module does not know environments or the
+methods of requests.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Fault:
 
     Attributes:
         kind: "error": the request raised an exception. "died": the worker crashed, hung or was killed.
-        error: the exception, if it is an error of this package; its message is sufficient.
+        error: the exception, if it is an error of this package, whose message needs no traceback.
         step: number of steps started in the episode that raised the exception; None for "died".
     """
 
@@ -56,10 +57,10 @@ class Worker(Protocol):
     def send(self, request: tuple[Any, ...]) -> None: ...
 
     def receive(self) -> Any:
-        """The reply, or a `Fault` of kind "died"; blocks until there is one."""
+        """Wait for the reply and return it; a `Fault` of kind "died" if the worker dies."""
 
     def kill(self) -> None:
-        """End the worker at once."""
+        """Kill the worker."""
 
 
 class Backend(Protocol):
@@ -69,10 +70,10 @@ class Backend(Protocol):
         """Start a worker that runs `make_server(*arguments)`."""
 
     def ready(self, workers: Sequence[Any], timeout: float) -> list[Any]:
-        """Wait until one of these workers has a reply or is dead, for at most `timeout` s; those that have, or are."""
+        """Wait up to `timeout` seconds until a worker has a reply or is dead. Returns the workers that do or are."""
 
     def close(self, idle: Sequence[Any]) -> None:
-        """Let idle workers exit by themselves, and release what the backend holds."""
+        """Let idle workers exit by themselves, and release the backend's resources."""
 
 
 #: Backends by name. Each is called with its configuration and the number of workers that run at the same time.
@@ -80,14 +81,14 @@ BACKENDS: Registry[Callable[[HostsConfig, int], Backend]] = Registry("backend")
 
 
 class Process:
-    """A process of this machine, and the caller's end of its pipe.
+    """A process on this machine, and the caller's end of its pipe.
 
     Args:
         target: called in the process with the other end of the pipe and `arguments`.
     """
 
     def __init__(self, target: Callable[..., None], *arguments: Any, name: str) -> None:
-        # Not a plain fork, which copies GL contexts and locks of this process and hangs. A fork server is a clean,
+        # A plain fork would copy GL contexts and locks of this process, and hang. A fork server is a clean,
         # single-threaded process that imports the modules once.
         method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
         context: Any = multiprocessing.get_context(method)
@@ -103,11 +104,11 @@ class Process:
             self.pipe.send(request)
 
     def poll(self, timeout: float = 0.0) -> bool:
-        """Wait for a message, for at most `timeout` s. Whether `receive` returns at once."""
+        """Wait up to `timeout` seconds for a message. Returns whether `receive` would return immediately."""
         try:
             return self.pipe.poll(timeout)
         except (EOFError, OSError):
-            return True  # with a `Fault`
+            return True  # `receive` returns a `Fault`
 
     def receive(self) -> Any:
         """The next message; a `Fault` if the process is dead."""
@@ -125,15 +126,15 @@ class Process:
         self._process.join()
 
     def close(self, patience_s: float = 2.0) -> None:
-        """Close the pipe, upon which the process exits by itself; kill it if it does not."""
+        """Close the pipe, so that the process exits by itself; kill it if it does not within `patience_s` seconds."""
         self.pipe.close()
         self._process.join(patience_s)
         self.kill()
 
 
 def _run(target: Callable[..., None], pipe: Connection, *arguments: Any) -> None:
-    """A process from its start until the caller closes the pipe."""
-    for signum in (signal.SIGINT, signal.SIGTERM):  # sent to the whole process group; the caller decides
+    """The main function of a process, which runs until the caller closes the pipe."""
+    for signum in (signal.SIGINT, signal.SIGTERM):  # sent to the whole process group, but handled by the caller
         signal.signal(signum, signal.SIG_IGN)
     with contextlib.suppress(EOFError, OSError):
         target(pipe, *arguments)
@@ -151,7 +152,7 @@ def _serve(pipe: Connection, make_server: Callable[..., Server], *arguments: Any
 
 @BACKENDS.register("local")
 class Processes:
-    """Workers in processes of this machine. Nothing is configured."""
+    """Workers in processes on this machine. They need no configuration."""
 
     def __init__(self, config: HostsConfig, size: int) -> None: ...
 

@@ -1,11 +1,11 @@
-"""A pool of environments, each in a worker of its own.
+"""A pool of environments, each in a separate worker.
 
 Owns: the requests that a worker answers (`EnvServer`), and waiting for replies. A worker that crashes, hangs or is
-killed is replaced, and its request is answered with a `Fault`; the others are not disturbed. This module does not know
-policies, the order of episodes or results, nor where workers run (`hosts`).
+killed is replaced, and the reply to its request is a `Fault`; all other workers continue. This module does not know
+policies, the order of episodes or results, or where workers run (`hosts`).
 
 `Pool.exchange` waits for the replies of all workers, so that results do not depend on their relative speed.
-`Pool.completed` returns replies as they come, for independent requests.
+`Pool.completed` returns replies as they arrive, for independent requests.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from vla.simulation.hosts import BACKENDS, Fault
 from vla.spec import Observation
 from vla.support import machine
 
-PATIENCE_S = 300.0  # time limit per request; beyond it, the worker counts as hung
+PATIENCE_S = 300.0  # timeout per request, after which the worker counts as hung
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +58,9 @@ class StepResult:
     Attributes:
         observation: observation after the last action.
         rewards: one reward per executed action.
-        success: whether the task is solved after the last action; `ever`: after any of the actions.
-        reached: the last candidate acted on (info["reached"]); None if the environment does not report it.
+        success: whether the task is solved after the last action.
+        ever: whether the task is solved after any of the actions.
+        reached: the last candidate acted on (info["reached"]); None if it is not reported.
         target: the candidate that the instruction names (info["target"]); None if it is not reported.
     """
 
@@ -75,13 +76,13 @@ class StepResult:
 
 
 class Pool:
-    """A pool of `size` workers. A context manager; it ends all workers on exit.
+    """A pool of `size` workers. Use it as a context manager, which ends all workers on exit.
 
     Args:
         adapter: adapter of the environments.
         hosts: where the workers run.
         server: class that answers requests in a worker; a subclass of `EnvServer` can add requests.
-        patience_s: time limit per request in seconds.
+        patience_s: timeout per request in seconds.
     Raises:
         ConfigError: the backend does not exist or cannot be reached.
     """
@@ -130,15 +131,15 @@ class Pool:
         return {slot: replies[slot] for slot in requests}
 
     def submit(self, slot: int, request: tuple[Any, ...]) -> None:
-        """Send an idle worker a request; `completed` returns the reply."""
+        """Send a request to an idle worker; `completed` returns the reply."""
         self._workers[slot].send(request)
         self._deadlines[slot] = time.monotonic() + self._patience_s
 
     def completed(self, timeout: float = 1.0) -> dict[int, Any]:
-        """Wait until a worker replies, for at most `timeout` seconds; replies by slot, perhaps none."""
+        """Wait up to `timeout` seconds until a worker replies. Returns the replies by slot, which may be empty."""
         waiting = {slot: self._workers[slot] for slot in self._deadlines}
-        left = min(self._deadlines.values(), default=0.0) - time.monotonic()
-        ready = self._backend.ready(list(waiting.values()), max(0.0, min(timeout, left)))
+        remaining = min(self._deadlines.values(), default=0.0) - time.monotonic()
+        ready = self._backend.ready(list(waiting.values()), max(0.0, min(timeout, remaining)))
         replies = {}
         for slot, worker in waiting.items():
             if worker in ready:
@@ -168,7 +169,7 @@ class EnvServer:
         self.steps = 0
 
     def answer(self, request: tuple[Any, ...]) -> Any:
-        """The reply to `(method, *arguments)`; a `Fault`, and no environment, if the method raises."""
+        """The reply to `(method, *arguments)`. If the method raises, a `Fault`; the environment is then discarded."""
         method, *arguments = request
         try:
             return getattr(self, method)(*arguments)
@@ -239,15 +240,15 @@ class EnvServer:
 
 
 def check_shared(folder: Path) -> None:
-    """DataError if this worker's machine does not have the folder that the caller has created."""
+    """DataError if this worker's machine cannot access the folder that the caller has created."""
     if not folder.is_dir():
         raise DataError(
-            f"a worker on {platform.node()} does not see {folder}. Workers write into it themselves: choose an --out "
-            "that is in a folder of all machines of the cluster."
+            f"a worker on {platform.node()} cannot access {folder}, but must write into it. Choose an --out in a "
+            "folder that all machines of the cluster share."
         )
 
 
 def _label(value: Any) -> int | str | None:
-    """`value` if it is the number or name of a candidate; None for other values that an environment may use."""
+    """`value` if it is the number or name of a candidate, else None."""
     value = value.item() if isinstance(value, np.generic) else value
     return value if isinstance(value, int | str) and not isinstance(value, bool) else None

@@ -1,7 +1,7 @@
 """Probes of rendering, torch and video encoding: `python -m vla.simulation.probes <name>`.
 
 Owns: the checks of `vla doctor` that may crash their process (a GL driver, a mismatched binary) or need heavy imports.
-Each runs in a process of its own. A probe prints one JSON object; any other outcome is a failure. `vla.jobs.doctor`
+Each probe runs in a separate process and prints one JSON object; any other outcome is a failure. `vla.jobs.doctor`
 interprets the results.
 """
 
@@ -27,7 +27,8 @@ SCENE = """
 
 
 def render() -> dict[str, Any]:
-    """Render a small MuJoCo scene with the backend MUJOCO_GL: the renderer's name, and 96 px frames per second."""
+    """Render a small MuJoCo scene with the backend MUJOCO_GL. Returns the renderer's name, and frames of 96 pixels per
+    second."""
     import mujoco
 
     from vla.support import machine
@@ -49,7 +50,7 @@ def render() -> dict[str, Any]:
 
 
 def torch() -> dict[str, Any]:
-    """The installed torch: version, device, and speed of a float32 matrix product."""
+    """The version and device of the installed torch, and the speed of a float32 matrix product."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -74,7 +75,7 @@ def torch() -> dict[str, Any]:
 
 
 def video() -> dict[str, Any]:
-    """Encode a short clip with x264 through PyAV: its size in bytes, and frames per second."""
+    """Encode a short clip with x264 through PyAV. Returns its size in bytes, and frames per second."""
     import numpy as np
 
     from vla.simulation.clips import encode

@@ -1,7 +1,7 @@
-"""Workers as actors of a Ray cluster (https://docs.ray.io), on one machine or on many.
+"""Workers as actors of a Ray cluster (https://docs.ray.io), on one or several machines.
 
-Owns: the connection to the cluster, the actors, and turning Ray's errors into a `Fault` or a ConfigError. Ray is an
-optional dependency; it is imported only when this backend is used.
+Owns: the connection to the cluster, the actors, and the conversion of Ray's errors into a `Fault` or a ConfigError. Ray
+is an optional dependency, which is imported only if this backend is used.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ from vla.errors import ConfigError
 from vla.simulation.hosts import BACKENDS, Fault, Server
 from vla.support import machine
 
-CONNECT_S = 5.0  # time limit for the address of a cluster to accept a connection
+CONNECT_S = 5.0  # timeout for the connection to a cluster's address
 
 
 @BACKENDS.register("ray")
 class Actors:
-    """Workers in a Ray cluster, one CPU each. Without an address, a cluster of this machine is started, and ended.
+    """Workers in a Ray cluster, one CPU each. Without an address, a cluster is started on this machine, and shut down
+    at the end.
 
     Raises:
-        ConfigError: Ray is not installed, there is no cluster at the address, or it has fewer CPUs than workers.
+        ConfigError: Ray is not installed, no cluster runs at the address, or it has fewer CPUs than workers.
     """
 
     def __init__(self, config: HostsConfig, size: int) -> None:
         try:
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports to its authors otherwise
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray sends usage statistics by default
             import ray
         except ImportError as error:
             raise ConfigError(
@@ -83,17 +84,17 @@ class Actors:
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
             where = "on this machine" if address is None else f"at {address!r}"
             raise ConfigError(
-                f"cannot use a Ray cluster {where} ({reason}). `ray start --head` starts one and prints its address; "
-                "without --address, a cluster of this machine alone is started. For a cluster that is protected by a "
-                "token, set RAY_AUTH_MODE=token."
+                f"cannot use a Ray cluster {where} ({reason}). `ray start --head` starts a cluster and prints its "
+                "address; without --address, a cluster is started on this machine. For a cluster with token "
+                "authentication, set RAY_AUTH_MODE=token."
             ) from error
         finally:
-            with contextlib.suppress(ValueError):  # not the main thread: Ray has not set a handler
+            with contextlib.suppress(ValueError):  # not in the main thread, where Ray sets no handler
                 signal.signal(signal.SIGTERM, handler)
 
 
 class _RayWorker:
-    """The caller's side of an actor. `reply` is the future reply of its request."""
+    """The caller's side of an actor. `reply` is the future of its reply."""
 
     def __init__(self, ray: Any, actor: Any) -> None:
         self._ray, self._actor = ray, actor
@@ -133,7 +134,7 @@ class _Actor:
         version, folder, gl = place
         if version != __version__:
             raise ConfigError(f"vla {__version__} is installed on {platform.node()}, but {version} is needed.")
-        with contextlib.suppress(OSError):  # it does not exist there: then no module in it is needed
+        with contextlib.suppress(OSError):  # if the folder does not exist here, no module in it is needed
             os.chdir(folder)
         if gl is not None:
             os.environ["MUJOCO_GL"] = gl  # before an environment imports MuJoCo

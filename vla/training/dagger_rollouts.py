@@ -1,19 +1,18 @@
 """DAgger rollouts: episodes that policy and expert control together, with the expert's label for every state.
 
-Owns: the data collection of DAgger (Ross, Gordon and Bagnell 2011, algorithm 3.1): who controls the robot when, and a
-dataset in which `action` is the expert's label and `executed_action` the action that was executed. Unsolved episodes
-are kept: demonstrations lack the states from which the policy does not recover. It does not know the results of rounds,
-training or evaluation.
+Owns: the data collection of DAgger (Ross, Gordon and Bagnell 2011, algorithm 3.1): the choice between policy and expert
+at each step, and a dataset in which `action` is the expert's label and `executed_action` the executed action. Unsolved
+episodes are kept, because demonstrations lack the states from which the policy does not recover. It does not know the
+results of rounds, training or evaluation.
 
 With interventions, only the intervention is recorded; episodes that end before it are discarded.
 
-Episodes run in batches of `n_envs`, and an interrupted batch is repeated as a whole. The policy then decodes the same
-batches, whose size affects the last digits of its outputs, so the dataset depends on the configuration and the policy
-alone.
+Episodes run in batches of `n_envs`, and an interrupted batch is repeated completely. The batch size affects the last
+digits of the policy's outputs, so this makes the dataset a function of the configuration and the policy.
 
-The label of a chunk consists of the expert's actions along the visited states. Under the policy's control, only the
-first of them is what the expert would do from there; under the expert's control, all executed ones are, and during an
-intervention the whole chunk is.
+The label of a chunk consists of the expert's actions in the visited states. While the policy controls the robot, only
+the first of these actions belongs to the expert's plan from the current state; while the expert controls the robot, all
+executed actions do, and during an intervention the whole chunk does.
 """
 
 from __future__ import annotations
@@ -41,16 +40,16 @@ from vla.support.progress import Progress
 if TYPE_CHECKING:
     from vla.policy import ChunkPolicy
 
-TURNS_APART = 1_000_000  # offset of the seed for each further try, after a failure of the environment
-TRIES = 5  # per episode
+RETRY_SEED_OFFSET = 1_000_000  # added to an episode's seed per retry, after a failure of the environment
+MAX_ATTEMPTS = 5  # per episode
 
 Scene = tuple[str, int]  # environment id, seed
 
 
 def scenes_of(config: DaggerConfig, number: int, shares: Sequence[float] | None = None) -> list[Scene]:
-    """The scenes of round `number`: distributed over the environments evenly, or in proportion to `shares`.
+    """The scenes of round `number`, distributed over the environments evenly, or in proportion to `shares`.
 
-    They are sorted by environment, because creating another environment takes a worker longer than an episode.
+    They are sorted by environment, because creating an environment takes longer than an episode.
     """
     ends = np.cumsum(np.ones(len(config.env)) if shares is None else shares)
     places = np.searchsorted(ends / ends[-1], (np.arange(config.episodes) + 0.5) / config.episodes)
@@ -64,13 +63,13 @@ def first_seed(config: DaggerConfig, number: int) -> int:
 def collect_rollouts(
     config: DaggerConfig, number: int, policy: ChunkPolicy, out: Path, scenes: Sequence[Scene]
 ) -> Path | None:
-    """Run `scenes` in round `number` and return the dataset `out`; None: all episodes ended before an intervention.
+    """Run `scenes` in round `number` and return the dataset `out`; None if all episodes ended before an intervention.
 
     An interrupted collection in `out` is continued.
 
     Raises:
-        DataError: `out` holds something else, or the disk is full.
-        SimulatorError: the environment fails with `TRIES` seeds in a row.
+        DataError: `out` holds other files, or the disk is full.
+        SimulatorError: the environment fails in `MAX_ATTEMPTS` attempts at an episode.
     """
     staging = open_staging(out, resume=out.exists())
     done, size = {*finished(staging), *_unlabelled(staging)}, min(config.n_envs, len(scenes))
@@ -102,7 +101,7 @@ class LabellingServer(EnvServer):
     _episode: EpisodeRecorder | None = None
     _about: dict[str, Any]
     _length: int | None
-    _unlabelled: Path  # marks an episode that ended before its intervention
+    _unlabelled: Path  # file that marks an episode that ended before its intervention
 
     def begin(self, env_id: str, seed: int, staging: Path, number: int, length: int | None) -> ResetResult:
         """Start episode `number` of the dataset; it ends after `length` recorded frames."""
@@ -150,15 +149,15 @@ class LabellingServer(EnvServer):
 
 
 class _Rollout:
-    """One try at an episode of a round: its seed, its session, and who controls the robot."""
+    """One attempt at an episode of a round: its seed, its session, and the choice between policy and expert."""
 
     def __init__(self, config: DaggerConfig, number: int, episode: int, scene: Scene, turn: int = 0) -> None:
         self._arguments = (config, number, episode, scene, turn)
         self.episode = episode
         self.env_id = scene[0]
-        self.seed = scene[1] + TURNS_APART * turn
+        self.seed = scene[1] + RETRY_SEED_OFFSET * turn
         self.session = Session()
-        # Independent of the scene layout, which follows from the seed alone.
+        # A second seed makes the choices independent of the scene layout, which depends on the seed alone.
         self._coins = np.random.default_rng([self.seed, 1])
         self._beta = config.beta**number
         self._mixture = config.mixture
@@ -168,12 +167,12 @@ class _Rollout:
         self.labelled = not self._intervenes
 
     def decide(self, steps: int) -> np.ndarray:
-        """In which of the next `steps` steps the expert controls the robot, bool [steps]; sets `labelled`.
+        """Whether the expert controls the robot in each of the next `steps` steps, bool [steps]. Sets `labelled`.
 
-        The paper chooses at every step, for a policy that decides at every step. A chunked policy decides once in
-        `steps`, and so does the choice by default: the rest of a chunk continues its first action, and if the expert
-        took over in between, the remaining actions would apply to states that they were not chosen for. The expert
-        controls the robot for equally many steps, over which its chunk labels are executed plans.
+        The paper chooses between policy and expert at every step, for a policy that decides at every step. A chunked
+        policy decides once per `steps`, so by default the choice is made once per `steps` as well: if the expert took
+        over within a chunk, the remaining actions would be executed in states that they were not predicted for. The
+        expert, too, then controls the robot for `steps` steps, during which its chunk labels are executed plans.
         """
         if self._intervenes:
             self.labelled = self.labelled or bool(self._coins.random() < 1 / (1 + self._after))
@@ -185,12 +184,12 @@ class _Rollout:
         return np.full(steps, drives)
 
     def after(self, fault: Fault) -> _Rollout:
-        """The next try after a failure, with another seed."""
+        """The next attempt after a failure, with another seed."""
         config, number, episode, scene, turn = self._arguments
-        if turn + 1 == TRIES:
+        if turn + 1 == MAX_ATTEMPTS:
             raise SimulatorError(
-                f"environment {self.env_id!r}: episode {episode} of round {number} failed with {TRIES} seeds; the last "
-                f"one ({self.seed}): {fault.message}"
+                f"environment {self.env_id!r}: episode {episode} of round {number} failed with {MAX_ATTEMPTS} seeds. "
+                f"Last error (seed {self.seed}): {fault.message}"
             )
         return _Rollout(config, number, episode, scene, turn + 1)
 
@@ -199,7 +198,7 @@ class _Rollout:
 
 
 class _Batch:
-    """Episodes that run in parallel; the policy decodes one batch for those that it controls."""
+    """Episodes that run in parallel. The policy decodes one batch for the episodes that it controls."""
 
     def __init__(
         self,
@@ -212,11 +211,11 @@ class _Batch:
     ) -> None:
         self._number, self._policy = number, policy
         self._pool, self._staging, self._progress = pool, staging, progress
-        self._rollouts = dict(enumerate(rollouts))  # by slot; without those that have ended
-        self._latest: dict[int, ResetResult | StepResult] = {}  # by slot, of the episodes that have begun
+        self._rollouts = dict(enumerate(rollouts))  # by slot; ended episodes are removed
+        self._latest: dict[int, ResetResult | StepResult] = {}  # by slot; last result of each episode that has begun
 
     def run(self) -> None:
-        """Run the episodes to their ends."""
+        """Run all episodes to their end."""
         while self._rollouts:
             new = {slot: rollout for slot, rollout in self._rollouts.items() if slot not in self._latest}
             begin = {s: (t.env_id, t.seed, self._staging, t.episode, t.length) for s, t in new.items()}

@@ -1,7 +1,7 @@
-"""What a training run prints before its first step and after its last.
+"""The summaries that a training run prints before its first step and after its last.
 
-Owns: the table of its data, sequence and size, notes on features of the data that are not used, and where the results
-are.
+Owns: the table of data, sequence and size, notes on features of the data that are not used, and the paths of the
+results.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def show(
         "cameras": f"{', '.join(processor.robot.cameras)} at {processor.config.image_size} px",
         "state": _state_row(processor),
         "chunk": f"[{horizon}, {processor.robot.action_dim}] as {length} tokens of {tokenizer.vocab_size}",
-        "left out": ", ".join(still) + " (never move in this data)" if still else "nothing",
+        "not used": ", ".join(still) + " (constant in this data)" if still else "none",
         "prefix": f"{len(processor.prefix_ids(demos[0].tasks[0]))} tokens for {demos[0].tasks[0]!r}",
         "parameters": f"{parameters:,}, {trainable:,} trained ({100 * trainable / parameters:.1f} %)",
         "memory": f"{(4 * parameters + 12 * trainable) / 2**30:.2f} GiB for weights, gradients and optimizer",
@@ -56,22 +56,21 @@ def _state_row(processor: VLAProcessor) -> str:
 
 
 def _left_out(processor: VLAProcessor, demos: Sequence[Demonstrations]) -> list[str]:
-    """Notes on features of the datasets that the policy does not use, although a reader may expect it."""
-    notes = [f"{d.root}: depth images are left out: {', '.join(d.info.depth)}." for d in demos if d.info.depth]
+    """Notes on features of the datasets that the policy, perhaps unexpectedly, does not use."""
+    notes = [f"{d.root}: the depth images {', '.join(d.info.depth)} are not used." for d in demos if d.info.depth]
     for demo in demos:
         if processor.config.use_state and demo.states is None:
-            similar = (
-                f" Rename or join one of these to use it: {', '.join(demo.info.unread)}." if demo.info.unread else ""
-            )
+            unread = ", ".join(demo.info.unread)
+            similar = f" Rename or join these features to use them: {unread}." if unread else ""
             notes.append(
                 f"{demo.root} has no feature observation.state, so the policy gets no state.{similar} "
-                "(`--no-use-state` says that this is meant.)"
+                "If this is intended, pass `--no-use-state`."
             )
     return notes
 
 
 def conclusion(cfg: TrainConfig, demos: Sequence[Demonstrations]) -> str:
-    """Where the results are, and the command that evaluates the policy."""
+    """The paths of the results, and a command that evaluates the policy."""
     env_ids = dict.fromkeys(e.env_id for demo in demos for e in demo.episodes if e.env_id)
     command = ["vla", "rollout", "--policy", str(cfg.out), "--env", *(env_ids or ["<environment id>"])]
     places = {"policy": cfg.out / "policy", "metrics": cfg.out / METRICS, "curves": cfg.out / CURVES}

@@ -1,9 +1,9 @@
-"""The training loop: transformers' Trainer, with checkpoints that cannot be half-written and metrics of actions.
+"""The training loop: transformers' Trainer with atomic checkpoints and metrics of actions.
 
-Owns: what differs from the stock Trainer: batches in draw order, atomic checkpoints, validation by token accuracy and
-un-normalised error per action entry, a metrics file with its plot, and stopping on request. Devices, precision,
-gradient accumulation and data parallelism are the Trainer's and accelerate's. It does not know where samples come from
-or what the run is for.
+Owns: the differences from the stock Trainer: batches in draw order, atomic checkpoints, validation by token accuracy
+and un-normalised error per action dimension, a metrics file with its plot, and stopping on request. Trainer and
+accelerate handle devices, precision, gradient accumulation and data parallelism. It does not know where samples come
+from or what the policy is trained for.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from vla.support.run_folder import write_text
 
 METRICS = "metrics.jsonl"
 CURVES = "curves.png"
-LINE_EVERY_S = 30.0  # between two lines of a log
+LINE_EVERY_S = 30.0  # minimum time between two progress lines in a log
 
 
 class Collator:
-    """Samples -> model inputs: the processor's prefix, the chunk's tokens as suffix and as labels."""
+    """Samples -> model inputs: the prompt prefix from the processor, and the chunk's tokens as suffix and as labels."""
 
     def __init__(self, processor: VLAProcessor, unnorm_keys: Sequence[str], pad_to: int | None = None) -> None:
         self.processor, self.unnorm_keys, self.pad_to = processor, list(unnorm_keys), pad_to
@@ -83,7 +83,7 @@ class VLATrainer(Trainer):
             processing_class=collator.processor.tokenizer,
             callbacks=list(callbacks),
         )
-        # The loss is a mean over samples, so that of accumulated batches is the mean of theirs.
+        # The loss is a mean over samples, so the loss of accumulated batches is the mean of their losses.
         self.model_accepts_loss_kwargs = False
         self.collator, self.validation = collator, validation
         self._staging: str | None = None
@@ -93,7 +93,8 @@ class VLATrainer(Trainer):
 
     @contextmanager
     def graceful(self) -> Iterator[None]:
-        """While inside, the first Ctrl-C or SIGTERM is a request: it is raised at the end, after the checkpoint."""
+        """Within the context, the first Ctrl-C or SIGTERM only requests a stop after the current step. Its exception is
+        raised at the end of the context, after the checkpoint is saved."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -106,7 +107,7 @@ class VLATrainer(Trainer):
                 handler(number, frame) if callable(handler) else signal.default_int_handler(number, frame)
             except KeyboardInterrupt as stop:
                 self._stop.requested = stop
-                print("\nstopping after this step; the checkpoint can be resumed ...", flush=True)
+                print("\nstopping after this step and saving a checkpoint to resume from ...", flush=True)
 
         for number in before:
             signal.signal(number, note)
@@ -115,19 +116,19 @@ class VLATrainer(Trainer):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        self._stop.agree(self.args)  # it may have come after the last step
+        self._stop.agree(self.args)  # the request may have arrived after the last step
         if self._stop.requested is not None:
             raise self._stop.requested
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        # A sample is a function of its draw number, so order is all that there is to keep.
+        # A sample is a function of its draw number, so the sampler only has to keep the order.
         return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Save to a scratch folder and rename it: a checkpoint with its final name is complete."""
+        """Save to a scratch folder and rename it, so that a checkpoint with its final name is complete."""
         run = Path(self.args.output_dir)
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self._staging = str(run / ".saving")
@@ -153,7 +154,7 @@ class VLATrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Teacher-forced validation: loss, token accuracy, and mean absolute error per action entry in its own unit."""
+        """Teacher-forced validation: loss, token accuracy, and mean absolute error per action dimension in its unit."""
         metrics = {f"eval_{name}": value for name, value in self._validate().items()}
         self.log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -191,10 +192,10 @@ class VLATrainer(Trainer):
 
 
 class Metrics(TrainerCallback):
-    """Appends what the Trainer logs to `metrics.jsonl`; on resuming, drops the rows after the checkpoint.
+    """Appends the Trainer's logs to `metrics.jsonl`. On resuming, drops the rows after the checkpoint.
 
     Raises:
-        TrainingError: the loss is not a number. The weights are not either then, and would be saved as a policy.
+        TrainingError: the loss is not finite. The weights are then not finite either, and must not be saved.
     """
 
     def __init__(self, run: Path) -> None:
@@ -209,22 +210,22 @@ class Metrics(TrainerCallback):
         if state.is_world_process_zero and logs and "train_runtime" not in logs:
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-        for name in ("loss", "train_loss"):  # the second at the end, over all steps: also those after the last log
+        for name in ("loss", "train_loss"):  # "train_loss", at the end, covers all steps
             if not math.isfinite(loss := (logs or {}).get(name, 0.0)):
                 raise TrainingError(
-                    f"the loss is {loss} at step {state.global_step}: training has diverged. Start again in "
-                    "another --out with a lower --learning-rate or more --warmup-steps."
+                    f"the loss is {loss} at step {state.global_step}: training has diverged. Start again with another "
+                    "--out, and a lower --learning-rate or more --warmup-steps."
                 )
 
 
 class ShowProgress(TrainerCallback):
-    """How far a run is, with the latest loss and validation: a bar in a terminal, lines in a log file."""
+    """Shows progress with the latest loss and validation accuracy: a bar in a terminal, lines in a log file."""
 
     def __init__(self) -> None:
         self._notes: dict[str, str] = {}
         self._progress: Progress | None = None  # the bar
-        self._told = -math.inf  # when the last line was written
-        self._begun = (0, 0.0)  # step and time
+        self._last_line = -math.inf  # time of the last line
+        self._begun = (0, 0.0)  # step and time of the start
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
@@ -242,14 +243,14 @@ class ShowProgress(TrainerCallback):
                 self._notes[name] = f"{label} {logs[name]:.3f}"
         if state.is_world_process_zero and not sys.stdout.isatty():
             now, over = time.monotonic(), "train_runtime" in (logs or {})
-            if self._notes and (now - self._told >= LINE_EVERY_S or over):
-                self._told = now
+            if self._notes and (now - self._last_line >= LINE_EVERY_S or over):
+                self._last_line = now
                 print(self._line(state.global_step, state.max_steps, now), flush=True)
 
     def _line(self, step: int, steps: int, now: float) -> str:
         per_second = (step - self._begun[0]) / max(now - self._begun[1], 1e-9)
-        left = f", {duration((steps - step) / per_second)} left" if per_second and step < steps else ""
-        return f"step {step} of {steps}: {', '.join(self._notes.values())}{left}"
+        remaining = f", {duration((steps - step) / per_second)} remaining" if per_second and step < steps else ""
+        return f"step {step} of {steps}: {', '.join(self._notes.values())}{remaining}"
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if self._progress:
@@ -261,7 +262,7 @@ class ShowProgress(TrainerCallback):
 
 
 class StopOnRequest(TrainerCallback):
-    """Finish the step, save a checkpoint, stop, once `requested` is set."""
+    """Once `requested` is set, finishes the current step, saves a checkpoint and stops training."""
 
     def __init__(self) -> None:
         self.requested: BaseException | None = None
@@ -272,8 +273,8 @@ class StopOnRequest(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def agree(self, args: TrainingArguments) -> None:
-        """What one process was asked for holds for all. They see a signal in different steps, or only one of them gets
-        it, and all must stop in the same step; none may take what is half trained for finished."""
+        """Share a request between all processes. They may receive a signal in different steps, or only one of them may
+        receive it, but all must stop in the same step, and none may export the unfinished policy."""
         if args.world_size > 1:
             flag = torch.tensor(int(self.requested is not None), device=args.device)
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
@@ -282,7 +283,7 @@ class StopOnRequest(TrainerCallback):
 
 
 def _remove(checkpoint: Path) -> None:
-    """Delete a checkpoint; killed half-way, what is left of it no longer has a checkpoint's name."""
+    """Rename a checkpoint and delete it, so that an interrupted deletion leaves no checkpoint's name behind."""
     doomed = checkpoint.with_name(".removing")
     shutil.rmtree(doomed, ignore_errors=True)
     checkpoint.rename(doomed)
@@ -295,7 +296,7 @@ def last_checkpoint(run: Path) -> str | None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a `metrics.jsonl`; a last line cut off by a kill is left out."""
+    """The rows of a `metrics.jsonl`, without a truncated last line (if the process was killed)."""
     rows = []
     for line in path.read_text().splitlines() if path.is_file() else ():
         try:
@@ -306,7 +307,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def plot_metrics(run: Path) -> Path | None:
-    """Draw loss and token accuracy from `metrics.jsonl` to `curves.png`."""
+    """Plot the loss and token accuracy in `metrics.jsonl` to `curves.png`. None without metrics."""
     rows = read_metrics(run / METRICS)
     if not any("loss" in row for row in rows):
         return None

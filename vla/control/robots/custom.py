@@ -1,6 +1,6 @@
-"""A robot of your own: `vla deploy --robot module:callable`, see docs/robots.md.
+"""Your own robot: `vla deploy --robot module:callable`, see docs/robots.md.
 
-Owns: how it is made, and what is checked before a policy drives it.
+Owns: its creation, and the checks before a policy drives it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ def make(source: str, arguments: Mapping[str, Any]) -> Robot | EpisodicRobot:
         maker = plugins.load(source)
     except Exception as error:
         raise ConfigError(
-            f"cannot load robot {source!r} ('module:callable' is expected, from an installed module or one in the "
-            f"working directory): {error}"
+            f"cannot load robot {source!r}: {error}. Pass 'module:callable' with an installed module, or a module in "
+            "the working directory."
         ) from error
     try:
         robot = maker(**arguments)
@@ -30,10 +30,10 @@ def make(source: str, arguments: Mapping[str, Any]) -> Robot | EpisodicRobot:
     needed = ["spec", "observe", "command", "close", *(("instruction", "episodes") if is_episodic(robot) else ())]
     if missing := [name for name in needed if not hasattr(robot, name)]:
         raise ConfigError(
-            f"robot {source!r} is {type(robot).__name__}, which lacks {', '.join(missing)}. A robot has `spec`, "
-            "`observe()`, `command(action)` and `close()`; one with `reset(episode)` also has `instruction` and "
+            f"robot {source!r} is {type(robot).__name__}, which lacks {', '.join(missing)}. A robot needs `spec`, "
+            "`observe()`, `command(action)` and `close()`; a robot with `reset(episode)` also needs `instruction` and "
             "`episodes` (vla.control.robot)."
         )
     if not isinstance(robot.spec, RobotSpec):
-        raise ConfigError(f"robot {source!r}: spec is {type(robot.spec).__name__}; a vla.spec.RobotSpec is expected.")
+        raise ConfigError(f"robot {source!r}: spec must be a vla.spec.RobotSpec, got {type(robot.spec).__name__}.")
     return robot

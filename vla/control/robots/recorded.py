@@ -1,8 +1,8 @@
 """A recorded demonstration, replayed in real time.
 
-Owns: which frame is due at a time, and the comparison of commands with demonstrated actions: it tests a policy and a
-controller on a real robot's data, without the robot. Open loop: commands move nothing, frames come as they were
-recorded. It does not know policies, nor how a dataset is stored (`vla.data` does).
+Owns: the frame that is due at a time, and the comparison of commands with demonstrated actions. This tests a policy and
+a controller on the data of a real robot, without the robot. The replay is open loop: frames are shown as recorded, and
+commands have no effect. It does not know policies, or how a dataset is stored (`vla.data`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,13 @@ from vla.errors import ConfigError, DataError, unknown
 
 @dataclasses.dataclass(frozen=True)
 class Sent:
-    """A command, float32 [D], when it came (`time.monotonic`), and the frame that was due then."""
+    """A command.
+
+    Attributes:
+        time: when the command was sent, in seconds of `time.monotonic`.
+        tick: the frame that was due then.
+        action: float32 [D].
+    """
 
     time: float
     tick: int
@@ -31,7 +37,7 @@ class Sent:
 
 class ReplayRobot(EpisodicRobot):
     """The episodes of a dataset, each loaded by `reset`. An episode starts with the first observation or command after
-    that; frame k is due at start + k / hz, for one period. Use it as a context manager, like a `SimRobot`.
+    the reset; frame k is due at start + k / hz, for one period. Use it as a context manager, like `SimRobot`.
 
     All images of an episode are decoded by `reset` and kept in memory (640 x 480 is 0.9 MB per frame and camera).
 
@@ -41,11 +47,11 @@ class ReplayRobot(EpisodicRobot):
     Attributes:
         spec: the recorded robot.
         episodes: indices of the episodes.
-        instruction: of the current episode.
-        demonstrated: float32 [T, D], its own actions.
-        sent: the commands since the episode began, in order.
+        instruction: instruction of the current episode.
+        demonstrated: recorded actions of the current episode, float32 [T, D].
+        sent: the commands of the current episode, in order.
     Raises:
-        DataError: no such dataset.
+        DataError: the dataset does not exist or cannot be read.
     """
 
     def __init__(self, data: Demonstrations | str | Path, hz: float | None = None) -> None:
@@ -54,7 +60,7 @@ class ReplayRobot(EpisodicRobot):
         self._data = data if isinstance(data, Demonstrations) else Demonstrations(data)
         self._hz = hz or self._data.fps
         robot = self._data.robot
-        # Here every command holds: a recording need not state a hold command.
+        # Commands have no effect, so a recording may lack a hold command.
         hold = robot.hold or (0.0,) * robot.action_dim if robot.action_space == "unspecified" else robot.hold
         self.spec = dataclasses.replace(robot, control_hz=self._hz, hold=hold)
         self.episodes = [found.index for found in self._data.episodes]
@@ -71,7 +77,7 @@ class ReplayRobot(EpisodicRobot):
         self.close()
 
     def reset(self, episode: int) -> None:
-        """Load an episode; DataError if there is no episode of that index."""
+        """Load an episode. DataError if no episode has this index."""
         data, known = self._data, {found.index: found for found in self._data.episodes}
         if episode not in known:
             raise DataError(f"{data.root}: {unknown('episode', episode, known)}")
@@ -92,7 +98,7 @@ class ReplayRobot(EpisodicRobot):
         assert self._start is not None
         due, over = self._start + tick / self._hz, tick >= len(self._observations)
         if self._latest is None or self._latest.time != due:
-            # One reading per frame: the monitor examines each reading once.
+            # Return the same reading for the same frame: the observation monitor checks each reading once.
             self._latest = Reading(self._observations[min(tick, len(self._observations) - 1)], due, over)
         return self._latest
 
@@ -104,8 +110,8 @@ class ReplayRobot(EpisodicRobot):
         """Nothing to disconnect."""
 
     def agreement(self) -> dict[str, float]:
-        """Mean absolute difference between commands and the demonstrated actions of the frames that were due, by action
-        entry and in its unit. Every command until the end counts, holds included.
+        """Mean absolute difference between the commands and the demonstrated actions of the frames that were due, for
+        each action dimension in its unit. All commands before the end of the recording count, holds included.
 
         Raises:
             DataError: there were no commands during the replay.

@@ -2,24 +2,24 @@
 
     python -m vla.control.robots.ros2 --ros-args --params-file configs/deploy/ros2.yaml
 
-Owns: the transitions of the managed node, the operator's orders, the diagnostics, and the process. Topics and messages
-are `ros2_robot`'s and `ros2_messages`'.
+Owns: the transitions of the managed node, the operator's commands, the diagnostics, and the process. Topics are handled
+by `ros2_robot`, messages by `ros2_messages`.
 
-configure loads the policy and connects the topics; activate starts the control loop, which waits for a first message of
+configure loads the policy and connects the topics; activate starts the control loop, which waits for a first image of
 every camera, a joint state and an instruction; deactivate ends it with the hold command; cleanup releases everything.
 
     in        cameras.<name> (Image or CompressedImage), joint_state_topic (JointState), ~/instruction (String)
     out       command_topic (JointTrajectory or Float64MultiArray), /diagnostics, once per second
     services  ~/hold (SetBool: hold, continue), ~/emergency_stop, ~/release (Trigger)
 
-SIGINT and SIGTERM shut the node down like a transition: the loop ends with the hold command while publishers still
-work, then ROS shuts down, and the exit status is 0. A second signal ends the process at once. After a SIGKILL only the
-robot's own controller can stop it: give it a command timeout. ~/emergency_stop is software and does not replace a
-button.
+SIGINT and SIGTERM shut the node down by a transition: the loop ends with the hold command while the publishers still
+work, then ROS shuts down, and the exit status is 0. A second signal ends the process immediately. After a SIGKILL, only
+the robot's own controller can stop the robot: configure a command timeout in it. ~/emergency_stop is software and does
+not replace an emergency stop button.
 
-rclpy comes with ROS 2, not from PyPI, and its Python must be this package's (3.11 or newer, as in Jazzy). These files
-are written against rclpy's sources of Humble to Rolling and tested against a stand-in (tests/control/fake_ros2.py), not
-against ROS: make the first trials where they cannot hurt anyone.
+rclpy is part of ROS 2, not of PyPI, and must use the same Python as this package (3.11 or newer, as in Jazzy). These
+files are written against rclpy's sources from Humble to Rolling and tested with a fake (tests/control/fake_ros2.py),
+not with ROS. Run the first tests where nobody can be hurt.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ try:
     from std_srvs.srv import SetBool, Trigger
 except ImportError as missing:
     sys.stderr.write(
-        f"vla: ROS 2 is missing here ({missing}). It does not come from PyPI: install one whose Python is this "
-        "package's, 3.11 or newer (https://docs.ros.org), and source its setup file.\n"
+        f"vla: ROS 2 cannot be imported ({missing}). It is not on PyPI: install a ROS 2 distribution that uses this "
+        "package's Python, 3.11 or newer (https://docs.ros.org), and source its setup file.\n"
     )
     raise SystemExit(2) from None
 
@@ -70,26 +70,26 @@ from vla.support.statistics import percentiles
 
 #: Parameters that rclpy declares or reads itself.
 _FOREIGN = ("use_sim_time", "start_type_description_service", "qos_overrides.")
-_THREADS = 4  # images, joint states, the operator and a transition do not wait for each other
-_PATIENCE_S = 10.0  # for the control loop to end, and for callbacks that are still running
-_ECHO_S = 1.0  # the terminal and `ros2 launch` may both send a signal: within this time they count as one
+_THREADS = 4  # for images, joint states, the operator and a transition in parallel
+_PATIENCE_S = 10.0  # timeout for the end of the control loop, and for running callbacks
+_ECHO_S = 1.0  # signals within this time count as one: the terminal and `ros2 launch` may both send one
 
 
 class PolicyNode(LifecycleNode):
     """The managed node: each transition is a step of `controller`."""
 
     def __init__(self) -> None:
-        # Every parameter in the file is declared, so that misspelt names are found.
+        # Declare every parameter of the file, so that misspelt names are detected.
         super().__init__("vla", automatically_declare_parameters_from_overrides=True)
         self.controller = NodeController(self)
 
     def on_configure(self, state: Any) -> TransitionCallbackReturn:
         return self._attempt(self.controller.configure, functools.partial(super().on_configure, state))
 
-    def on_activate(self, state: Any) -> TransitionCallbackReturn:  # publishers first
+    def on_activate(self, state: Any) -> TransitionCallbackReturn:  # activate the publishers first
         return self._attempt(functools.partial(super().on_activate, state), self.controller.activate)
 
-    def on_deactivate(self, state: Any) -> TransitionCallbackReturn:  # publishers last: the hold command must be sent
+    def on_deactivate(self, state: Any) -> TransitionCallbackReturn:  # publishers last, after the hold command
         return self._attempt(self.controller.deactivate, functools.partial(super().on_deactivate, state))
 
     def on_cleanup(self, state: Any) -> TransitionCallbackReturn:
@@ -102,7 +102,8 @@ class PolicyNode(LifecycleNode):
         return self._attempt(self.controller.close)
 
     def _attempt(self, *steps: Callable[[], Any]) -> TransitionCallbackReturn:
-        """FAILURE for errors that a user can fix, ERROR for others. Both are logged: rclpy hides exceptions."""
+        """FAILURE for errors that a user can fix, ERROR for all others. Both are logged, because rclpy hides
+        exceptions."""
         try:
             for step in steps:
                 step()
@@ -116,22 +117,22 @@ class PolicyNode(LifecycleNode):
 
 
 class NodeController:
-    """What `node` does at its transitions: policy, robot, control loop, orders and diagnostics.
+    """The transitions of `node`, with its policy, robot, control loop, operator commands and diagnostics.
 
     Attributes:
-        robot, loop: from `configure` to `close`.
+        robot, loop: the robot and its controller; None before `configure` and after `close`.
     """
 
     def __init__(self, node: LifecycleNode) -> None:
         self._node, self._instruction = node, ""
-        self._held = self._stopped = False  # the operator's orders; they outlive the control loop
+        self._held = self._stopped = False  # set by the operator; kept when the control loop ends
         self.robot: Ros2Robot | None = None
         self.loop: Controller | None = None
         self._policy: ChunkPolicy | None = None
         self._box: BlackBox | None = None
         self._thread: threading.Thread | None = None
         self._leaving, self._orders = threading.Event(), threading.Lock()
-        self._problem = ""  # what ended the control loop
+        self._problem = ""  # why the control loop ended or waits
         self._steps: deque[tuple[float, str | None, tuple[str, ...]]] = deque(maxlen=10_000)  # since the last report
         self._decode_ms: deque[float] = deque(maxlen=200)
         self._commands = 0
@@ -144,11 +145,11 @@ class NodeController:
         node.create_service(Trigger, "~/emergency_stop", self._on_emergency_stop, callback_group=operator)
         node.create_service(Trigger, "~/release", self._on_release, callback_group=operator)
         self._diagnostics = node.create_publisher(DiagnosticArray, "/diagnostics", RELIABLE)
-        steady = Clock(clock_type=ClockType.STEADY_TIME)  # simulated time may stand still
+        steady = Clock(clock_type=ClockType.STEADY_TIME)  # simulated time may be paused
         node.create_timer(1.0, self._report, callback_group=MutuallyExclusiveCallbackGroup(), clock=steady)
 
     def configure(self) -> None:
-        """Load the policy, connect the topics, decode once."""
+        """Load the policy, connect the topics, and decode one chunk as a warm-up."""
         parameters = _read(self._node)
         control = load(ControlConfig, parameters.control_config) if parameters.control_config else ControlConfig()
         named = parameters.policy, parameters.device, parameters.unnorm_key, parameters.n_action_steps
@@ -169,7 +170,7 @@ class NodeController:
         self._instruction, self._problem, self._commands = self._instruction or parameters.instruction, "", 0
 
     def activate(self) -> None:
-        """Start the control loop in a thread of its own."""
+        """Start the control loop in a background thread."""
         assert self.robot is not None and self.loop is not None
         self.robot.forget()
         self.loop.safety.forget()
@@ -202,16 +203,16 @@ class NodeController:
         if self._box is not None:
             self._box.close()
             if self._box.problem is not None:
-                self._node.get_logger().error(f"the black box is not complete: {self._box.problem}")
+                self._node.get_logger().error(f"the black box recording is incomplete: {self._box.problem}")
         if isinstance(self._policy, client.RemotePolicy):
             self._policy.close()
         self.robot = self.loop = self._policy = self._box = None
-        self._instruction = ""  # it was for that policy
+        self._instruction = ""  # another policy may need another instruction
 
     def _drive(self) -> None:
         assert self.robot is not None and self.loop is not None
         try:
-            # A `stop` meant for the previous run may end this one: then it starts again.
+            # A `stop` for the previous run may end this one, which is then started again.
             while not self._leaving.is_set():
                 if self.robot.awaited() or not self._instruction:
                     self._leaving.wait(0.02)
@@ -222,7 +223,7 @@ class NodeController:
             self._node.get_logger().error(traceback.format_exc())
 
     def _run(self, loop: Controller) -> None:
-        """Run until stopped. While the robot's position is unknown, wait and report it."""
+        """Run until stopped. If the robot's position is unknown, report it and wait."""
         try:
             loop.run(self._instruction, math.inf)
         except SpecError as error:
@@ -231,11 +232,11 @@ class NodeController:
                 self._node.get_logger().warning(self._problem)
                 self._leaving.wait(0.5)
 
-    # Orders are accepted in every state. Only `release` ends an emergency stop.
+    # Operator commands are accepted in every state. Only `release` ends an emergency stop.
 
     def _on_instruction(self, message: String) -> None:
         if not message.data.strip():
-            self._node.get_logger().warning("an empty instruction is ignored.")
+            self._node.get_logger().warning("ignoring an empty instruction.")
             return
         self._instruction, loop = message.data, self.loop
         if loop is not None:
@@ -279,7 +280,7 @@ class NodeController:
             self._decode_ms.append(event.decoding["ms"])
 
     def _report(self) -> None:
-        """Publish what happened since the last report."""
+        """Publish the diagnostics of the time since the last report."""
         steps = [self._steps.popleft() for _ in range(len(self._steps))]
         level, message = self._judge(steps)
         values: dict[str, object] = {"instruction": self._instruction, "commands": self._commands}
@@ -300,7 +301,8 @@ class NodeController:
         self._diagnostics.publish(report)
 
     def _judge(self, steps: Sequence[tuple[float, str | None, tuple[str, ...]]]) -> tuple[bytes, str]:
-        """(level, message): ERROR while faults hold the robot most of the time, WARN for single faults and orders."""
+        """(level, message): ERROR if faults hold the robot most of the time, WARN for single faults and operator
+        holds."""
         error, warn, ok = DiagnosticStatus.ERROR, DiagnosticStatus.WARN, DiagnosticStatus.OK
         if self._problem:
             return error, self._problem
@@ -322,10 +324,10 @@ class NodeController:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Spin the node until SIGINT or SIGTERM; the exit status."""
-    # How long a thread may wait for Python's lock: less than the jitter that matters.
+    """Spin the node until SIGINT or SIGTERM, and return the exit status."""
+    # Limits how long a thread waits for Python's global interpreter lock to less than the tolerable jitter.
     sys.setswitchinterval(0.0005)
-    # rclpy's own handlers would end ROS, and with it the publisher of the hold command.
+    # rclpy's own handlers would shut down ROS, and with it the publisher of the hold command.
     rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
     node, executor = PolicyNode(), MultiThreadedExecutor(num_threads=_THREADS)
     executor.add_node(node)
@@ -334,7 +336,7 @@ def main(args: Sequence[str] | None = None) -> int:
             while rclpy.ok() and not stopped.is_set():
                 executor.spin_once(timeout_sec=0.1)
         finally:
-            executor.shutdown(timeout_sec=_PATIENCE_S)  # lets a running transition finish
+            executor.shutdown(timeout_sec=_PATIENCE_S)  # waits for a running transition
             node.trigger_shutdown()
             node.destroy_node()
             rclpy.try_shutdown()
@@ -343,7 +345,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set. A second signal has its usual effect."""
+    """An event that SIGINT and SIGTERM set. A second signal has its default effect."""
     stopped, since = threading.Event(), 0.0
     before: dict[int, Any] = {}
 
@@ -368,7 +370,7 @@ def _signals() -> Iterator[threading.Event]:
 
 
 def _declare(node: LifecycleNode, field: dataclasses.Field[Any]) -> None:
-    # Unset parameters have no type in ROS: `_read` checks the types, with better messages.
+    # ROS cannot check the types of unset parameters; `_read` checks all types.
     descriptor = ParameterDescriptor(description=field.metadata["description"], dynamic_typing=True)
     if node.has_parameter(field.name):
         node.set_descriptor(field.name, descriptor)
@@ -377,7 +379,7 @@ def _declare(node: LifecycleNode, field: dataclasses.Field[Any]) -> None:
 
 
 def _read(node: LifecycleNode) -> Parameters:
-    """The node's parameters; ConfigError names those that are unknown or of a wrong type."""
+    """The node's parameters. ConfigError names unknown parameters and wrong types."""
     values: dict[str, Any] = {"cameras": {}}
     for name, parameter in node.get_parameters_by_prefix("").items():
         if parameter.value is None or name.startswith(_FOREIGN):

@@ -16,15 +16,16 @@ from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
 from vla.errors import SpecError, unknown
 
-#: For sensors: only the latest message counts, and a lost one is not sent again. Best effort also receives from
-#: reliable publishers.
+#: For sensors: only the newest message is kept, and lost messages are not resent. A best-effort subscription also
+#: receives from reliable publishers.
 LATEST = QoSProfile(
     history=HistoryPolicy.KEEP_LAST,
     depth=1,
     reliability=ReliabilityPolicy.BEST_EFFORT,
     durability=DurabilityPolicy.VOLATILE,
 )
-#: For commands and orders: none is lost, only the newest counts, and a late subscriber does not receive an old one.
+#: For commands and operator instructions: reliable delivery, only the newest message is kept, and late subscribers do
+#: not receive earlier messages.
 RELIABLE = QoSProfile(
     history=HistoryPolicy.KEEP_LAST,
     depth=1,
@@ -42,9 +43,9 @@ _ENCODINGS: dict[str, tuple[int, int | None]] = {
 
 
 def decode_image(message: Any) -> np.ndarray:
-    """An Image as uint8 RGB [height, width, 3]; SpecError for an unknown encoding or an impossible size."""
+    """An Image as uint8 RGB [height, width, 3]; SpecError for an unknown encoding or an inconsistent size."""
     if message.encoding not in _ENCODINGS:
-        fix = "Let the driver publish one of these, or take its .../compressed topic."
+        fix = "Configure the driver to publish one of these encodings, or use its .../compressed topic."
         raise SpecError(unknown("image encoding", message.encoding, _ENCODINGS, fix))
     channels, conversion = _ENCODINGS[message.encoding]
     height, width, step = message.height, message.width, message.step
@@ -65,7 +66,7 @@ def decode_compressed_image(message: Any) -> np.ndarray:
 
 
 def joint_positions(message: Any, names: Sequence[str]) -> dict[str, float]:
-    """The positions of these joints in a JointState, in any order; SpecError lists the missing ones."""
+    """The positions of the joints `names` in a JointState of any order; SpecError lists missing joints."""
     found = dict(zip(message.name, message.position, strict=False))
     missing = [name for name in names if name not in found]
     if missing:

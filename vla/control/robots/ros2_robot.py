@@ -1,11 +1,11 @@
 """A robot behind ROS 2 topics.
 
 Owns: the mapping between topics and observations or actions (by name and receive time), and the parameters that
-describe it. It does not know when a command is due or which commands are safe (`controller` and `safety` do), nor any
-hardware: drivers and ros2_control are on the other side of the topics.
+describe it. It does not know when a command is due (`controller`), which commands are safe (`safety`), or the hardware,
+which is driven by the nodes on the other side of the topics (drivers, ros2_control).
 
-The age of a reading is that of its oldest part, measured by this machine's monotonic clock from when the message
-arrived here. Stamps of other machines' clocks are not used, so the transport time of an image is not included.
+The age of a reading is the age of its oldest part, measured from the arrival of the message on this machine's monotonic
+clock. Time stamps of other machines are not used, so the age does not include the transport time of an image.
 """
 
 from __future__ import annotations
@@ -37,72 +37,71 @@ def _parameter(description: str, default: Any = None) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Parameters:
-    """The node's parameters, read at configure. Unknown names and wrong types are errors."""
+    """The node's parameters, read by configure. Unknown names and wrong types are errors."""
 
     __pydantic_config__ = STRICT
     policy: str = _parameter('"nano", a run folder, a checkpoint folder, or the address of a `vla serve`', "nano")
-    device: str = _parameter('where the policy computes: "auto", "cpu", "cuda"', "auto")
-    unnorm_key: str | None = _parameter("whose statistics un-normalise; needed when the checkpoint holds several")
-    n_action_steps: int | None = _parameter("actions between two chunks; unset: as in the checkpoint")
+    device: str = _parameter('device of the policy: "auto", "cpu", "cuda"', "auto")
+    unnorm_key: str | None = _parameter("statistics that un-normalise actions; required if a checkpoint has several")
+    n_action_steps: int | None = _parameter("executed actions per chunk; unset: as in the checkpoint")
     instruction: str = _parameter("the first instruction; empty: wait for ~/instruction", "")
     control_config: str = _parameter("YAML file of the control loop and the safety limits; empty: defaults", "")
-    black_box_dir: str = _parameter("folder of the black boxes; empty: none are written", "")
+    black_box_dir: str = _parameter("folder of the black box recordings; empty: no recordings", "")
     cameras: dict[str, str] = dataclasses.field(default_factory=dict)  # the parameters cameras.<name>
-    joint_state_topic: str = _parameter("topic of the JointState messages; each names all joints", "/joint_states")
-    state_joints: tuple[str, ...] = _parameter("joint of each state entry, in the policy's order; unset: its names", ())
+    joint_state_topic: str = _parameter("topic of JointState messages, each with all joints", "/joint_states")
+    state_joints: tuple[str, ...] = _parameter("joint of each state dimension, in order; unset: same names", ())
     command_topic: str = _parameter("topic of the commands", "/joint_trajectory_controller/joint_trajectory")
     command_type: Literal["trajectory", "array"] = _parameter(
         '"trajectory": JointTrajectory of positions; "array": Float64MultiArray of the policy\'s actions', "trajectory"
     )
-    command_joints: tuple[str, ...] = _parameter("joint of each action entry, in the policy's order", ())
+    command_joints: tuple[str, ...] = _parameter("joint of each action dimension, in order; unset: same names", ())
     gripper_open: float | None = _parameter("command that opens the robot's gripper; unset: the policy's value")
-    gripper_closed: float | None = _parameter("command that closes it; unset: the policy's value")
+    gripper_closed: float | None = _parameter("command that closes the gripper; unset: the policy's value")
 
     def completed(self, spec: RobotSpec) -> Parameters:
-        """These parameters with unset ones taken from `spec`; ConfigError if they do not fit it."""
+        """These parameters, with unset ones taken from `spec`. ConfigError if they are incompatible with `spec`."""
         for camera in self.cameras:
             if camera not in spec.cameras:
                 raise ConfigError(f"cameras.{camera}: {unknown('camera', camera, spec.cameras)}")
         if missing := [f"cameras.{camera}" for camera in spec.cameras if camera not in self.cameras]:
-            raise ConfigError(f"the policy sees {', '.join(spec.cameras)}: give the topic of {', '.join(missing)}.")
+            raise ConfigError(f"the policy needs the cameras {', '.join(spec.cameras)}. Set {', '.join(missing)}.")
         state, command = self.state_joints or spec.state_names, self.command_joints or spec.action_names
         for name, joints, entries in (("state", state, spec.state_names), ("command", command, spec.action_names)):
             if len(joints) != len(entries):
                 raise ConfigError(
-                    f"{name}_joints has {len(joints)} names; one is needed for each of the policy's "
-                    f"{', '.join(entries)}."
+                    f"{name}_joints must have one name for each of {', '.join(entries)}, got {len(joints)} names."
                 )
         if self.command_type == "trajectory" and spec.action_space.relative:
             raise ConfigError(
-                f'a trajectory consists of positions, but these actions are {spec.action_space}: take "array".'
+                f'command_type "trajectory" needs positions, but the actions are {spec.action_space}. Use "array".'
             )
         gripper = self.gripper_closed, self.gripper_open
         if gripper != (None, None) and (spec.gripper_index is None or None in gripper or gripper[0] == gripper[1]):
             raise ConfigError(
-                "gripper_closed and gripper_open are two different commands, for a robot with a gripper; got "
-                f"{gripper[0]} and {gripper[1]}{' for one without' if spec.gripper_index is None else ''}."
+                "gripper_closed and gripper_open must be two different commands of a robot with a gripper, got "
+                f"{gripper[0]} and {gripper[1]}{' for a robot without one' if spec.gripper_index is None else ''}."
             )
         cameras = {camera: self.cameras[camera] for camera in spec.cameras}
         return dataclasses.replace(self, cameras=cameras, state_joints=state, command_joints=command)
 
 
 class Ros2Robot(Robot):
-    """The robot on the topics of `node`. Of each topic the latest message counts; unusable messages are `faults`.
+    """The robot behind the topics of `node`. Only the latest message of each topic is used; invalid ones are `faults`.
 
     Args:
-        node: must be active for commands to be sent.
-        spec: the robot that the policy was trained for.
+        node: the node; commands are only sent while it is active.
+        spec: the RobotSpec that the policy was trained for.
         hz: commands per second.
     Attributes:
-        faults: topic -> the error of its last message.
+        faults: topic -> error of its last message.
     Raises:
-        ConfigError: cameras, joints or the type of commands do not fit the robot.
+        ConfigError: cameras, joints or the command type are incompatible with the robot.
     """
 
     def __init__(self, node: LifecycleNode, spec: RobotSpec, parameters: Parameters, hz: float) -> None:
         self.spec, self.faults = spec, dict[str, str]()
         self._node, self._wiring, self._period = node, parameters.completed(spec), 1.0 / hz
-        # Entries that hold by repeating a position start from the measured one.
+        # Action dimensions that hold by repeating a position; the first hold uses the measured position.
         repeated = [i for i in range(spec.action_dim) if not spec.hold or spec.hold[i] is None]
         self._positions = [i for i in repeated if i != self._gripper and not spec.action_space.relative]
         needed = [*self._wiring.state_joints, *(self._wiring.command_joints[i] for i in self._positions)]
@@ -111,7 +110,7 @@ class Ros2Robot(Robot):
         self._parts: dict[str, tuple[float, Any]] = {}  # topic -> arrival time, decoded message
         self._measured: dict[str, float] = {}  # the last finite joint positions
         self._reading: Reading | None = None
-        self._last: np.ndarray | None = None  # command
+        self._last: np.ndarray | None = None  # the last command
         self._topics, self._subscriptions = [], []
         for topic, kind, decode in self._inputs():
             receive, group = functools.partial(self._receive, topic, decode), MutuallyExclusiveCallbackGroup()
@@ -123,7 +122,7 @@ class Ros2Robot(Robot):
         self._publisher = node.create_lifecycle_publisher(kind, self._wiring.command_topic, messages.RELIABLE)
 
     def observe(self) -> Reading | None:
-        """The latest images and state, uint8 [height, width, 3] and float32 [S]; None until every topic has sent."""
+        """The latest images, uint8 [height, width, 3], and state, float32 [S]; None until every topic has a message."""
         if self.awaited():
             return None
         with self._lock:
@@ -137,7 +136,7 @@ class Ros2Robot(Robot):
             return self._reading
 
     def command(self, action: np.ndarray) -> None:
-        """Publish `action`, float32 [D] in the policy's units and order, each entry under its joint's name."""
+        """Publish `action`, float32 [D] in the policy's units and order, with the names of its joints."""
         self._last = np.array(action, np.float32)
         values = self._last.astype(np.float64)
         if self._gripper is not None:
@@ -149,19 +148,20 @@ class Ros2Robot(Robot):
             self._publisher.publish(messages.trajectory(joints, values.tolist(), self._period))
 
     def close(self) -> None:
-        """Unsubscribe. The last command, sent by the controller, was to hold."""
+        """Unsubscribe. The controller has sent the hold command before."""
         for subscription in self._subscriptions:
             self._node.destroy_subscription(subscription)
         self._node.destroy_lifecycle_publisher(self._publisher)
 
     def hold_reference(self) -> np.ndarray:
-        """The last command, else the measured joint positions, float32 [D]; 0 for entries that are not positions."""
+        """The last command, or else the measured joint positions, float32 [D], with 0 for dimensions that are not
+        positions."""
         if self._last is not None:
             return self._last
         at, reference = self._measured, np.zeros(self.spec.action_dim, np.float32)
         for i in self._positions:
             reference[i] = at[self._wiring.command_joints[i]]
-        # A gripper's position has the unit of its command only if commands are positions.
+        # The measured gripper position has the unit of the command only if commands are positions.
         if self._positions and self._gripper is not None:
             measured = at.get(self._wiring.command_joints[self._gripper], sum(self._robot_gripper) / 2)
             position = _interpolate(measured, self._robot_gripper, self._policy_gripper)
@@ -169,15 +169,15 @@ class Ros2Robot(Robot):
         return reference
 
     def awaited(self) -> list[str]:
-        """Topics whose first message is missing."""
+        """The topics without a message so far."""
         return [topic for topic in self._topics if topic not in self._parts]
 
     def forget(self) -> None:
-        """Forget the last command: the robot may have been moved since."""
+        """Forget the last command, because the robot may have been moved since."""
         self._last = None
 
     def _inputs(self) -> Iterator[tuple[str, Any, Callable[[Any], Any]]]:
-        """(topic, type of message, its decoder)."""
+        """(topic, message type, decoder) of each subscription."""
         for topic in dict.fromkeys(self._wiring.cameras.values()):
             if topic.endswith("/compressed"):  # image_transport's convention
                 yield topic, CompressedImage, messages.decode_compressed_image
@@ -190,7 +190,7 @@ class Ros2Robot(Robot):
         arrived = time.monotonic()
         try:
             value = decode(message)
-        except Exception as error:  # no message of a driver may stop the control loop
+        except Exception as error:  # no message may stop the control loop
             if self.faults.get(topic) != str(error):
                 self._node.get_logger().error(f"{topic}: {error}")
             self.faults[topic] = str(error)
@@ -225,6 +225,6 @@ class Ros2Robot(Robot):
 
 
 def _interpolate(value: float, source: tuple[float, float], target: tuple[float, float]) -> float:
-    """Map `value` linearly so that the two numbers of `source` become those of `target`."""
+    """Map `value` linearly, so that the two numbers of `source` become the two numbers of `target`."""
     share = (value - source[0]) / (source[1] - source[0]) if source[0] != source[1] else 0.0
     return value if source == target else target[0] + share * (target[1] - target[0])

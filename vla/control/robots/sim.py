@@ -1,8 +1,8 @@
 """A simulated robot in real time.
 
-Owns: an environment in a process of its own that does not wait for the policy: at every tick of its control rate it
-takes a step with the latest command, or with the robot's hold command. Inference latency therefore has the same effect
-as on a real robot. It does not know policies.
+Owns: an environment in a separate process that does not wait for the policy. At every tick of its control rate it
+takes a step with the latest command, or with the robot's hold command if none has arrived. Inference latency therefore
+has the same effect as on a real robot. It does not know policies.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ from vla.simulation import adapter as simulator
 from vla.simulation.hosts import Fault, Process
 from vla.spec import RobotSpec
 
-_PATIENCE_S = 120.0  # to build a scene and render its first image
+_PATIENCE_S = 120.0  # timeout for building a scene and rendering its first image
 
 
 class SimRobot(EpisodicRobot):
     """The environment `env_id` in real time. Use it as a context manager.
 
-    Its process sends the RobotSpec, then answers every ("reset", seed) with (instruction, first reading). A `Reading`
-    follows after every tick without a request, and ("command", action) has no reply: neither side waits for the other.
+    The process sends the RobotSpec, then replies to every ("reset", seed) with (instruction, first reading). It sends a
+    `Reading` after every tick without being asked, and does not reply to ("command", action), so that neither process
+    waits for the other.
 
     Attributes:
-        spec: its RobotSpec.
-        instruction: of the current episode.
+        spec: the RobotSpec of the environment.
+        instruction: instruction of the current episode.
     """
 
     def __init__(self, env_id: str, adapter: AdapterConfig | None = None, hz: float | None = None) -> None:
@@ -79,7 +80,7 @@ class SimRobot(EpisodicRobot):
             message = self._receive()
             if not isinstance(message, Reading):
                 return message
-        raise SimulatorError(f"the simulated robot did not answer in {_PATIENCE_S:g} s.")
+        raise SimulatorError(f"the simulated robot did not reply within {_PATIENCE_S:g} s.")
 
     def _receive(self) -> Any:
         message = self._process.receive()
@@ -89,7 +90,8 @@ class SimRobot(EpisodicRobot):
 
 
 class _Outbox:
-    """Sends from a thread of its own: a slow reader never stops the simulation. Only the latest reading is kept."""
+    """Sends messages in a background thread, so that a slow reader never delays the simulation. Of the readings in the
+    queue, only the latest is kept."""
 
     def __init__(self, pipe: Connection) -> None:
         self._pipe = pipe
@@ -105,7 +107,7 @@ class _Outbox:
             self._wake.notify()
 
     def _serve(self) -> None:
-        with contextlib.suppress(OSError):  # the other end is closed
+        with contextlib.suppress(OSError):  # the caller has closed the pipe
             while True:
                 with self._wake:
                     while not self._messages:
@@ -115,7 +117,7 @@ class _Outbox:
 
 
 def _live(pipe: Connection, env_id: str, adapter: AdapterConfig, hz: float | None) -> None:
-    """The process: an episode after every ("reset", seed), until the other end is closed."""
+    """The process: run an episode after every ("reset", seed), until the caller closes the pipe."""
     outbox = _Outbox(pipe)
     try:
         env = simulator.make(env_id, adapter)
@@ -125,19 +127,19 @@ def _live(pipe: Connection, env_id: str, adapter: AdapterConfig, hz: float | Non
             message = message or pipe.recv()
             if message[0] == "reset":
                 message = _episode(pipe, outbox, env, message[1], hz or env.robot.control_hz)
-            else:  # a command to an episode that has ended
+            else:  # a command for an episode that has ended
                 message = None
     except (EOFError, OSError):
         raise
     except Exception as error:
         outbox.put(Fault.of(error))
-        pipe.recv()  # wait until the other end is closed, so that the message is read
+        pipe.recv()  # wait until the caller has read the message and closed the pipe
 
 
 def _episode(
     pipe: Connection, outbox: _Outbox, env: simulator.SimulatedRobot, seed: int, hz: float
 ) -> tuple[str, int] | None:
-    """Run one episode in real time; returns the message that ended it, None when it ended by itself."""
+    """Run one episode in real time. Returns the message that ended it; None if the episode ended by itself."""
     observation, info = env.reset(seed=seed)
     rate = Rate(hz)
     outbox.put((info["instruction"], Reading(observation, time.monotonic(), info=_plain(info))))
@@ -150,11 +152,11 @@ def _episode(
             message = pipe.recv()
             if message[0] == "reset":
                 return message
-            command = message[1]  # the newest; a command that missed its tick is dropped
+            command = message[1]  # the newest command is used; earlier ones are dropped
         last = env.robot.hold_action(last) if command is None else command
         observation, _, terminated, truncated, info = env.step(last)
         over = terminated or truncated
-        # The observation is of the tick, however long the step and the rendering take.
+        # The observation has the time of the tick, regardless of how long the step and the rendering take.
         taken = rate.deadline(rate.tick)
         outbox.put(Reading(observation, taken, over, bool(info["is_success"]), _plain(info)))
         if over:
@@ -162,6 +164,6 @@ def _episode(
 
 
 def _plain(info: dict[str, Any]) -> dict[str, Any]:
-    """The numbers, flags and texts in an environment's info, as Python values."""
+    """The numbers, flags and strings in an environment's info, as Python values."""
     values = {key: value.item() if isinstance(value, np.generic) else value for key, value in info.items()}
     return {key: value for key, value in values.items() if isinstance(value, bool | int | float | str)}

@@ -20,8 +20,8 @@ class Source(ABC):
     """The backbone `name`, with the options of `model` that concern its architecture.
 
     Attributes:
-        trained: whether camera embeddings and state projector are trained, so that the number of cameras and state
-            entries cannot grow.
+        trained: whether camera embeddings and state projector are trained, so that the number of cameras and the state
+            dimension cannot grow.
     """
 
     trained = False

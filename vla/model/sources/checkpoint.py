@@ -19,7 +19,7 @@ NANO = Path(__file__).parents[2] / "pretrained" / "nano"
 
 @SOURCES.register("checkpoint")
 class Checkpoint(Source):
-    """A policy that is trained further. Options that `model` leaves unset keep the checkpoint's values."""
+    """A policy to train further. Unset options of `model` keep the checkpoint's values."""
 
     trained = True
 
@@ -28,7 +28,7 @@ class Checkpoint(Source):
         return find_checkpoint(name) is not None
 
     def config(self) -> VLAConfig:
-        refuse_vision(self.name, self.model)
+        reject_vision(self.name, self.model)
         config = read_config(self._folder)
         if self.model.image_size not in (None, config.image_size):
             raise ConfigError(f"{self.name} was built for images of {config.image_size}, not {self.model.image_size}.")
@@ -44,8 +44,8 @@ class Checkpoint(Source):
         return folder
 
 
-def refuse_vision(name: str, model: ModelConfig) -> None:
-    """ConfigError if vision towers are named for a backbone that has its own."""
+def reject_vision(name: str, model: ModelConfig) -> None:
+    """ConfigError if vision towers are configured for a backbone that has its own."""
     if model.vision:
         raise ConfigError(f"{name} already has its vision tower; leave `vision` empty.")
 
@@ -87,7 +87,7 @@ def load_checkpoint(
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # damaged files raise various errors
         raise CheckpointError(f"{folder} is damaged or incomplete: {error}") from error
-    # transformers initialises missing weights randomly; such a policy must not move a robot.
+    # transformers initialises missing weights randomly, and such a policy must not control a robot.
     if problem := misfit(info):
         raise CheckpointError(f"{folder}: its weights do not fit its config.json ({problem}).")
     return network, tokenizer

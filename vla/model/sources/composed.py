@@ -109,7 +109,7 @@ def _load_decoder(backbone: str, config: PreTrainedConfig) -> Any:
 
 
 def _action_rows(vocab_size: int, special: list[int]) -> int:
-    """First id of the action rows. They are as close to the end of the vocabulary as its special tokens allow; the two
+    """First id of the action rows, which are as close to the end of the vocabulary as its special tokens allow. The two
     placeholders directly precede them."""
     begin = vocab_size - N_ACTION_ROWS
     while inside := [i for i in special if begin - 2 <= i < begin + N_ACTION_ROWS]:

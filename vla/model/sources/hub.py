@@ -23,7 +23,7 @@ from vla.support.locations import missing_folder
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file. CheckpointError if it cannot be read, is cut short or is not an object."""
+    """Read a JSON object from a file. CheckpointError if it cannot be read, is truncated or is not an object."""
     try:
         values = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -31,7 +31,7 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path} cannot be read: {error}. The file is damaged or incomplete; copy it again."
         ) from None
     if not isinstance(values, dict):
-        raise CheckpointError(f"{path} should hold a JSON object, got {type(values).__name__}.")
+        raise CheckpointError(f"{path} must contain a JSON object, got {type(values).__name__}.")
     return values
 
 
@@ -78,13 +78,13 @@ def load_model(auto: Any, name: str, what: str, config: PreTrainedConfig, foreig
     if problem := misfit(info):
         raise ConfigError(
             f"{what} {name!r}: its weights do not fit its config.json ({problem}), and missing ones would be random. "
-            "Is the folder complete, and does it hold this model only?"
+            "Check that the folder is complete and holds only this model."
         )
     return model
 
 
 def misfit(info: dict[str, Any]) -> str | None:
-    """A text that names weights that do not fit, from transformers' loading info; None if all weights fit."""
+    """The weights that do not fit, as a text, from transformers' loading info; None if all weights fit."""
     for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if keys := info.get(what):
             some = ", ".join(sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys)[:3])
@@ -93,7 +93,7 @@ def misfit(info: dict[str, Any]) -> str | None:
 
 
 def check_tower(name: str, vision: PreTrainedConfig, image_size: int, layer: int) -> None:
-    """Raise ConfigError unless a tower maps images [B, 3, image_size, image_size] to as many tokens as it states.
+    """Raise ConfigError unless a tower maps images [B, 3, image_size, image_size] to `tokens_per_image` tokens.
 
     The check runs on the meta device, without weights, so it costs no time.
     """
@@ -110,7 +110,7 @@ def check_tower(name: str, vision: PreTrainedConfig, image_size: int, layer: int
     tokens = adapter(vision).tokens_per_image(vision, image_size)
     if len(shape) != 3 or shape[0] != 2 or shape[1] < tokens or shape[2] != vision.hidden_size:
         raise ConfigError(
-            f"vision tower {name!r} ({vision.model_type}) gives features {list(shape)} for two images, not [2, "
+            f"vision tower {name!r} ({vision.model_type}) returns features {list(shape)} for two images, expected [2, "
             f"{tokens}, {vision.hidden_size}]. Use a SigLIP, DINOv2 or CLIP tower."
         )
 
@@ -130,8 +130,7 @@ def image_statistics(name: str, vision: PreTrainedConfig) -> tuple[list[float], 
     else:
         family = adapter(vision)
         warnings.warn(
-            f"vision tower {name!r} comes without image_mean and image_std; {list(family.mean)} and {list(family.std)} "
-            "are used.",
+            f"vision tower {name!r} has no image_mean and image_std; using {list(family.mean)} and {list(family.std)}.",
             stacklevel=2,
         )
         mean, std = list(family.mean), list(family.std)
@@ -159,7 +158,7 @@ def _image_processor(name: str) -> dict[str, Any]:
 def _three(values: Any, name: str, field: str) -> list[float]:
     numbers = [values] * 3 if isinstance(values, (int, float)) else values
     if not isinstance(numbers, Iterable) or len(numbers := list(numbers)) != 3:
-        raise ConfigError(f"vision tower {name!r}: {field} should be three numbers, got {values!r}.")
+        raise ConfigError(f"vision tower {name!r}: {field} must be three numbers, got {values!r}.")
     return [float(number) for number in numbers]
 
 
@@ -176,7 +175,7 @@ def _load(auto: Any, name: str, what: str, **kwargs: Any) -> Any:
             ) from error
         pickled = list(Path(name).glob("*.bin")) and not list(Path(name).glob("*.safetensors"))
         remedy = (
-            "Its weights are pickle files, which can run code and are not read; save them as safetensors."
+            "Its weights are pickle files, which are not read because they can run code. Save them as safetensors."
             if pickled
             else "Expected the embedded 'nano', a checkpoint folder of this package, or a folder or hub id that "
             "transformers can load."

@@ -9,7 +9,7 @@ from vla.errors import ConfigError
 from vla.model.configuration import N_ACTION_ROWS, VLAConfig
 from vla.model.modeling import VLAForActionPrediction
 from vla.model.sources.base import SOURCES, Source
-from vla.model.sources.checkpoint import NANO, refuse_vision
+from vla.model.sources.checkpoint import NANO, reject_vision
 
 # Decoder width, decoder layers, encoder channels, encoder blocks, image size in pixels.
 SIZES = {"nano-init": (256, 4, [48, 128], 2, 96), "small-init": (512, 8, [64, 256], 4, 144)}
@@ -29,7 +29,7 @@ class Untrained(Source):
         return name in SIZES
 
     def config(self) -> VLAConfig:
-        refuse_vision(self.name, self.model)
+        reject_vision(self.name, self.model)
         return untrained_config(self.name, self.model.image_size)
 
     def load(self, config: VLAConfig) -> tuple[VLAForActionPrediction, PreTrainedTokenizerBase]:

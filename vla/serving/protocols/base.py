@@ -1,11 +1,11 @@
-"""What a wire protocol is.
+"""The interface of wire protocols.
 
-Owns: the interface between a protocol and the application (`vla.serving.app`), and the registry. A protocol owns its
-routes, the envelope of its messages, the form of replies and the form of errors. The application owns keys, limits,
-draining and the log, for all protocols alike.
+Owns: the interface between a protocol and the application (`vla.serving.app`), and the registry. A protocol defines its
+routes, the envelope of its messages, and the format of replies and errors. The application handles API keys, limits,
+draining and the log for all protocols.
 
-A module of your own adds a protocol with `@PROTOCOLS.register("my-protocol")`; `vla --plugin my_module serve` serves it
-beside the others.
+Your own module adds a protocol with `@PROTOCOLS.register("my-protocol")`; `vla --plugin my_module serve` then serves it
+in addition.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vla.support.registry import Registry
 if TYPE_CHECKING:
     from vla.serving.app import PolicyApp
 
-LARGE = 2**20  # bytes; larger messages take longer to decode than a thread takes to start
+LARGE = 2**20  # bytes; decoding a larger message takes longer than starting a thread
 
 
 class WireProtocol(abc.ABC):

@@ -2,16 +2,17 @@
 
 Binary messages of msgpack with numpy arrays, on any path:
 
-* the server speaks first: its metadata (`vla.serving.server.describe`);
+* on connection, the server sends its metadata (`vla.serving.server.describe`);
 * request: a flat map with LIBERO's, DROID's or ALOHA's keys, or {"pixels", "agent_pos", "prompt"};
   `vla.serving.requests` reads all forms;
-* reply: {"actions": float32 [H, D], "policy_timing", "server_timing"}. openpi's chunk broker slices every array of a
-  reply, so there are no others;
-* error: a text message, then the connection is closed with code 1011, which stock clients raise as RuntimeError. With
-  `?errors=plain` in the URL: {"error": message}, and the connection stays open.
+* reply: {"actions": float32 [H, D], "policy_timing", "server_timing"}. It has no other arrays, because openpi's chunk
+  broker slices every array of a reply;
+* error: a text message, after which the connection is closed with code 1011 (stock clients raise RuntimeError). With
+  `?errors=plain` in the URL, the reply is {"error": message}, and the connection stays open.
 
-`vla.serving.client.RemotePolicy` also sends "vla/draft", "vla/committed" and "vla/trust" (`vla.serving.requests`), and
-asks with "vla/details" for tokens and log-likelihoods: {"vla": {"ids", "log_probs", "entropy", "forwards"}}.
+`vla.serving.client.RemotePolicy` also sends a draft of the chunk: "vla/draft" holds its actions, "vla/committed" the
+length of the action prefix, and "vla/trust" the acceptance threshold of this prefix (`vla.policy.session.Draft`). With
+"vla/details", it requests tokens and log-likelihoods: {"vla": {"ids", "log_probs", "entropy", "forwards"}}.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from vla.serving import wire
 from vla.serving.batcher import Answer
 from vla.serving.protocols.base import PROTOCOLS, WireProtocol, decode
 
-_TOO_LARGE = 1009  # the close code for a message that is too large
-_REASON = "Internal server error. Traceback included in previous frame."  # openpi's own words
+_TOO_LARGE = 1009  # websocket close code: message too large
+_REASON = "Internal server error. Traceback included in previous frame."  # as openpi's server sends it
 
 
 @PROTOCOLS.register("openpi")
@@ -66,7 +67,7 @@ class OpenPI(WireProtocol):
                 await socket.send_text(text)
                 await socket.close(1011, _REASON)
                 return
-            # Stock clients do not send how many actions they execute; n_action_steps is the most likely number.
+            # Stock clients do not report how many actions they execute; n_action_steps is the most likely number.
             draft = answer.prediction.next_draft[0].after(self.app.policy.n_action_steps)
             reply = _reply(answer, values.get("vla/details") is True)
             reply["server_timing"] = {"infer_ms": 1e3 * (time.perf_counter() - start)}
@@ -76,7 +77,7 @@ class OpenPI(WireProtocol):
             total_ms = 1e3 * (time.perf_counter() - start)
             self.app.metrics.answered("openpi", total_ms / 1e3, answer.seconds)
             if self.app.draining:
-                await socket.close(1001, "the server is going down.")
+                await socket.close(1001, "the server is shutting down.")
                 return
 
 

@@ -2,13 +2,13 @@
 
 `POST /act` with a JSON object whose arrays are encoded by json-numpy:
 
-* request: {"image", "instruction", "unnorm_key"?} as OpenVLA's clients send it, or {"full_image", "wrist_image"?,
-  "state"?, "instruction"} as OpenVLA-OFT's do. `vla.serving.requests` reads all forms. Clients that do not patch their
+* request: {"image", "instruction", "unnorm_key"?} from OpenVLA's clients, or {"full_image", "wrist_image"?, "state"?,
+  "instruction"} from OpenVLA-OFT's clients. `vla.serving.requests` reads all forms. Clients that do not patch their
   JSON library wrap the request in a string: {"encoded": "<JSON>"};
 * reply: one action, float64 [D], if the request has "image", else the chunk as a list of actions. The reply to an
-  encoded request is a string of JSON;
-* error: status 200 and the text "error", which is what stock clients expect. With `?errors=plain` in the URL: status
-  400 or 500 and {"error": message}.
+  encoded request is a JSON string that contains JSON;
+* error: status 200 and the text "error", as stock clients expect. With `?errors=plain` in the URL, status 400 or 500
+  and {"error": message}.
 """
 
 from __future__ import annotations
