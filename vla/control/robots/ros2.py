@@ -17,8 +17,8 @@ work, then ROS shuts down, and the exit status is 0. A second signal ends the pr
 the robot's own controller can stop the robot: configure a command timeout in it. ~/emergency_stop is software and does
 not replace an emergency stop button.
 
-rclpy comes with ROS 2 and must use the same Python as this package (3.11 or newer, as in Jazzy). These files are written
-against rclpy's sources from Humble to Rolling and tested with a fake, not with ROS. Test first where nobody can be hurt.
+rclpy comes with ROS 2 and must use the same Python as this package (3.11 or newer, as in Jazzy). These files follow
+rclpy's sources from Humble to Rolling and are tested with a fake, not with ROS: try them where nobody can be hurt.
 """
 
 from __future__ import annotations
