@@ -17,7 +17,8 @@ from vla.data import format as v3
 from vla.data import packing
 from vla.data.packing import finalise
 from vla.data.reader import Demonstrations
-from vla.data.writer import DemonstrationWriter
+from vla.data.staging import finished, open_staging
+from vla.data.writer import DemonstrationWriter, EpisodeRecorder
 from vla.errors import DataError, SpecError
 from vla.spec import RobotSpec
 
@@ -186,6 +187,28 @@ def test_an_error_keeps_finished_episodes_and_discards_the_rest(tmp_path):
         assert writer.finished == [0]
         writer.add_episode(seen, actions, "another")
     assert [episode.instruction for episode in Demonstrations(tmp_path / "set").episodes] == ["task", "another"]
+
+
+@pytest.mark.parametrize("when", ["before its first frame", "between two frames", "after its last frame"])
+def test_a_process_that_outlives_its_run_stores_no_half_episode(tmp_path, when):
+    """A killed run leaves workers that still record, and another process resumes it."""
+    staging = open_staging(tmp_path / "set", resume=False)
+    states, actions = path_of(6, 0)
+    orphan = EpisodeRecorder(staging, 0, ROBOT)
+    for step, (state, action) in enumerate(zip(states, actions, strict=True)):
+        if step == {"before its first frame": 0, "between two frames": 3}.get(when):
+            open_staging(tmp_path / "set", resume=True)
+        orphan.record({"pixels": {"front": draw(state)}, "agent_pos": state}, action)
+    if when == "before its first frame":  # there was nothing to remove: it is a whole episode
+        orphan.finish(instruction="go")
+        assert finished(staging) == [0]
+        return
+    if when == "after its last frame":
+        open_staging(tmp_path / "set", resume=True)
+    with pytest.raises(DataError, match="another process has resumed it"):
+        orphan.finish(instruction="go")
+    orphan.discard()
+    assert finished(staging) == [] and not list(staging.iterdir())
 
 
 def test_a_crash_while_packing_loses_nothing(tmp_path, monkeypatch):

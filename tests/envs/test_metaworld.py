@@ -27,7 +27,7 @@ def test_registration_and_words_need_no_metaworld(monkeypatch):
 
 def test_another_version_of_mujoco_is_refused_by_name(monkeypatch):
     monkeypatch.setattr(mujoco, "__version__", "3.99.0")
-    with pytest.raises(gym.error.DependencyNotInstalled, match=rf"mujoco=={MUJOCO}, and 3\.99\.0 .*'\.\[metaworld\]'"):
+    with pytest.raises(gym.error.DependencyNotInstalled, match=rf"mujoco=={MUJOCO}, but 3\.99\.0 .*'\.\[metaworld\]'"):
         gym.make("vla-metaworld/drawer-open-v3")
 
 

@@ -168,7 +168,7 @@ def test_a_suite_of_several_sets_with_limits_of_their_own():
         ({"tiers": ("all", "all/easy")}, "tiers must contain each task of 'all' once"),
         ({"max_steps": {"all/hrd": 3}}, "unknown task set 'all/hrd'. Did you mean 'all/hard'"),
         ({"sets": {"all": ()}, "tiers": ()}, "the task set 'all' is empty"),
-        ({"sets": {"all": ("a/X-v0", "b/X-v0")}, "tiers": ()}, "must differ in the last part"),
+        ({"sets": {"all": ("a/X-v0", "b/X-v0")}, "tiers": ()}, "must differ in their last part"),
         (
             {"published": (Published(policy="Snail", average=20.0, tiers=(20.0,)),)},
             "the result of 'Snail' has 1 tiers; the suite has 2",

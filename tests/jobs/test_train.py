@@ -303,7 +303,7 @@ def test_mixture_needs_one_robot_and_distinct_names(robot, dataset, tmp_path):
     same = dataset("other", robot, episodes=2)
     with pytest.raises(DataError, match=r"gripper_open 1\.0 and -1\.0"):
         pretrain(small(data=[same, other], unnorm_keys=["a", "b"], out=tmp_path / "x"))
-    with pytest.raises(ConfigError, match="one name per dataset"):
+    with pytest.raises(ConfigError, match="one name for each of the 2 datasets"):
         pretrain(small(data=[same, same], out=tmp_path / "x"))
     run = pretrain(small(data=[same, same], unnorm_keys=["a", "b"], weights=[1, 3], out=tmp_path / "run", steps=2))
     assert sorted(checkpoint.load(str(run))[0].config.statistics) == ["a", "b"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import shutil
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,7 +33,11 @@ def open_staging(root: Path, resume: bool) -> Path:
     staging = root / STAGING
     check_staging(root, resume)
     for leftover in staging.glob(".*"):  # unfinished episodes of a killed process
-        shutil.rmtree(leftover, ignore_errors=True)
+        # Its workers may still be alive and finish the episode: renamed first, it is either complete or gone for them.
+        removed = leftover.with_name(f".removed-{uuid.uuid4().hex}")
+        with contextlib.suppress(FileNotFoundError):
+            leftover.rename(removed)
+        shutil.rmtree(removed, ignore_errors=True)
     staging.mkdir(parents=True, exist_ok=True)
     return staging
 

@@ -203,15 +203,24 @@ class EpisodeRecorder:
             "histograms": {camera: counts.tolist() for camera, counts in self._counts.items()},
         }
         with guard_disk(self._place):
-            for video in self._videos.values():
-                video.close()
+            with contextlib.suppress(FileNotFoundError):  # see below
+                for video in self._videos.values():
+                    video.close()
             self._folder.mkdir(parents=True, exist_ok=True)
             pq.write_table(pa.table(columns), self._folder / "frames.parquet")
             write_json(self._folder / "episode.json", about)
-            if self._place.exists():  # already finished earlier: it is the same episode
-                shutil.rmtree(self._folder)
-            else:
+            for camera in self._videos:
+                if not (self._folder / f"{camera}.mp4").is_file():
+                    raise DataError(
+                        f"{self._folder} was removed during the recording: another process has resumed it. This "
+                        "episode is not stored."
+                    )
+            try:
                 self._folder.rename(self._place)
+            except OSError:
+                if not self._place.exists():
+                    raise
+                shutil.rmtree(self._folder)  # finished earlier, or by another process: it is the same episode
         return len(self)
 
     def discard(self) -> None:
