@@ -253,8 +253,8 @@ def error(socket) -> str:
     [
         ("{", "JSON"),
         ("[" * 9999, "JSON"),
-        ("[]", "looks like"),
-        ('{"do": ["hold"]}', "looks like"),
+        ("[]", "must have the form"),
+        ('{"do": ["hold"]}', "must have the form"),
         ('{"do": "hodl"}', "Did you mean 'hold'"),
         ('{"do": "instruct"}', "1 to 200"),
         ('{"do": "instruct", "text": {"a": NaN}}', "no scene"),
