@@ -21,7 +21,7 @@ _LOW, _HIGH = BUTTON_TOP - 0.006, BUTTON_TOP + 0.07  # heights of the hand; the 
 
 
 class PressButton(TabletopEnv):
-    """Success: the target button is pressed by more than 60 % of its travel. An object adds a colour to the scene."""
+    """Success: the target button is pressed by more than 60 % of its travel. A distractor has another colour."""
 
     task = "press_button"
 

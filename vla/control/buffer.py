@@ -34,7 +34,7 @@ class ChunkBuffer:
         self.transition, self._gripper = transition, gripper
         self._chunks: list[tuple[int, int, np.ndarray]] = []  # task, first tick, actions [H, D]; oldest first
         self._task = 0  # number of the current task
-        self._begun = 0  # number of actions of the newest chunk so far, while it is still being decoded
+        self._begun = 0  # actions received of a chunk that is still being decoded; 0: none is
         self.late = 0
 
     def put(self, chunk: np.ndarray, first: int, now: int, more: bool = False) -> None:

@@ -4,8 +4,8 @@ Owns: the last seconds of a deployment as plain values (state, scene, commands, 
 the tally of scenes, and the operator's commands. It does not know how the operator is connected (`vla.control.page`)
 and does not run scenes: the job calls `begin` and `end`.
 
-The control loop only passes events on (`listen`); slow work is done in the caller's thread. The threads share deques of
-a fixed length. Appending to a deque and copying it are atomic in Python, so no lock can delay the loop.
+The control loop only passes events on (`listen`); slow work is done where the status is read. The threads share deques
+of a fixed length. Appending to a deque and copying it are atomic in Python, so no lock can delay the loop.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Refused(VLAError):
 class _Scene:
     number: int
     seed: int
-    instruction: str  # the scene's own, which its success depends on
+    instruction: str  # of the scene, which decides on success, whatever the operator says
     begun: float
     ticks: int = 0
     orders: list[str] = dataclasses.field(default_factory=list)  # commands of the operator
@@ -141,10 +141,10 @@ class OperatorConsole:
         self._scene = _Scene(number, seed, instruction, time.monotonic(), orders=["hold"] if self._held else [])
 
     def end(self, success: bool) -> list[str]:
-        """End the scene. Returns the operator's commands during the scene; a scene with commands is not counted."""
+        """End the scene. Returns the operator's commands during the scene; a scene with commands counts as guided."""
         scene = self._scene
         assert scene is not None, "call begin first"
-        if not scene.ticks:  # a command arrived just after the previous scene had ended
+        if not scene.ticks:  # "New scene" was pressed as the previous scene ended
             scene.orders.append("new scene")
         scene.success, scene.ended, self._last = success, time.monotonic(), scene
         outcome = "guided" if scene.orders else "success" if success else "failure"
@@ -241,7 +241,7 @@ class OperatorConsole:
 
     def status(self, since: int = 0) -> dict[str, Any]:
         """The current status as JSON values, with the control steps after number `since`."""
-        # The scene first: with a new one, the reading must not be of the previous one.
+        # The scene first: `begin` may run meanwhile, and a new scene must not be shown with an old reading.
         now, scene, reading = time.monotonic(), self._scene, self._reading
         return {
             "now": round(now - self._start, 3),

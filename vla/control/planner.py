@@ -47,7 +47,7 @@ class Request:
     Attributes:
         step: control step of its observation.
         taken: time of its observation, in seconds of `time.monotonic`.
-        heard: time of the last arrival of actions; `taken` before the first.
+        heard: time at which actions last arrived; equal to `taken` until some have.
         delay: the chunk's first action is for step `step + delay`.
         stalled: whether two arrivals of actions were ever more than `max_age_s` apart; `delay` is then fixed.
     """
@@ -67,7 +67,7 @@ def place_chunk(request: Request, heard: float, waited: int, max_age_s: float) -
     |-------------------------------------------|---------------------------------------------------------------|
     | executed earlier actions                  | the observation's step; late actions are dropped              |
     | held for `waited` steps without an action | `waited` steps later, because the robot has not moved         |
-    | waited longer than `max_age_s`            | as before the stall, because the scene may have changed since |
+    | waited longer than `max_age_s`            | as before the wait: the scene may have changed              |
     """
     stalled = request.stalled or heard - request.heard > max_age_s
     delay = request.delay if stalled else waited
@@ -101,12 +101,12 @@ class Planner:
         self.begun, self.entropy = False, 0.0
 
     def due(self, step: int, instruction: str) -> bool:
-        """Whether to request a chunk to be executed from `step` on: `n_action_steps` after the last request, if the
-        buffer would run out before the answer, or if the last request failed.
+        """Whether to request a chunk that is executed from `step` on: `n_action_steps` have passed since the last
+        request, the buffer would run out before the answer, the last request failed, or the instruction has changed.
 
-        If an answer takes longer than half a chunk, the request is made when the last action is about to be executed.
-        An earlier request would use a state that the robot leaves before the chunk arrives: with a delay of 6 steps, 39
-        of 40 episodes succeed if no action remains at the request, and 34 if two or four remain (docs/log.md).
+        If an answer takes longer than half a chunk, the request waits until at most the action of `step` remains. An
+        earlier request would use a state that the robot leaves before the chunk arrives: with a delay of 6 steps, 39 of
+        40 episodes succeed if no action remains at the request, and 34 if two or four remain (docs/log.md).
         """
         request = self._request
         if request is None or request.state is RequestState.FAILED or self._session.instruction != instruction:

@@ -1,7 +1,7 @@
 """The safety filter between a policy and a robot.
 
 Owns: the limits of a command, the emergency stop, and the count of interventions by reason. Every command is finite,
-within its range and without jumps, and never follows from a stale observation. It does not know where actions come
+within its range and without jumps, and a hold if the observation is stale. It does not know where actions come
 from, or how faults of observations are detected (`observation_monitor`).
 """
 
@@ -51,7 +51,7 @@ class SafetyFilter:
         self._max_motion_change = period**2 * self._per_entry("max_acceleration", config.max_acceleration)
         self._walls = self._check_workspace(config.workspace)
         self._last: np.ndarray | None = None
-        self._reference: np.ndarray | None = None  # position that a hold repeats before the first command
+        self._reference: np.ndarray | None = None  # position to hold until the first command
         self._motion = np.zeros(spec.action_dim, np.float32)  # motion of the last command, per period
         self.interventions: Counter[str] = Counter()
         self.stopped = False

@@ -23,7 +23,7 @@ Row = Mapping[str, Any]  # a row of meta/episodes
 
 
 class FrameStore:
-    """The images of the dataset at `root`. Per camera, it keeps one video open, or the images of one data file."""
+    """The images of the dataset at `root`. For each camera, one open video or the images of one file are in memory."""
 
     def __init__(self, root: Path, info: v3.Info) -> None:
         self.root, self.info = root, info
@@ -59,7 +59,7 @@ class FrameStore:
         last = int(steps[-1])
         for key in self.info.video_keys:
             start, end = (row.get(f"videos/{key}/{name}") for name in ("from_timestamp", "to_timestamp"))
-            # Some recorders store the time of the last frame as the end.
+            # Some recorders store the time of the last frame as the end, one frame too early.
             if end is not None and last >= max(round((end - start) * self.info.fps), row["length"]):
                 raise DataError(
                     f"{self.root}: the last timestamp of episode {row['episode_index']} is {last / self.info.fps:.3f} "

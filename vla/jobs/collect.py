@@ -50,7 +50,7 @@ _console = Console(stderr=True)
 def attempt(config: CollectConfig, episode: int, turn: int) -> Attempt:
     """Attempt number `turn` at an episode of the dataset: a pure function of its arguments."""
     environment = episode % len(config.env)
-    index = episode // len(config.env)  # counted per environment, so that each has the same share of noisy episodes
+    index = episode // len(config.env)  # within its environment: each has the same share of noisy episodes
     noisy = int((index + 1) * config.noise_share) > int(index * config.noise_share)
     return Attempt(
         episode=episode,
@@ -70,7 +70,9 @@ def collect(config: CollectConfig) -> Path:
     """
     configuration.check(config)
     if config.resume and (config.out / INFO).is_file():
-        shutil.rmtree(config.out / STAGING, ignore_errors=True)  # remains if killed after the last rename
+        shutil.rmtree(
+            config.out / STAGING, ignore_errors=True
+        )  # left over if the process was killed after the last rename
         RunFolder(config.out, config, PLAN, FREE).check_settings()
         existing = Info.load(config.out).total_episodes
         if existing < config.episodes:
@@ -203,13 +205,13 @@ class _Run:
             self.frames += outcome.frames
             return
         if outcome.kind == "died" and not self._deaths[tried]:
-            self._deaths[tried] += 1  # the worker may have been killed from outside: retry the seed once
+            self._deaths[tried] += 1  # the worker may have been killed from outside: repeat the attempt once
             self.todo.insert(0, tried)
             return
         failure = dataclasses.asdict(tried) | {"kind": outcome.kind, "message": outcome.message}
         self.failures.append(failure)
         with (self.staging / FAILURES).open("a") as file:
-            file.write("\n" + json.dumps(failure))  # a killed process may have written half a line
+            file.write("\n" + json.dumps(failure))  # "\n" first: a killed process may have left half a line
         self._check_failures(tried, outcome)
         self.todo.insert(0, attempt(self.config, tried.episode, tried.turn + 1))
 
@@ -225,12 +227,12 @@ class _Run:
         here = [failure for failure in self.failures if failure["env_id"] == tried.env_id]
         if len(here) >= MAX_ERRORS_WITHOUT_SUCCESS and all(failure["kind"] != "failed" for failure in here):
             raise SimulatorError(
-                f"all of the first {len(here)} episodes in environment {tried.env_id!r} ended in an error. Last error "
+                f"all of the first {len(here)} attempts in environment {tried.env_id!r} ended in an error. Last error "
                 f"(seed {tried.seed}): {outcome.message}"
             )
         if len(here) >= MAX_FAILURES_WITHOUT_SUCCESS:
             raise SimulatorError(
-                f"the expert solved none of the first {len(here)} episodes in environment {tried.env_id!r}. Check that "
+                f"the expert solved none of the first {len(here)} attempts in environment {tried.env_id!r}. Check that "
                 f"the environment reports success under {self.config.adapter.success!r} (adapter.success) and that "
                 "adapter.max_steps is large enough. `--keep all` also keeps failed episodes."
             )

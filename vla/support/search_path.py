@@ -2,7 +2,7 @@
 
 Owns: one rule. The working directory is searched after the installed packages, and a data folder in it is never
 imported as a package. This is necessary because Python treats every folder as a namespace package. A library that
-checks whether the optional package `datasets` is installed would find the output folder of `vla collect` and fail.
+checks whether the optional package `datasets` is installed would find the folder `datasets/` of recordings, and fail.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def installed_packages_first() -> None:
     here = Path.cwd()
     others = [entry for entry in sys.path if Path(entry).resolve() != here]
     if len(others) < len(sys.path):
-        # Before the paths of editable installations, so that another checkout does not replace the one in use.
+        # It goes before the paths of editable installations: in a checkout, its own code is used.
         installed = [i for i, entry in enumerate(others) if Path(entry).name in ("site-packages", "dist-packages")]
         others.insert(installed[-1] + 1 if installed else len(others), str(here))
         sys.path[:] = others

@@ -60,7 +60,7 @@ class ReplayRobot(EpisodicRobot):
         self._data = data if isinstance(data, Demonstrations) else Demonstrations(data)
         self._hz = hz or self._data.fps
         robot = self._data.robot
-        # Commands have no effect, so a recording may lack a hold command.
+        # An unspecified action space needs a hold command. Zeros will do: commands have no effect here.
         hold = robot.hold or (0.0,) * robot.action_dim if robot.action_space == "unspecified" else robot.hold
         self.spec = dataclasses.replace(robot, control_hz=self._hz, hold=hold)
         self.episodes = [found.index for found in self._data.episodes]
