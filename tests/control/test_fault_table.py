@@ -6,6 +6,7 @@ thing for a while, and `safe_and_on_time` judges the commands: finite, in the po
 
 import dataclasses
 import time
+import zipfile
 
 import numpy as np
 import pytest
@@ -91,7 +92,8 @@ def test_a_robot_that_sees_nonsense_holds_and_goes_on_afterwards(
         assert set(named) <= {"underrun"} and record["errors"] == []
         return
     assert named[reason] >= least and record["errors"] == []
-    assert any(reason.replace(" ", "-") in path.name for path in box.files)
+    # A file has the name of its first fault, which may be an underrun of a busy machine.
+    assert any(f'"{reason}"' in zipfile.ZipFile(path).read("ticks.jsonl").decode() for path in box.files)
     moving = np.abs(np.stack([action[:6] for _, action in bench.commands[-12:-1]])).max()
     assert moving > 0  # it has gone on
 
