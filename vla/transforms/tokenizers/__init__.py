@@ -1,3 +1,3 @@
 """Action tokenizers: normalised action chunks to token ids and back."""
 
-import vla.transforms.tokenizers.bins  # noqa: F401  (registers the tokenizers of this package)
+from vla.transforms.tokenizers import bins, fast, splines  # noqa: F401  (they register themselves)

@@ -1,0 +1,88 @@
+"""B-splines: a chunk as a smooth curve with few control points (after BEAST; Zhou et al., 2025, arXiv:2506.06072).
+
+Owns: the basis, the least-squares fit of a chunk, and the bins of the control points. A sequence has a fixed length and
+is shorter than with one token per entry. The curve begins at the first control point, which is the first action of the
+chunk. Consecutive chunks therefore join where their actions agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import numpy as np
+
+from vla.transforms.tokenizers.base import TOKENIZERS, ActionTokenizer
+from vla.transforms.tokenizers.bins import DEFAULT_BINS
+
+DEGREE = 3  # of the polynomials between knots
+
+
+@TOKENIZERS.register("spline")
+class Splines(ActionTokenizer):
+    """`n_points` control points per dimension, each a bin of [-1, 1]; all dimensions of a control point together.
+
+    Attributes:
+        n_points: control points per dimension. Half the horizon by default, at least 2.
+    """
+
+    def __init__(
+        self, horizon: int, action_dim: int, n_bins: int, n_points: int, active: Sequence[int] | None = None
+    ) -> None:
+        super().__init__(horizon, action_dim, active)
+        if n_bins < 2:
+            raise ValueError(f"n_bins must be at least 2, got {n_bins}.")
+        if not 1 <= n_points <= horizon:
+            raise ValueError(f"n_points must be between 1 and the horizon {horizon}, got {n_points}.")
+        self.n_points, self.vocab_size = n_points, n_bins
+        self.max_tokens = n_points * len(self.active)
+        self._basis = basis(horizon, n_points)
+
+    @classmethod
+    def fit(
+        cls, actions: np.ndarray, horizon: int, n_bins: int | None = None, active: Sequence[int] | None = None
+    ) -> Self:
+        points = max(min(horizon, 2), horizon // 2)
+        return cls(horizon, actions.shape[-1], n_bins or DEFAULT_BINS, points, active)
+
+    def to_dict(self) -> dict[str, Any]:
+        return super().to_dict() | {"n_bins": self.vocab_size, "n_points": self.n_points}
+
+    def encode(self, chunks: np.ndarray) -> np.ndarray:
+        entries = self.entries(chunks)
+        first = entries[..., :1, :]
+        # The curve passes through its first control point; the others fit what remains.
+        rest = np.linalg.pinv(self._basis[:, 1:]) @ (entries - self._basis[:, :1] @ first)
+        points = np.clip(np.concatenate([first, rest], axis=-2), -1, 1)
+        ids = np.minimum(np.floor((points + 1) * (self.vocab_size / 2)).astype(np.int64), self.vocab_size - 1)
+        return ids.reshape(*ids.shape[:-2], self.max_tokens)
+
+    def decode(self, ids: np.ndarray) -> np.ndarray:
+        return self._curve((2 * self.check_ids(ids) + 1) / self.vocab_size - 1)
+
+    def expect(self, probabilities: np.ndarray) -> np.ndarray:
+        centres = (2 * np.arange(self.vocab_size) + 1) / self.vocab_size - 1
+        return self._curve((probabilities * centres).sum(-1))
+
+    def _curve(self, points: np.ndarray) -> np.ndarray:
+        """Control points [..., T] -> chunks [..., H, D]."""
+        return self.chunks(self._basis @ points.reshape(*points.shape[:-1], self.n_points, len(self.active)))
+
+
+def basis(n: int, points: int) -> np.ndarray:
+    """The values of `points` B-splines at `n` equidistant steps, float64 [n, points], by de Boor's recursion.
+
+    The knots are clamped: the curve begins at the first control point and ends at the last. Each row sums to 1 and is
+    not negative, so a curve stays within the range of its control points.
+    """
+    degree = min(DEGREE, points - 1)
+    knots = np.concatenate([np.zeros(degree), np.linspace(0, 1, points - degree + 1), np.ones(degree)])
+    steps = np.linspace(0, 1, n) if n > 1 else np.zeros(1)
+    # Degree 0: the interval between two knots that contains the step; the last step belongs to the last interval.
+    interval = np.clip(np.searchsorted(knots, steps, side="right") - 1, degree, points - 1)
+    values = (np.arange(len(knots) - 1) == interval[:, None]).astype(float)
+    for k in range(1, degree + 1):
+        width = knots[k:] - knots[:-k]
+        share = (steps[:, None] - knots[:-k]) / np.where(width > 0, width, np.inf)
+        values = share[:, :-1] * values[:, :-1] + (1 - share[:, 1:]) * values[:, 1:] * (width[1:] > 0)
+    return values
