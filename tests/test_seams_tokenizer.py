@@ -26,6 +26,7 @@ from vla.decoding.prefix import Prefix
 from vla.decoding.strategies import generate, teacher_forced
 from vla.errors import CheckpointError, ConfigError
 from vla.jobs.analyze import Tokens, _summarise, measure
+from vla.jobs.analyze_tokenizers import undecodable
 from vla.jobs.train import train
 from vla.model.build import DataFacts, build_policy
 from vla.policy import Policy
@@ -99,7 +100,7 @@ def test_what_is_permitted_is_a_chunk(name, seed, horizon, n_bins):
     assert chunks.shape == (20, horizon, 3) and chunks.dtype == np.float32
     assert np.isfinite(chunks).all() and np.abs(chunks).max() <= 1
     inside = np.abs(chunks).max((1, 2)) < 1  # what is clipped has other coefficients
-    chunks = chunks[inside] if name == "fast" else chunks
+    chunks = chunks[inside] if name in ("fast", "spline") else chunks
     np.testing.assert_allclose(tokenizer.decode(tokenizer.encode(chunks)), chunks, atol=1e-6)
 
 
@@ -228,6 +229,22 @@ def test_greedy_stepwise_parallel_and_generate_are_one(policy, observations, req
             torch.testing.assert_close(decoded.log_probs(begin), forced.log_probs(begin), atol=1e-3, rtol=0)
             torch.testing.assert_close(decoded.entropy, forced.entropy, atol=1e-3, rtol=0)
     assert policy == "digits" or len(lengths) > 1  # also within a batch
+
+
+@pytest.mark.parametrize("name", ["fast", "spline"])
+def test_compressed_chunks_are_decoded_alike_by_every_strategy(name, two_entries, observations, tmp_path):
+    network, processor = tiny(tmp_path, two_entries, tokenizer=name, horizon=6)
+    tokenizer, engine = processor.action_tokenizer, Engine(network)
+    batch = processor.observe(observations(3), WORDS)
+    stepwise, reference = engine.stepwise(batch), generate(network, batch)
+    assert torch.equal(stepwise.ids, reference.ids)
+    draft = torch.full_like(stepwise.ids, network.config.action_token_begin)
+    assert torch.equal(engine.parallel(batch, draft).ids, stepwise.ids)
+    assert engine.parallel(batch, stepwise.ids).forwards <= stepwise.forwards
+    for values in ({"temperature": 2.0}, {"num_beams": 3}, {"top_k": 5, "temperature": 1.0}):
+        prediction = Policy(network, processor, decoding=DecodingConfig(**values)).predict(observations(3), WORDS)
+        assert prediction.chunks.shape == (3, 6, processor.robot.action_dim) and np.isfinite(prediction.chunks).all()
+    assert undecodable(tokenizer, 200) == 0
 
 
 def test_probabilities_are_over_the_chunks(held, observations):

@@ -123,6 +123,12 @@ VERBS = {
         "measure a policy's exposure bias on a dataset",
         "vla analyze exposure --policy runs/drawer --data datasets/drawer",
     ),
+    "analyze tokenizers": Verb(
+        "TokenizersConfig",
+        "vla.jobs.analyze_tokenizers:tokenizers",
+        "compare action tokenizers on a dataset",
+        "vla analyze tokenizers --data datasets/drawer",
+    ),
 }
 
 

@@ -7,7 +7,14 @@ flag). It does not know how the jobs use the values. Whether a named file or env
 
 from vla.config.data import AdapterConfig, CollectConfig, HostsConfig, InspectConfig, ReplayConfig
 from vla.config.deployment import ControlConfig, DeployConfig, DoctorConfig, KeysConfig, SafetyConfig, ServeConfig
-from vla.config.evaluation import GREEDY, BenchmarkConfig, DecodingConfig, ExposureConfig, RolloutConfig
+from vla.config.evaluation import (
+    GREEDY,
+    BenchmarkConfig,
+    DecodingConfig,
+    ExposureConfig,
+    RolloutConfig,
+    TokenizersConfig,
+)
 from vla.config.files import dump, from_dict, load, to_dict
 from vla.config.limits import check
 from vla.config.training import AugmentConfig, DaggerConfig, LoraConfig, ModelConfig, QuickstartConfig, TrainConfig
@@ -34,6 +41,7 @@ __all__ = [
     "RolloutConfig",
     "SafetyConfig",
     "ServeConfig",
+    "TokenizersConfig",
     "TrainConfig",
     "check",
     "dump",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import MinLen
 
 from vla.config.data import AdapterConfig, HostsConfig
 from vla.config.files import STRICT
@@ -170,3 +172,25 @@ class ExposureConfig:
     batch_size: Count = 32
     unnorm_key: str | None = None
     device: str = "auto"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizersConfig:
+    """`vla analyze tokenizers`: compare the length, accuracy and vocabulary of action tokenizers on a dataset.
+
+    Attributes:
+        data: dataset folder.
+        tokenizers: names of tokenizers; empty: all, including those of plugins.
+        horizons: actions per chunk to compare the tokenizers at.
+        normalization: as in `ModelConfig`.
+        out: folder for the results and the plot.
+        frames: maximum number of chunks, spaced evenly over all episodes.
+    """
+
+    __pydantic_config__ = STRICT
+    data: Path = Path("datasets/demos")
+    tokenizers: tuple[str, ...] = ()
+    horizons: Annotated[tuple[Count, ...], MinLen(1)] = (8, 16, 50)
+    normalization: Literal["q01_q99", "min_max", "mean_std"] = "q01_q99"
+    out: Path = Path("runs/tokenizers")
+    frames: Count = 2000

@@ -5,8 +5,8 @@ piece of the BPE vocabulary stands for one or more coefficients, in the order of
 coefficients that remain defines the allowed pieces. Pieces of one coefficient exist for every value. A sequence can
 therefore always be completed, and exactly one chunk's coefficients are decoded.
 
-Rounding costs accuracy: with scale 10, an entry of a smooth chunk is off by up to 0.06, and by 0.004 with 255 bins. FAST
-pays off for long chunks of smooth actions, which have few coefficients that are not 0.
+Rounding costs accuracy: with scale 10, an entry of a smooth chunk is off by up to 0.06, and by 0.004 with 255 bins.
+FAST pays off for long chunks of smooth actions, which have few coefficients that are not 0.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class Fast(ActionTokenizer):
         steps = np.minimum(starts[:, None] + np.arange(horizon), len(actions) - 1)
         texts = plain._texts(np.clip(actions[steps], -1, 1))
         bpe = Tokenizer(BPE())
-        alphabet = [chr(_FIRST + code) for code in range(plain.end)]
+        alphabet = [chr(_FIRST + code) for code in range(len(plain._pieces))]
         bpe.train_from_iterator(
             texts, BpeTrainer(vocab_size=rows - 1, initial_alphabet=alphabet, show_progress=False, min_frequency=2)
         )

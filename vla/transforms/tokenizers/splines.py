@@ -2,7 +2,8 @@
 
 Owns: the basis, the least-squares fit of a chunk, and the bins of the control points. A sequence has a fixed length and
 is shorter than with one token per entry. The curve begins at the first control point, which is the first action of the
-chunk. Consecutive chunks therefore join where their actions agree.
+chunk. Consecutive chunks therefore join where their actions agree. A dimension that switches between its limits, such
+as a gripper, is not smooth; it is piecewise constant.
 """
 
 from __future__ import annotations
@@ -16,66 +17,84 @@ from vla.transforms.tokenizers.base import TOKENIZERS, ActionTokenizer
 from vla.transforms.tokenizers.bins import DEFAULT_BINS
 
 DEGREE = 3  # of the polynomials between knots
+OVERSHOOT = 1.5  # limit of a curve's control points; the curve itself is clipped to [-1, 1]
+SWITCHED = 0.9  # share of values at a limit from which on a dimension counts as switching
 
 
 @TOKENIZERS.register("spline")
 class Splines(ActionTokenizer):
-    """`n_points` control points per dimension, each a bin of [-1, 1]; all dimensions of a control point together.
+    """`n_points` control points per dimension, each one token; all dimensions of a control point together.
 
     Attributes:
         n_points: control points per dimension. Half the horizon by default, at least 2.
+        switches: dimensions that are piecewise constant, with `n_points` pieces.
     """
 
     def __init__(
-        self, horizon: int, action_dim: int, n_bins: int, n_points: int, active: Sequence[int] | None = None
+        self,
+        horizon: int,
+        action_dim: int,
+        n_bins: int,
+        n_points: int,
+        switches: Sequence[int] = (),
+        active: Sequence[int] | None = None,
     ) -> None:
         super().__init__(horizon, action_dim, active)
         if n_bins < 2:
             raise ValueError(f"n_bins must be at least 2, got {n_bins}.")
         if not 1 <= n_points <= horizon:
             raise ValueError(f"n_points must be between 1 and the horizon {horizon}, got {n_points}.")
-        self.n_points, self.vocab_size = n_points, n_bins
+        self.n_points, self.vocab_size, self.switches = n_points, n_bins, [int(dim) for dim in switches]
         self.max_tokens = n_points * len(self.active)
-        self._basis = basis(horizon, n_points)
+        curve, steps = basis(horizon, n_points, DEGREE), basis(horizon, n_points, 0)
+        # Control points as a linear function of the entries. The first one of a curve is the first entry, and the
+        # others fit what remains.
+        first = np.eye(horizon)[:1]
+        rest = np.linalg.pinv(curve[:, 1:]) @ (np.eye(horizon) - curve[:, :1] @ first)
+        to_curve, to_steps = np.concatenate([first, rest]), np.linalg.pinv(steps)
+        switching = [dim in self.switches for dim in self.active]
+        self._fit = np.stack([to_steps if switch else to_curve for switch in switching])  # [n active, n_points, H]
+        self._basis = np.stack([steps if switch else curve for switch in switching])  # [n active, H, n_points]
+        self._limits = np.where(switching, 1.0, OVERSHOOT)
 
     @classmethod
     def fit(
         cls, actions: np.ndarray, horizon: int, n_bins: int | None = None, active: Sequence[int] | None = None
     ) -> Self:
         points = max(min(horizon, 2), horizon // 2)
-        return cls(horizon, actions.shape[-1], n_bins or DEFAULT_BINS, points, active)
+        switches = np.flatnonzero((np.abs(actions) > 0.99).mean(0) > SWITCHED).tolist()
+        return cls(horizon, actions.shape[-1], n_bins or DEFAULT_BINS, points, switches, active)
 
     def to_dict(self) -> dict[str, Any]:
-        return super().to_dict() | {"n_bins": self.vocab_size, "n_points": self.n_points}
+        values = {"n_bins": self.vocab_size, "n_points": self.n_points, "switches": self.switches}
+        return super().to_dict() | values
 
     def encode(self, chunks: np.ndarray) -> np.ndarray:
-        entries = self.entries(chunks)
-        first = entries[..., :1, :]
-        # The curve passes through its first control point; the others fit what remains.
-        rest = np.linalg.pinv(self._basis[:, 1:]) @ (entries - self._basis[:, :1] @ first)
-        points = np.clip(np.concatenate([first, rest], axis=-2), -1, 1)
-        ids = np.minimum(np.floor((points + 1) * (self.vocab_size / 2)).astype(np.int64), self.vocab_size - 1)
+        points = np.einsum("dph,...hd->...pd", self._fit, self.entries(chunks)) / self._limits
+        ids = np.floor((points + 1) * (self.vocab_size / 2)).astype(np.int64).clip(0, self.vocab_size - 1)
         return ids.reshape(*ids.shape[:-2], self.max_tokens)
 
     def decode(self, ids: np.ndarray) -> np.ndarray:
-        return self._curve((2 * self.check_ids(ids) + 1) / self.vocab_size - 1)
+        return self._entries((2 * self.check_ids(ids) + 1) / self.vocab_size - 1)
 
     def expect(self, probabilities: np.ndarray) -> np.ndarray:
         centres = (2 * np.arange(self.vocab_size) + 1) / self.vocab_size - 1
-        return self._curve((probabilities * centres).sum(-1))
+        return self._entries((probabilities * centres).sum(-1))
 
-    def _curve(self, points: np.ndarray) -> np.ndarray:
-        """Control points [..., T] -> chunks [..., H, D]."""
-        return self.chunks(self._basis @ points.reshape(*points.shape[:-1], self.n_points, len(self.active)))
+    def _entries(self, points: np.ndarray) -> np.ndarray:
+        """Control points [..., T], in units of their limits -> chunks [..., H, D]."""
+        points = points.reshape(*points.shape[:-1], self.n_points, len(self.active)) * self._limits
+        return self.chunks(np.clip(np.einsum("dhp,...pd->...hd", self._basis, points), -1, 1))
 
 
-def basis(n: int, points: int) -> np.ndarray:
+def basis(n: int, points: int, degree: int) -> np.ndarray:
     """The values of `points` B-splines at `n` equidistant steps, float64 [n, points], by de Boor's recursion.
 
-    The knots are clamped: the curve begins at the first control point and ends at the last. Each row sums to 1 and is
-    not negative, so a curve stays within the range of its control points.
+    The knots are clamped: a curve begins at the first control point and ends at the last. Each row sums to 1 and is not
+    negative, so a curve stays within the range of its control points. With degree 0, it is piecewise constant. The
+    degree is at most `points` - 1.
     """
-    degree = min(DEGREE, points - 1)
+    degree = min(degree, points - 1)
     knots = np.concatenate([np.zeros(degree), np.linspace(0, 1, points - degree + 1), np.ones(degree)])
     steps = np.linspace(0, 1, n) if n > 1 else np.zeros(1)
     # Degree 0: the interval between two knots that contains the step; the last step belongs to the last interval.
