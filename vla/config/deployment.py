@@ -143,7 +143,8 @@ class KeysConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServeConfig:
-    """`vla serve`: serve a policy over the protocols of OpenVLA (POST /act), openpi (websocket) and plugins.
+    """`vla serve`: serve a policy over the protocols of OpenVLA (POST /act), openpi (websocket), vla-eval (websocket
+    /vla-eval) and plugins.
 
     If the environment variable VLA_API_KEY is set, clients must send `Authorization: Api-Key <key>` (or Bearer).
 

@@ -48,6 +48,7 @@ class PolicyApp:
     """The ASGI application `asgi`, which serves the batcher's policy in all registered protocols.
 
     Attributes:
+        config: limits, and keys of clients' requests.
         policy: the policy.
         metadata: the description of the policy for clients.
         metrics: the metrics that `/metrics` reports.
@@ -55,7 +56,8 @@ class PolicyApp:
     """
 
     def __init__(self, batcher: Batcher, config: ServeConfig, metadata: dict[str, Any], key: str | None = None) -> None:
-        self._batcher, self._config, self._key = batcher, config, key
+        self._batcher, self._key = batcher, key
+        self.config = config
         self.policy: Policy = batcher.policy
         self.metadata = metadata
         self.metrics = Metrics(waiting=lambda: batcher.waiting)
@@ -86,21 +88,21 @@ class PolicyApp:
     @property
     def too_large(self) -> str:
         """The error text for a request that exceeds the maximum size."""
-        return f"the request is larger than {self._config.max_request_mb:g} MB."
+        return f"the request is larger than {self.config.max_request_mb:g} MB."
 
     async def body(self, request: Request) -> bytes:
         """The body of an HTTP request. HTTPException if it is too large or does not arrive in time."""
-        limit, body = self._config.max_request_mb * 2**20, bytearray()
+        limit, body = self.config.max_request_mb * 2**20, bytearray()
         if int(request.headers.get("content-length") or 0) > limit:
             raise HTTPException(413, self.too_large)
         try:
-            async with asyncio.timeout(self._config.patience_s):
+            async with asyncio.timeout(self.config.patience_s):
                 async for part in request.stream():
                     body += part
                     if len(body) > limit:
                         raise HTTPException(413, self.too_large)
         except TimeoutError:
-            message = f"the request did not arrive within {self._config.patience_s:g} s."
+            message = f"the request did not arrive within {self.config.patience_s:g} s."
             raise HTTPException(408, message) from None
         return bytes(body)
 
@@ -121,9 +123,7 @@ class PolicyApp:
         """
         if self.draining:
             raise ServerError("the server is shutting down.")
-        read = functools.partial(
-            requests.read, values, self.policy.robot, self.policy.horizon, self._config.keys, draft
-        )
+        read = functools.partial(requests.read, values, self.policy.robot, self.policy.horizon, self.config.keys, draft)
         return await _unless_disconnected(self._answer(read, size), receive)
 
     def failed(self, protocol: str, error: Exception, connection: HTTPConnection) -> tuple[int, str]:
@@ -135,7 +135,7 @@ class PolicyApp:
         if isinstance(error, ClientDisconnect | HTTPException):
             raise error
         self.metrics.count(protocol, error)
-        if self._config.tracebacks:
+        if self.config.tracebacks:
             text = "".join(traceback.format_exception(error))
         elif isinstance(error, VLAError):
             text = str(error)
