@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import requests
 import websockets
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
 from PIL import Image
 from websockets.sync.client import connect
 
@@ -18,6 +19,7 @@ from tests.serving.test_server import VALUES
 from vla.config import KeysConfig
 from vla.policy import Policy
 from vla.serving.protocols.vla_eval import _action_spec, _encode, _observation_spec, pack
+from vla.serving.server import settings
 from vla.spec import RobotSpec
 
 pytestmark = pytest.mark.realtime
@@ -203,6 +205,12 @@ def test_the_http_addresses_of_vla_evals_server(serving):
         assert changed.status_code == 422 and "--max-batch" in changed.json()["errors"][0]
 
 
+def test_a_client_that_is_silent_for_a_minute_is_not_disconnected(serving):
+    """While vla-eval's client resets LIBERO, it answers no pings."""
+    with serving() as served:
+        assert settings(served.app, served.app.config).ws_ping_timeout >= 300
+
+
 LIBERO = RobotSpec(
     cameras=("agentview", "wrist"),
     state_names=("x", "y", "z", "ax", "ay", "az", "gripper_left", "gripper_right"),
@@ -254,7 +262,7 @@ def test_the_hello_names_the_clients_cameras(serving):
         assert hello["observation_params"] == {"send_wrist_image": True, "send_state": True}
 
 
-@settings(max_examples=60, deadline=5000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@hypothesis_settings(max_examples=60, deadline=5000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(values=VALUES)
 def test_every_observation_is_answered(client, values):
     client.socket.send(msgpack.packb({"type": "observation", "payload": values, "seq": 7}, default=str))
