@@ -18,7 +18,13 @@ from websockets.sync.client import connect
 from tests.serving.test_server import VALUES
 from vla.config import KeysConfig
 from vla.policy import Policy
-from vla.serving.protocols.vla_eval import _action_spec, _encode, _observation_spec, pack
+from vla.serving.protocols.vla_eval import (
+    _action_spec,
+    _encode,
+    _observation_params,
+    _observation_spec,
+    pack,
+)
 from vla.serving.server import settings
 from vla.spec import RobotSpec
 
@@ -211,10 +217,20 @@ def test_a_client_that_is_silent_for_a_minute_is_not_disconnected(serving):
         assert settings(served.app, served.app.config).ws_ping_timeout >= 300
 
 
+def test_the_key_may_be_in_the_address(serving):
+    with serving(key="sesame") as served:
+        address = f"ws://any:{{}}@127.0.0.1:{served.port}/vla-eval"
+        with connect(address.format("sesame")) as socket:
+            socket.send(GOLDEN["client"][0])
+            assert msgpack.unpackb(socket.recv(timeout=20))["type"] == "hello"
+        with pytest.raises(websockets.InvalidStatus):
+            connect(address.format("simsalabim"))
+
+
 LIBERO = RobotSpec(
     cameras=("agentview", "wrist"),
-    state_names=("x", "y", "z", "ax", "ay", "az", "gripper_left", "gripper_right"),
-    action_names=("dx", "dy", "dz", "dax", "day", "daz", "gripper"),
+    state_names=("x", "y", "z", "rx", "ry", "rz", "finger_left", "finger_right"),
+    action_names=("dx", "dy", "dz", "drx", "dry", "drz", "gripper"),
     action_space="ee_delta",
     gripper_index=6,
     gripper_open=-1.0,
@@ -250,6 +266,10 @@ def test_the_hello_of_a_policy_for_libero():
         "state": (8, "eef_pos3_axisangle3_gripper2"),
         "language": (0, "language"),
     }
+    needed = {"send_wrist_image": True, "send_state": True, "quat_no_antipodal": True}
+    assert _observation_params(LIBERO) == needed
+    blind = dataclasses.replace(LIBERO, cameras=("agentview",), state_names=())
+    assert _observation_params(blind) == {}
 
 
 def test_the_hello_names_the_clients_cameras(serving):

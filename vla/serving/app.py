@@ -12,6 +12,7 @@ status. The log has a line for each kind of rejection (`vla.serving.refusals`). 
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import functools
 import hmac
@@ -189,7 +190,10 @@ class PolicyApp:
             foreign = origin is not None and origin.lower().partition("://")[2] != headers.get("host", "").lower()
             return (403, "requests from pages of other web sites are not allowed.") if foreign else None
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        allowed = scheme.lower() in ("api-key", "bearer") and hmac.compare_digest(key.encode(), self._key.encode())
+        if scheme.lower() == "basic":  # from a URL with a password, for clients that have no other way to send a key
+            key = _password(key)
+        known = scheme.lower() in ("api-key", "bearer", "basic")
+        allowed = known and hmac.compare_digest(key.encode(), self._key.encode())
         return None if allowed else (401, "the API key is missing or wrong.")
 
     async def _answer(self, read: Callable[[], requests.Request], size: int) -> Answer:
@@ -217,6 +221,13 @@ class PolicyApp:
 
     async def _scrape(self, request: Request) -> Response:
         return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def _password(credentials: str) -> str:
+    """The password of an Authorization header of the scheme Basic; "" if it is invalid."""
+    with contextlib.suppress(ValueError):
+        return base64.b64decode(credentials, validate=True).decode().partition(":")[2]
+    return ""
 
 
 def _offer(routes: list[Route | WebSocketRoute]) -> str:

@@ -52,6 +52,7 @@ _JOINTS = {
     ActionSpace.JOINT_VELOCITY: "joint_velocity",
 }
 _POSITIONS = {ActionSpace.EE_DELTA: "delta_xyz", ActionSpace.EE_POSITION: "absolute_xyz"}
+_LIBERO_STATE = "eef_pos3_axisangle3_gripper2"
 _GRIPPERS: dict[tuple[float, float], str] = {  # by the values that open and close it
     (-1, 1): "binary_close_positive",
     (1, -1): "binary_close_negative",
@@ -133,13 +134,12 @@ class VLAEval(WireProtocol):
         # The camera names of the client, if they are configured; vla-eval warns of a name that its benchmark lacks.
         keys = self.app.config.keys.images
         cameras = [keys.get(camera, camera).rpartition("/")[2] for camera in robot.cameras]
-        wanted = {"send_wrist_image": any(map(of_hand, robot.cameras)), "send_state": robot.state_dim > 0}
         return {
             "harness_version": f"vla {__version__}",
             "protocol_version": VERSION,
             "model_server": "vla serve",
             "capabilities": {},
-            "observation_params": {name: True for name, needed in wanted.items() if needed},
+            "observation_params": _observation_params(robot),
             "action_spec": {part["name"]: part for part in _action_spec(robot)},
             "observation_spec": {part["name"]: part for part in _observation_spec(robot, cameras)},
         }
@@ -259,14 +259,28 @@ def _action_spec(robot: RobotSpec) -> Iterator[dict[str, Any]]:
         yield _part("gripper", 1, _GRIPPERS.get(ends, "raw")) | {"range": sorted(map(float, ends))}
 
 
+def _observation_params(robot: RobotSpec) -> dict[str, bool]:
+    """Options of vla-eval's benchmarks that make them send what the policy needs."""
+    wanted = {
+        "send_wrist_image": any(map(of_hand, robot.cameras)),
+        "send_state": robot.state_dim > 0,
+        # Rotations beyond 180 degrees stay as they are, as in LIBERO's demonstrations; by default, they change sign.
+        "quat_no_antipodal": _state_format(robot) == _LIBERO_STATE,
+    }
+    return {name: True for name, needed in wanted.items() if needed}
+
+
 def _observation_spec(robot: RobotSpec, cameras: list[str]) -> Iterator[dict[str, Any]]:
     for camera in cameras:
         yield _part(camera, 0, "rgb_hwc_uint8")
     if robot.state_dim:
-        fingers = ["gripper" in name or "finger" in name for name in robot.state_names]
-        libero = fingers == [False] * 6 + [True] * 2
-        yield _part("state", robot.state_dim, "eef_pos3_axisangle3_gripper2" if libero else "raw")
+        yield _part("state", robot.state_dim, _state_format(robot))
     yield _part("language", 0, "language")
+
+
+def _state_format(robot: RobotSpec) -> str:
+    fingers = ["gripper" in name or "finger" in name for name in robot.state_names]
+    return _LIBERO_STATE if fingers == [False] * 6 + [True] * 2 else "raw"
 
 
 def _part(name: str, dims: int, form: str) -> dict[str, Any]:
