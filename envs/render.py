@@ -14,7 +14,7 @@ import numpy as np
 
 
 class Camera:
-    """An off-screen renderer for all cameras of a model with the same image size.
+    """An off-screen renderer for all cameras of a model; all images have the same size.
 
     `nice` adds shadows and multisampling; in software GL, they take 13 times as long as the rest. `sky` draws the
     model's skybox.
@@ -33,9 +33,8 @@ class Camera:
                 "On Debian or Ubuntu: apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri, and set MUJOCO_GL=egl; "
                 "or apt-get install libosmesa6 and set MUJOCO_GL=osmesa."
             ) from error
-        #: Frees the GL context, at exit at the latest. This must happen before GL itself is shut down. It does, because
-        #: exit functions run in reverse order of registration, and mujoco registered its own earlier, when the renderer
-        #: was created.
+        #: Frees the GL context, no later than at interpreter exit, and before GL shuts down: exit functions run in
+        #: reverse order of registration, and mujoco registered its own earlier, when the renderer was created.
         self.close = weakref.finalize(self, self._renderer.close)
         atexit.register(self.close)
         flags = self._renderer.scene.flags

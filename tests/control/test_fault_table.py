@@ -31,6 +31,13 @@ def bench(policy, observations):
     return Bench(policy.robot, observations)
 
 
+def never_executed(record, reason):
+    """Every action of the policy was refused for `reason`; a slow machine only has fewer of them."""
+    held = record["interventions"]
+    assert set(held) <= {reason, "underrun", "no chunk yet"} and held[reason] > 0
+    assert sum(held.values()) == record["commands"]
+
+
 def during(start: int, stop: int, change):
     return lambda observation, tick: change(observation) if start <= tick < stop else observation
 
@@ -151,22 +158,22 @@ def test_a_policy_that_fails_leaves_a_robot_that_holds_and_comes_back(
 def test_a_policy_that_says_nan_is_not_obeyed(bench, policy, monkeypatch, safe_and_on_time):
     real = policy.predict
 
-    def sick(*arguments):
-        prediction = real(*arguments)
+    def sick(observations, instructions, drafts, on_action):
+        prediction = real(observations, instructions, drafts, lambda index, action: on_action(index, action * np.nan))
         return dataclasses.replace(prediction, chunks=np.full_like(prediction.chunks, np.nan))
 
     with Controller(bench, policy, ControlConfig(hz=HZ)) as controller:
         monkeypatch.setattr(policy, "predict", sick)
         record = controller.run("reach", seconds=1.0)
     safe_and_on_time(bench, policy, record, 1.0)
-    assert record["interventions"]["not finite"] >= 8
+    never_executed(record, "not finite")
 
 
 def test_a_policy_that_is_not_sure_is_not_obeyed_where_that_is_asked_for(bench, policy):
     config = ControlConfig(hz=HZ, safety=SafetyConfig(max_entropy=1e-6))
     with Controller(bench, policy, config) as controller:
         record = controller.run("reach", seconds=1.0)
-    assert record["interventions"]["not confident"] >= 8
+    never_executed(record, "not confident")
 
 
 def test_the_wall_clock_means_nothing(bench, policy, monkeypatch, safe_and_on_time):

@@ -27,8 +27,8 @@ class SafetyConfig:
         max_velocity: action name -> limit, in the unit of this dimension per second.
         max_acceleration: action name -> limit, in the unit of this dimension per second squared.
         workspace: action name -> (name of the state dimension that it moves, minimum, maximum).
-        max_entropy: hold while the mean entropy of the chunk's tokens is higher than this, in nats; None: never. In
-            chunks of variable length, positions after the end count as 0.
+        max_entropy: hold while the mean entropy of the chunk's tokens is higher than this, in nats; None: never. If
+            token sequences vary in length, positions after the end of a sequence contribute an entropy of 0.
     """
 
     __pydantic_config__ = STRICT
@@ -50,9 +50,9 @@ class ControlConfig:
         transition: how a new chunk takes over: "switch" (replace the last chunk), "ensemble" (average overlapping
             chunks), or "prefix" (prefix conditioning: the new chunk continues the actions that are executed while it
             is decoded).
-        prefix_threshold: acceptance threshold for "prefix". An executed action stays in the action prefix as long as
-            each of its tokens has at least this fraction of the probability of the policy's best token. 0: always, even
-            if the images contradict the plan.
+        prefix_threshold: acceptance threshold for "prefix". The action prefix ends before the first token whose
+            probability is below this fraction of the most likely token's. 0: keep the whole prefix, even if the images
+            contradict it.
         injected_latency_s: extra latency added to each decoding, in seconds, to simulate a remote policy.
         black_box_s: length of the recorded history (observations, tokens, commands, timings, interventions), in
             seconds. It is written to the result folder after a fault (at most once per this interval) and at the end.
@@ -80,7 +80,7 @@ class DeployConfig:
         replay: dataset folder. Instead of simulating a robot, replay its episodes in real time and compare the policy's
             commands with the demonstrated actions.
         robot: your own robot, as "module:callable", instead of a simulated one. The callable returns an object with the
-            methods of `vla.control.robot.Robot` (docs/robots.md). Its task is `--instruction`.
+            methods of `vla.control.robot.Robot` (docs/robots.md). Set its task with `--instruction`.
         robot_kwargs: keyword arguments of that callable, e.g. {port: /dev/ttyUSB0}.
         episodes: number of episodes; episode i uses seed + i. None: run until stopped.
         seed: seed of the first episode in a simulation.
@@ -117,7 +117,10 @@ class DeployConfig:
 
     def contradiction(self) -> str | None:
         if self.robot is not None and self.robot.startswith("{"):
-            return f"--robot must be module:callable. Properties of an environment are `--adapter.robot {self.robot}`."
+            return (
+                "--robot must be module:callable. To describe an environment's robot, use "
+                f"`--adapter.robot {self.robot}`."
+            )
         if self.robot is not None and self.replay is not None:
             return "--robot and --replay cannot be combined: choose the robot or the recorded demonstrations."
         if self.robot is None and self.robot_kwargs:
@@ -127,7 +130,9 @@ class DeployConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KeysConfig:
-    """Keys of clients' requests, for keys that cannot be inferred. Join the parts of a nested key with "/".
+    """Names of the keys in clients' requests; needed only for keys that cannot be inferred.
+
+    Join the parts of a nested key with "/".
 
     Attributes:
         images: camera of the policy -> key of its image.
@@ -158,7 +163,7 @@ class ServeConfig:
         unnorm_key: dataset whose statistics un-normalise the actions; needed only if the checkpoint has several.
         device: torch device; "auto" chooses one.
         decoding: how action tokens are decoded; greedy by default.
-        keys: keys of clients' requests, for keys that cannot be inferred.
+        keys: names of the keys in clients' requests; needed only for keys that cannot be inferred.
         max_batch: maximum number of observations per batch, from different clients.
         max_queue: maximum number of waiting requests; further requests are rejected.
         max_request_mb: maximum size of a request, in MB.

@@ -81,9 +81,9 @@ def _type_rules(cls: Any) -> Any:
     """A tyro registry with four changes:
 
     * The help shows an empty list or mapping as "none".
-    * `config.check` rejects unknown choices instead of tyro, because it suggests the nearest valid one.
-    * A mapping with arbitrary values is a flag.
-    * A single nested field can keep its prefix.
+    * Unknown choices are rejected by `config.check`, not by tyro, because `check` suggests the nearest valid choice.
+    * A `dict[str, Any]` field is a single flag that takes a YAML mapping.
+    * Individual nested fields can keep their prefix.
     """
     from tyro.conf import arg
     from tyro.constructors import (
@@ -152,7 +152,8 @@ def _flow(mapping: dict[str, Any]) -> list[str]:
 
 
 def _with_values(cls: Any, flags: Sequence[str]) -> list[str]:
-    """Add the value to `--x` and `--no-x` for fields of type `bool | None`; tyro supports switches for `bool` only."""
+    """Replace `--x` by `--x True` and `--no-x` by `--x False` for fields of type `bool | None`, because tyro supports
+    such switches for `bool` only."""
     written: list[str] = []
     for index, flag in enumerate(flags):
         prefix, _, name = flag.removeprefix("--").replace("_", "-").rpartition(".")

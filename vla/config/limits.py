@@ -1,8 +1,8 @@
 """Types with limits, so that a field's valid range is part of its declaration.
 
 Owns: the types, and the messages for values outside their limits. A YAML file is checked when it is read
-(`files.load`). The whole configuration is checked before its job starts (`check`), with the same messages. It does not
-know the jobs.
+(`files.load`). The whole configuration is checked before its job starts (`check`), with the same messages. This module
+is independent of the individual jobs.
 """
 
 from __future__ import annotations

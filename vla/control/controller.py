@@ -1,8 +1,8 @@
 """The control loop.
 
 Owns: the order of a control step (observe, request, choose, check, command) and the states of a run. `clock` keeps the
-deadlines, `planner` the chunks, `inference` decodes, and `safety` applies the limits. A step never waits for a chunk:
-it uses the actions that have arrived, and always sends a command.
+deadlines, `planner` manages the chunks, `inference` decodes them, and `safety` applies the limits. A step never waits
+for a chunk: it uses the actions that have arrived, and always sends a command.
 """
 
 from __future__ import annotations
@@ -173,15 +173,15 @@ class Controller:
                 self._clock.sleep(_POLL_S)
 
     def _wait(self, run: _Run) -> None:
-        """Sleep until the next control step. If a chunk is due, request it as soon as the step's observation has
-        arrived and the previous decoding has ended: a request at the step itself would use an older observation and be
-        answered later. Earlier observations are not used: they precede the last command and belong to the previous
-        step."""
+        """Sleep until the next control step. If a chunk is due, request it during this sleep, as soon as the step's
+        observation has arrived and the previous decoding has ended. A request after the sleep would be answered later,
+        and its observation would be older. Observations that precede the last command belong to the previous step and
+        are not used."""
         step = run.rate.tick + 1
         begins = run.rate.deadline(step) - (_PHASE + _EARLY) / self.hz
         while run.rate.remaining() > _POLL_S and not self._held and run.planner.due(step, self.instruction):
             if not run.planner.idle:
-                run.decoding = run.decoding or run.planner.receive(step)  # at most one per step, for the black box
+                run.decoding = run.decoding or run.planner.receive(step)  # a StepEvent has at most one decoding
                 self._clock.sleep(_POLL_S)
                 continue  # the received actions may postpone the request
             reading = self._robot.observe()
@@ -233,14 +233,14 @@ class Controller:
             if reading is not None and (any_state or state_of(reading, spec) is not None):
                 return reading
             if self._clock.monotonic() > deadline or self._stopping:
-                what = "observation" if reading is None else f"finite state of {spec.state_dim} numbers"
-                raise SpecError(f"the robot has sent no {what}.")
+                what = "an observation" if reading is None else f"a state of {spec.state_dim} finite numbers"
+                raise SpecError(f"the robot has not sent {what}. Check the `observe` method of its driver.")
             self._clock.sleep(_POLL_S)
 
 
 @contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Disable automatic garbage collection, which takes longer than a command may be late. `_step` runs small ones."""
+    """Disable automatic garbage collection: a full collection can delay a command. `_step` runs short ones."""
     gc.collect()
     gc.freeze()
     gc.disable()

@@ -1,7 +1,7 @@
 """Inference in a background thread.
 
-Owns: one decoding at a time, in parallel with the control loop: its actions as they are decoded, its result or error,
-and its latency. The control loop requests and polls; it never waits.
+Owns: the background decoding (at most one at a time), its actions as they are decoded, its result or error, and its
+latency. The control loop requests and polls; it never waits.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _WINDOW = 100  # decodings that the latency is measured over
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """Answer to the request for the observation of `tick`.
+    """Answer to the request that was made with the observation of control step `tick`.
 
     Attributes:
         first_s, seconds: time from the request to the first action, and to this answer.
@@ -52,7 +52,7 @@ class Inference:
 
     Args:
         whole: pass on complete chunks only; otherwise, if the policy `streams`, actions are passed on one by one.
-        injected_latency_s: latency added to every decoding, as by a network; chunks are then not streamed.
+        injected_latency_s: latency added to every decoding, to simulate a network; chunks are streamed only if it is 0.
         clock: clock of `busy_since`, of latencies and of the injected latency.
     Attributes:
         busy_since: time of the running request; None if none is running.
@@ -75,7 +75,7 @@ class Inference:
         self._thread.start()
 
     def request(self, tick: int, observation: Observation, instruction: str, draft: Draft | None) -> None:
-        """Start a decoding. None may be running."""
+        """Start decoding a chunk. No other decoding may be in progress."""
         with self._wake:
             assert self.busy_since is None, "one request at a time"
             self._request, self.busy_since = (tick, observation, instruction, draft), self._clock.monotonic()

@@ -4,9 +4,9 @@ Owns: the latest request, the draft for the next request, and the received chunk
 timing of the loop.
 
 If a chunk is requested with the observation of step k, its action i is for step k + i. Actions are decoded in order,
-and the first is usually ready in time for step k, so actions are executed while the rest of the chunk is decoded. With
-the transition "prefix", the actions that execute while a chunk is decoded are passed to the decoder as the chunk's
-first tokens (prefix conditioning, `vla.decoding.prefix`).
+and the first is usually ready in time for step k, so actions are executed while the rest of the chunk is decoded. If
+`ControlConfig.transition` is "prefix", the actions that are executed while a chunk is decoded are passed to the decoder
+as the chunk's first tokens (prefix conditioning, `vla.decoding.prefix`).
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ class Request:
     Attributes:
         step: control step of its observation.
         taken: time of its observation, in seconds of `time.monotonic`.
-        heard: time at which actions last arrived; equal to `taken` until some have.
+        heard: time at which actions last arrived; equal to `taken` before the first arrival.
         delay: the chunk's first action is for step `step + delay`.
-        stalled: whether two arrivals of actions were ever more than `max_age_s` apart; `delay` is then fixed.
+        stalled: whether actions ever took longer than `max_age_s` to arrive; `delay` no longer changes after that.
     """
 
     step: int
@@ -66,8 +66,8 @@ def place_chunk(request: Request, heard: float, waited: int, max_age_s: float) -
     | while the chunk was decoded, the robot    | step of the chunk's first action                              |
     |-------------------------------------------|---------------------------------------------------------------|
     | executed earlier actions                  | the observation's step; late actions are dropped              |
-    | held for `waited` steps without an action | `waited` steps later, because the robot has not moved         |
-    | waited longer than `max_age_s`            | as before the wait: the scene may have changed              |
+    | held for `waited` steps without an action | the observation's step + `waited`: the robot has not moved    |
+    | got no actions for over `max_age_s`       | unchanged, because the scene may have changed                 |
     """
     stalled = request.stalled or heard - request.heard > max_age_s
     delay = request.delay if stalled else waited
@@ -93,20 +93,22 @@ class Planner:
     ) -> None:
         self._policy, self._inference, self._rate = policy, inference, rate
         self._config, self._buffer, self._record = config, buffer, record
-        self._session = Session()  # with the instruction of the last request; its draft begins at the request's step
+        self._session = Session()  # has the last request's instruction; its draft starts at that request's step
         self._request: Request | None = None
-        self._executed: int | None = None  # how many actions of the last chunk to execute; None before the first
+        self._executed: int | None = None  # number of actions of the requested chunk to execute; None until they arrive
         self._commands: collections.deque[tuple[int, np.ndarray]] = collections.deque(maxlen=_HISTORY)
         self._idle: collections.deque[int] = collections.deque(maxlen=_HISTORY)  # steps that had no action
         self.begun, self.entropy = False, 0.0
 
     def due(self, step: int, instruction: str) -> bool:
-        """Whether to request a chunk that is executed from `step` on: `n_action_steps` have passed since the last
-        request, the buffer would run out before the answer, the last request failed, or the instruction has changed.
+        """Whether to request a chunk to be executed from `step` on. True if `n_action_steps` steps have passed since
+        the last request, if the buffer would run out before the answer, if the last request failed, or if the
+        instruction has changed.
 
-        If an answer takes longer than half a chunk, the request waits until at most the action of `step` remains. An
-        earlier request would use a state that the robot leaves before the chunk arrives: with a delay of 6 steps, 39 of
-        40 episodes succeed if no action remains at the request, and 34 if two or four remain (docs/log.md).
+        If decoding takes longer than executing half a chunk, the request is delayed until the buffer has no action
+        after `step`. An earlier request would use a state that is outdated when the chunk arrives: with a delay of 6
+        steps, 39 of 40 episodes succeed if the buffer is empty at the time of the request, and 34 if it holds two or
+        four actions (docs/log.md).
         """
         request = self._request
         if request is None or request.state is RequestState.FAILED or self._session.instruction != instruction:
@@ -167,7 +169,7 @@ class Planner:
         if answer.prediction is not None:
             self._record.decoded(answer.seconds, answer.first_s)
             self.entropy = float(answer.prediction.entropy.mean())
-        if self._request is not None and self._request.step == answer.tick:  # otherwise dropped by `reset`
+        if self._request is not None and self._request.step == answer.tick:  # else `reset` has dropped it
             self._accept(answer, self._request, step)
         if answer.prediction is None:
             return None
@@ -217,8 +219,8 @@ class Planner:
         return sum(first <= step < end for step in self._idle)
 
     def _expected(self, first: int, count: int, now: int) -> np.ndarray:
-        """The actions of `count` steps from `first` on if no other chunk arrives, [at most count, D]: past commands,
-        then actions from the buffer; `now` is the next step."""
+        """The actions of the `count` steps that start at `first`, assuming that no other chunk arrives: past commands,
+        then buffered actions. Shape [n, D] with n <= count; `now` is the next step."""
         past = [command for step, command in self._commands if step >= first and step not in self._idle]
         ahead = [self._buffer.at(step) for step in range(now, first + count)]
         return np.array(past + [action for action in ahead if action is not None], np.float32)[:count]

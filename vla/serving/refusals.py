@@ -1,7 +1,7 @@
 """The log of rejected and failed requests.
 
-Owns: one line per rejection (client, address, reason), and a limit on the number of lines, so that a faulty client that
-sends fifty requests per second does not fill the disk. It does not know protocols.
+Owns: one line per rejection (client, requested address, reason), and a limit on the number of lines, so that a faulty
+client that sends fifty requests per second does not fill the disk. It does not know protocols.
 """
 
 from __future__ import annotations
