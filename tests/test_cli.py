@@ -151,7 +151,7 @@ def test_help_keeps_names_as_they_are_and_has_no_empty_defaults(capsys):
             main([verb, "--help"])
     said = capsys.readouterr().out
     assert "--kwargs {KEY: VALUE, ...}" in said and "--robot {KEY: VALUE, ...}" in said and "joint_position" in said
-    assert "Serve a policy to OpenVLA's and openpi's robot clients." in said
+    assert "Serve a policy to clients of OpenVLA, openpi and vla-eval." in said
     assert "(default: )" not in said and "(default: none)" in said
 
 

@@ -101,7 +101,7 @@ VERBS = {
     "serve": Verb(
         "ServeConfig",
         "vla.jobs.serve:serve",
-        "serve a policy to OpenVLA's and openpi's robot clients",
+        "serve a policy to clients of OpenVLA, openpi and vla-eval",
         "vla serve --policy runs/drawer --host 0.0.0.0",
     ),
     "dagger": Verb(

@@ -48,7 +48,10 @@ def test_a_protocol_of_ones_own(toy_protocol, serving, observations, request_, c
         assert 'vla_request_seconds_count{protocol="plain"} 1.0' in metrics
         assert 'vla_errors_total{kind="SpecError",protocol="plain"} 1.0' in metrics
         lost = requests.get(served.http + "/plian", timeout=20).json()["error"]
-        assert lost == "Not Found; this server has POST /act, POST /plain, GET /healthz, GET /metrics and websockets."
+        assert lost == (
+            "Not Found; this server has POST /act, GET /health, GET /config, POST /plain, GET /healthz, GET /metrics "
+            "and websockets."
+        )
 
 
 def test_keys_and_limits_apply_to_it(toy_protocol, serving, request_):
@@ -71,5 +74,5 @@ def test_an_unknown_address_is_told_what_is_served(serving):
         lost = requests.get(served.http + "/predict", timeout=20)
         assert lost.status_code == 404
         assert lost.json()["error"] == (
-            "Not Found; this server has POST /act, GET /healthz, GET /metrics and websockets."
+            "Not Found; this server has POST /act, GET /health, GET /config, GET /healthz, GET /metrics and websockets."
         )

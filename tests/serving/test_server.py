@@ -320,6 +320,9 @@ def test_keys(serving, observations):
             ({"Authorization": "Api-Key simsalabim"}, 401),
             ({"Authorization": "Api-Key sesame"}, 200),
             ({"Authorization": "Bearer sesame"}, 200),
+            ({"Authorization": "Basic " + base64.b64encode(b"any:sesame").decode()}, 200),
+            ({"Authorization": "Basic " + base64.b64encode(b"sesame").decode()}, 401),
+            ({"Authorization": "Basic sesame:sesame"}, 401),
         ):
             body = json_numpy.dumps(openvla(observation))
             assert requests.post(served.http + "/act", data=body, headers=headers, timeout=20).status_code == status

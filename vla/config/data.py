@@ -120,12 +120,15 @@ class InspectConfig:
         data: dataset folder.
         out: folder for the plots and the HTML page; None: `<data>/inspect`.
         bins: number of action bins; their edges are plotted. None: the number of the embedded backbone (63).
+        rerun: number of episodes, evenly spread over the dataset, to record for Rerun's viewer: cameras, state and
+            actions. Needs the extra `rerun`.
     """
 
     __pydantic_config__ = STRICT
     data: Path = Path("datasets/demos")
     out: Path | None = None
     bins: Annotated[int, Ge(2)] | None = None
+    rerun: Natural = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -148,9 +148,11 @@ class KeysConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServeConfig:
-    """`vla serve`: serve a policy over the protocols of OpenVLA (POST /act), openpi (websocket) and plugins.
+    """`vla serve`: serve a policy over the protocols of OpenVLA (POST /act), openpi (websocket), vla-eval (websocket
+    /vla-eval) and plugins.
 
-    If the environment variable VLA_API_KEY is set, clients must send `Authorization: Api-Key <key>` (or Bearer).
+    If the environment variable VLA_API_KEY is set, clients must send `Authorization: Api-Key <key>` (or Bearer,
+    or the key as the password of the URL, ws://any:<key>@host:8000).
 
     Attributes:
         policy: the embedded backbone "nano", a run folder or a checkpoint folder.

@@ -79,6 +79,8 @@ class RolloutConfig:
         unnorm_key: dataset whose statistics un-normalise the actions; needed only if the checkpoint has several.
         decoding: how action tokens are decoded; greedy by default.
         videos: number of videos per environment: this many of the first episodes, and the same number of failures.
+        rerun: number of recordings per environment for Rerun's viewer, chosen in the same way: the images that the
+            policy received, state, actions, and the entropy of their tokens. Needs the extra `rerun`.
         out: report folder.
         compare: another report folder to compare with.
         device: torch device; "auto" chooses one.
@@ -95,6 +97,7 @@ class RolloutConfig:
     unnorm_key: str | None = None
     decoding: DecodingConfig = GREEDY
     videos: Natural = 3
+    rerun: Natural = 0
     out: Path = Path("runs/rollout")
     compare: Path | None = None
     device: str = "auto"

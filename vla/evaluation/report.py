@@ -41,6 +41,7 @@ def render(info: Mapping[str, Any], folder: Path) -> str:
         overall=info["overall"],
         outcomes=OUTCOMES,
         videos=_videos(episodes, folder),
+        recordings=[episode for episode in episodes if episode.get("rerun_path")],
         faults=[episode for episode in episodes if episode["fault"]],
         lengths=_lengths(episodes),
         winning_length=percentiles([episode["length"] for episode in episodes if episode["success"]] or [0]),

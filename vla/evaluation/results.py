@@ -56,6 +56,7 @@ class Episode:
     decode_ms: list[float] = dataclasses.field(default_factory=list)
     image_hash: str = ""
     video_path: str | None = None
+    rerun_path: str | None = None
 
     @property
     def outcome(self) -> str:
@@ -82,7 +83,7 @@ class Episode:
     def from_dict(cls, values: Mapping[str, Any]) -> Episode:
         """Inverse of `to_dict`, except for `decode_ms`, of which only median and maximum are stored."""
         names = [field.name for field in dataclasses.fields(cls) if field.name != "decode_ms"]
-        return cls(**{name: values[name] for name in names})
+        return cls(**{name: values[name] for name in names if name in values})  # older files have fewer
 
 
 def evaluate(episodes: Sequence[Episode], seconds: float) -> dict[str, Any]:
@@ -113,7 +114,7 @@ def merge(infos: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         infos: folder of a rollout, relative to the common report folder -> its results.
     """
     records = [
-        record | {"video_path": record["video_path"] and f"{folder}/{record['video_path']}"}
+        record | {name: f"{folder}/{record[name]}" for name in ("video_path", "rerun_path") if record.get(name)}
         for folder, info in infos.items()
         for record in info["per_episode"]
     ]

@@ -21,6 +21,7 @@ from vla.config import check as check_config
 from vla.data.checks import Finding, check, check_images, moves
 from vla.data.figures import MOMENTS, action_histograms, camera_strip, length_histogram
 from vla.data.reader import Demonstrations, Episode
+from vla.evaluation import rerun_sink
 from vla.support.pages import templates
 from vla.transforms.normalize import Normalizer, compute_statistics
 
@@ -37,6 +38,8 @@ def inspect(config: InspectConfig) -> Path:
         DataError: the dataset cannot be read.
     """
     check_config(config)
+    if config.rerun:
+        rerun_sink.load_rerun()
     bins = embedded_bins() if config.bins is None else config.bins
     demos = Demonstrations(config.data)
     out = config.out or config.data / "inspect"
@@ -59,8 +62,27 @@ def inspect(config: InspectConfig) -> Path:
         encoding="utf-8",
     )
     _print(Console(), bins, demos, facts, entries, instructions, findings)
-    Console(stderr=True).print(f"report: {out / PAGE}", highlight=False, soft_wrap=True)
+    console = Console(stderr=True)
+    for episode in _spread(demos.episodes, config.rerun):
+        path = _record(demos, episode, out)
+        console.print(f"recording: {path}", highlight=False, soft_wrap=True)
+    console.print(f"report: {out / PAGE}", highlight=False, soft_wrap=True)
     return out
+
+
+def _record(demos: Demonstrations, episode: Episode, out: Path) -> Path:
+    """Write an episode's recording for Rerun."""
+    recording = rerun_sink.EpisodeRecording(demos.robot, episode.instruction)
+    cameras = [demos.frames(episode.index, camera) for camera in demos.cameras]
+    for row in range(episode.start, episode.start + episode.length):
+        observation: dict[str, Any] = {"pixels": dict(zip(demos.cameras, map(next, cameras), strict=True))}
+        if demos.states is not None:
+            observation["agent_pos"] = demos.states[row]
+        recording.observe(int(demos.steps[row]), observation)
+        recording.act(int(demos.steps[row]), demos.actions[row])
+    path = out / rerun_sink.FOLDER / f"episode-{episode.index}{rerun_sink.SUFFIX}"
+    recording.save(path, f"{demos.root.resolve().name}, episode {episode.index}")
+    return path
 
 
 def embedded_bins() -> int:

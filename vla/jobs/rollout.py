@@ -22,13 +22,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from vla import config as configuration
 from vla.config import RolloutConfig
 from vla.errors import ConfigError, SimulatorError
 from vla.evaluation import report, results
 from vla.evaluation.comparison import common_environments, compare
+from vla.evaluation.rerun_sink import FOLDER, SUFFIX, EpisodeRecording, load_rerun
 from vla.evaluation.results import Episode
 from vla.policy.session import Session, predict
 from vla.simulation.hosts import Fault
@@ -39,7 +38,7 @@ from vla.support.progress import Progress
 from vla.support.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from vla.policy import ChunkPolicy
+    from vla.policy import ChunkPolicy, Prediction
 
 VIDEOS = "videos"
 
@@ -128,8 +127,9 @@ class _Run:
         self._running: dict[int, Episode] = {}  # by slot
         self._latest: dict[int, ResetResult | StepResult] = {}  # by slot: the last result from its environment
         self._sessions: dict[int, Session] = {}  # by slot
+        self._recordings: dict[int, EpisodeRecording] = {}  # by slot: of episodes that may be kept
         self._retried: set[int] = set()  # `episode_ix` of the episodes whose worker died
-        self._failures: collections.Counter[str] = collections.Counter()  # by environment id: recorded failures
+        self._failures: collections.Counter[tuple[str, str]] = collections.Counter()  # kept, by kind and environment id
         self._done: list[Episode] = []
         self._progress = Progress(len(episodes), "episodes")
         self.forwards: list[tuple[int, float]] = []
@@ -157,7 +157,7 @@ class _Run:
             if slot not in self._running and self._queue:
                 self._running[slot] = episode = self._queue.popleft()
                 self._sessions[slot] = Session()
-                record = self._wants_first(episode) or self._wants_failure(episode)
+                record = self._may_want("videos", episode)
                 requests[slot] = ("reset", episode.env_id, episode.seed, record)
         failed: dict[int, str | None] = {}
         for slot, reply in self._pool.exchange(requests).items():
@@ -167,10 +167,13 @@ class _Run:
                 continue
             episode, self._latest[slot] = self._running[slot], reply
             episode.instruction, episode.image_hash = reply.instruction, reply.image_hash
+            if self._may_want("rerun", episode):
+                tokens = _token_names(self._policy)
+                self._recordings[slot] = EpisodeRecording(self._policy.robot, reply.instruction, tokens)
         self._finish(failed)
 
-    def _decode(self) -> dict[int, np.ndarray]:
-        """One chunk [H, D] for every running episode, decoded as one batch."""
+    def _decode(self) -> dict[int, Prediction]:
+        """A prediction for every running episode, decoded as one batch."""
         slots = sorted(self._running)
         if not slots:
             return {}
@@ -180,18 +183,19 @@ class _Run:
             *((self._sessions[slot], self._latest[slot].observation) for slot in slots), strict=True
         )
         start = time.perf_counter()
-        chunks = predict(self._policy, sessions, observations).chunks
+        prediction = predict(self._policy, sessions, observations)
         seconds = time.perf_counter() - start
         self.forwards.append((len(slots), seconds))
         for slot in slots:
             self._sessions[slot].advance(self._n_action_steps)
             self._running[slot].n_chunks += 1
             self._running[slot].decode_ms.append(1e3 * seconds)
-        return dict(zip(slots, chunks, strict=True))
+        return {slot: prediction.row(i) for i, slot in enumerate(slots)}
 
-    def _act(self, chunks: dict[int, np.ndarray]) -> None:
+    def _act(self, predictions: dict[int, Prediction]) -> None:
         """Execute the first `n_action_steps` actions of each chunk, and finish the episodes that end."""
-        requests = {slot: ("run", chunk[: self._n_action_steps]) for slot, chunk in chunks.items()}
+        n = self._n_action_steps
+        requests = {slot: ("run", prediction.chunks[0][:n]) for slot, prediction in predictions.items()}
         ended: dict[int, str | None] = {}
         for slot, reply in self._pool.exchange(requests).items():
             episode = self._running[slot]
@@ -200,6 +204,9 @@ class _Run:
                 if not self._retry(slot, reply):
                     ended[slot] = f"{when}: {reply.message}"
                 continue
+            if recording := self._recordings.get(slot):
+                recording.observe(episode.length, self._latest[slot].observation)
+                recording.execute(episode.length, predictions[slot], len(reply.rewards))
             self._latest[slot] = reply
             _update_episode(episode, reply)
             if reply.terminated or reply.truncated:
@@ -214,20 +221,23 @@ class _Run:
         self._retried.add(episode.episode_ix)
         self._queue.appendleft(Episode(episode.episode_ix, episode.env_id, episode.seed))
         del self._running[slot]
+        self._recordings.pop(slot, None)
         return True
 
     def _finish(self, ended: dict[int, str | None]) -> None:
-        """Finish the episodes in `ended` (slot -> fault, or None), and fetch the videos to keep."""
+        """Finish the episodes in `ended` (slot -> fault, or None), and keep their videos and recordings if wanted."""
         clips = {}
         for slot, fault in ended.items():
             episode = self._running[slot]
             if fault is not None:
                 episode.fault, episode.success = fault, False
-            elif self._wants_first(episode):
+            elif self._wants("videos", episode):
                 clips[slot] = ("clip", self._policy.robot.control_hz)
-            elif not episode.success and self._wants_failure(episode):
-                clips[slot] = ("clip", self._policy.robot.control_hz)
-                self._failures[episode.env_id] += 1
+            recording = self._recordings.pop(slot, None)
+            if recording is not None and self._wants("rerun", episode):
+                recording.observe(episode.length, self._latest[slot].observation)
+                episode.rerun_path = _file_name(FOLDER, episode, SUFFIX)
+                recording.save(self._config.out / episode.rerun_path, Path(episode.rerun_path).stem)
         videos = self._pool.exchange(clips)
         for slot in ended:
             episode, video = self._running.pop(slot), videos.get(slot)
@@ -238,11 +248,31 @@ class _Run:
             self._done.append(episode)
             self._progress.advance(f"{sum(e.success for e in self._done) / len(self._done):.0%} success")
 
-    def _wants_first(self, episode: Episode) -> bool:
-        return episode.seed - self._config.seed < self._config.videos
+    def _may_want(self, kind: str, episode: Episode) -> bool:
+        """Whether this episode is one of the first, or would be kept as a failure; `kind` is "videos" or "rerun"."""
+        return self._is_first(kind, episode) or self._failures[kind, episode.env_id] < getattr(self._config, kind)
 
-    def _wants_failure(self, episode: Episode) -> bool:
-        return self._failures[episode.env_id] < self._config.videos
+    def _wants(self, kind: str, episode: Episode) -> bool:
+        """Whether to keep this finished episode; counts the failures."""
+        if self._is_first(kind, episode):
+            return True
+        if episode.success or not self._may_want(kind, episode):
+            return False
+        self._failures[kind, episode.env_id] += 1
+        return True
+
+    def _is_first(self, kind: str, episode: Episode) -> bool:
+        return episode.seed - self._config.seed < getattr(self._config, kind)
+
+
+def _token_names(policy: ChunkPolicy) -> tuple[str, ...]:
+    """The action entry that each token of an action encodes; empty if tokens do not encode single entries, or if the
+    policy is on a server, whose tokenizer is not known."""
+    processor = getattr(policy, "processor", None)
+    tokenizer = processor and processor.action_tokenizer
+    if tokenizer is None or tokenizer.tokens_per_action != len(tokenizer.active):
+        return ()
+    return tuple(policy.robot.action_names[entry] for entry in tokenizer.active)
 
 
 def _update_episode(episode: Episode, result: StepResult) -> None:
@@ -259,10 +289,12 @@ def _update_episode(episode: Episode, result: StepResult) -> None:
 def _check(config: RolloutConfig) -> None:
     """Reject an invalid configuration or output folder before anything is loaded."""
     configuration.check(config)
+    if config.rerun:
+        load_rerun()
     folder = RunFolder(config.out, config)
     if folder.is_finished(results.FILE) and not config.overwrite:
         raise ConfigError(f"{config.out} already holds a rollout report. Choose another --out, or pass --overwrite.")
-    foreign = folder.entries() - {folder.settings, results.FILE, report.FILE, VIDEOS}
+    foreign = folder.entries() - {folder.settings, results.FILE, report.FILE, VIDEOS, FOLDER}
     if foreign:
         raise folder.unrelated_files(min(foreign))
     if not (config.out / results.FILE).is_file():
@@ -271,7 +303,8 @@ def _check(config: RolloutConfig) -> None:
 
 def _prepare(config: RolloutConfig) -> None:
     """Create the report folder and remove the files of an earlier report."""
-    for stale in [config.out / results.FILE, config.out / report.FILE, *(config.out / VIDEOS).glob("*.mp4")]:
+    episodes = [*(config.out / VIDEOS).glob("*.mp4"), *(config.out / FOLDER).glob(f"*{SUFFIX}")]
+    for stale in [config.out / results.FILE, config.out / report.FILE, *episodes]:
         stale.unlink(missing_ok=True)
     RunFolder(config.out, config).begin()
 
@@ -297,11 +330,15 @@ def _load(config: RolloutConfig) -> ChunkPolicy:
 
 def _save_clip(out: Path, episode: Episode, video: bytes) -> str:
     """Write a video and return its path inside the report folder."""
-    name = episode.env_id.rpartition(":")[2].replace("/", "-")
-    path = Path(VIDEOS) / f"{name}-seed{episode.seed}-{episode.outcome}.mp4"
+    path = _file_name(VIDEOS, episode, ".mp4")
     (out / VIDEOS).mkdir(exist_ok=True)
     (out / path).write_bytes(video)
-    return path.as_posix()
+    return path
+
+
+def _file_name(folder: str, episode: Episode, suffix: str) -> str:
+    name = episode.env_id.rpartition(":")[2].replace("/", "-")
+    return f"{folder}/{name}-seed{episode.seed}-{episode.outcome}{suffix}"
 
 
 def hash_of(policy: str) -> str | None:

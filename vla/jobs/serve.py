@@ -36,7 +36,8 @@ def serve(config: ServeConfig) -> None:
     app = PolicyApp(batcher, config, describe(policy), os.environ.get("VLA_API_KEY") or None)
     secure = "s" if config.certificate else ""
     host, port = listener.getsockname()[:2]
-    print(f"serving {config.policy!r} at http{secure}://{host}:{port}/act and ws{secure}://{host}:{port}", flush=True)
+    http, ws = f"http{secure}://{host}:{port}", f"ws{secure}://{host}:{port}"
+    print(f"serving {config.policy!r} at {http}/act and {ws}; for vla-eval at {ws}/vla-eval", flush=True)
     server = Server(settings(app, config), app)
     try:
         server.run([listener])

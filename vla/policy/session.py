@@ -74,8 +74,22 @@ class Session:
 
     def act(self, policy: ChunkPolicy, observation: Observation) -> np.ndarray:
         """The next action, float32 [D]. Predicts a new chunk after `n_action_steps` actions of the last chunk."""
-        if not self._queue:
-            self._queue.extend(predict(policy, [self], [observation]).chunks[0][: policy.n_action_steps])
+        if self.needs_chunk:
+            self.put(predict(policy, [self], [observation]), policy.n_action_steps)
+        return self.take()
+
+    @property
+    def needs_chunk(self) -> bool:
+        """Whether the queue is empty."""
+        return not self._queue
+
+    def put(self, prediction: Prediction, n_action_steps: int) -> None:
+        """Queue the first `n_action_steps` actions of a prediction for this episode (a batch of one)."""
+        self._queue.extend(prediction.chunks[0][:n_action_steps])
+        self.draft = prediction.next_draft[0]
+
+    def take(self) -> np.ndarray:
+        """Remove the next action, float32 [D], from the queue."""
         self.advance(1)
         return self._queue.popleft()
 

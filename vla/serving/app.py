@@ -12,6 +12,7 @@ status. The log has a line for each kind of rejection (`vla.serving.refusals`). 
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import functools
 import hmac
@@ -48,6 +49,7 @@ class PolicyApp:
     """The ASGI application `asgi`, which serves the batcher's policy in all registered protocols.
 
     Attributes:
+        config: limits, and keys of clients' requests.
         policy: the policy.
         metadata: the description of the policy for clients.
         metrics: the metrics that `/metrics` reports.
@@ -55,7 +57,8 @@ class PolicyApp:
     """
 
     def __init__(self, batcher: Batcher, config: ServeConfig, metadata: dict[str, Any], key: str | None = None) -> None:
-        self._batcher, self._config, self._key = batcher, config, key
+        self._batcher, self._key = batcher, key
+        self.config = config
         self.policy: Policy = batcher.policy
         self.metadata = metadata
         self.metrics = Metrics(waiting=lambda: batcher.waiting)
@@ -86,21 +89,21 @@ class PolicyApp:
     @property
     def too_large(self) -> str:
         """The error text for a request that exceeds the maximum size."""
-        return f"the request is larger than {self._config.max_request_mb:g} MB."
+        return f"the request is larger than {self.config.max_request_mb:g} MB."
 
     async def body(self, request: Request) -> bytes:
         """The body of an HTTP request. HTTPException if it is too large or does not arrive in time."""
-        limit, body = self._config.max_request_mb * 2**20, bytearray()
+        limit, body = self.config.max_request_mb * 2**20, bytearray()
         if int(request.headers.get("content-length") or 0) > limit:
             raise HTTPException(413, self.too_large)
         try:
-            async with asyncio.timeout(self._config.patience_s):
+            async with asyncio.timeout(self.config.patience_s):
                 async for part in request.stream():
                     body += part
                     if len(body) > limit:
                         raise HTTPException(413, self.too_large)
         except TimeoutError:
-            message = f"the request did not arrive within {self._config.patience_s:g} s."
+            message = f"the request did not arrive within {self.config.patience_s:g} s."
             raise HTTPException(408, message) from None
         return bytes(body)
 
@@ -121,9 +124,7 @@ class PolicyApp:
         """
         if self.draining:
             raise ServerError("the server is shutting down.")
-        read = functools.partial(
-            requests.read, values, self.policy.robot, self.policy.horizon, self._config.keys, draft
-        )
+        read = functools.partial(requests.read, values, self.policy.robot, self.policy.horizon, self.config.keys, draft)
         return await _unless_disconnected(self._answer(read, size), receive)
 
     def failed(self, protocol: str, error: Exception, connection: HTTPConnection) -> tuple[int, str]:
@@ -135,7 +136,7 @@ class PolicyApp:
         if isinstance(error, ClientDisconnect | HTTPException):
             raise error
         self.metrics.count(protocol, error)
-        if self._config.tracebacks:
+        if self.config.tracebacks:
             text = "".join(traceback.format_exception(error))
         elif isinstance(error, VLAError):
             text = str(error)
@@ -189,7 +190,10 @@ class PolicyApp:
             foreign = origin is not None and origin.lower().partition("://")[2] != headers.get("host", "").lower()
             return (403, "requests from pages of other web sites are not allowed.") if foreign else None
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        allowed = scheme.lower() in ("api-key", "bearer") and hmac.compare_digest(key.encode(), self._key.encode())
+        if scheme.lower() == "basic":  # from a URL with a password, for clients that have no other way to send a key
+            key = _password(key)
+        known = scheme.lower() in ("api-key", "bearer", "basic")
+        allowed = known and hmac.compare_digest(key.encode(), self._key.encode())
         return None if allowed else (401, "the API key is missing or wrong.")
 
     async def _answer(self, read: Callable[[], requests.Request], size: int) -> Answer:
@@ -217,6 +221,13 @@ class PolicyApp:
 
     async def _scrape(self, request: Request) -> Response:
         return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def _password(credentials: str) -> str:
+    """The password of an Authorization header of the scheme Basic; "" if it is invalid."""
+    with contextlib.suppress(ValueError):
+        return base64.b64decode(credentials, validate=True).decode().partition(":")[2]
+    return ""
 
 
 def _offer(routes: list[Route | WebSocketRoute]) -> str:

@@ -42,10 +42,11 @@ class Metrics:
         self.connections = Gauge("vla_connections", "Open websockets.", registry=self.registry)
         Gauge("vla_queue", "Queued requests.", registry=self.registry).set_function(waiting)
 
-    def answered(self, protocol: str, seconds: float, inference_seconds: float) -> None:
-        """Record a reply: its latency, and the decoding time of its batch."""
+    def answered(self, protocol: str, seconds: float, inference_seconds: float | None) -> None:
+        """Record a reply: its latency, and the decoding time of its batch; None if its chunk was already decoded."""
         self._latency.labels(protocol).observe(seconds)
-        self._inference.observe(inference_seconds)
+        if inference_seconds is not None:
+            self._inference.observe(inference_seconds)
 
     def batch(self, size: int) -> None:
         """Record the size of a batch."""

@@ -1,8 +1,8 @@
 """Conversion of requests to observations.
 
 Owns: the mapping from the keys of existing clients (openpi's LIBERO, DROID and ALOHA forms, OpenVLA's and
-OpenVLA-OFT's, and this package's own `{"pixels": ..., "agent_pos": ..., "prompt": ...}`) to the cameras, the state and
-the instruction of a policy. It does not know the wire protocols.
+OpenVLA-OFT's, vla-eval's, and this package's own `{"pixels": ..., "agent_pos": ..., "prompt": ...}`) to the cameras,
+the state and the instruction of a policy. It does not know the wire protocols.
 
 An image is assigned to the camera named by the last part of its key ("images/front": "front"). If exactly one camera
 and one image remain among the hand cameras ("wrist" or "hand" in the name), or among all other cameras, they are
@@ -29,8 +29,9 @@ _STATES = (
     ("observation/state",),
     ("observation/joint_position", "observation/gripper_position"),
     ("state",),
+    ("states",),
 )
-_PROMPTS = ("prompt", "instruction", "task", "language_instruction")
+_PROMPTS = ("prompt", "instruction", "task", "language_instruction", "task_description")
 _SMALLEST = 8  # pixels on a side of an image
 # Limits far above the needs of real clients: errors list the keys, and the longest instruction determines the decoding
 # time of a batch.
@@ -95,8 +96,8 @@ def _images(flat: dict[str, Any], robot: RobotSpec, keys: KeysConfig) -> dict[st
         elif len(named) == 1:
             chosen[camera] = named[0]
     for hand in (False, True):
-        cameras = [camera for camera in robot.cameras if camera not in chosen and _of_hand(camera) == hand]
-        rest = [key for key in found if key not in chosen.values() and _of_hand(key) == hand]
+        cameras = [camera for camera in robot.cameras if camera not in chosen and of_hand(camera) == hand]
+        rest = [key for key in found if key not in chosen.values() and of_hand(key) == hand]
         remaining = _coloured_first(found, rest)
         if len(cameras) == len(remaining) == 1:
             chosen[cameras[0]] = remaining[0]
@@ -148,7 +149,7 @@ def _encoded(flat: dict[str, Any]) -> str:
     return ""
 
 
-def _of_hand(name: str) -> bool:
+def of_hand(name: str) -> bool:
     return "wrist" in name or "hand" in name
 
 

@@ -22,6 +22,10 @@ from vla.policy import Policy
 from vla.serving.app import PolicyApp
 from vla.support.sockets import BACKLOG
 
+#: A client that has not answered a ping for so long has left. vla-eval's client cannot answer while it resets a
+#: simulator, which takes a minute on a slow machine; uvicorn's default, 20 s, ends its episodes.
+PING_TIMEOUT_S = 600.0
+
 
 def describe(policy: Policy) -> dict[str, Any]:
     """The metadata of a policy that clients receive when they connect."""
@@ -59,6 +63,7 @@ def settings(app: PolicyApp, config: ServeConfig) -> uvicorn.Config:
         ws="websockets-sansio",
         ws_max_size=int(config.max_request_mb * 2**20),
         ws_per_message_deflate=False,
+        ws_ping_timeout=PING_TIMEOUT_S,
         backlog=BACKLOG,
         timeout_keep_alive=int(max(1, config.patience_s)),
         timeout_graceful_shutdown=5,

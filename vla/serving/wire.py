@@ -1,8 +1,8 @@
 """The two array encodings that robot clients use.
 
-Owns: json-numpy (OpenVLA: base64 in JSON objects) and openpi's msgpack-numpy, in both directions. The bytes are
-identical to those of the original packages. Only plain numeric arrays whose size matches their data are accepted, and
-decoding never executes code. It does not know what the values mean.
+Owns: json-numpy (OpenVLA: base64 in JSON objects) and openpi's msgpack-numpy, in both directions, and the checks of
+arrays for other encodings. The bytes are identical to those of the original packages. Only plain numeric arrays whose
+size matches their data are accepted, and decoding never executes code. It does not know what the values mean.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import base64
 import binascii
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import msgpack
@@ -41,10 +42,14 @@ def to_msgpack(value: Any) -> bytes:
     return msgpack.packb(value, default=_encode_msgpack, use_bin_type=True)
 
 
-def from_msgpack(data: bytes) -> Any:
-    """Inverse of `to_msgpack`; arrays are read-only views of the bytes."""
+def from_msgpack(data: bytes, hook: Callable[[dict[Any, Any]], Any] | None = None) -> Any:
+    """Inverse of `to_msgpack`; arrays are read-only views of the bytes.
+
+    Args:
+        hook: decodes every map, if arrays are encoded in another way than openpi's.
+    """
     try:
-        return msgpack.unpackb(data, object_hook=_decode_msgpack, raw=False, strict_map_key=False)
+        return msgpack.unpackb(data, object_hook=hook or _decode_msgpack, raw=False, strict_map_key=False)
     # Besides its own exceptions, msgpack raises TypeError for unhashable keys and ValueError for invalid UTF-8.
     except (ValueError, TypeError, RecursionError, msgpack.exceptions.UnpackException) as error:
         raise WireError(f"not valid msgpack: {type(error).__name__}: {error}.") from None
@@ -66,7 +71,7 @@ def _decode_json(entry: dict[str, Any]) -> Any:
         data = base64.b64decode(entry["__numpy__"], validate=True)
     except (TypeError, ValueError, binascii.Error):
         raise WireError('an array\'s "__numpy__" must be base64.') from None
-    array = _array(data, entry.get("dtype"), entry.get("shape"))
+    array = to_array(data, entry.get("dtype"), entry.get("shape"))
     return array if array.shape else array[()]
 
 
@@ -81,7 +86,7 @@ def _encode_msgpack(value: Any) -> Any:
 
 def _decode_msgpack(entry: dict[Any, Any]) -> Any:
     if b"__ndarray__" in entry:
-        return _array(entry.get(b"data"), entry.get(b"dtype"), entry.get(b"shape"))
+        return to_array(entry.get(b"data"), entry.get(b"dtype"), entry.get(b"shape"))
     if b"__npgeneric__" in entry:
         value = entry.get(b"data")
         if not isinstance(value, bool | int | float):
@@ -93,7 +98,8 @@ def _decode_msgpack(entry: dict[Any, Any]) -> Any:
     return entry
 
 
-def _array(data: Any, dtype: Any, shape: Any) -> np.ndarray:
+def to_array(data: Any, dtype: Any, shape: Any) -> np.ndarray:
+    """The array of a dtype ("<f4") and a shape as a read-only view of its bytes. WireError if they do not match."""
     kind = _dtype(dtype)
     if not isinstance(data, bytes) or not isinstance(shape, list | tuple):
         raise WireError("an array needs its data as bytes and its shape as a list.")

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.responses import Response
 from starlette.routing import Route, WebSocketRoute
+from starlette.types import Message
+from starlette.websockets import WebSocket
 
 from vla.serving import wire
 from vla.support.registry import Registry
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from vla.serving.app import PolicyApp
 
 LARGE = 2**20  # bytes; decoding a larger message takes longer than starting a thread
+_TOO_LARGE = 1009  # websocket close code: message too large
 
 
 class WireProtocol(abc.ABC):
@@ -44,6 +47,29 @@ class WireProtocol(abc.ABC):
 
 
 PROTOCOLS: Registry[type[WireProtocol]] = Registry("wire protocol")
+
+
+class Inbox:
+    """The messages of a websocket client."""
+
+    def __init__(self, socket: WebSocket, app: PolicyApp) -> None:
+        self._socket, self._app = socket, app
+        self._next: Message | None = None
+
+    async def peek(self) -> Message:
+        """Wait for the next message without removing it. It may be a disconnect."""
+        if self._next is None:
+            self._next = await self._socket.receive()
+        return self._next
+
+    async def receive(self) -> bytes | str | None:
+        """The next binary or text message; None if the client has disconnected."""
+        message, self._next = await self.peek(), None
+        if message["type"] == "websocket.disconnect":
+            if message.get("code") == _TOO_LARGE:
+                self._app.log_refusal(self._socket, self._app.too_large)
+            return None
+        return message["text"] if message.get("bytes") is None else message["bytes"]
 
 
 async def decode(decoder: Callable[[Any], Any], data: Any) -> Any:

@@ -21,15 +21,13 @@ import time
 from typing import Any
 
 from starlette.routing import WebSocketRoute
-from starlette.types import Message
 from starlette.websockets import WebSocket
 
 from vla.policy.session import Draft
 from vla.serving import wire
 from vla.serving.batcher import Answer
-from vla.serving.protocols.base import PROTOCOLS, WireProtocol, decode
+from vla.serving.protocols.base import PROTOCOLS, Inbox, WireProtocol, decode
 
-_TOO_LARGE = 1009  # websocket close code: message too large
 _REASON = "Internal server error. Traceback included in previous frame."  # as openpi's server sends it
 
 
@@ -46,19 +44,16 @@ class OpenPI(WireProtocol):
         plain = socket.query_params.get("errors") == "plain"
         draft: Draft | None = None
         total_ms = None
-        inbox = _Inbox(socket)
-        while True:
-            message = await inbox.receive()
-            if message["type"] == "websocket.disconnect":
-                if message.get("code") == _TOO_LARGE:
-                    self.app.log_refusal(socket, self.app.too_large)
-                return
+        inbox = Inbox(socket, self.app)
+        while (message := await inbox.receive()) is not None:
             start = time.perf_counter()
             try:
-                if message.get("bytes") is None:
+                if isinstance(message, str):
                     raise wire.WireError("a request is a binary message (msgpack), got text.")
-                values = await decode(wire.from_msgpack, message["bytes"])
-                answer = await self.app.answer(values, inbox.peek, draft, len(message["bytes"]))
+                values = await decode(wire.from_msgpack, message)
+                if isinstance(values, dict) and values.get("type") == "hello":
+                    raise wire.WireError("this is vla-eval's protocol; its address ends with /vla-eval.")
+                answer = await self.app.answer(values, inbox.peek, draft, len(message))
             except Exception as error:
                 _, text = self.app.failed("openpi", error, socket)
                 if plain:
@@ -79,23 +74,6 @@ class OpenPI(WireProtocol):
             if self.app.draining:
                 await socket.close(1001, "the server is shutting down.")
                 return
-
-
-class _Inbox:
-    """A websocket's messages; `peek` returns the next one without removing it."""
-
-    def __init__(self, socket: WebSocket) -> None:
-        self._socket = socket
-        self._next: Message | None = None
-
-    async def peek(self) -> Message:
-        if self._next is None:
-            self._next = await self._socket.receive()
-        return self._next
-
-    async def receive(self) -> Message:
-        message, self._next = await self.peek(), None
-        return message
 
 
 def _reply(answer: Answer, details: bool) -> dict[str, Any]:
