@@ -357,7 +357,9 @@ def test_a_plugin_trains_and_its_checkpoint_names_what_it_needs(robot, dataset, 
     )
     out, err = process.communicate()
     assert process.returncode == 0, err
-    assert "up to 21 tokens, vocabulary of 16" in out and "eval_l1/dx" in (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert (
+        "up to 21 tokens, vocabulary of 16" in out and "eval_l1/dx" in (tmp_path / "run" / "metrics.jsonl").read_text()
+    )
     policy = Policy.from_pretrained(str(tmp_path / "run"))
     assert policy.processor.action_tokenizer.name == "hold-last"
     chunk = policy.predict_chunk(observations(1)[0], "go to square 1")
