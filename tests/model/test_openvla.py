@@ -14,7 +14,7 @@ from tests.decoders import greedy, reference
 from vla.config import ModelConfig
 from vla.errors import CheckpointError, ConfigError, VLAError
 from vla.model.build import DataFacts, build_policy
-from vla.model.sources import openvla_export
+from vla.model.sources import openvla, openvla_export
 from vla.policy import Policy, checkpoint
 from vla.spec import RobotSpec
 
@@ -186,6 +186,12 @@ def test_the_sequence_is_the_published_one(policy):
     assert image_id >= 32000  # a padded row, which no text has
 
 
+def test_the_report_of_keys(_folder):
+    source = openvla.OpenVLA(str(_folder), ModelConfig())
+    source.load(source.config())
+    assert (set(source.keys.used), source.keys.unused, source.keys.missing) == (set(published.shapes()), (), ())
+
+
 def test_only_the_256_rows_before_the_padded_ones_are_actions(policy):
     config = policy.network.config
     assert (config.vocab_size, config.action_token_begin, config.n_action_rows) == (32064, 31744, 256)
@@ -236,6 +242,7 @@ def test_import_and_export_are_bit_equal(tmp_path, dtype):
     weights = published.weights(dtype=dtype)
     published.save(tmp_path / "published", weights)
     network, processor = checkpoint.load(str(tmp_path / "published"), None)
+    first = processor.prefix_ids(INSTRUCTION)
     checkpoint.save(network, processor, tmp_path / "ours")  # through this package's own format
     network, processor = checkpoint.load(str(tmp_path / "ours"), None)
     same_bits(exported(network, processor, tmp_path / "out"), weights)
@@ -247,7 +254,7 @@ def test_import_and_export_are_bit_equal(tmp_path, dtype):
     assert json.loads((tmp_path / "out" / "dataset_statistics.json").read_text()) == published.NORM_STATS
     again, its_processor = checkpoint.load(str(tmp_path / "out"), None)
     same_bits(again.state_dict(), network.state_dict())
-    assert its_processor.prefix_ids(INSTRUCTION) == processor.prefix_ids(INSTRUCTION)
+    assert its_processor.prefix_ids(INSTRUCTION) == processor.prefix_ids(INSTRUCTION) == first
     meaning = [config.to_dict() for config in (again.config, network.config)]
     assert all(meaning[0][name] == meaning[1][name] for name in FIELDS)
 
@@ -354,13 +361,15 @@ def test_shards_that_are_missing_or_truncated(folder):
         ({"llm_backbone_id": "phi-2-3b"}, r"llm_backbone_id 'phi-2-3b'"),
         ({"text_config": {"model_type": "mistral"}}, r"of type 'mistral'"),
         ({"timm_model_ids": [published.DINO, "vit_huge"]}, r"unknown vision tower 'vit_huge'"),
+        ({"text_config": "llama"}, r"does not describe an OpenVLA checkpoint"),
+        ({"vla": {"robot": {"cameras": ["front"]}}}, r"needs action_names, state_names"),
         ({"timm_model_ids": [published.SIGLIP, published.DINO]}, r"DINOv2 and SigLIP, in this order"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_another_architecture_and_absent_statistics(folder, values, named):
     (folder / "config.json").write_text(json.dumps(published.config() | values))
-    with pytest.raises(CheckpointError, match=f"(?s){named}"):
+    with pytest.raises(VLAError, match=f"(?s){named}"):
         Policy.from_pretrained(str(folder), unnorm_key="fractal")
 
 

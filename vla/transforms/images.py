@@ -143,7 +143,7 @@ def lanczos(image: np.ndarray, size: int) -> np.ndarray:
     if image.shape[:2] == (size, size):
         return image
     filtered = _separable(image, *(_lanczos_weights(side, size) for side in image.shape[:2]))
-    return np.clip(np.rint(filtered), 0, 255).astype(np.uint8)
+    return np.clip(np.rint(filtered), 0, 255).astype(np.uint8, order="C")
 
 
 def lanczos_crop(image: np.ndarray, size: int, area: float = 0.9) -> np.ndarray:
@@ -154,14 +154,15 @@ def lanczos_crop(image: np.ndarray, size: int, area: float = 0.9) -> np.ndarray:
     """
     weights = _crop_weights(size, math.sqrt(area))
     cropped = _separable(lanczos(image, size), weights, weights)
-    return np.clip(np.floor(cropped * (255.5 / 255)), 0, 255).astype(np.uint8)
+    return np.clip(np.floor(cropped * (255.5 / 255)), 0, 255).astype(np.uint8, order="C")
 
 
 def _separable(image: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """Filter the two axes of an image [h, w, 3] by weights [H, h] and [W, w]: float32 [H, W, 3]."""
     height, width, channels = image.shape
-    first = (rows @ image.astype(np.float32).reshape(height, -1)).reshape(len(rows), width, channels)
-    return np.matmul(columns, first)
+    first = rows @ image.astype(np.float32).reshape(height, -1)
+    by_channel = np.ascontiguousarray(first.reshape(-1, width, channels).transpose(0, 2, 1)).reshape(-1, width)
+    return (by_channel @ columns.T).reshape(len(rows), channels, -1).transpose(0, 2, 1)
 
 
 @functools.lru_cache(maxsize=16)

@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
 from vla.config import ModelConfig
-from vla.errors import CheckpointError, ConfigError, unknown
+from vla.errors import CheckpointError, ConfigError, VLAError, unknown
 from vla.model.configuration import N_ACTION_ROWS, VLAConfig
 from vla.model.modeling import VLAForActionPrediction
 from vla.model.sources import openvla_layout
@@ -129,7 +129,13 @@ class OpenVLA(Source):
             raise ConfigError(f"{self.name} already has its vision towers; leave `vision` empty.")
         if model.image_size not in (None, IMAGE_SIZE):
             raise ConfigError(f"{self.name} was built for images of {IMAGE_SIZE}, not {model.image_size}.")
-        return read_config(self._base, self._statistics())
+        statistics = self._statistics()
+        try:
+            return read_config(self._base, statistics)
+        except VLAError:
+            raise
+        except Exception as error:  # the file may contain values of any type
+            raise CheckpointError(f"{self._base}/{FILE} does not describe an OpenVLA checkpoint: {error}") from error
 
     def load(self, config: VLAConfig) -> tuple[VLAForActionPrediction, PreTrainedTokenizerBase]:
         tokenizer = _tokenizer(self._base, config)
