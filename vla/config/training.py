@@ -77,8 +77,8 @@ class ModelConfig:
 
     Attributes:
         backbone: "nano" (the embedded backbone; default of `vla train`), "nano-init" (the same, untrained; default of
-            `vla pretrain`), "small-init" (a larger, untrained backbone for GPUs), a checkpoint of this package, or a
-            folder or hub id of a LLaMA-architecture causal language model.
+            `vla pretrain`), "small-init" (a larger, untrained backbone for GPUs), a checkpoint of this package or of
+            OpenVLA, or a folder or hub id of a LLaMA-like causal language model.
         vision: folders or hub ids of SigLIP/DINOv2/CLIP towers. Their features are concatenated. Only valid if
             `backbone` is a language model.
         cameras: cameras of the dataset to use, in this order; empty: all.
