@@ -10,9 +10,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, cache_utils, masking_utils
 
 from tests.decoders import reference
+from vla.config import LoraConfig
 from vla.decoding import weights
+from vla.decoding.engine import Engine
 from vla.decoding.strategies import teacher_forced
 from vla.errors import ConfigError
+from vla.model import lora
 from vla.policy import Policy
 
 FACTOR = {"rope_theta": 1e4, "factor": 4.0}
@@ -113,6 +116,25 @@ def test_left_to_transformers(nano, observations, kind, values, named):
     """Exactly, and with a warning that names the field."""
     (slower,) = decode(*with_decoder(nano, kind, **values), observations)
     assert named in slower
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"), [("gemma3_text", GEMMA), ("olmo2", {}), ("qwen3", {"head_dim": 32}), ("smollm3", {})]
+)
+def test_an_adapter_before_and_after_its_merge(nano, observations, kind, values):
+    """The rows of action tokens are trained in the embedding, which Gemma scales."""
+    network, processor = with_decoder(nano, kind, **values)
+    batch = processor.observe(observations(3), ["reach", "pick up the red cube", "open the drawer"])
+    before, adapted = reference(network, batch), lora.attach(network, LoraConfig(rank=4, alpha=16)).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name or "trainable_tokens_delta" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+    expected = reference(network, batch)
+    assert not torch.equal(before, expected)
+    assert torch.equal(Engine(network).stepwise(batch).ids, expected)
+    merged = lora.merge(adapted)
+    assert torch.equal(Engine(merged).stepwise(batch).ids, expected) and torch.equal(reference(merged, batch), expected)
 
 
 @pytest.mark.parametrize(
