@@ -2,15 +2,24 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 from tests import random_models
 from tests.decoders import reference
 from vla.config import LoraConfig, ModelConfig, TrainConfig
 from vla.decoding.engine import Engine
 from vla.decoding.strategies import teacher_forced
+from vla.errors import ConfigError
 from vla.jobs.train import train
-from vla.policy import Policy
+from vla.model.build import build_policy
+from vla.policy import Policy, checkpoint
 
 SMALL = {"vocab_size": 640, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -63,3 +72,50 @@ def test_trained_merged_reloaded_and_decoded(trained, observations):
     exact = teacher_forced(network, batch, fast.ids).logits
     assert exact.std() > 0.5
     torch.testing.assert_close(fast.logits, exact, atol=2e-3, rtol=1e-3)
+
+
+def save_llava(folder, **changes):
+    """A random LLaVA, with a text tokenizer."""
+    random_models.save_llama(folder)
+    (folder / "model.safetensors").unlink()
+    torch.manual_seed(6)
+    text, vision = LlamaConfig(**SMALL), CLIPVisionConfig(**random_models.VISION)
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=text, image_token_index=5, **changes)
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.1)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.mark.filterwarnings("ignore:vision tower .* has no image_mean")
+def test_llava_keeps_its_projector(tmp_path, facts, observations):
+    theirs = save_llava(tmp_path / "llava", vision_feature_layer=-1)
+    network, processor = build_policy(ModelConfig(backbone=str(tmp_path / "llava"), horizon=2, bins=31), facts)
+    pixels = torch.randint(0, 256, (2, 1, 3, 32, 32), dtype=torch.uint8)
+    mean, std = (
+        torch.tensor(values[0])[:, None, None] for values in (network.config.image_mean, network.config.image_std)
+    )
+    with torch.inference_mode():
+        features = theirs.model.get_image_features((pixels[:, 0] / 255 - mean) / std, return_dict=True).pooler_output
+        torch.testing.assert_close(
+            network.eval().encode_images(pixels), torch.stack(list(features)), atol=1e-5, rtol=1e-5
+        )
+        ids = torch.randint(6, 200, (2, 9))
+        torch.testing.assert_close(network(ids).logits, theirs(ids).logits, atol=1e-4, rtol=1e-4)
+    checkpoint.save(network, processor, tmp_path / "policy")
+    policy = Policy.from_pretrained(str(tmp_path / "policy"), device="cpu")
+    batch = policy.processor.observe(observations(2), ["reach", "pick up the red cube"])
+    assert torch.equal(Engine(policy.network).stepwise(batch).ids, reference(network, batch))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"projector_hidden_act": "relu"}, {"vision_feature_select_strategy": "full"}, {"vision_feature_layer": 1}],
+)
+def test_other_llavas_are_refused(tmp_path, facts, changes):
+    save_llava(tmp_path / "llava", **changes)
+    with pytest.raises(ConfigError, match=f"has {next(iter(changes))} "):
+        build_policy(ModelConfig(backbone=str(tmp_path / "llava")), facts)

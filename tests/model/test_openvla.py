@@ -273,7 +273,7 @@ def test_what_openvla_does_not_have_moves_into_its_weights(tmp_path, _folder):
 
 
 def test_a_policy_that_openvla_cannot_express_is_refused(nano, tmp_path):
-    with pytest.raises(ConfigError, match=r"one camera; no state; the tokenizer 'openvla'"):
+    with pytest.raises(ConfigError, match=r"OpenVLA's projector; .*one camera; no state; the tokenizer 'openvla'"):
         openvla_export.write(*nano, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -25,7 +25,6 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.utils import cached_file
 
 from vla.config import ModelConfig
 from vla.errors import CheckpointError, ConfigError, VLAError, unknown
@@ -33,10 +32,9 @@ from vla.model.configuration import N_ACTION_ROWS, VLAConfig
 from vla.model.modeling import VLAForActionPrediction
 from vla.model.sources import openvla_layout
 from vla.model.sources.base import SOURCES, Source
-from vla.model.sources.hub import read_json
+from vla.model.sources.hub import model_type, read_json
 from vla.model.sources.shards import ADAPTER_CONFIG, Adapter, Keys, Shards
 from vla.spec import ActionSpace, RobotSpec
-from vla.support.locations import missing_folder
 
 FILE, STATISTICS, PREPROCESSOR = "config.json", "dataset_statistics.json", "preprocessor_config.json"
 SPACE = 29871
@@ -121,7 +119,7 @@ class OpenVLA(Source):
 
     @classmethod
     def probe(cls, name: str) -> bool:
-        return _model_type(_adapter_base(name) or name) == "openvla"
+        return model_type(_adapter_base(name) or name) == "openvla"
 
     def config(self) -> VLAConfig:
         model = self.model
@@ -164,26 +162,6 @@ class OpenVLA(Source):
             if (folder / STATISTICS).is_file():
                 return read_json(folder / STATISTICS)
         return None
-
-
-def _model_type(name: str) -> str | None:
-    if missing_folder(name):
-        return None
-    if Path(name).is_dir():
-        path = Path(name) / FILE
-        return read_json(path).get("model_type") if path.is_file() else None
-    found = (
-        cached_file(
-            name,
-            FILE,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_gated_repo=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-        if name.count("/") == 1
-        else None
-    )
-    return read_json(Path(found)).get("model_type") if found else None
 
 
 def _adapter_base(name: str) -> str | None:
@@ -229,7 +207,7 @@ def read_config(folder: Path, statistics: Mapping[str, Any] | None = None) -> VL
         raise CheckpointError(f"{folder}/{FILE}: timm_model_ids must be DINOv2 and SigLIP, in this order, got {names}.")
     end = text["vocab_size"] - values.get("pad_to_multiple_of", PADDED_ROWS)
     found = _check_statistics(folder, values.get("norm_stats") if statistics is None else statistics)
-    ours = values.get("vla") or {}  # written by `save`: what OpenVLA's fields cannot express
+    ours = values.get("vla") or {}  # written by `openvla_export`: what OpenVLA's fields cannot express
     robot = RobotSpec.from_dict(ours["robot"]) if "robot" in ours else _ROBOT
     means, stds = _image_statistics(folder)
     width = sum(tower["hidden_size"] for tower in towers)

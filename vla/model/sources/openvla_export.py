@@ -84,11 +84,12 @@ def write(network: VLAForActionPrediction, processor: VLAProcessor, folder: Path
 def _check_expressible(config: VLAConfig) -> None:
     """Raise ConfigError, naming them, for properties that OpenVLA's code does not have."""
     robot, tokenizer = config.robot_spec, config.make_action_tokenizer()
-    towers = [tower.model_type for tower in config.vision_configs]
     needed = {
         "a LLaMA decoder without rope scaling": config.text_config.model_type == "llama"
         and config.text_config.rope_parameters["rope_type"] == "default",
-        "the towers DINOv2 with registers and SigLIP": all(map(_timm_name, config.vision_configs)) and len(towers) == 2,
+        "the towers DINOv2 with registers and SigLIP": all(map(_timm_name, config.vision_configs))
+        and [tower.model_type for tower in config.vision_configs] == ["dinov2_with_registers", "siglip_vision_model"],
+        "OpenVLA's projector": isinstance(config.projector_hidden, list) and config.vision_feature_layer == -2,
         "images before the prompt": config.layout == "image_first",
         "one camera": len(robot.cameras) == 1,
         "no state": not config.use_state,
