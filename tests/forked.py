@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent
-JOBS = ("train", "rollout", "collect", "dagger", "benchmark", "quickstart", "replay", "deploy", "serve")
+JOBS = ("train", "rollout", "collect", "dagger", "benchmark", "quickstart", "replay", "deploy", "serve", "export")
 
 
 class Process:
@@ -115,7 +115,7 @@ def main() -> None:
     """Fork for each connection until standard input ends."""
     import importlib
 
-    for name in (*(f"vla.jobs.{name}" for name in JOBS), "matplotlib.pyplot", "tests.tiny"):
+    for name in (*(f"vla.jobs.{name}" for name in JOBS), "matplotlib.pyplot", "tests.tiny", "tests.openvla_folder"):
         importlib.import_module(name)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait for the jobs
     address = Path(sys.argv[1])

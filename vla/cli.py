@@ -104,6 +104,12 @@ VERBS = {
         "serve a policy to clients of OpenVLA, openpi and vla-eval",
         "vla serve --policy runs/drawer --host 0.0.0.0",
     ),
+    "export": Verb(
+        "ExportConfig",
+        "vla.jobs.export:export",
+        "write a policy in another format, such as OpenVLA's",
+        "vla export --policy openvla/openvla-7b --format vla --out runs/openvla",
+    ),
     "dagger": Verb(
         "DaggerConfig",
         "vla.jobs.dagger:dagger",

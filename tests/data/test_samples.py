@@ -12,6 +12,7 @@ from vla.config import AugmentConfig
 from vla.data import samples as samples_module
 from vla.data.reader import Demonstrations
 from vla.data.samples import ChunkSamples, Mixture, cached_frames, split_episodes
+from vla.transforms.images import TRANSFORMS
 
 
 def test_a_continued_sample_begins_with_what_was_executed(dataset, robot, monkeypatch):
@@ -88,3 +89,13 @@ def _read_frames(root, cameras) -> None:
 
     samples_module._decode = told
     assert len(cached_frames(Demonstrations(root), cameras, 48)) == 45
+
+
+def test_frames_are_brought_to_size_by_the_transform_of_the_policy(dataset, robot):
+    """Each has a cache of its own."""
+    demos = Demonstrations(dataset("squares", robot, episodes=1))
+    recorded = next(iter(demos.frames(0, "front")))
+    shown = {name: ChunkSamples(demos, ("front",), 32, 1, 0, name)[0].images[0] for name in TRANSFORMS}
+    for name, image in shown.items():
+        np.testing.assert_array_equal(image, TRANSFORMS[name](recorded, 32))
+    assert (shown["area"] != shown["lanczos"]).any() and (shown["lanczos"] != shown["lanczos-crop"]).any()

@@ -181,3 +181,14 @@ def test_another_architecture_is_refused_by_name(nano):
     network.language_model.config.model_type = "gpt_neox"
     with pytest.raises(ConfigError, match=r"'gpt_neox'.*llama, mistral, qwen2"):
         Engine(network)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_reduced_precision_runs_on_any_processor(nano, observations, dtype):
+    """oneDNN packs such weights on some processors only. Rounding differs from `generate`, so logits are compared."""
+    network, processor = nano
+    network.to(dtype)
+    batch = processor.observe(observations(2), WORDS[:2])
+    decoded = Engine(network).stepwise(batch)
+    told = teacher_forced(network, batch, decoded.ids).logits
+    assert decoded.logits.dtype == dtype and float((decoded.logits - told).abs().max()) < 0.05

@@ -139,7 +139,7 @@ SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "nu
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        (transformers.LlavaConfig(), "vision-language model"),
+        (transformers.LlavaConfig(), "already has its vision tower"),
         (transformers.Gemma3Config(), "vision-language model"),
         (transformers.Qwen2_5_VLConfig(), "vision-language model"),
         (transformers.CLIPVisionConfig(**SMALL), "not a language model"),

@@ -3,12 +3,13 @@
 import dataclasses
 
 import numpy as np
+import PIL.Image
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vla.config import AugmentConfig
-from vla.transforms.images import augment, resize
+from vla.transforms.images import TRANSFORMS, augment, lanczos, lanczos_crop, resize
 
 NONE = AugmentConfig(shift=0.0, brightness=0.0, contrast=0.0, saturation=0.0)
 
@@ -33,6 +34,33 @@ def test_shrinking_averages_areas():
     image = picture(64, 64)
     means = image.reshape(16, 4, 16, 4, 3).mean((1, 3))
     np.testing.assert_allclose(resize(image, 16), means, atol=0.51)
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("shape", [(256, 256), (480, 640), (100, 90), (32, 32)])
+def test_every_transform_keeps_a_flat_image(name, shape):
+    flat = np.full((*shape, 3), (10, 120, 250), np.uint8)
+    np.testing.assert_array_equal(TRANSFORMS[name](flat, 32), np.full((32, 32, 3), (10, 120, 250)))
+
+
+@pytest.mark.parametrize("shape", [(256, 256), (480, 640), (120, 200), (224, 300)])
+def test_lanczos_is_the_usual_filter(shape):
+    """Pillow computes the same filter in integers, and rounds between the two axes."""
+    image = picture(*shape) // 2 + 50
+    theirs = np.asarray(PIL.Image.fromarray(image).resize((224, 224), PIL.Image.Resampling.LANCZOS))
+    assert np.abs(lanczos(image, 224).astype(int) - theirs).max() <= 1
+
+
+def test_the_centre_crop_samples_the_corners_of_nine_tenths_of_the_area():
+    """As `tf.image.crop_and_resize` with the box of OpenVLA's evaluation, and its conversion to bytes."""
+    image, size, half = picture(224, 224), 224, (1 - 0.9**0.5) / 2
+    cropped = lanczos_crop(image, size)
+    for row, column in ((0, 0), (0, 223), (100, 37), (223, 223)):
+        y, x = ((half + place / (size - 1) * (1 - 2 * half)) * (size - 1) for place in (row, column))
+        top, left = int(y), int(x)
+        block = image[top : top + 2, left : left + 2].astype(float)
+        value = np.einsum("i,j,ijc->c", [1 - y + top, y - top], [1 - x + left, x - left], block)
+        np.testing.assert_allclose(cropped[row, column], np.floor(value / 255 * 255.5), atol=0)
 
 
 def test_no_augmentation_is_the_identity():

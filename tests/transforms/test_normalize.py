@@ -84,3 +84,19 @@ def test_bad_values_are_named():
         compute_statistics(np.zeros((0, 2)))
     with pytest.raises(DataError, match="Did you mean 'q01_q99'"):
         Normalizer.from_statistics(compute_statistics(np.zeros((5, 2))), "q1_q99")
+
+
+def test_statistics_without_a_median_are_used_as_openvla_uses_them():
+    """Also where the quantiles nearly coincide: OpenVLA has no exception for such entries."""
+    theirs = {"q01": [-0.5, 0.0, 0.1, 0.0], "q99": [1.5, 1e-6, 0.1, 1.0], "mean": [0.0] * 4}
+    normalizer = Normalizer.from_statistics(theirs, mask=[True, True, True, False])
+    tokens = np.array([[-1.0] * 4, [0.5] * 4, [1.0] * 4])
+    low, high = np.array(theirs["q01"]), np.array(theirs["q99"])
+    expected = np.where([True, True, True, False], 0.5 * (tokens + 1) * (high - low) + low, tokens)
+    np.testing.assert_allclose(normalizer.unnormalize(tokens), expected, rtol=1e-6)
+    assert (normalizer.normalize(np.array([0.5, 5.0, 0.1, 0.0])) == [0.0, 1.0, 0.0, 0.0]).all()
+    with pytest.raises(DataError, match="lack min, max"):
+        Normalizer.from_statistics(theirs, "min_max")
+    ours = compute_statistics(np.random.default_rng(0).normal(size=(10, 2)))
+    with pytest.raises(DataError, match="lack median"):
+        Normalizer.from_statistics({name: value for name, value in ours.items() if name != "median"})

@@ -6,7 +6,15 @@ flag). It does not know how the jobs use the values. Whether a named file or env
 """
 
 from vla.config.data import AdapterConfig, CollectConfig, HostsConfig, InspectConfig, ReplayConfig
-from vla.config.deployment import ControlConfig, DeployConfig, DoctorConfig, KeysConfig, SafetyConfig, ServeConfig
+from vla.config.deployment import (
+    ControlConfig,
+    DeployConfig,
+    DoctorConfig,
+    ExportConfig,
+    KeysConfig,
+    SafetyConfig,
+    ServeConfig,
+)
 from vla.config.evaluation import (
     GREEDY,
     BenchmarkConfig,
@@ -30,6 +38,7 @@ __all__ = [
     "DecodingConfig",
     "DeployConfig",
     "DoctorConfig",
+    "ExportConfig",
     "ExposureConfig",
     "HostsConfig",
     "InspectConfig",

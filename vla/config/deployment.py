@@ -204,6 +204,29 @@ class ServeConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """`vla export`: write a policy in another format. The type of its weights does not change.
+
+    Attributes:
+        policy: the embedded backbone "nano", a run folder, or a checkpoint folder or hub id of this package or of
+            OpenVLA. An adapter of OpenVLA's fine-tuning script is merged.
+        format: "vla", the checkpoint folder of this package, or "openvla", the layout that OpenVLA's code loads.
+        out: the new folder.
+        unnorm_key: keep the statistics of this dataset only; None: those of all datasets.
+        image_transform: how images are brought to the network's size, as in `vla train`; None: the policy's own.
+        overwrite: replace the checkpoint in `out`.
+    """
+
+    __pydantic_config__ = STRICT
+    policy: str = "nano"
+    format: Literal["vla", "openvla"] = "vla"
+    out: Path = Path("runs/export")
+    unnorm_key: str | None = None
+    image_transform: str | None = None
+    overwrite: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DoctorConfig:
     """`vla doctor`: find problems of this machine, and print how to fix them.
 

@@ -77,12 +77,15 @@ class ModelConfig:
 
     Attributes:
         backbone: "nano" (the embedded backbone; default of `vla train`), "nano-init" (the same, untrained; default of
-            `vla pretrain`), "small-init" (a larger, untrained backbone for GPUs), a checkpoint of this package, or a
-            folder or hub id of a LLaMA-architecture causal language model.
+            `vla pretrain`), "small-init" (a larger, untrained backbone for GPUs), a checkpoint of this package or of
+            OpenVLA, or a folder or hub id of a LLaMA-like causal language model.
         vision: folders or hub ids of SigLIP/DINOv2/CLIP towers. Their features are concatenated. Only valid if
             `backbone` is a language model.
         cameras: cameras of the dataset to use, in this order; empty: all.
         image_size: side of the square input image in pixels; None: the vision tower's or checkpoint's own size.
+        image_transform: how images are brought to this size: "area" (the default: averages areas), "lanczos" (the
+            default of OpenVLA's checkpoints) or "lanczos-crop" (for networks that OpenVLA's code trained with random
+            crops: the central 0.9 of the area, enlarged).
         use_state: whether `agent_pos` is an input of the policy; true by default.
         horizon: actions per chunk, H; 8 by default.
         n_action_steps: actions executed before the next chunk is predicted; half the horizon by default.
@@ -99,6 +102,7 @@ class ModelConfig:
     vision: tuple[str, ...] = ()
     cameras: tuple[str, ...] = ()
     image_size: Count | None = None
+    image_transform: str | None = None
     use_state: bool | None = None
     horizon: Count | None = None
     n_action_steps: Count | None = None

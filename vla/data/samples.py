@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from vla.config import AugmentConfig
 from vla.data.reader import Demonstrations
 from vla.errors import ConfigError, DataError
 from vla.support.progress import Progress
-from vla.transforms.images import augment, resize
+from vla.transforms.images import TRANSFORMS, augment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +46,9 @@ class Sample:
     source: int
 
 
-def cached_frames(demos: Demonstrations, cameras: Sequence[str], size: int) -> np.ndarray:
-    """All frames of `cameras`, uint8 [N, C, size, size, 3]. They are decoded on the first call and cached.
+def cached_frames(demos: Demonstrations, cameras: Sequence[str], size: int, transform: str = "area") -> np.ndarray:
+    """All frames of `cameras`, uint8 [N, C, size, size, 3], after the image transform `transform`. They are decoded on
+    the first call and cached.
 
     The array is loaded into memory if the copies of all processes on this machine (LOCAL_WORLD_SIZE, set by `accelerate
     launch`) fit into half of the available memory. Otherwise it is memory-mapped, which is slower, because random reads
@@ -56,7 +57,8 @@ def cached_frames(demos: Demonstrations, cameras: Sequence[str], size: int) -> n
     The cache is stored in `<dataset>/.cache`, or in the system's temporary folder if the dataset is not writable. Its
     name contains the dataset's fingerprint. If the data change, the cache is therefore not used again.
     """
-    name = f"frames-{demos.fingerprint[:16]}-{'-'.join(cameras)}-{size}.npy"
+    suffix = "" if transform == "area" else f"-{transform}"
+    name = f"frames-{demos.fingerprint[:16]}-{'-'.join(cameras)}-{size}{suffix}.npy"
     folder = demos.root / ".cache"
     try:
         folder.mkdir(exist_ok=True)
@@ -67,12 +69,18 @@ def cached_frames(demos: Demonstrations, cameras: Sequence[str], size: int) -> n
     path = folder / name
     with FileLock(folder / f".{name}.lock"):
         if not path.exists():
-            _decode(demos, cameras, size, path)
+            _decode(demos, cameras, size, TRANSFORMS[transform], path)
     copies = path.stat().st_size * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return np.load(path, mmap_mode="r" if copies > psutil.virtual_memory().available / 2 else None)
 
 
-def _decode(demos: Demonstrations, cameras: Sequence[str], size: int, path: Path) -> None:
+def _decode(
+    demos: Demonstrations,
+    cameras: Sequence[str],
+    size: int,
+    transform: Callable[[np.ndarray, int], np.ndarray],
+    path: Path,
+) -> None:
     """Write the cache file: a scratch file, then a rename."""
     shape = (demos.num_frames, len(cameras), size, size, 3)
     with tempfile.NamedTemporaryFile(prefix=".frames-", suffix=".npy", dir=path.parent, delete=False) as file:
@@ -88,7 +96,7 @@ def _decode(demos: Demonstrations, cameras: Sequence[str], size: int, path: Path
             for episode in demos.episodes:
                 for index, camera in enumerate(cameras):
                     for offset, frame in enumerate(demos.frames(episode.index, camera)):
-                        frames[episode.start + offset, index] = resize(frame, size)
+                        frames[episode.start + offset, index] = transform(frame, size)
                 progress.advance(f"decoding {demos.root.name} once, to {path.parent.name}/{path.name}")
         frames.flush()
         del frames
@@ -119,9 +127,17 @@ def split_episodes(demos: Demonstrations, val_fraction: float, seed: int) -> tup
 class ChunkSamples:
     """The samples of one dataset, indexed by frame."""
 
-    def __init__(self, demos: Demonstrations, cameras: Sequence[str], size: int, horizon: int, source: int) -> None:
+    def __init__(
+        self,
+        demos: Demonstrations,
+        cameras: Sequence[str],
+        size: int,
+        horizon: int,
+        source: int,
+        transform: str = "area",
+    ) -> None:
         self.demos, self.horizon, self.source = demos, horizon, source
-        self.frames = cached_frames(demos, cameras, size)
+        self.frames = cached_frames(demos, cameras, size, transform)
         self._ends = np.zeros(demos.num_frames, np.int64)
         for episode in demos.episodes:
             self._ends[episode.start : episode.start + episode.length] = episode.start + episode.length

@@ -20,6 +20,8 @@ greedy decoding, and the first wrong token is corrected to an allowed one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.nn import functional as F
 from transformers import StoppingCriteriaList
@@ -56,7 +58,9 @@ class Engine:
         self.window = window
         self._placeholders = torch.tensor([network.config.image_token_id, network.config.state_token_id])
         self._weights = weights.read(network)
-        self._cos = self._sin = self._causal = self._cache = torch.empty(0)
+        self._room = 0  # positions of the tables and the cache
+        self._tables: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._causal = self._cache = torch.empty(0)
         self._cached: torch.Tensor | None = None  # prompts whose keys and values are in the cache
         self._graphs: dict[int, Captured] = {}  # by number of tokens
         # On a GPU, a chunk consists of thousands of small kernels dominated by launch overhead, so fuse them.
@@ -210,12 +214,13 @@ class Engine:
                 f"the attention window has {self.reach} positions, but a prompt prefix of {length} tokens and a chunk "
                 f"of {self.tokenizer.max_tokens} tokens need more."
             )
-        if length + self.tokenizer.max_tokens > len(self._cos):
-            room = -(-(length + self.tokenizer.max_tokens) // _ROUND) * _ROUND
-            self._cos, self._sin = (part.to(w.table.dtype) for part in weights.rotary(self.network, room))
+        if length + self.tokenizer.max_tokens > self._room:
+            self._room = room = -(-(length + self.tokenizer.max_tokens) // _ROUND) * _ROUND
+            tables = weights.rotary(self.network, room)
+            self._tables = {kind: (cos.to(w.table.dtype), sin.to(w.table.dtype)) for kind, (cos, sin) in tables.items()}
             self._causal = w.table.new_full((room, room), -torch.inf).triu(1)
-        if self._cache.ndim < 2 or self._cache.shape[1] < rows or self._cache.shape[3] < len(self._cos):
-            shape = (len(w.layers), rows, 2 * w.kv_heads, len(self._cos), w.head_dim)
+        if self._cache.ndim < 2 or self._cache.shape[1] < rows or self._cache.shape[3] < self._room:
+            shape = (len(w.layers), rows, 2 * w.kv_heads, self._room, w.head_dim)
             self._cache, self._cached = w.table.new_empty(shape), None
             self._graphs.clear()  # they use the previous cache
         if self._cached is not None and torch.equal(self._cached, ids):
@@ -237,25 +242,26 @@ class Engine:
         states."""
         w, (rows, n, _) = self._weights, hidden.shape
         end, heads, qkv_shape = start + n, w.heads, (w.heads + 2 * w.kv_heads, w.head_dim)
-        if offsets is None:
-            cos, sin = self._cos[start:end], self._sin[start:end]
-        else:
+        positions: slice | torch.Tensor = slice(start, end)
+        if offsets is not None:
             positions = (torch.arange(start, end, device=self.device) - offsets[:, None]).clamp(min=0)
-            cos, sin = self._cos[positions], self._sin[positions]
+        tables = {kind: (cos[positions], sin[positions]) for kind, (cos, sin) in self._tables.items()}
         mask = None if n == 1 and offsets is None else self._mask(start, end, offsets)
         cache = self._cache[:, :rows, :, :end]
         written, keys, values = (
             part.unbind(0) for part in (cache[:, :, :, start:], cache[:, :, : w.kv_heads], cache[:, :, w.kv_heads :])
         )
         for index, layer in enumerate(w.layers):
-            qkv = layer.qkv(layer.attention_norm(hidden)).view(rows, n, *qkv_shape)
-            qkv = self._rotate(qkv, cos, sin)
+            qkv = _normed(layer.query_key_norm, layer.qkv(_normed(layer.attention_norm, hidden)))
+            qkv = self._rotate(qkv.view(rows, n, *qkv_shape), *tables[layer.rope])
             written[index].copy_(qkv[:, heads:])
             attended = F.scaled_dot_product_attention(
-                qkv[:, :heads], keys[index], values[index], mask, enable_gqa=w.kv_heads != heads
+                qkv[:, :heads], keys[index], values[index], mask, scale=w.scale, enable_gqa=w.kv_heads != heads
             )
-            hidden = hidden + layer.out(attended.transpose(1, 2).reshape(rows, n, -1))
-            hidden = hidden + layer.down(self._gate(layer.gate_up(layer.mlp_norm(hidden))))
+            out = layer.out(attended.transpose(1, 2).reshape(rows, n, -1))
+            hidden = hidden + _normed(layer.attention_post_norm, out)
+            gated = self._gate(layer.gate_up(_normed(layer.mlp_norm, hidden)), w.gelu)
+            hidden = hidden + _normed(layer.mlp_post_norm, layer.down(gated))
         return w.norm(hidden)
 
     def _mask(self, start: int, end: int, offsets: torch.Tensor | None) -> torch.Tensor:
@@ -275,7 +281,11 @@ def _rotate(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Te
     return torch.addcmul(qkv * cos, qkv.roll(qkv.shape[-1] // 2, dims=-1), sin).transpose(1, 2)
 
 
-def _gate(gate_up: torch.Tensor) -> torch.Tensor:
-    """SwiGLU's product: [..., 2 m] -> [..., m]."""
+def _gate(gate_up: torch.Tensor, gelu: bool) -> torch.Tensor:
+    """The product of a gated network: [..., 2 m] -> [..., m]."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    return (F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)) * up
+
+
+def _normed(norm: Callable[[torch.Tensor], torch.Tensor] | None, x: torch.Tensor) -> torch.Tensor:
+    return x if norm is None else norm(x)

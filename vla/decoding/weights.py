@@ -1,8 +1,12 @@
-"""The weights of a decoder with LLaMA architecture as plain matrices, laid out for decoding.
+"""The weights of a decoder as plain matrices, laid out for decoding.
 
 Owns: reading the weights from transformers' modules, the fastest matrix product on the device, the rotary tables, and
 the check that a decoder has the supported architecture. Matrices with the same input are fused, and adapters are merged
 into the copies; the modules are not modified. It does not know how tokens are decoded.
+
+A supported decoder is a LLaMA, up to these differences: biases; RMSNorm of queries and keys, per head (Qwen3, Gemma 3)
+or over all heads (OLMo 2); RMSNorm after a block instead of before it (OLMo 2), or also after it (Gemma 3); layers
+without rotary embeddings (SmolLM3), or with two kinds of them (Gemma 3); a scaled embedding and GELU (Gemma 3).
 """
 
 from __future__ import annotations
@@ -15,20 +19,34 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers.activations import SiLUActivation
+from transformers.activations import GELUTanh, SiLUActivation
 
 from vla.errors import ConfigError
 from vla.model.modeling import VLAForActionPrediction
 
-# Model types whose layers are exactly RMSNorm, attention with rotary embeddings, RMSNorm, SwiGLU.
-ARCHITECTURES = ("llama", "mistral", "qwen2")
+# Supported model types -> the norms of a layer: before and after attention, before and after the gated network.
+_PRE_NORM = ("input_layernorm", None, "post_attention_layernorm", None)
+ARCHITECTURES = {
+    "llama": _PRE_NORM,
+    "mistral": _PRE_NORM,
+    "qwen2": _PRE_NORM,
+    "qwen3": _PRE_NORM,
+    "smollm3": _PRE_NORM,
+    "olmo2": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    "gemma3_text": (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+}
 
 # Fields of a decoder's config.json that the engine implements, or whose modules it reads.
 READ = {
     "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "attention_bias", "mlp_bias",
     "rope_parameters", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types",
-    "tie_word_embeddings",
+    "tie_word_embeddings", "no_rope_layers", "query_pre_attn_scalar", "hidden_activation",
 }  # fmt: skip
 # Fields that do not affect the logits of a trained decoder: initialisation, training, output format, text, other heads,
 # and fields of other software that transformers ignores as well.
@@ -38,6 +56,7 @@ IGNORED = {
     "max_sequence_length", "model_max_length", "name_or_path", "_name_or_path", "num_labels",
     "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type",
     "return_dict", "rope_interleaved", "tokenizer_class", "transformers.js_config", "transformers_version",
+    "no_rope_layer_interval", "_sliding_window_pattern",  # no_rope_layers and layer_types result from them
     "unsloth_fixed", "unsloth_version", "use_cache", "use_mrope",
 }  # fmt: skip
 # Types of rotary embeddings whose tables do not depend on the sequence length.
@@ -46,11 +65,12 @@ ROPE_TYPES = ("default", "linear", "llama3", "proportional", "yarn")
 _PARAMETERS = re.compile(
     r"(model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
     r"(\.weight|\.bias|\.base_layer\.weight|\.base_layer\.bias|\.lora_[AB]\.[^.]+\.weight)"
-    r"|model\.layers\.\d+\.(input|post_attention)_layernorm\.weight|model\.norm\.weight"
+    r"|model\.layers\.\d+\.(input|post_attention|pre_feedforward|post_feedforward)_layernorm\.weight"
+    r"|model\.layers\.\d+\.self_attn\.[qk]_norm\.weight|model\.norm\.weight"
     r"|(model\.embed_tokens|lm_head)\.(weight|token_adapter\.(base_layer\.weight|trainable_tokens_delta\.[^.]+)))"
 )
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterDict, nn.Identity, nn.Dropout)
-_MODULES = (nn.Linear, nn.Embedding, nn.SiLU, SiLUActivation, *_CONTAINERS)
+_MODULES = (nn.Linear, nn.Embedding, nn.SiLU, SiLUActivation, GELUTanh, *_CONTAINERS)
 
 
 class Linear:
@@ -65,7 +85,7 @@ class Linear:
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         self.weight, self.bias = weight, bias
         self._packed = None
-        if weight.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        if weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and _packs(weight.dtype):
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -73,6 +93,13 @@ class Linear:
         if self._packed is None or (x.shape[0] == x.shape[1] == 1 and x.dtype == torch.float32):
             return F.linear(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+
+
+def _packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN supports this type on this processor; its bfloat16 and float16 need AVX-512 or AVX-NE-CONVERT."""
+    ops = torch.ops.mkldnn
+    checks = {torch.bfloat16: ops._is_mkldnn_bf16_supported, torch.float16: ops._is_mkldnn_fp16_supported}
+    return dtype not in checks or checks[dtype]()
 
 
 class RMSNorm:
@@ -96,16 +123,47 @@ class RMSNorm:
 
 
 @dataclasses.dataclass(frozen=True)
+class QueryKeyNorm:
+    """RMSNorm of queries and keys, per head or over all heads; values are not changed.
+
+    Attributes:
+        widths: widths of queries, keys and values.
+        head_dim: width of a head; None: over all heads.
+    """
+
+    query: RMSNorm
+    key: RMSNorm
+    widths: tuple[int, int, int]
+    head_dim: int | None
+
+    def __call__(self, qkv: torch.Tensor) -> torch.Tensor:
+        """[B, n, (heads + 2 kv_heads) * head_dim] -> the same shape."""
+        query, key, value = qkv.split(self.widths, dim=-1)
+        return torch.cat([self._normed(self.query, query), self._normed(self.key, key), value], dim=-1)
+
+    def _normed(self, norm: RMSNorm, x: torch.Tensor) -> torch.Tensor:
+        return norm(x) if self.head_dim is None else norm(x.unflatten(-1, (-1, self.head_dim))).flatten(-2)
+
+
+@dataclasses.dataclass(frozen=True)
 class Layer:
     """One decoder block. Shapes: qkv [(heads + 2 kv_heads) * head_dim, width], out [width, heads * head_dim],
-    gate_up [2 * intermediate, width], down [width, intermediate]."""
+    gate_up [2 * intermediate, width], down [width, intermediate].
 
-    attention_norm: RMSNorm
+    Attributes:
+        rope: the kind of rotary embedding, a key of `rotary`.
+    """
+
+    attention_norm: RMSNorm | None
     qkv: Linear
+    query_key_norm: QueryKeyNorm | None
     out: Linear
-    mlp_norm: RMSNorm
+    attention_post_norm: RMSNorm | None
+    mlp_norm: RMSNorm | None
     gate_up: Linear
     down: Linear
+    mlp_post_norm: RMSNorm | None
+    rope: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +177,8 @@ class Decoder:
         head: output layer for the action tokens [rows, width]; other tokens cannot be chosen.
         heads, kv_heads: number of query heads and of key/value heads.
         head_dim: width of a head.
+        scale: factor of the attention logits.
+        gelu: whether the gate is GELU (tanh approximation) instead of SiLU.
         reach: number of positions that attention covers; infinite without a sliding window.
     """
 
@@ -129,6 +189,8 @@ class Decoder:
     heads: int
     kv_heads: int
     head_dim: int
+    scale: float
+    gelu: bool
     reach: float
 
 
@@ -140,15 +202,22 @@ def read(network: VLAForActionPrediction) -> Decoder:
     begin = network.config.action_token_begin
     rows = slice(begin, begin + network.action_tokenizer.vocab_size)
     table = _matrix(model.embed_tokens)[rows].contiguous()
+    for module in model.embed_tokens.modules():
+        if hasattr(module, "embed_scale"):
+            table = table * module.embed_scale.to(table.dtype)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    sliding = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
     return Decoder(
-        layers=tuple(_layer(layer) for layer in model.layers),
+        layers=tuple(_layer(layer, rope, config) for layer, rope in zip(model.layers, _ropes(config), strict=True)),
         norm=_norm(model.norm),
         table=table,
         head=Linear(_matrix(network.language_model.lm_head)[rows].contiguous()),
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        reach=getattr(config, "sliding_window", None) or math.inf,
+        head_dim=head_dim,
+        scale=(getattr(config, "query_pre_attn_scalar", None) or head_dim) ** -0.5,
+        gelu=config.model_type == "gemma3_text",
+        reach=(getattr(config, "sliding_window", None) if sliding else None) or math.inf,
     )
 
 
@@ -160,22 +229,25 @@ def check_config(config: Any) -> None:
     for name, value in config.to_dict().items():
         if name not in READ | IGNORED and value != defaults.get(name):
             raise ConfigError(f"the decoder's config.json has {name!r}: {value!r}, which the engine does not support.")
-    if config.hidden_act not in ("silu", "swish"):
-        raise ConfigError(f"hidden_act {config.hidden_act!r}; the engine supports 'silu'.")
-    rope = config.rope_parameters
-    if rope.get("rope_type") not in ROPE_TYPES:
-        raise ConfigError(f"rope_type {rope.get('rope_type')!r}; the engine supports {', '.join(ROPE_TYPES)}.")
-    if rope.get("partial_rotary_factor") not in (None, 1):
-        raise ConfigError(
-            f"partial_rotary_factor {rope['partial_rotary_factor']}; the engine supports rotation of whole heads only."
-        )
+    field, expected = ("hidden_act", "silu")
+    if config.model_type == "gemma3_text":
+        field, expected = ("hidden_activation", "gelu_pytorch_tanh")
+    if (activation := getattr(config, field)) not in (expected, "swish" if expected == "silu" else expected):
+        raise ConfigError(f"{field} {activation!r}; the engine supports {expected!r}.")
+    ropes = config.rope_parameters
+    for rope in [ropes] if "rope_type" in ropes else ropes.values():
+        if rope.get("rope_type") not in ROPE_TYPES:
+            raise ConfigError(f"rope_type {rope.get('rope_type')!r}; the engine supports {', '.join(ROPE_TYPES)}.")
+        if (factor := rope.get("partial_rotary_factor")) not in (None, 1):
+            raise ConfigError(f"partial_rotary_factor {factor}; the engine supports rotation of whole heads only.")
     if other := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
         raise ConfigError(f"layer_types {', '.join(sorted(other))}; the engine supports full and sliding attention.")
 
 
 def _check_modules(language_model: nn.Module, model_type: str) -> None:
     """Raise ConfigError if the language model has modules or parameters that `read` does not use."""
-    own = f"transformers.models.{model_type}.modeling_{model_type}"
+    family = model_type.removesuffix("_text")
+    own = f"transformers.models.{family}.modeling_{family}"
     for name, module in language_model.named_modules():
         kind = type(module)
         if kind not in _MODULES and kind.__module__ != own and not kind.__module__.startswith("peft."):
@@ -189,37 +261,69 @@ def _check_modules(language_model: nn.Module, model_type: str) -> None:
             raise ConfigError(f"the decoder has a parameter {name}, which the engine does not support.")
 
 
-def rotary(network: VLAForActionPrediction, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotary tables cos and sin [positions, heads + 2 kv_heads, head_dim] for concatenated queries, keys and values.
+def rotary(network: VLAForActionPrediction, positions: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Rotary tables cos and sin [positions, heads + 2 kv_heads, head_dim] for concatenated queries, keys and values, by
+    kind of rotary embedding.
 
     Values are not rotated (cos = 1, sin = 0). The first half of sin is negated, so that the rotation is
 
         x * cos + roll(x, head_dim / 2) * sin.
     """
     model, config = network.language_model.model, network.language_model.config
-    table = model.embed_tokens.weight
-    cos, sin = model.rotary_emb(table[None], torch.arange(positions, device=table.device)[None])
-    first, second = sin[0].chunk(2, dim=-1)
-    cos, sin = cos[0], torch.cat([-first, second], dim=-1)
+    table, tables = model.embed_tokens.weight, {}
+    places = torch.arange(positions, device=table.device)[None]
     turned, kept = config.num_attention_heads + config.num_key_value_heads, (0, 0, 0, config.num_key_value_heads)
-    expand = (positions, turned, cos.shape[-1])
-    return F.pad(cos[:, None].expand(expand), kept, value=1.0), F.pad(sin[:, None].expand(expand), kept)
+    for kind in dict.fromkeys(_ropes(config)):
+        by_type = (kind,) if kind in config.rope_parameters else ()
+        cos, sin = model.rotary_emb(table[None], places, *by_type)
+        if kind == _NO_ROPE:
+            cos, sin = torch.ones_like(cos), torch.zeros_like(sin)
+        first, second = sin[0].chunk(2, dim=-1)
+        cos, sin = cos[0], torch.cat([-first, second], dim=-1)
+        expand = (positions, turned, cos.shape[-1])
+        tables[kind] = F.pad(cos[:, None].expand(expand), kept, value=1.0), F.pad(sin[:, None].expand(expand), kept)
+    return tables
 
 
-def _layer(layer: Any) -> Layer:
+_ROPE, _NO_ROPE = "rope", "none"
+
+
+def _ropes(config: Any) -> list[str]:
+    """The kind of rotary embedding of each layer."""
+    if "rope_type" not in config.rope_parameters:  # parameters by layer type
+        return list(config.layer_types)
+    used = getattr(config, "no_rope_layers", None) or [True] * config.num_hidden_layers
+    return [_ROPE if rotated else _NO_ROPE for rotated in used]
+
+
+def _layer(layer: Any, rope: str, config: Any) -> Layer:
     attention, mlp = layer.self_attn, layer.mlp
+    names = ARCHITECTURES[config.model_type]
+    norms = [None if name is None else _norm(getattr(layer, name)) for name in names]
     return Layer(
-        attention_norm=_norm(layer.input_layernorm),
+        attention_norm=norms[0],
         qkv=_fused(attention.q_proj, attention.k_proj, attention.v_proj),
+        query_key_norm=_query_key_norm(attention) if hasattr(attention, "q_norm") else None,
         out=_fused(attention.o_proj),
-        mlp_norm=_norm(layer.post_attention_layernorm),
+        attention_post_norm=norms[1],
+        mlp_norm=norms[2],
         gate_up=_fused(mlp.gate_proj, mlp.up_proj),
         down=_fused(mlp.down_proj),
+        mlp_post_norm=norms[3],
+        rope=rope,
     )
 
 
+def _query_key_norm(attention: Any) -> QueryKeyNorm:
+    width, kv_width = attention.q_proj.out_features, attention.k_proj.out_features
+    per_head = attention.head_dim if len(attention.q_norm.weight) != width else None
+    return QueryKeyNorm(_norm(attention.q_norm), _norm(attention.k_norm), (width, kv_width, kv_width), per_head)
+
+
 def _norm(module: Any) -> RMSNorm:
-    return RMSNorm(module.weight.detach(), module.variance_epsilon)
+    if hasattr(module, "variance_epsilon"):
+        return RMSNorm(module.weight.detach(), module.variance_epsilon)
+    return RMSNorm(1 + module.weight.detach(), module.eps)  # Gemma's
 
 
 def _fused(*modules: Any) -> Linear:

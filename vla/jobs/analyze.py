@@ -45,7 +45,8 @@ def exposure(config: ExposureConfig) -> dict[str, Any]:
     policy = Policy.from_pretrained(config.policy, config.device, config.unnorm_key)
     policy.robot.check_fits(demos.robot, str(config.data), tolerated=("rate",))
     config.out.mkdir(parents=True, exist_ok=True)
-    samples = ChunkSamples(demos, policy.robot.cameras, policy.network.config.image_size, policy.horizon, source=0)
+    model = policy.network.config
+    samples = ChunkSamples(demos, policy.robot.cameras, model.image_size, policy.horizon, 0, model.image_transform)
     chosen = np.linspace(0, demos.num_frames - 1, min(config.frames, demos.num_frames)).round().astype(int)
     steps = np.concatenate([np.arange(episode.length) for episode in demos.episodes])[chosen]
     batches = np.array_split(chosen, -(-len(chosen) // config.batch_size))

@@ -123,7 +123,8 @@ def _prepare(cfg: TrainConfig, quiet: bool = False) -> tuple[trainer.VLATrainer,
             f"{processor.action_tokenizer.name!r} span several actions. Set augment.prefix to 0, or use a "
             "tokenizer with tokens for each action, such as 'uniform'."
         )
-    sources = [ChunkSamples(demo, cameras, size, horizon, i) for i, demo in enumerate(demos)]
+    transform = network.config.image_transform
+    sources = [ChunkSamples(demo, cameras, size, horizon, i, transform) for i, demo in enumerate(demos)]
     splits = [split_episodes(demo, cfg.val_fraction, cfg.seed) for demo in demos]
     draws = cfg.steps * cfg.batch_size * cfg.grad_accum * int(os.environ.get("WORLD_SIZE", "1"))
     mixture = Mixture(sources, [split[0] for split in splits], cfg.weights, cfg.seed, draws, cfg.augment)

@@ -16,7 +16,7 @@ from vla.errors import ConfigError, unknown
 from vla.model.configuration import N_ACTION_ROWS, VLAConfig
 from vla.model.modeling import VLAForActionPrediction
 from vla.model.processing import VLAProcessor
-from vla.model.sources import checkpoint, untrained  # noqa: F401  (they register themselves)
+from vla.model.sources import checkpoint, llava, openvla, untrained  # noqa: F401  (they register themselves)
 from vla.model.sources.base import SOURCES
 from vla.model.sources.composed import Composed
 from vla.spec import RobotSpec
@@ -91,6 +91,7 @@ def _set_policy(config: VLAConfig, model: ModelConfig, facts: DataFacts, robot: 
     config.use_state = config.use_state if model.use_state is None else model.use_state
     config.normalization = model.normalization or config.normalization
     config.prompt = model.prompt or config.prompt
+    config.image_transform = model.image_transform or config.image_transform
     config.horizon = model.horizon or config.horizon
     kept = config.n_action_steps if before and model.horizon is None else max(1, config.horizon // 2)
     config.n_action_steps = model.n_action_steps or kept

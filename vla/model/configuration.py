@@ -13,6 +13,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from vla.errors import CheckpointError, ConfigError, SpecError, unknown
 from vla.spec import RobotSpec
+from vla.transforms.images import TRANSFORMS
 from vla.transforms.normalize import Normalizer
 from vla.transforms.prompt import check_template
 from vla.transforms.tokenizers.base import ActionTokenizer, build
@@ -33,7 +34,7 @@ class VLAConfig(PreTrainedConfig):
         vision_feature_layer: index of the tower's hidden states; -1 is `last_hidden_state`, -2 the previous block.
         image_mean, image_std: per tower, three values each, for images scaled to [0, 1].
         projector_layers: number of linear layers from vision to language width, with GELU in between.
-        projector_hidden: width between these layers; None uses the language model's width.
+        projector_hidden: width between these layers, or one width for each; None uses the language model's width.
         max_state_dim: width of the state input; shorter states are padded with zeros.
         max_cameras: number of camera embeddings.
 
@@ -46,6 +47,8 @@ class VLAConfig(PreTrainedConfig):
     Policy (the meaning of an action):
         robot: RobotSpec as a dict: cameras in order, state and action names, gripper polarity, control rate, hold.
         image_size: side length of the square input images in pixels.
+        image_transform: how images are brought to this size; see `vla.transforms.images.TRANSFORMS`.
+        prompt_end: ids that follow the prompt's text, unless it ends with them.
         use_state, horizon, n_action_steps, prompt, normalization: as in `vla.config.ModelConfig`.
         action_tokenizer: `ActionTokenizer.to_dict()`.
         statistics: unnorm_key -> {"action": {...}, "state": {...}}, see `vla.transforms.normalize`.
@@ -60,7 +63,7 @@ class VLAConfig(PreTrainedConfig):
     image_mean: list | None = None
     image_std: list | None = None
     projector_layers: int = 2
-    projector_hidden: int | None = None
+    projector_hidden: int | list[int] | None = None
     max_state_dim: int = 32
     max_cameras: int = 8
     layout: str = "instruction_first"
@@ -70,10 +73,12 @@ class VLAConfig(PreTrainedConfig):
     n_action_rows: int = 256
     robot: dict | None = None
     image_size: int = 224
+    image_transform: str = "area"
     use_state: bool = True
     horizon: int = 8
     n_action_steps: int = 8
     prompt: str = "plain"
+    prompt_end: Any = None
     normalization: str = "q01_q99"
     action_tokenizer: dict | None = None
     statistics: Any = None
@@ -82,6 +87,7 @@ class VLAConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         self.text_config = _as_config(self.text_config or {"model_type": "llama"})
         self.vision_configs = [_as_config(values) for values in self.vision_configs or []]
+        self.prompt_end = list(self.prompt_end or [])
         super().__post_init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:
@@ -129,7 +135,8 @@ class VLAConfig(PreTrainedConfig):
 
     def action_normalizer(self, key: str | None = None) -> Normalizer:
         statistics = self._needed("statistics")[self.unnorm_key(key)]
-        return Normalizer.from_statistics(statistics["action"], self.normalization)
+        action = statistics["action"]
+        return Normalizer.from_statistics(action, self.normalization, action.get("mask"))
 
     def state_normalizer(self, key: str | None = None) -> Normalizer | None:
         statistics = self._needed("statistics")[self.unnorm_key(key)].get("state")
@@ -141,6 +148,8 @@ class VLAConfig(PreTrainedConfig):
         """Raise CheckpointError unless all fields that define the meaning of an action are present and consistent."""
         tokenizer, robot = self.make_action_tokenizer(), self.robot_spec
         check_template(self.prompt)
+        if self.image_transform not in TRANSFORMS:
+            raise CheckpointError(unknown("image transform", self.image_transform, TRANSFORMS))
         self._check_inputs(robot)
         if not 1 <= self.n_action_steps <= self.horizon:
             raise CheckpointError(

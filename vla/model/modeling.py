@@ -35,10 +35,15 @@ from vla.model.configuration import VLAConfig
 
 
 class Projector(nn.Sequential):
-    """Vision width -> language width: `layers` linear maps with GELU in between."""
+    """Vision width -> language width: `layers` linear maps with GELU in between.
 
-    def __init__(self, vision_width: int, hidden: int, width: int, layers: int) -> None:
-        sizes = [vision_width, *[hidden] * (layers - 1), width]
+    Args:
+        hidden: width between the layers, or one width for each.
+    """
+
+    def __init__(self, vision_width: int, hidden: int | Sequence[int], width: int, layers: int) -> None:
+        between = [hidden] * (layers - 1) if isinstance(hidden, int) else hidden
+        sizes = [vision_width, *between, width]
         modules: list[nn.Module] = []
         for i in range(layers):
             modules += ([nn.GELU()] if i else []) + [nn.Linear(sizes[i], sizes[i + 1])]

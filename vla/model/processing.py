@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from vla.model.configuration import VLAConfig
 from vla.model.vision import tokens_per_image
 from vla.spec import Observation
-from vla.transforms.images import resize
+from vla.transforms.images import TRANSFORMS
 from vla.transforms.prompt import build_prompt
 
 
@@ -50,6 +50,9 @@ class VLAProcessor:
             reserved = (self.config.image_token_id, self.config.state_token_id)
             size, first_id = self.config.vocab_size, self.tokenizer.bos_token_id
             text = [i for i in text if i < size and not begin <= i < end and i not in reserved]
+            ending = self.config.prompt_end
+            if text[len(text) - len(ending) :] != ending:
+                text += ending
             bos = [] if first_id is None or first_id >= size else [first_id]
             images = [self.config.image_token_id] * (self.tokens_per_image * len(self.robot.cameras))
             state = [self.config.state_token_id] if self.config.use_state else []
@@ -62,7 +65,8 @@ class VLAProcessor:
     def images(self, observation: Observation) -> np.ndarray:
         """The policy's camera images, uint8 [C, S, S, 3], in the policy's order and resized to its image size."""
         pixels = observation["pixels"]
-        return np.stack([resize(np.asarray(pixels[name]), self.config.image_size) for name in self.robot.cameras])
+        transform, size = TRANSFORMS[self.config.image_transform], self.config.image_size
+        return np.stack([transform(np.asarray(pixels[name]), size) for name in self.robot.cameras])
 
     def state(self, states: np.ndarray, unnorm_key: str | None = None) -> np.ndarray:
         """[..., S] in the robot's units -> float32 [..., max_state_dim], normalised and padded with zeros."""

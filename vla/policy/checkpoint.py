@@ -19,6 +19,7 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers.utils import logging as transformers_logging
 
+from vla.config import ModelConfig
 from vla.errors import CheckpointError, VLAError
 from vla.model.build import check_room
 from vla.model.configuration import VLAConfig
@@ -26,6 +27,8 @@ from vla.model.modeling import VLAForActionPrediction
 from vla.model.processing import VLAProcessor
 from vla.model.sources.checkpoint import find_checkpoint, load_checkpoint, read_config
 from vla.model.sources.hub import read_json
+from vla.model.sources.openvla import OpenVLA
+from vla.model.sources.shards import ADAPTER_CONFIG
 from vla.spec import RobotSpec
 from vla.support.locations import check_policy
 
@@ -61,20 +64,33 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 def save(network: VLAForActionPrediction, processor: VLAProcessor, folder: Path, card: str = "") -> None:
     """Write a complete policy to `folder`, atomically."""
-    network.generation_config.use_cache = True  # training disables the cache; `generate` must use it
     with atomic_folder(folder) as scratch:
-        network.save_pretrained(scratch)
-        processor.save_pretrained(scratch)
-        (scratch / "README.md").write_text(_FRONT_MATTER + card)
+        write(network, processor, scratch, card)
 
 
-def load(name: str, dtype: torch.dtype = torch.float32) -> tuple[VLAForActionPrediction, VLAProcessor]:
-    """Load a policy: "nano", a run folder, a checkpoint folder or a hub id.
+def write(network: VLAForActionPrediction, processor: VLAProcessor, folder: Path, card: str = "") -> None:
+    """Write the files of a complete policy into an existing folder."""
+    network.generation_config.use_cache = True  # training disables the cache; `generate` must use it
+    network.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    (folder / "README.md").write_text(_FRONT_MATTER + card)
 
+
+def load(name: str, dtype: torch.dtype | None = torch.float32) -> tuple[VLAForActionPrediction, VLAProcessor]:
+    """Load a policy: "nano", a run folder, a checkpoint folder or hub id of this package or of OpenVLA.
+
+    Args:
+        dtype: type of the weights; None: that of the files.
     Raises:
-        CheckpointError: the policy does not exist, is not a policy of this package, or is incomplete.
+        CheckpointError: the policy does not exist, is not a policy that this package reads, or is incomplete.
     """
     transformers_logging.disable_progress_bar()  # a policy loads in a second
+    if OpenVLA.probe(name):
+        source = OpenVLA(name, ModelConfig(), dtype)
+        config = source.config()
+        config.check_policy()
+        network, tokenizer = source.load(config)
+        return network.eval(), VLAProcessor(config, tokenizer)
     folder = find_checkpoint(name) or _from_hub(name)
     config = _checked_config(folder)
     network, tokenizer = load_checkpoint(folder, config, dtype)
@@ -108,6 +124,13 @@ def _checked_config(folder: Path) -> VLAConfig:
 def _from_hub(name: str) -> Path:
     if (Path(name) / "metrics.jsonl").is_file():
         raise CheckpointError(f"the run in {name} has no policy yet. Finish it with `vla train ... --resume`.")
+    if (Path(name) / ADAPTER_CONFIG).is_file():
+        base = read_json(Path(name) / ADAPTER_CONFIG).get("base_model_name_or_path")
+        raise CheckpointError(
+            f"{name} holds an adapter for {base!r}, which is no OpenVLA checkpoint here. Correct "
+            f"base_model_name_or_path in {ADAPTER_CONFIG} if the base has another folder on this machine; the policy "
+            "of a run of this package is in its `policy` folder, with the adapter merged."
+        )
     if Path(name).exists():
         raise CheckpointError(
             f"{name} is not a policy of this package: neither it nor {name}/policy has a config.json with model_type "

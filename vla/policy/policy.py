@@ -197,7 +197,8 @@ class Policy(ChunkPolicy):
         n_action_steps: int | None = None,
         decoding: DecodingConfig = GREEDY,
     ) -> Policy:
-        """Load a policy: "nano" (the embedded backbone), a checkpoint folder, a run folder, or a hub id."""
+        """Load a policy: "nano" (the embedded backbone), a run folder, or a checkpoint folder or hub id of this package
+        or of OpenVLA."""
         network, processor = checkpoint.load(str(name))
         network.requires_grad_(False)
         policy = cls(network, processor, device, unnorm_key, n_action_steps, decoding)

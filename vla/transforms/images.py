@@ -7,7 +7,9 @@ serving use identical values. It does not know environments, models or files.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 
 import cv2
 import numpy as np
@@ -131,6 +133,62 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
         return image
     shrinks = image.shape[0] >= size and image.shape[1] >= size
     return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
+
+
+def lanczos(image: np.ndarray, size: int) -> np.ndarray:
+    """uint8 [h, w, 3] -> uint8 [size, size, 3], by a Lanczos filter of three lobes, widened for shrinking.
+
+    Equal to `tf.image.resize(method="lanczos3", antialias=True)`, which prepares OpenVLA's training images.
+    """
+    if image.shape[:2] == (size, size):
+        return image
+    filtered = _separable(image, *(_lanczos_weights(side, size) for side in image.shape[:2]))
+    return np.clip(np.rint(filtered), 0, 255).astype(np.uint8, order="C")
+
+
+def lanczos_crop(image: np.ndarray, size: int, area: float = 0.9) -> np.ndarray:
+    """`lanczos`, then the central square with `area` of the image, enlarged to `size` by linear interpolation.
+
+    Equal to OpenVLA's evaluation of networks that were trained with random crops of that area
+    (`tf.image.crop_and_resize`; it rounds down).
+    """
+    weights = _crop_weights(size, math.sqrt(area))
+    cropped = _separable(lanczos(image, size), weights, weights)
+    return np.clip(np.floor(cropped * (255.5 / 255)), 0, 255).astype(np.uint8, order="C")
+
+
+def _separable(image: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Filter the two axes of an image [h, w, 3] by weights [H, h] and [W, w]: float32 [H, W, 3]."""
+    height, width, channels = image.shape
+    first = rows @ image.astype(np.float32).reshape(height, -1)
+    by_channel = np.ascontiguousarray(first.reshape(-1, width, channels).transpose(0, 2, 1)).reshape(-1, width)
+    return (by_channel @ columns.T).reshape(len(rows), channels, -1).transpose(0, 2, 1)
+
+
+@functools.lru_cache(maxsize=16)
+def _lanczos_weights(length: int, size: int) -> np.ndarray:
+    """Weights [size, length] of a Lanczos filter. Pixel centres are at half-integers; rows sum to 1."""
+    scale = length / size
+    offsets = (np.arange(length) + 0.5) - (np.arange(size)[:, None] + 0.5) * scale
+    x = offsets / max(scale, 1.0)
+    weights = np.where(np.abs(x) < 3, np.sinc(x) * np.sinc(x / 3), 0.0)
+    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
+@functools.lru_cache(maxsize=4)
+def _crop_weights(size: int, side: float) -> np.ndarray:
+    """Weights [size, size] that enlarge the central part, `side` of the length. The corners of the part are sampled."""
+    places = (np.linspace((1 - side) / 2, (1 + side) / 2, size) * (size - 1))[:, None]
+    return np.maximum(0.0, 1 - np.abs(np.arange(size) - places)).astype(np.float32)
+
+
+#: Transforms of a camera image to the network's input, by their name in a checkpoint's config.json. What a name means
+#: must never change.
+TRANSFORMS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
+    "area": resize,
+    "lanczos": lanczos,
+    "lanczos-crop": lanczos_crop,
+}
 
 
 def augment(images: np.ndarray, config: AugmentConfig, rng: np.random.Generator) -> np.ndarray:

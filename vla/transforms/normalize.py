@@ -8,6 +8,9 @@ or models. Statistics are plain lists, because a checkpoint stores them in its c
     min_max:   x = 2 (a - min) / (max - min) - 1
     mean_std:  x = (a - mean) / (3 std)              (three standard deviations fill [-1, 1])
 
+These rules apply to statistics that this package computes. Statistics of other packages, which have no `median` and
+`moving`, are used as they are: OpenVLA's un-normalise to (x + 1) / 2 (q99 - q01) + q01 without exception.
+
 A dimension that moves in less than 0.1 % of the frames counts as constant. It normalises to 0 and un-normalises to its
 median. If the quantile range of a dimension is less than 1 % of its full range (it moves in less than 2 % of the
 frames), q01_q99 uses min_max for this dimension, because division by a vanishing q99 - q01 would give extreme values.
@@ -25,6 +28,9 @@ from vla.errors import DataError, unknown
 
 METHODS = ("q01_q99", "min_max", "mean_std")
 NAMES = ("mean", "std", "min", "max", "q01", "median", "q99", "moving")
+
+_BOUNDS = {"q01_q99": ("q01", "q99"), "min_max": ("min", "max"), "mean_std": ("mean", "std")}
+_OURS = ("median", "moving")  # only statistics of this package have these
 
 # A quantile range below this fraction of the full range is too small to divide by.
 _DEGENERATE = 1e-2
@@ -86,24 +92,26 @@ class Normalizer:
         mask: Sequence[bool] | None = None,
         limit: float = 1.0,
     ) -> Normalizer:
-        """Build a normaliser from the result of `compute_statistics`."""
+        """Build a normaliser from the result of `compute_statistics`, or from the statistics of another package."""
         if method not in METHODS:
             raise DataError(unknown("normalization", method, METHODS))
-        missing = [name for name in NAMES if name not in statistics]
+        ours = any(name in statistics for name in _OURS)
+        needed = NAMES if ours else _BOUNDS[method]
+        missing = [name for name in needed if name not in statistics]
         if missing:
             raise DataError(f"statistics lack {', '.join(missing)}; compute them again with `compute_statistics`.")
-        stats = {name: np.asarray(statistics[name], np.float64) for name in NAMES}
-        full = stats["max"] - stats["min"]
+        stats = {name: np.asarray(statistics[name], np.float64) for name in needed}
+        first, second = (stats[name] for name in _BOUNDS[method])
         if method == "mean_std":
-            offset, scale = stats["mean"], 3 * stats["std"]
+            offset, scale = first, 3 * second
         else:
-            low, high = (stats["q01"], stats["q99"]) if method == "q01_q99" else (stats["min"], stats["max"])
-            degenerate = (high - low) < _DEGENERATE * full
-            low, high = np.where(degenerate, stats["min"], low), np.where(degenerate, stats["max"], high)
-            offset, scale = (low + high) / 2, (high - low) / 2
-        constant = stats["moving"] < _STILL
-        scale = np.where(constant, 0.0, scale)
-        offset = np.where(constant, stats["median"], offset)
+            if ours:
+                degenerate = (second - first) < _DEGENERATE * (stats["max"] - stats["min"])
+                first, second = np.where(degenerate, stats["min"], first), np.where(degenerate, stats["max"], second)
+            offset, scale = (first + second) / 2, (second - first) / 2
+        if ours:
+            constant = stats["moving"] < _STILL
+            scale, offset = np.where(constant, 0.0, scale), np.where(constant, stats["median"], offset)
         chosen = np.ones(len(scale), bool) if mask is None else np.asarray(mask, bool)
         return cls(offset, scale, chosen, limit)
 

@@ -10,10 +10,12 @@ import numpy as np
 
 from vla.errors import ConfigError, unknown
 
-# "openvla" and "openvla-v01" are the prompts of OpenVLA (arXiv:2406.09246) and of its v01 checkpoint.
+# "openvla" and "openvla-v01" are the prompts of OpenVLA (arXiv:2406.09246) and of its v01 checkpoint. OpenVLA's own
+# code lowercases an instruction, and changes nothing else, as "openvla-verbatim" does.
 TEMPLATES = {
     "plain": "{instruction}",
     "openvla": "In: What action should the robot take to {instruction}?\nOut:",
+    "openvla-verbatim": "In: What action should the robot take to {instruction}?\nOut:",
     "openvla-v01": (
         "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed,"
         " and polite answers to the user's questions. USER: What action should the robot take to {instruction}?"
@@ -47,11 +49,12 @@ def check_template(template: str) -> None:
 
 
 def build_prompt(instruction: str, template: str) -> str:
-    """The prompt for the language model: the cleaned instruction in the named template.
+    """The prompt for the language model: the instruction, cleaned, in the named template.
 
     >>> build_prompt("  Pick up the red cube. ", "plain")
     'pick up the red cube'
     """
     check_template(template)
-    cleaned = " ".join(instruction.lower().split()).rstrip(".!")
+    lower = instruction.lower()
+    cleaned = lower if template == "openvla-verbatim" else " ".join(lower.split()).rstrip(".!")
     return TEMPLATES[template].format(instruction=cleaned)

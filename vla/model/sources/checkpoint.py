@@ -73,16 +73,18 @@ def read_config(folder: Path) -> VLAConfig:
 
 
 def load_checkpoint(
-    folder: Path, config: VLAConfig, dtype: torch.dtype = torch.float32
+    folder: Path, config: VLAConfig, dtype: torch.dtype | None = torch.float32
 ) -> tuple[VLAForActionPrediction, PreTrainedTokenizerBase]:
     """Load the network and text tokenizer from a checkpoint folder of this package.
 
+    Args:
+        dtype: type of the weights; None: that of the files.
     Raises:
         CheckpointError: files are damaged, or the weights do not match `config` exactly.
     """
     try:
         network, info = VLAForActionPrediction.from_pretrained(
-            folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
+            folder, config=config, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # damaged files raise various errors

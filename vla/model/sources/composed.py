@@ -6,6 +6,7 @@ these are the last ids of the vocabulary, as in OpenVLA (arXiv:2406.09246).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,7 +24,13 @@ from vla.support.locations import missing_folder
 
 
 class Composed(Source):
-    """`name` is the language model, `ModelConfig.vision` the towers."""
+    """`name` is the language model, `ModelConfig.vision` the towers.
+
+    Attributes:
+        feature_layer: index of the towers' hidden states, counted from the end.
+    """
+
+    feature_layer = -2
 
     def __init__(self, name: str, model: ModelConfig) -> None:
         super().__init__(name, model)
@@ -36,19 +43,23 @@ class Composed(Source):
                 f"{name!r} is not a checkpoint of this package, so it needs a vision tower: set `vision` to the folder "
                 "or hub id of a SigLIP, DINOv2 or CLIP model."
             )
-        self._tokenizer = load_tokenizer(name, self._text.vocab_size)
-        self._text.pad_token_id = self._tokenizer.pad_token_id
         towers = [load_config(tower, "vision tower") for tower in model.vision]
         # Of a SigLIP or CLIP model with both towers, only the vision tower is loaded.
         self._whole = [hasattr(tower, "vision_config") for tower in towers]
-        self._towers = [getattr(tower, "vision_config", tower) for tower in towers]
+        self._set_parts(self._text, model.vision, [getattr(tower, "vision_config", tower) for tower in towers])
+
+    def _set_parts(self, text: PreTrainedConfig, names: Sequence[str], towers: list[PreTrainedConfig]) -> None:
+        """Set the configurations of the language model and the towers, the latter's names, and the text tokenizer."""
+        self._text, self._names, self._towers = text, names, towers
+        self._tokenizer = load_tokenizer(self.name, text.vocab_size)
+        text.pad_token_id = self._tokenizer.pad_token_id
 
     @classmethod
     def probe(cls, name: str) -> bool:
         return True
 
     def config(self) -> VLAConfig:
-        named = list(zip(self.model.vision, self._towers, strict=True))
+        named = list(zip(self._names, self._towers, strict=True))
         for name, tower in named:
             adapter(tower).check(name, tower)
         means, stds = zip(*(image_statistics(name, tower) for name, tower in named), strict=True)
@@ -56,7 +67,7 @@ class Composed(Source):
         config = VLAConfig(
             text_config=self._text.to_dict(),
             vision_configs=[tower.to_dict() for tower in self._towers],
-            vision_feature_layer=-2,
+            vision_feature_layer=self.feature_layer,
             image_mean=list(means),
             image_std=list(stds),
             image_size=self.model.image_size or self._towers[0].image_size,
@@ -68,7 +79,7 @@ class Composed(Source):
             state_token_id=begin - 2,
         )
         size = config.image_size
-        for name, tower in zip(self.model.vision, config.vision_configs, strict=True):
+        for name, tower in zip(self._names, config.vision_configs, strict=True):
             if tower.image_size != size and not adapter(tower).any_size:
                 raise ConfigError(f"the vision tower was built for images of {tower.image_size}, not {size}.")
             check_tower(name, tower, size, config.vision_feature_layer)
@@ -78,7 +89,7 @@ class Composed(Source):
         decoder = _load_decoder(self.name, self._text)
         towers = [
             load_model(AutoModel, name, "vision tower", tower, foreign)
-            for name, tower, foreign in zip(self.model.vision, self._towers, self._whole, strict=True)
+            for name, tower, foreign in zip(self._names, self._towers, self._whole, strict=True)
         ]
         config.text_config.tie_word_embeddings = False
         return VLAForActionPrediction(config, towers, decoder), self._tokenizer
@@ -96,11 +107,16 @@ def _check_language_model(name: str, config: PreTrainedConfig) -> None:
 
 
 def _load_decoder(backbone: str, config: PreTrainedConfig) -> Any:
-    """The language model, with its head untied from the embedding, since action rows differ as inputs and outputs."""
     decoder = load_model(AutoModelForCausalLM, backbone, "backbone", config)
     head = getattr(decoder, "lm_head", None)
     if head is None or head.bias is not None or not hasattr(decoder, "model"):
         raise ConfigError(f"{backbone!r} ({decoder.config.model_type}) is not a LLaMA-architecture causal LM.")
+    return untied(decoder)
+
+
+def untied(decoder: Any) -> Any:
+    """The language model, with its head untied from the embedding, since action rows differ as inputs and outputs."""
+    head = decoder.lm_head
     if decoder.config.tie_word_embeddings:
         head.weight = torch.nn.Parameter(head.weight.detach().clone())
         decoder.config.tie_word_embeddings = False

@@ -35,6 +35,20 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def model_type(name: str) -> str | None:
+    """The `model_type` in the config.json of a folder or hub id; None if there is none or the hub cannot be reached."""
+    if missing_folder(name):
+        return None
+    if Path(name).is_dir():
+        path = Path(name) / "config.json"
+    elif name.count("/") == 1:
+        optional = ("missing_entries", "gated_repo", "connection_errors")
+        path = cached_file(name, "config.json", **{f"_raise_exceptions_for_{what}": False for what in optional})
+    else:
+        return None
+    return read_json(Path(path)).get("model_type") if path and Path(path).is_file() else None
+
+
 def load_config(name: str, what: str) -> PreTrainedConfig:
     """Load the configuration of a model. ConfigError if that fails or the model is quantised."""
     config = _load(AutoConfig, name, what)

@@ -1,0 +1,58 @@
+"""`vla export`: write a policy in another format.
+
+Owns: the formats, and the summary of what was written. The type of the weights is that of the policy's files, so that
+an export changes no bit of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from vla.config import ExportConfig, check
+from vla.errors import ConfigError
+from vla.model.modeling import VLAForActionPrediction
+from vla.model.processing import VLAProcessor
+from vla.model.sources import openvla_export
+from vla.policy import checkpoint
+
+FORMATS: dict[str, Callable[[VLAForActionPrediction, VLAProcessor, Path], None]] = {
+    "vla": checkpoint.write,
+    "openvla": openvla_export.write,
+}
+
+
+def export(config: ExportConfig) -> Path:
+    """Export a policy and return its new folder, which appears once it is complete.
+
+    Raises:
+        ConfigError, CheckpointError: the policy cannot be loaded or written in this format, or `out` is in use. Nothing
+            is written.
+    """
+    check(config)
+    _check_output(config)
+    network, processor = checkpoint.load(config.policy, dtype=None)
+    model = network.config
+    if config.unnorm_key is not None:
+        key = model.unnorm_key(config.unnorm_key)
+        model.statistics = {key: model.statistics[key]}
+    model.image_transform = config.image_transform or model.image_transform
+    processor = VLAProcessor(model, processor.tokenizer)
+    with checkpoint.atomic_folder(config.out) as scratch:
+        FORMATS[config.format](network, processor, scratch)
+    size = sum(parameter.numel() for parameter in network.parameters()) / 1e6
+    dtype = str(network.dtype).removeprefix("torch.")
+    keys = ", ".join(model.statistics)
+    print(f"wrote {config.out}: {size:.1f} M parameters in {dtype}, unnorm_key {keys}", flush=True)
+    return config.out
+
+
+def _check_output(config: ExportConfig) -> None:
+    """ConfigError if `out` contains anything, except for a checkpoint that is to be replaced."""
+    found = sorted(path.name for path in config.out.iterdir()) if config.out.is_dir() else []
+    if config.out.is_file() or (found and "config.json" not in found):
+        raise ConfigError(f"{config.out} is not a checkpoint folder. Choose another --out.")
+    if found and not config.overwrite:
+        raise ConfigError(f"{config.out} already contains a checkpoint. Replace it with --overwrite, or choose --out.")
+    if found and Path(config.policy).resolve() == config.out.resolve():
+        raise ConfigError(f"{config.out} is the policy itself. Choose another --out.")
