@@ -44,7 +44,7 @@ class LiberoEnv(gym.Env):
         image_size: height and width of the observed images in pixels; policies are evaluated with 256.
         states: "official": the benchmark's initial states, which published results refer to. "sampled": random
             positions of the objects in the task's regions, for training data that does not contain the test states.
-        render: "fast": without shadows, reflections and multisampling, in a third of the time. "default": as in
+        render: "fast": without shadows, reflections and multisampling, in up to a third of the time. "default": as in
             published evaluations. Use the same value for training and evaluation.
         render_mode: None or "rgb_array" (a larger image, for videos).
     """

@@ -52,13 +52,14 @@ def go(
     return action
 
 
-def pick(world: World, grasp: Grasp) -> np.ndarray:
-    """Action [7] towards gripping an object."""
+def pick(world: World, name: str, grasp: Grasp) -> np.ndarray:
+    """Action [7] towards gripping the object `name`. The hand descends where and when it is aligned with the grasp."""
     hand, point = world.hand, grasp.point
     aside, above = np.linalg.norm(point[:2] - hand[:2]), hand[2] - point[2]
     yaw = grasp.yaw + np.pi * np.round((world.yaw - grasp.yaw) / np.pi)  # half a turn exchanges the fingers
     rotation, twist = pointing(yaw), abs(world.yaw - yaw)
-    if world.opening < 0.004 and aside < 0.05 and above < 0.03:  # closed on nothing
+    missed = world.opening < 0.004 or (world.opening < 0.05 and world.at_rest and not world.touched(name))
+    if missed and aside < 0.05 and above < 0.03:
         return go(world, np.array([*hand[:2], point[2] + 0.06]), OPEN, rotation)
     if aside < 0.012 and abs(above) < 0.012 and twist < 0.15:
         return go(world, point, CLOSED, rotation)
@@ -66,6 +67,9 @@ def pick(world: World, grasp: Grasp) -> np.ndarray:
         return go(world, point, OPEN, rotation)
     safe = max(grasp.top + 0.02, point[2] + 0.03)
     height = safe + float(np.clip(aside - 0.02, 0, 0.05))
+    for around in (hand, point):  # until then, fingers and palm stay above everything
+        height = max(height, world.clutter([name], around, _FINGERS)[:, 2].max(initial=0.0) + 0.022)
+        height = max(height, world.clutter([name], around, _PALM)[:, 2].max(initial=0.0) - 0.028)
     if hand[2] < safe - 0.02 and aside > 0.03:  # rise before moving sideways
         return go(world, np.array([*hand[:2], height]), OPEN, rotation)
     return go(world, np.array([*point[:2], height]), OPEN, rotation)
@@ -111,6 +115,9 @@ def place(
     return action
 
 
+#: Metres from the middle of the open hand to the outside of the fingers, whose tips are 1.2 cm below the point between
+#: them, and of the palm, which is 4.3 cm above it.
+_FINGERS, _PALM = 0.065, 0.11
 _RADIUS = 0.065  # metres; of a carried object
 _MARGIN = 0.03  # metres between a carried object and everything below it
 

@@ -55,6 +55,11 @@ class World:
         """Distance between the fingers in metres, 0 to 0.08."""
         return float(np.abs(self.data.qpos[self._finger_qpos]).sum())
 
+    @property
+    def at_rest(self) -> bool:
+        """Whether the fingers have stopped relative to the hand."""
+        return bool(np.abs(self.data.qvel[self._finger_qvel]).sum() < _AT_REST)
+
     def origin(self, name: str) -> np.ndarray:
         """Position [3] of the origin of an object's or a piece of furniture's root body."""
         return self.data.xpos[self.bodies[name]].copy()
@@ -90,6 +95,10 @@ class World:
         points = np.concatenate([self.points(name) for name in self.bodies if name not in without])
         return points[np.linalg.norm(points[:, :2] - near[:2], axis=1) < radius]
 
+    def covered(self, name: str, radius: float) -> bool:
+        """Whether something is above an object, within `radius` of its centre."""
+        return bool((self.clutter([name], self.centre(name), radius)[:, 2] > self.box(name)[1][2]).any())
+
     def geom_points(self, geom: int) -> np.ndarray:
         """Points [n, 3] on one collision geom."""
         ((body, points),) = self._shape([geom]).items()
@@ -107,12 +116,15 @@ class World:
 
     def gripped(self, geoms: Collection[int]) -> bool:
         """Whether both fingers touch one of `geoms` and have stopped closing."""
-        at_rest = np.abs(self.data.qvel[self._finger_qvel]).sum() < _AT_REST
-        return bool(at_rest) and self.touching(geoms) == 2
+        return self.at_rest and self.touching(geoms) == 2
 
     def held(self, name: str) -> bool:
         """Whether an object is gripped."""
         return self.gripped(self._solids[name])
+
+    def touched(self, name: str) -> bool:
+        """Whether a finger touches an object."""
+        return self.touching(self._solids[name]) > 0
 
     def _geoms(self, root: int) -> list[int]:
         """The collision geoms of the body `root` and its children."""
