@@ -1,7 +1,7 @@
 """Language-conditioned tabletop environments on MuJoCo.
 
-Importing this package registers `vla/<Task>-v0` and `vla-metaworld/<task>-v3` with Gymnasium. Creating a Meta-World
-environment requires the `metaworld` extra.
+Importing this package registers `vla/<Task>-v0`, `vla-metaworld/<task>-v3` and `vla-libero/<suite>-<number>` with
+Gymnasium. Creating a Meta-World or LIBERO environment requires the extra `metaworld` or `libero`.
 
 Owns the registration, and the selection of the off-screen GL backend before `mujoco` is imported. It does not know
 policies, tokens or datasets. `envs` and `vla` interact only through the Gymnasium API.
@@ -33,11 +33,13 @@ except Exception as error:  # GL backends and incomplete installations raise var
         "pip uninstall -y mujoco mujoco-core mujoco-studio, then install this package as before."
     ) from error
 
-from envs import metaworld, tasks
+from envs import libero, metaworld, tasks
+from envs.libero import LIBERO_IDS
 from envs.metaworld import METAWORLD_IDS
 from envs.tasks import ENV_IDS
 
 tasks.register_all()
 metaworld.register_all()
+libero.register_all()
 
-__all__ = ["ENV_IDS", "METAWORLD_IDS"]
+__all__ = ["ENV_IDS", "LIBERO_IDS", "METAWORLD_IDS"]

@@ -47,6 +47,8 @@ class TabletopEnv(gym.Env, abc.ABC):
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": int(CONTROL_HZ)}  # noqa: RUF012 (gym.Env declares it)
+    #: Whether observations contain images. While it is False, nothing is rendered.
+    observe_images = True
     #: Key into `instructions.GRAMMARS`.
     task: ClassVar[str]
     #: Corners of the box in which the hand starts, in metres.
@@ -238,7 +240,7 @@ class TabletopEnv(gym.Env, abc.ABC):
     def _observe(self) -> dict[str, Any]:
         world = self.world
         state = np.array([*world.hand, *world.rpy, world.opening], dtype=np.float32)
-        if not self.cameras:
+        if not self.cameras or not self.observe_images:
             return {"agent_pos": state}
         if self._camera is None:
             self._camera = Camera(world.model, self.image_size)

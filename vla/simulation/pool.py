@@ -56,7 +56,7 @@ class StepResult:
     """Result of executing a chunk, up to the end of the episode.
 
     Attributes:
-        observation: observation after the last action.
+        observation: observation after the last action; it may lack images if that action ended the episode.
         rewards: one reward per executed action.
         success: whether the task is solved after the last action.
         ever: whether the task is solved after any of the actions.
@@ -196,9 +196,11 @@ class EnvServer:
             raise SimulatorError("no episode is running: call reset first.")
         rewards: list[float] = []
         ever, reached = False, None
-        for action in actions:
+        for number, action in enumerate(actions, 1):
             self.steps += 1
-            observation, reward, terminated, truncated, info = env.step(action)
+            # The policy looks only after the last action; a video shows every step.
+            images = number == len(actions) or self._recorder is not None
+            observation, reward, terminated, truncated, info = env.step(action, images)
             if not math.isfinite(reward):
                 raise SimulatorError(f"environment {env.env_id!r}: rewards must be finite, got {reward}.")
             rewards.append(reward)
