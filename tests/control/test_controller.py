@@ -304,7 +304,7 @@ def test_a_run_that_cannot_begin_leaves_everything_as_it_was(policy, driver, mon
         with monkeypatch.context() as silent:
             silent.setattr(driver, "observe", lambda: None)
             controller.stop()
-            with pytest.raises(SpecError, match="no observation"):
+            with pytest.raises(SpecError, match="has not sent an observation"):
                 controller.run("reach", seconds=0.5)
         assert gc.isenabled() and driver.commands == []
         assert controller.run("reach", seconds=1.0)["commands"] >= 3
