@@ -61,6 +61,8 @@ class MetaWorldEnv(gym.Env):
         phrasing: split of the instructions: "train", "heldout" or "canonical".
         action_repeat: number of Meta-World steps per action; with 4, the control rate is 20 Hz and an episode has at
             most 125 actions.
+        start_steps: the hand moves in a random direction for up to this number of actions before an episode begins.
+            Demonstrations that all start at the same place let the hand's position give the goal away.
         convention: "suite", or "lerobot" for the observations of LeRobot's environment with `obs_type`
             "pixels_agent_pos". With "lerobot", "pixels" is a single image, rendered by Meta-World with shadows, and
             the state is float64. This does not change `image_size` and `action_repeat`; LeRobot's policies are trained
@@ -79,6 +81,7 @@ class MetaWorldEnv(gym.Env):
         image_size: int = 96,
         phrasing: str = "train",
         action_repeat: int = 1,
+        start_steps: int = 0,
         convention: str = "suite",
         render_mode: str | None = None,
     ) -> None:
@@ -89,10 +92,12 @@ class MetaWorldEnv(gym.Env):
         check_range("image_size", image_size, 16, 1024)
         check_choice("phrasing", phrasing, PHRASINGS)
         check_range("action_repeat", action_repeat, 1, MAX_STEPS)
+        check_range("start_steps", start_steps, 0, MAX_STEPS // 4)
         check_choice("convention", convention, ("suite", "lerobot"))
         check_choice("render_mode", render_mode, (None, "rgb_array"))
         self.task, self.cameras, self.image_size, self.phrasing = task, cameras, int(image_size), phrasing
-        self.action_repeat, self.convention, self.render_mode = int(action_repeat), convention, render_mode
+        self.action_repeat, self.start_steps = int(action_repeat), int(start_steps)
+        self.convention, self.render_mode = convention, render_mode
         self.metadata = {**self.metadata, "render_fps": round(STEP_HZ / self.action_repeat)}
         self.task_description = ""
         self._inner, self._make_policy = _load(task, self.image_size)
@@ -122,8 +127,16 @@ class MetaWorldEnv(gym.Env):
         # previous episode.
         mujoco.mj_forward(self._inner.model, self._inner.data)
         self._raw = self._inner._get_obs()
+        self._disturb_hand()
         self.task_description = sample(self.task, self.phrasing, self.np_random)
         return self._observe(), self._info(False)
+
+    def _disturb_hand(self) -> None:
+        if self.start_steps:
+            direction = self.np_random.normal(size=3)
+            move = np.append(np.clip(direction / np.abs(direction).max(), -1, 1), -1.0).astype(np.float32)
+            for _ in range(self.action_repeat * int(self.np_random.integers(self.start_steps + 1))):
+                self._raw, *_ = self._inner.step(move)
 
     def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """Repeat one action [4] in [-1, 1] for `action_repeat` steps of 12.5 ms, or until success.

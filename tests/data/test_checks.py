@@ -94,3 +94,11 @@ def test_images(clean):
     assert check_images("front", episode, frozen, ~moved) == []
     black = [np.zeros_like(image) for image in images]
     assert "empty images" in [finding.what for finding in check_images("front", episode, black, ~moved)]
+
+
+def test_demonstrations_whose_state_gives_the_answer_away(tmp_path):
+    demos = record(tmp_path / "set", [30] * 24)
+    assert "state gives the answer away" not in found(demos)
+    demos.actions[:, :2] = demos.states[:, :2] - demos.states[:, :2].mean(0)
+    demos.actions[:, 2:] = 0
+    assert "state gives the answer away" in found(demos)

@@ -5,6 +5,7 @@ import time
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -99,3 +100,33 @@ def test_frames_are_brought_to_size_by_the_transform_of_the_policy(dataset, robo
     for name, image in shown.items():
         np.testing.assert_array_equal(image, TRANSFORMS[name](recorded, 32))
     assert (shown["area"] != shown["lanczos"]).any() and (shown["lanczos"] != shown["lanczos-crop"]).any()
+
+
+def test_the_state_is_masked_and_disturbed_as_often_as_asked(dataset, robot):
+    samples = ChunkSamples(Demonstrations(dataset("squares", robot)), robot.cameras, 48, 4, source=0)
+
+    def drawn(**options: float) -> list[samples_module.Sample]:
+        mixture = Mixture([samples], [np.arange(20)], None, 1, 400, AugmentConfig(**options))
+        return [mixture[draw] for draw in range(400)]
+
+    plain, masked, noisy = drawn(), drawn(state_mask=0.25), drawn(state_noise=0.3)
+    assert not any(sample.state_masked for sample in plain) and all(sample.state_noise == 0 for sample in plain)
+    assert 70 <= sum(sample.state_masked for sample in masked) <= 130
+    assert np.std([sample.state_noise for sample in noisy]) == pytest.approx(0.3, rel=0.1)
+    for one, other in zip(plain, masked, strict=True):  # nothing else of a sample depends on it
+        np.testing.assert_array_equal(one.images, other.images)
+        np.testing.assert_array_equal(one.state, other.state)
+
+
+def test_hard_frames_are_drawn_in_proportion_to_their_errors(dataset, robot):
+    samples = ChunkSamples(Demonstrations(dataset("squares", robot)), robot.cameras, 48, 4, source=0)
+    frames, errors = np.arange(4, 8), np.array([0.0, 1.0, 0.0, 3.0])
+
+    def counts(share: float) -> list[int]:
+        mixture = Mixture([samples], [frames], None, 1, 800, None, hard_frames=share, errors=[errors])
+        chunks = [mixture[draw].chunk[0].tobytes() for draw in range(800)]
+        return [chunks.count(samples[frame].chunk[0].tobytes()) for frame in frames]
+
+    assert counts(1.0) == pytest.approx([0, 200, 0, 600], abs=60)
+    assert counts(0.5) == pytest.approx([100, 200, 100, 400], abs=60)
+    assert counts(0.0) == pytest.approx([200] * 4, abs=60)

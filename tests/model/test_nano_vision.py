@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from vla.model.nano_vision import NanoVisionConfig, NanoVisionModel
+from vla.errors import ConfigError
+from vla.model.nano_vision import Keypoints, NanoVisionConfig, NanoVisionModel
+from vla.model.vision import tokens_per_image
 
 
 def test_the_instruction_changes_what_the_tower_sees(nano, observations):
@@ -42,3 +44,29 @@ def test_shapes_with_and_without_a_condition(condition_size):
     tower = NanoVisionModel(NanoVisionConfig(channels=[8, 16], hidden_size=32, condition_size=condition_size))
     condition = torch.randn(2, 16) if condition_size else None
     assert tower(torch.randn(2, 3, 96, 96), condition).last_hidden_state.shape == (2, 16, 32)
+
+
+def test_keypoints_are_where_their_maps_are_hot():
+    head = Keypoints(channels=2, count=2, width=4)
+    torch.nn.init.eye_(head.maps.weight.data[..., 0, 0])
+    torch.nn.init.zeros_(head.maps.bias)
+    torch.nn.init.eye_(head.out.weight)
+    torch.nn.init.zeros_(head.out.bias)
+    maps = torch.zeros(1, 2, 5, 5)
+    maps[0, 0, 1, 4] = maps[0, 1, 3, 0] = maps[0, 1, 4, 0] = 50.0  # one cell; halfway between two cells
+    down, right = head(maps)[0, 0].view(2, 2)
+    torch.testing.assert_close(down, torch.tensor([-0.5, 0.75]))
+    torch.testing.assert_close(right, torch.tensor([1.0, -1.0]))
+
+
+@pytest.mark.parametrize(("grid", "tokens"), [(True, 16), (False, 1)])
+def test_keypoints_beside_and_instead_of_the_grid(grid, tokens):
+    config = NanoVisionConfig(channels=[8, 16], hidden_size=32, keypoints=6, grid=grid)
+    assert tokens_per_image([config], 96) == tokens
+    tower = NanoVisionModel(config)
+    features = tower(torch.randn(2, 3, 96, 96)).last_hidden_state
+    assert features.shape == (2, tokens, 32)
+    features.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in tower.parameters())
+    with pytest.raises(ConfigError, match="needs keypoints"):
+        NanoVisionConfig(keypoints=0, grid=False)

@@ -56,6 +56,9 @@ class AugmentConfig:
         brightness: half-width of the range of the random brightness factor around 1.
         contrast: half-width of the range of the random contrast factor around 1.
         saturation: half-width of the range of the random saturation factor around 1.
+        state_mask: fraction of samples without a state: every normalised entry is 0. A policy that can tell the answer
+            from the state alone has to look at the images in these samples.
+        state_noise: standard deviation of Gaussian noise on the normalised state.
         prefix: fraction of prefix-conditioned samples. In these, the first actions (one to half a chunk) are the
             executed (noisy) actions instead of the clean labels, and they are masked out of the loss. Required for
             prefix conditioning at deployment (`vla deploy --transition prefix`).
@@ -67,6 +70,8 @@ class AugmentConfig:
     brightness: Share = 0.1
     contrast: Share = 0.1
     saturation: Share = 0.1
+    state_mask: Share = 0.0
+    state_noise: NonNegative = 0.0
     prefix: Share = 0.0
 
 
@@ -86,6 +91,10 @@ class ModelConfig:
         image_transform: how images are brought to this size: "area" (the default: averages areas), "lanczos" (the
             default of OpenVLA's checkpoints) or "lanczos-crop" (for networks that OpenVLA's code trained with random
             crops: the central 0.9 of the area, enlarged).
+        keypoints: expected image coordinates that each camera image adds to its tokens (spatial softmax); 0 by default.
+            Only valid for untrained backbones of this package.
+        grid: whether the vision tower has a token per image cell; true by default. Without them, each camera has one
+            token, made of its keypoints. Only valid for untrained backbones of this package.
         use_state: whether `agent_pos` is an input of the policy; true by default.
         horizon: actions per chunk, H; 8 by default.
         n_action_steps: actions executed before the next chunk is predicted; half the horizon by default.
@@ -103,6 +112,8 @@ class ModelConfig:
     cameras: tuple[str, ...] = ()
     image_size: Count | None = None
     image_transform: str | None = None
+    keypoints: Natural | None = None
+    grid: bool | None = None
     use_state: bool | None = None
     horizon: Count | None = None
     n_action_steps: Count | None = None
@@ -127,6 +138,8 @@ class TrainConfig:
         steps: optimizer steps.
         batch_size: samples per forward pass and device; an optimizer step uses `batch_size * grad_accum` per device.
         grad_accum: batches per optimizer step.
+        hard_frames: fraction of samples that are drawn in proportion to how badly a model that only sees the state
+            predicts their action (`vla.data.state_only`); the remaining ones are drawn uniformly.
         learning_rate: peak learning rate of AdamW; linear warm-up, then cosine decay.
         weight_decay: weight decay of AdamW.
         warmup_steps: optimizer steps of the warm-up.
@@ -161,6 +174,7 @@ class TrainConfig:
     lora: LoraConfig = LoraConfig()
     augment: AugmentConfig = AugmentConfig()
     grad_accum: Count = 1
+    hard_frames: Share = 0.0
     weight_decay: NonNegative = 0.01
     warmup_steps: Natural = 50
     max_grad_norm: NonNegative = 1.0

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from vla.data import state_only
 from vla.data.reader import Demonstrations, Episode
 
 STILL = 2e-3  # changes below this fraction of a dimension's range count as no motion
@@ -21,6 +22,8 @@ JUMP = 0.25  # a jump is larger than this fraction of a dimension's range ...
 JUMP_OVER_USUAL = 8.0  # ... and than this multiple of the 99 % quantile of its frame-to-frame changes
 MANY_DUPLICATES = 0.2  # fraction of images that repeat the previous one although the robot moved
 DARK, FLAT = 8.0, 3.0  # mean and standard deviation (0..255) below which an image is black or uniform
+EXPLAINED = 0.4  # fraction of the actions' variance that the state alone explains
+SEVERAL = 20  # episodes that are enough to measure it
 SHORT, LONG = 0.3, 3.0  # multiples of the median episode length
 
 
@@ -45,6 +48,7 @@ def check(demos: Demonstrations) -> list[Finding]:
         *_description(demos),
         *_action_ranges(demos),
         *_gripper(demos),
+        *_state_alone(demos),
         *_lengths(demos.episodes),
         *_repeats(demos),
     ]
@@ -197,6 +201,20 @@ def _gripper(demos: Demonstrations) -> Iterator[Finding]:
         yield Finding(
             "gripper never moves",
             f"{name} does not change in any episode. This is right only if no task needs the gripper.",
+        )
+
+
+def _state_alone(demos: Demonstrations) -> Iterator[Finding]:
+    """Actions that can be predicted without looking at the images."""
+    if demos.states is None or len(demos.episodes) < SEVERAL:
+        return
+    explained = state_only.of(demos).explained
+    if explained > EXPLAINED:
+        yield Finding(
+            "state gives the answer away",
+            f"the state predicts {100 * explained:.0f} % of what the instruction leaves open about the actions, on "
+            "held-out episodes. A policy may continue a motion instead of looking at the images. Compare with a policy "
+            "without state (--no-use-state), or record demonstrations that start elsewhere (--noise, random starts).",
         )
 
 

@@ -13,6 +13,7 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -36,6 +37,8 @@ class Sample:
         valid: bool [H], the actions to learn. False past the end of the episode and in the action prefix.
         instruction: the instruction of the demonstration.
         source: index of the dataset in the mixture.
+        state_noise: float32 [S'], added to the normalised state.
+        state_masked: whether the normalised state is replaced by zeros.
     """
 
     images: np.ndarray
@@ -44,6 +47,8 @@ class Sample:
     valid: np.ndarray
     instruction: str
     source: int
+    state_noise: np.ndarray | float = 0.0
+    state_masked: bool = False
 
 
 def cached_frames(demos: Demonstrations, cameras: Sequence[str], size: int, transform: str = "area") -> np.ndarray:
@@ -180,7 +185,9 @@ class Mixture:
         weights: per dataset, its relative sampling weight; None samples in proportion to the number of frames.
         seed: random seed of the draws.
         draws: the length of this dataset.
-        augmentation: image augmentation and prefix conditioning; None disables both.
+        augmentation: augmentation of images and state, and prefix conditioning; None disables all of them.
+        hard_frames: fraction of the samples that are drawn in proportion to `errors` instead of uniformly.
+        errors: per dataset, one non-negative number per frame to draw from.
     """
 
     def __init__(
@@ -191,6 +198,8 @@ class Mixture:
         seed: int,
         draws: int,
         augmentation: AugmentConfig | None,
+        hard_frames: float = 0.0,
+        errors: Sequence[np.ndarray] = (),
     ) -> None:
         if any(not len(indices) for indices in frames):
             raise DataError("a dataset has no training frames after the validation split.")
@@ -200,7 +209,8 @@ class Mixture:
             raise ConfigError(f"`weights` needs one non-negative number per dataset, got {list(shares)}.")
         self._edges = np.cumsum(shares / shares.sum())
         self._sources, self._frames, self._seed, self._draws = sources, frames, seed, draws
-        self._augmentation = augmentation
+        self._augmentation, self._hard_frames = augmentation, hard_frames
+        self._hardest = [np.cumsum(each / each.sum()) for each in errors]
 
     def __len__(self) -> int:
         return self._draws
@@ -209,9 +219,22 @@ class Mixture:
         rng = np.random.Generator(np.random.Philox(key=[self._seed, draw]))
         source = min(int(np.searchsorted(self._edges, rng.random(), side="right")), len(self._sources) - 1)
         indices = self._frames[source]
-        frame = int(indices[rng.integers(len(indices))])
+        if self._hard_frames and rng.random() < self._hard_frames:
+            place = min(int(np.searchsorted(self._hardest[source], rng.random(), side="right")), len(indices) - 1)
+        else:
+            place = int(rng.integers(len(indices)))
+        frame = int(indices[place])
         if self._augmentation is None:
             return self._sources[source][frame]
         samples, share = self._sources[source], self._augmentation.prefix
         sample = samples.with_action_prefix(frame, rng) if share and rng.random() < share else samples[frame]
-        return dataclasses.replace(sample, images=augment(sample.images, self._augmentation, rng))
+        images = augment(sample.images, self._augmentation, rng)
+        return dataclasses.replace(sample, images=images, **_augmented_state(self._augmentation, sample.state, rng))
+
+
+def _augmented_state(config: AugmentConfig, state: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
+    noise, mask = config.state_noise, config.state_mask
+    return {
+        "state_noise": (noise * rng.standard_normal(len(state))).astype(np.float32) if noise else 0.0,
+        "state_masked": bool(mask and rng.random() < mask),
+    }

@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from vla import config
 from vla.config import TrainConfig
+from vla.data import state_only
 from vla.data.reader import Demonstrations
 from vla.data.samples import ChunkSamples, Mixture, split_episodes
 from vla.errors import ConfigError, DataError, VLAError
@@ -127,7 +128,15 @@ def _prepare(cfg: TrainConfig, quiet: bool = False) -> tuple[trainer.VLATrainer,
     sources = [ChunkSamples(demo, cameras, size, horizon, i, transform) for i, demo in enumerate(demos)]
     splits = [split_episodes(demo, cfg.val_fraction, cfg.seed) for demo in demos]
     draws = cfg.steps * cfg.batch_size * cfg.grad_accum * int(os.environ.get("WORLD_SIZE", "1"))
-    mixture = Mixture(sources, [split[0] for split in splits], cfg.weights, cfg.seed, draws, cfg.augment)
+    train_frames = [split[0] for split in splits]
+    errors = (
+        [state_only.of(demo).errors[frames] for demo, frames in zip(demos, train_frames, strict=True)]
+        if cfg.hard_frames
+        else ()
+    )
+    mixture = Mixture(
+        sources, train_frames, cfg.weights, cfg.seed, draws, cfg.augment, hard_frames=cfg.hard_frames, errors=errors
+    )
     validation = _validation(sources, [split[1] for split in splits])
     model = _trainable(network, cfg)
     arguments = _arguments(cfg, validate=bool(validation))

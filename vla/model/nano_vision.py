@@ -23,6 +23,8 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import can_return_tuple
 
+from vla.errors import ConfigError
+
 
 @strict
 class NanoVisionConfig(PreTrainedConfig):
@@ -35,6 +37,8 @@ class NanoVisionConfig(PreTrainedConfig):
         merge: `merge` x `merge` cells become one token.
         hidden_size: width of the output tokens.
         condition_size: width of the conditioning vector; None disables conditioning.
+        keypoints: number of expected image coordinates that are added to every token; 0: none.
+        grid: one token per `merge` x `merge` cells; otherwise one token per image, made of its keypoints.
     """
 
     model_type = "vla_nano_vision"
@@ -45,14 +49,18 @@ class NanoVisionConfig(PreTrainedConfig):
     merge: int = 3
     hidden_size: int = 256
     condition_size: int | None = None
+    keypoints: int = 0
+    grid: bool = True
 
     def __post_init__(self, **kwargs) -> None:
         self.channels = self.channels or [48, 128]
+        if not self.grid and not self.keypoints:
+            raise ConfigError("a vision tower without a grid of tokens needs keypoints.")
         super().__post_init__(**kwargs)
 
     @property
     def patch_size(self) -> int:
-        return 8 * self.merge
+        return 8 * self.merge if self.grid else self.image_size
 
 
 class _Residual(nn.Module):
@@ -71,6 +79,25 @@ class _Residual(nn.Module):
             scale, shift = self.film(condition)[..., None, None].chunk(2, dim=1)
             hidden = hidden * (1 + scale) + shift
         return x + self.conv2(nn.functional.relu(self.conv1(hidden)))
+
+
+class Keypoints(nn.Module):
+    """Spatial softmax (Levine et al., 2016, arXiv:1504.00702): each of `count` maps is a distribution over the cells;
+    its mean is a coordinate, in -1..1 per axis, with a resolution below the size of a cell."""
+
+    def __init__(self, channels: int, count: int, width: int) -> None:
+        super().__init__()
+        self.maps = nn.Conv2d(channels, count, 1)
+        self.out = nn.Linear(2 * count, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Feature map [B, channels, h, w] -> [B, 1, width]."""
+        maps = self.maps(x).float()
+        height, width = maps.shape[-2:]
+        share = maps.flatten(2).softmax(-1).view_as(maps)
+        down = share.sum(3) @ torch.linspace(-1, 1, height, device=x.device)
+        right = share.sum(2) @ torch.linspace(-1, 1, width, device=x.device)
+        return self.out(torch.cat([down, right], dim=1).to(x.dtype)).unsqueeze(1)
 
 
 class NanoVisionModel(PreTrainedModel):
@@ -93,7 +120,8 @@ class NanoVisionModel(PreTrainedModel):
         )
         self.condition_norm = nn.LayerNorm(config.condition_size) if config.condition_size else None
         self.blocks = nn.ModuleList(_Residual(second, config.condition_size) for _ in range(config.blocks))
-        self.merge = nn.Conv2d(second, config.hidden_size, config.merge, stride=config.merge)
+        self.keypoints = Keypoints(second, config.keypoints, config.hidden_size) if config.keypoints else None
+        self.merge = nn.Conv2d(second, config.hidden_size, config.merge, stride=config.merge) if config.grid else None
         self.position_embedding = nn.Parameter(
             torch.zeros(1, (config.image_size // config.patch_size) ** 2, config.hidden_size)
         )
@@ -114,8 +142,12 @@ class NanoVisionModel(PreTrainedModel):
             condition = self.condition_norm(condition)
         for block in self.blocks:
             x = block(x, condition)
-        x = self.merge(x).flatten(2).transpose(1, 2)
-        return BaseModelOutput(last_hidden_state=self.norm(x + self.position_embedding))
+        tokens = self.position_embedding
+        if self.merge is not None:
+            tokens = tokens + self.merge(x).flatten(2).transpose(1, 2)
+        if self.keypoints is not None:
+            tokens = tokens + self.keypoints(x)
+        return BaseModelOutput(last_hidden_state=self.norm(tokens))
 
 
 AutoConfig.register("vla_nano_vision", NanoVisionConfig)

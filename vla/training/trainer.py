@@ -48,12 +48,17 @@ class Collator:
     def __call__(self, samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
         keys = [self.unnorm_keys[sample.source] for sample in samples]
         suffix = np.stack([self.processor.encode_actions(s.chunk, key) for s, key in zip(samples, keys, strict=True)])
-        states = np.stack([self.processor.state(s.state, key) for s, key in zip(samples, keys, strict=True)])
+        states = np.stack([self._state(s, key) for s, key in zip(samples, keys, strict=True)])
         learn = self.processor.token_mask(suffix, np.stack([sample.valid for sample in samples]))
         batch = self.processor(
             [s.images for s in samples], [s.instruction for s in samples], states, suffix, pad_to=self.pad_to
         )
         return batch | {"labels": torch.from_numpy(np.where(learn, suffix, -100))}
+
+    def _state(self, sample: Sample, key: str) -> np.ndarray:
+        state = self.processor.state(sample.state, key)
+        state[: len(sample.state)] += sample.state_noise
+        return np.zeros_like(state) if sample.state_masked else state
 
 
 class VLATrainer(Trainer):

@@ -30,7 +30,15 @@ class Untrained(Source):
 
     def config(self) -> VLAConfig:
         reject_vision(self.name, self.model)
-        return untrained_config(self.name, self.model.image_size)
+        config = untrained_config(self.name, self.model.image_size)
+        tower = config.vision_configs[0]
+        tower.keypoints = self.model.keypoints or 0
+        tower.grid = self.model.grid is not False
+        if not tower.grid and not tower.keypoints:
+            raise ConfigError(
+                "model.grid false needs model.keypoints, 32 for example: an image has no tokens otherwise."
+            )
+        return config
 
     def load(self, config: VLAConfig) -> tuple[VLAForActionPrediction, PreTrainedTokenizerBase]:
         network = VLAForActionPrediction(config)

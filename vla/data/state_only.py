@@ -1,0 +1,91 @@
+"""How well the robot's state alone predicts the demonstrated actions.
+
+Owns: a state-only model and its error on episodes that it was not fitted to. Demonstrations that all start alike give
+the answer away: from the second frame on, the hand's position tells which way the demonstrator went, and a policy that
+sees the state learns to continue a motion instead of looking for its goal (causal confusion; de Haan et al., 2019,
+arXiv:1905.11979). The training loss does not show it, because held-out demonstrations start in the same way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+from vla.data.reader import Demonstrations
+from vla.errors import DataError
+
+FEATURES = 512  # random ReLU features of state and instruction
+FOLDS = 5  # groups of episodes; each is predicted from the others
+RIDGE = 0.1  # regularisation per frame
+BLOCK = 4096  # frames that are processed at once
+
+
+@dataclasses.dataclass(frozen=True)
+class StateOnly:
+    """Errors of the state-only model on held-out episodes.
+
+    Attributes:
+        errors: float64 [N], squared error of each frame's action, in units of each dimension's variance.
+        explained: share of the error that remains given the instruction alone and that the state explains, at most 1.
+    """
+
+    errors: np.ndarray
+    explained: float
+
+
+def of(demos: Demonstrations) -> StateOnly:
+    """The state-only model of a dataset. DataError if the dataset has no state."""
+    if demos.states is None:
+        raise DataError(f"{demos.root} has no state (observation.state), so hard_frames must be 0.")
+    episodes = np.repeat(np.arange(len(demos.episodes)), [episode.length for episode in demos.episodes])
+    return state_only(demos.states, demos.actions, demos.task_index, episodes)
+
+
+def state_only(states: np.ndarray, actions: np.ndarray, instructions: np.ndarray, episodes: np.ndarray) -> StateOnly:
+    """Predict actions from state and instruction by ridge regression on random features.
+
+    Args:
+        states: float [N, S].
+        actions: float [N, D].
+        instructions: int [N], index of each frame's instruction.
+        episodes: int [N], index of each frame's episode.
+    """
+    states, actions = _standardized(states), _standardized(actions)
+    one_hot = np.eye(instructions.max() + 1)
+    width = states.shape[1] + len(one_hot) + 1
+    weights = np.random.default_rng(0).standard_normal((width, FEATURES)) * (3 / (states.shape[1] + 2)) ** 0.5
+    folds = np.unique(episodes, return_inverse=True)[1] % FOLDS
+
+    def known(rows: slice) -> np.ndarray:  # without the state
+        return np.concatenate([np.ones((len(states[rows]), 1)), one_hot[instructions[rows]]], axis=1)
+
+    def features(rows: slice) -> np.ndarray:
+        inputs = np.concatenate([states[rows], known(rows)], axis=1)
+        return np.concatenate([np.maximum(inputs @ weights, 0), inputs], axis=1)
+
+    errors, without_state = (_held_out_errors(f, actions, folds) for f in (features, known))
+    return StateOnly(errors, float(1 - errors.sum() / max(without_state.sum(), 1e-12)))
+
+
+def _held_out_errors(features: Callable[[slice], np.ndarray], actions: np.ndarray, folds: np.ndarray) -> np.ndarray:
+    """Squared error [N] of a ridge regression that is fitted to the other folds."""
+    blocks = [slice(start, start + BLOCK) for start in range(0, len(actions), BLOCK)]
+    squares, products = 0.0, 0.0  # per fold: X^T X and X^T y
+    for rows in blocks:
+        x, in_fold = features(rows), folds[rows] == np.arange(FOLDS)[:, None]
+        squares += np.stack([x[mask].T @ x[mask] for mask in in_fold])
+        products += np.stack([x[mask].T @ actions[rows][mask] for mask in in_fold])
+    others = RIDGE * np.maximum(len(folds) - np.bincount(folds, minlength=FOLDS), 1)[:, None, None]
+    ridge = np.sum(squares, 0) - squares + others * np.eye(squares.shape[-1])
+    weights = np.linalg.solve(ridge, np.sum(products, 0) - products)
+    predicted = np.concatenate([features(rows) @ weights for rows in blocks], axis=1)  # [FOLDS, N, D]
+    return ((actions - predicted[folds, np.arange(len(folds))]) ** 2).sum(1)
+
+
+def _standardized(values: np.ndarray) -> np.ndarray:
+    """Zero mean and unit variance per column, in float64; constant columns become 0."""
+    values = np.asarray(values, np.float64)
+    spread = values.std(0)
+    return (values - values.mean(0)) / np.where(spread > 1e-9, spread, np.inf)
