@@ -72,11 +72,11 @@ def state_only(states: np.ndarray, actions: np.ndarray, instructions: np.ndarray
 def _held_out_errors(features: Callable[[slice], np.ndarray], actions: np.ndarray, folds: np.ndarray) -> np.ndarray:
     """Squared error [N] of a ridge regression that is fitted to the other folds."""
     blocks = [slice(start, start + BLOCK) for start in range(0, len(actions), BLOCK)]
-    squares, products = 0.0, 0.0  # per fold: X^T X and X^T y
+    squares, products = np.zeros(()), np.zeros(())  # per fold: X^T X and X^T y
     for rows in blocks:
         x, in_fold = features(rows), folds[rows] == np.arange(FOLDS)[:, None]
-        squares += np.stack([x[mask].T @ x[mask] for mask in in_fold])
-        products += np.stack([x[mask].T @ actions[rows][mask] for mask in in_fold])
+        squares = squares + np.stack([x[mask].T @ x[mask] for mask in in_fold])
+        products = products + np.stack([x[mask].T @ actions[rows][mask] for mask in in_fold])
     others = RIDGE * np.maximum(len(folds) - np.bincount(folds, minlength=FOLDS), 1)[:, None, None]
     ridge = np.sum(squares, 0) - squares + others * np.eye(squares.shape[-1])
     weights = np.linalg.solve(ridge, np.sum(products, 0) - products)
