@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -72,11 +73,12 @@ def state_only(states: np.ndarray, actions: np.ndarray, instructions: np.ndarray
 def _held_out_errors(features: Callable[[slice], np.ndarray], actions: np.ndarray, folds: np.ndarray) -> np.ndarray:
     """Squared error [N] of a ridge regression that is fitted to the other folds."""
     blocks = [slice(start, start + BLOCK) for start in range(0, len(actions), BLOCK)]
-    squares, products = np.zeros(()), np.zeros(())  # per fold: X^T X and X^T y
+    squares: Any = 0.0  # X^T X per fold
+    products: Any = 0.0  # X^T y per fold
     for rows in blocks:
         x, in_fold = features(rows), folds[rows] == np.arange(FOLDS)[:, None]
-        squares = squares + np.stack([x[mask].T @ x[mask] for mask in in_fold])
-        products = products + np.stack([x[mask].T @ actions[rows][mask] for mask in in_fold])
+        squares += np.stack([x[mask].T @ x[mask] for mask in in_fold])
+        products += np.stack([x[mask].T @ actions[rows][mask] for mask in in_fold])
     others = RIDGE * np.maximum(len(folds) - np.bincount(folds, minlength=FOLDS), 1)[:, None, None]
     ridge = np.sum(squares, 0) - squares + others * np.eye(squares.shape[-1])
     weights = np.linalg.solve(ridge, np.sum(products, 0) - products)
