@@ -110,6 +110,8 @@ def test_a_wrong_flag_ends_the_process_with_2():
         ("replay --data {0}/squres", "no folder"),
         ("dagger --env vla/Rech-v0", "Did you mean 'vla/Reach-v0'"),
         ("analyze exposure --policy nowhere", "no policy at 'nowhere'"),
+        # The sentence ends here: the list is not called empty as well because its only entry is invalid.
+        ("analyze tokenizers --data {0}/squares --horizons 0", r"horizons\.0 must be at least 1, got 0\W*$"),
         ("benchmark metawrld", "unknown suite 'metawrld'. Did you mean 'metaworld'"),
         ("benchmark no_such:SUITE", "cannot import the suite 'no_such:SUITE' .*No module named 'no_such'"),
     ],

@@ -130,3 +130,5 @@ def test_hard_frames_are_drawn_in_proportion_to_their_errors(dataset, robot):
     assert counts(1.0) == pytest.approx([0, 200, 0, 600], abs=60)
     assert counts(0.5) == pytest.approx([100, 200, 100, 400], abs=60)
     assert counts(0.0) == pytest.approx([200] * 4, abs=60)
+    errors[:] = 0  # nothing is harder than anything else
+    assert counts(1.0) == pytest.approx([200] * 4, abs=60)

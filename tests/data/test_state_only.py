@@ -39,3 +39,10 @@ def test_one_episode_is_enough_for_a_number():
     states, actions, instructions, episodes = (part[:10] for part in _demonstrations(False))
     result = state_only(states, actions, instructions, episodes)
     assert result.errors.shape == (10,) and np.isfinite(result.errors).all() and np.isfinite(result.explained)
+
+
+def test_ten_thousand_instructions_cost_no_more_than_two_hundred():
+    rng = np.random.default_rng(0)
+    states, episodes = rng.normal(size=(20_000, 2)), np.arange(20_000) // 2
+    result = state_only(states, states * 2, episodes, episodes)  # one instruction per episode
+    assert result.explained > 0.95

@@ -508,6 +508,8 @@ def test_mistakes_are_explained_before_anything_is_written(demos, unbroken, tmp_
     with pytest.raises(ConfigError, match="no module named w_proj"):
         bad = small(data=[demos], out=tmp_path / "x", method="lora", lora={"targets": ["w_proj"]})
         train(bad)
+    with pytest.raises(ConfigError, match=r"state_mask.*which this policy does not use"):
+        train(small(data=[demos], out=tmp_path / "x", augment={"state_mask": 0.5}, model={"use_state": False}))
     for name, value in {"steps": 0, "batch_size": 0, "log_every": 0, "rollout_every": 5}.items():
         with pytest.raises(ConfigError, match=name):
             train(small(data=[demos], out=tmp_path / "x", **{name: value}))

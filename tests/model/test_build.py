@@ -328,6 +328,17 @@ def test_defaults_of_a_new_network(facts):
     assert (config.normalization, config.use_state, config.prompt) == ("q01_q99", True, "plain")
 
 
+def test_a_trained_tower_keeps_its_outputs(facts, tmp_path):
+    with pytest.raises(ConfigError, match="keypoints 32 does not fit 'nano'"):
+        build_policy(ModelConfig(keypoints=32), facts)
+    values = {"keypoints": 8, "grid": False}
+    checkpoint.save(*build_policy(ModelConfig(backbone="nano-init", **values), facts), tmp_path / "first")
+    again = build_policy(ModelConfig(backbone=str(tmp_path / "first"), **values), facts)[0].config
+    assert [(tower.keypoints, tower.grid) for tower in again.vision_configs] == [(8, False)]
+    with pytest.raises(ConfigError, match="grid True does not fit"):
+        build_policy(ModelConfig(backbone=str(tmp_path / "first"), grid=True), facts)
+
+
 def test_openvla_has_256_bins(facts):
     with pytest.raises(ConfigError, match="'openvla' has 256 bins, not 63"):
         build_policy(ModelConfig(backbone="nano-init", tokenizer="openvla", bins=63), facts)

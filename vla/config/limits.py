@@ -46,7 +46,9 @@ def check(config: Any) -> None:
 
 def explain(cls: Any, error: pydantic.ValidationError) -> list[str]:
     """One sentence per problem: the field, the valid values and the invalid value."""
-    return [_sentence(cls, problem) for problem in error.errors()]
+    # An invalid entry does not count, so pydantic also calls the list that contains it too short.
+    problems = [problem for problem in error.errors() if problem["type"] != "too_short" or not problem["input"]]
+    return [_sentence(cls, problem) for problem in problems]
 
 
 def _sentence(cls: Any, problem: Any) -> str:

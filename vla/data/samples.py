@@ -210,7 +210,8 @@ class Mixture:
         self._edges = np.cumsum(shares / shares.sum())
         self._sources, self._frames, self._seed, self._draws = sources, frames, seed, draws
         self._augmentation, self._hard_frames = augmentation, hard_frames
-        self._hardest = [np.cumsum(each / each.sum()) for each in errors]
+        hardness = [each if each.any() else np.ones(len(each)) for each in errors]
+        self._hardest = [np.cumsum(each) / each.sum() for each in hardness]
 
     def __len__(self) -> int:
         return self._draws

@@ -18,6 +18,7 @@ from vla.data.reader import Demonstrations
 from vla.errors import DataError
 
 FEATURES = 512  # random ReLU features of state and instruction
+INSTRUCTIONS = 200  # the most frequent ones are told apart
 FOLDS = 5  # groups of episodes; each is predicted from the others
 RIDGE = 0.1  # regularisation per frame
 BLOCK = 4096  # frames that are processed at once
@@ -54,7 +55,12 @@ def state_only(states: np.ndarray, actions: np.ndarray, instructions: np.ndarray
         episodes: int [N], index of each frame's episode.
     """
     states, actions = _standardized(states), _standardized(actions)
-    one_hot = np.eye(instructions.max() + 1)
+    counts = np.bincount(instructions)
+    # All rare instructions share the last column, so that the cost does not depend on how many there are.
+    column = np.full(len(counts), INSTRUCTIONS)
+    frequent = np.sort(np.argsort(-counts, kind="stable")[:INSTRUCTIONS])
+    column[frequent] = np.arange(len(frequent))
+    instructions, one_hot = column[instructions], np.eye(min(len(counts), INSTRUCTIONS + 1))
     width = states.shape[1] + len(one_hot) + 1
     weights = np.random.default_rng(0).standard_normal((width, FEATURES)) * (3 / (states.shape[1] + 2)) ** 0.5
     folds = np.unique(episodes, return_inverse=True)[1] % FOLDS

@@ -124,6 +124,11 @@ def _prepare(cfg: TrainConfig, quiet: bool = False) -> tuple[trainer.VLATrainer,
             f"{processor.action_tokenizer.name!r} span several actions. Set augment.prefix to 0, or use a "
             "tokenizer with tokens for each action, such as 'uniform'."
         )
+    if (cfg.augment.state_mask or cfg.augment.state_noise) and not network.config.use_state:
+        raise ConfigError(
+            "augment.state_mask and augment.state_noise change the state, which this policy does not use (use_state "
+            "false). Set them to 0."
+        )
     transform = network.config.image_transform
     sources = [ChunkSamples(demo, cameras, size, horizon, i, transform) for i, demo in enumerate(demos)]
     splits = [split_episodes(demo, cfg.val_fraction, cfg.seed) for demo in demos]

@@ -49,6 +49,7 @@ def build_policy(model: ModelConfig, facts: DataFacts) -> tuple[VLAForActionPred
     found = (kind for kind in map(SOURCES.get, SOURCES) if kind.probe(name))
     source = next(found, Composed)(name, model)
     config = source.config()
+    _check_tower(config, model, name)
     _set_policy(config, model, facts, robot)
     if source.trained:
         check_room(config, name)
@@ -56,6 +57,17 @@ def build_policy(model: ModelConfig, facts: DataFacts) -> tuple[VLAForActionPred
         _make_room(config)
     network, tokenizer = source.load(config)
     return network, VLAProcessor(network.config, tokenizer)
+
+
+def _check_tower(config: VLAConfig, model: ModelConfig, backbone: str) -> None:
+    """Raise ConfigError if `model` asks for another vision tower than the backbone has."""
+    for option in ("keypoints", "grid"):
+        asked, has = getattr(model, option), {getattr(tower, option, None) for tower in config.vision_configs}
+        if asked is not None and has != {asked}:
+            raise ConfigError(
+                f"{option} {asked} does not fit {backbone!r}, whose vision tower is already there. Omit it, or start "
+                "from 'nano-init' or 'small-init'."
+            )
 
 
 def _make_room(config: VLAConfig) -> None:
