@@ -1,11 +1,13 @@
 """The operator console: what the operator of a deployment sees and can do.
 
-Owns: the last seconds of a deployment as plain values (state, scene, commands, timings, safety events) and as images,
-the tally of scenes, and the operator's commands. It does not know how the operator is connected (`vla.control.page`)
-and does not run scenes: the job calls `begin` and `end`.
+A scene is one episode of a deployment. Owns: the last seconds of a deployment as plain values (state, scene, commands,
+timings, safety events), the latest image of each camera, the numbers of scenes that ended in success, in failure or
+guided by the operator, and the operator's commands. It does not know how the operator is connected
+(`vla.control.page`) and does not run scenes: the job calls `begin` and `end`.
 
-The control loop only passes events on (`listen`); slow work is done where the status is read. The threads share deques
-of a fixed length. Appending to a deque and copying it are atomic in Python, so no lock can delay the loop.
+The control loop only passes events on (`listen`); slow work is done in the thread that reads the status. The threads
+share deques of a fixed length. Appending to a deque and copying it are atomic in CPython, so no lock is needed, which
+could delay the loop.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ class Refused(VLAError):
 class _Scene:
     number: int
     seed: int
-    instruction: str  # of the scene, which decides on success, whatever the operator says
+    instruction: str  # its own, which decides on success; the operator may give the policy another
     begun: float
     ticks: int = 0
     orders: list[str] = dataclasses.field(default_factory=list)  # commands of the operator
@@ -144,7 +146,7 @@ class OperatorConsole:
         """End the scene. Returns the operator's commands during the scene; a scene with commands counts as guided."""
         scene = self._scene
         assert scene is not None, "call begin first"
-        if not scene.ticks:  # "New scene" was pressed as the previous scene ended
+        if not scene.ticks:  # "New scene" was pressed just before this scene began, which stopped it
             scene.orders.append("new scene")
         scene.success, scene.ended, self._last = success, time.monotonic(), scene
         outcome = "guided" if scene.orders else "success" if success else "failure"
@@ -241,7 +243,7 @@ class OperatorConsole:
 
     def status(self, since: int = 0) -> dict[str, Any]:
         """The current status as JSON values, with the control steps after number `since`."""
-        # The scene first: `begin` may run meanwhile, and a new scene must not be shown with an old reading.
+        # `begin` clears the reading before it sets the scene, so a scene that is read first has no older reading.
         now, scene, reading = time.monotonic(), self._scene, self._reading
         return {
             "now": round(now - self._start, 3),
@@ -314,7 +316,7 @@ class OperatorConsole:
         try:
             state = np.asarray(reading.observation.get("agent_pos", ()), np.float64).ravel().tolist()
         except (TypeError, ValueError):
-            state = []  # from a faulty driver, which a safety event reports
+            state = []  # malformed data of a faulty driver; a safety event reports it
         return {
             "state": [_plain(value) for value in state],
             "info": {name: _plain(value) for name, value in reading.info.items()},
@@ -352,7 +354,7 @@ def _jpeg(reading: Reading, camera: str) -> bytes | None:
         image = reading.observation["pixels"][camera]
         check_image(image, camera)
     except (VLAError, KeyError, TypeError):
-        return None  # from a faulty driver, which a safety event reports
+        return None  # malformed data of a faulty driver; a safety event reports it
     if image.shape[1] > _WIDEST:
         height = max(1, round(image.shape[0] * _WIDEST / image.shape[1]))
         image = cv2.resize(image, (_WIDEST, height), interpolation=cv2.INTER_AREA)

@@ -1,8 +1,9 @@
 """The safety filter between a policy and a robot.
 
-Owns: the limits of a command, the emergency stop, and the count of interventions by reason. Every command is finite,
-within its range and without jumps, and a hold if the observation is stale. It does not know where actions come
-from, or how faults of observations are detected (`observation_monitor`).
+Owns: the limits of a command, the emergency stop, and the count of interventions by reason. Actions of the policy
+become commands that are finite, within the range and, if limits are set, without jumps; a stale observation gives a
+hold command. It does not know where actions come from, or how faults of observations are detected
+(`observation_monitor`).
 """
 
 from __future__ import annotations

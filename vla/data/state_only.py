@@ -1,9 +1,10 @@
 """How well the robot's state alone predicts the demonstrated actions.
 
-Owns: a state-only model and its error on episodes that it was not fitted to. Demonstrations that all start alike give
-the answer away: from the second frame on, the hand's position tells which way the demonstrator went, and a policy that
-sees the state learns to continue a motion instead of looking for its goal (causal confusion; de Haan et al., 2019,
-arXiv:1905.11979). The training loss does not show it, because held-out demonstrations start in the same way.
+Owns: a state-only model and its error on episodes that it was not fitted to. If all demonstrations start in the same
+state, the state reveals the action: from the second frame on, the hand's position shows in which direction the
+demonstrator moves. A policy that sees the state then learns to continue this motion instead of locating the target in
+the images (causal confusion; de Haan et al., 2019, arXiv:1905.11979). The loss does not reveal this, not even on
+held-out demonstrations, because they start in the same way.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from vla.data.reader import Demonstrations
 from vla.errors import DataError
 
 FEATURES = 512  # random ReLU features of state and instruction
-INSTRUCTIONS = 200  # the most frequent ones are told apart
+INSTRUCTIONS = 200  # this many frequent instructions are distinguished; all others count as one
 FOLDS = 5  # groups of episodes; each is predicted from the others
 RIDGE = 0.1  # regularisation per frame
 BLOCK = 4096  # frames that are processed at once
@@ -29,8 +30,9 @@ class StateOnly:
     """Errors of the state-only model on held-out episodes.
 
     Attributes:
-        errors: float64 [N], squared error of each frame's action, in units of each dimension's variance.
-        explained: share of the error that remains given the instruction alone and that the state explains, at most 1.
+        errors: float64 [N], squared error of each frame's action: the sum over its standardised dimensions.
+        explained: reduction of the squared error by using the state in addition to the instruction, relative to the
+            error without it. At most 1; negative if the state increases the error.
     """
 
     errors: np.ndarray
@@ -40,7 +42,7 @@ class StateOnly:
 def of(demos: Demonstrations) -> StateOnly:
     """The state-only model of a dataset. DataError if the dataset has no state."""
     if demos.states is None:
-        raise DataError(f"{demos.root} has no state (observation.state), so hard_frames must be 0.")
+        raise DataError(f"{demos.root} has no state (observation.state), which hard_frames needs. Set it to 0.")
     episodes = np.repeat(np.arange(len(demos.episodes)), [episode.length for episode in demos.episodes])
     return state_only(demos.states, demos.actions, demos.task_index, episodes)
 

@@ -14,15 +14,15 @@ from vla.errors import DataError
 from vla.evaluation.results import read
 from vla.support.statistics import difference, fisher, mcnemar, paired_difference
 
-Key = tuple[str, int]  # environment id without its module, seed
+Key = tuple[str, int]  # (environment id without the module prefix, seed)
 
 
 def compare(run_a: Mapping[str, Any] | str | Path, run_b: Mapping[str, Any] | str | Path) -> dict[str, Any]:
     """Compare the success rates of runs A and B, with the interval of their difference and an exact test.
 
-    Episodes are paired by (environment, seed) if the runs share any (exact McNemar test); otherwise the episodes of
-    common environments are compared as independent samples (Fisher's exact test). Rates are in percent, differences
-    A - B in percentage points.
+    If the runs have episodes with the same environment and seed, only these are compared, in pairs (exact McNemar
+    test). Otherwise, the episodes of common environments are compared as independent samples (Fisher's exact test).
+    Rates are in percent, differences A - B in percentage points.
 
     Raises:
         DataError: a run has no results, or the runs have no environment in common.
@@ -94,7 +94,7 @@ def _words(name_a: str, name_b: str, found: Mapping[str, Any], paired: bool) -> 
         share += f"{name_b} in {found['n_successes_b']} of {found['n_b']} other episodes: "
     gap = f"a difference of {found['difference']:+.1f} points (95 % interval {low:+.1f} to {high:+.1f}). "
     if paired:
-        gap += f"{found['only_a']} succeeded only with {name_a}, {found['only_b']} only with {name_b}. "
+        gap += f"{found['only_a']} episodes succeeded only with {name_a}, {found['only_b']} only with {name_b}. "
     if found["p_value"] >= 0.05:
         verdict = "The difference is not significant"
     else:

@@ -1,11 +1,12 @@
-"""`vla collect`: run an expert in an environment and write its successes as a dataset.
+"""`vla collect`: run an expert in an environment and write its successful episodes as a dataset.
 
 Owns: the environment and seed of every episode, and what happens when attempts fail or the run is interrupted. It does
 not know the format on disk (`data.writer`), nor how an attempt runs (`simulation.experts`).
 
 Episode `n` depends on nothing but the configuration and `n`: neither the number of workers nor an interruption changes
 the dataset. An attempt that is not kept is retried with another seed, which depends only on `n` and the number of the
-attempt. Workers write finished episodes themselves, so frames never pass between processes.
+attempt. If a worker dies, its attempt is repeated with the same seed once. Workers write finished episodes themselves,
+so frames never pass between processes.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ _console = Console(stderr=True)
 def attempt(config: CollectConfig, episode: int, turn: int) -> Attempt:
     """Attempt number `turn` at an episode of the dataset: a pure function of its arguments."""
     environment = episode % len(config.env)
-    index = episode // len(config.env)  # within its environment: each has the same share of noisy episodes
+    index = episode // len(config.env)  # per environment: all have the same share of noisy episodes
     noisy = int((index + 1) * config.noise_share) > int(index * config.noise_share)
     return Attempt(
         episode=episode,
@@ -77,8 +78,9 @@ def collect(config: CollectConfig) -> Path:
         existing = Info.load(config.out).total_episodes
         if existing < config.episodes:
             raise ConfigError(
-                f"{config.out} is finished with {existing} episodes and cannot grow to {config.episodes}. Collect the "
-                f"remaining episodes into a second folder (with --seed {config.seed + existing}) and train on both."
+                f"{config.out} is a complete dataset of {existing} episodes and cannot be extended to "
+                f"{config.episodes}. Collect the remaining episodes into a second folder (with --seed "
+                f"{config.seed + existing}) and train on both."
             )
         _console.print(f"{config.out} is already complete.", highlight=False)
         return config.out
@@ -232,9 +234,9 @@ class _Run:
             )
         if len(here) >= MAX_FAILURES_WITHOUT_SUCCESS:
             raise SimulatorError(
-                f"the expert solved none of the first {len(here)} attempts in environment {tried.env_id!r}. Check that "
-                f"the environment reports success under {self.config.adapter.success!r} (adapter.success) and that "
-                "adapter.max_steps is large enough. `--keep all` also keeps failed episodes."
+                f"the expert succeeded in none of the first {len(here)} attempts in environment {tried.env_id!r}. "
+                f"Check that the environment's `info` has the success flag {self.config.adapter.success!r} "
+                "(adapter.success) and that adapter.max_steps is large enough. `--keep all` also keeps failed episodes."
             )
 
 

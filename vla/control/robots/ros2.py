@@ -10,15 +10,17 @@ every camera, a joint state and an instruction; deactivate ends it with the hold
 
     in        cameras.<name> (Image or CompressedImage), joint_state_topic (JointState), ~/instruction (String)
     out       command_topic (JointTrajectory or Float64MultiArray), /diagnostics, once per second
-    services  ~/hold (SetBool: hold, continue), ~/emergency_stop, ~/release (Trigger)
+    services  ~/hold (SetBool: true holds, false continues), ~/emergency_stop, ~/release (Trigger)
 
-SIGINT and SIGTERM shut the node down by a transition: the loop ends with the hold command while the publishers still
-work, then ROS shuts down, and the exit status is 0. A second signal ends the process immediately. After a SIGKILL, only
+SIGINT and SIGTERM trigger the node's shutdown transition: the loop ends with the hold command while the publishers
+still work, then ROS shuts down, and the exit status is 0. A second signal, over a second later, has its usual effect.
+After a SIGKILL, only
 the robot's own controller can stop the robot: configure a command timeout in it. ~/emergency_stop is software and does
 not replace an emergency stop button.
 
-rclpy comes with ROS 2 and must use the same Python as this package (3.11 or newer, as in Jazzy). These files follow
-rclpy's sources from Humble to Rolling and are tested with a fake, not with ROS: try them where nobody can be hurt.
+rclpy comes with ROS 2 and must use the same Python as this package: 3.11 or newer, as in Jazzy, but not in Humble's
+standard build. This code was written against the sources of rclpy from Humble to Rolling and is tested with a fake
+rclpy, not with ROS: try it where nobody can be hurt.
 """
 
 from __future__ import annotations
@@ -75,7 +77,7 @@ _ECHO_S = 1.0  # signals within this time count as one: the terminal and `ros2 l
 
 
 class PolicyNode(LifecycleNode):
-    """The managed node: each transition is a step of `controller`."""
+    """The managed node: each transition calls a method of `controller`."""
 
     def __init__(self) -> None:
         # Declare every parameter of the file, so that misspelt names are detected.
@@ -211,7 +213,7 @@ class NodeController:
     def _drive(self) -> None:
         assert self.robot is not None and self.loop is not None
         try:
-            # A `stop` for the previous run may end this one, which is then started again.
+            # A late `stop` for the previous run may end this run; it is then started again.
             while not self._leaving.is_set():
                 if self.robot.awaited() or not self._instruction:
                     self._leaving.wait(0.02)
@@ -300,8 +302,8 @@ class NodeController:
         self._diagnostics.publish(report)
 
     def _judge(self, steps: Sequence[tuple[float, str | None, tuple[str, ...]]]) -> tuple[bytes, str]:
-        """(level, message): ERROR if faults hold the robot most of the time, WARN for single faults and operator
-        holds."""
+        """(level, message). ERROR: the loop failed, sends nothing, or held in more than half of the steps because of
+        faults. WARN: fewer faults, missing inputs, or the operator's hold."""
         error, warn, ok = DiagnosticStatus.ERROR, DiagnosticStatus.WARN, DiagnosticStatus.OK
         if self._problem:
             return error, self._problem
@@ -324,7 +326,7 @@ class NodeController:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Spin the node until SIGINT or SIGTERM, and return the exit status."""
-    # Limits how long a thread waits for Python's global interpreter lock to less than the tolerable jitter.
+    # Time after which a thread asks for Python's global interpreter lock; less than the tolerable jitter.
     sys.setswitchinterval(0.0005)
     # rclpy's own handlers would shut down ROS, and with it the publisher of the hold command.
     rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
@@ -344,7 +346,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set. A second signal has its default effect."""
+    """An event that SIGINT and SIGTERM set. A second signal, over `_ECHO_S` later, has its previous handler."""
     stopped, since = threading.Event(), 0.0
     before: dict[int, Any] = {}
 
