@@ -13,11 +13,11 @@ from vla.transforms.tokenizers.base import TOKENIZERS
 
 def test_the_job_compares_all_tokenizers(dataset, robot, tmp_path, capsys):
     flags = ["--data", dataset("squares", robot), "--out", tmp_path / "out", "--horizons", 4, 16]
-    flags += ["--tokenizers", "uniform", "openvla", "quantile", "fast", "spline"]
+    flags += ["--tokenizers", "uniform", "openvla", "quantile", "fast", "spline", "pca"]
     assert cli.main(["analyze", "tokenizers", *map(str, flags)]) == 0
     info = json.loads((tmp_path / "out" / "tokenizers.json").read_text())
     assert [(row["horizon"], row["tokenizer"]) for row in info["rows"]] == [
-        (horizon, name) for horizon in (4, 16) for name in ("uniform", "openvla", "quantile", "fast", "spline")
+        (horizon, name) for horizon in (4, 16) for name in ("uniform", "openvla", "quantile", "fast", "spline", "pca")
     ]
     assert info["skipped"] == [] and all(row["undecodable"] == 0 for row in info["rows"])
     assert (tmp_path / "out" / "tokenizers.png").stat().st_size > 10_000

@@ -31,6 +31,10 @@ class DecodingConfig:
         ensemble: coefficient of temporal ensembling. Overlapping chunks have the weights exp(-coefficient * i), with
             i = 0 for the oldest. Requires n_action_steps less than the horizon to have an effect. None: no ensembling.
         max_actions: number of actions to decode, from the start of each chunk; None: all.
+        max_tokens: number of tokens to decode; None: all. Requires a tokenizer whose first tokens give a whole chunk
+            ("pca").
+        deadline_ms: decoding stops this many milliseconds after the request, with the tokens decoded by then, at least
+            one; None: no deadline. Requires the same kind of tokenizer as max_tokens.
         sampling_seed: random seed for token sampling.
     """
 
@@ -45,6 +49,8 @@ class DecodingConfig:
     readout: Literal["mode", "mean"] = "mode"
     ensemble: Finite | None = None
     max_actions: Count | None = None
+    max_tokens: Count | None = None
+    deadline_ms: Positive | None = None
     sampling_seed: Seed = 0
 
     @property

@@ -146,6 +146,7 @@ class Engine:
         draft: torch.Tensor,
         streamer: BaseStreamer | None = None,
         prefix: Prefix | None = None,
+        stopping: StoppingCriteriaList | None = None,
     ) -> Decoded:
         """Greedy decoding that verifies a draft of the chunk.
 
@@ -156,6 +157,7 @@ class Engine:
             streamer: receives tokens as soon as they are final.
             prefix: action prefix for prefix conditioning: the given first tokens of each draft, which the rest of the
                 chunk continues.
+            stopping: as in `stepwise`.
         """
         inputs, start = self._start(batch)
         hidden, offsets = self._embed(inputs, start), inputs.get("offsets")
@@ -183,6 +185,13 @@ class Engine:
             candidate[:, known:end], logits[:, known:end] = chosen, found
             # All tokens before the first wrong one are final, and so is its correction.
             gained = wrong.index(True) + 1 if True in wrong else window
+            stop = False
+            if stopping is not None:
+                for count in range(1, gained + 1):
+                    ids = torch.cat([batch["input_ids"], candidate[:, : known + count].cpu() + self.begin], dim=1)
+                    if stop := bool(stopping(ids, None).all()):
+                        gained = count
+                        break
             if prefix is not None:  # a rejected token ends the action prefix of its row
                 ended = differs.cumsum(dim=1) > 0
                 given[:, known:end] &= ~ended
@@ -191,7 +200,7 @@ class Engine:
                 for column in (candidate[:, known : known + gained] + self.begin).cpu().T:
                     streamer.put(column)
             known += gained
-            if known >= total or all_ended(self.tokenizer, candidate[:, :known]):
+            if stop or known >= total or all_ended(self.tokenizer, candidate[:, :known]):
                 break
             window = min(ahead, total - known)
             start = length + known - 1

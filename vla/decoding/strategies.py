@@ -190,10 +190,10 @@ def teacher_forced_logits(
 
 
 def count_tokens(network: VLAForActionPrediction, config: DecodingConfig) -> int:
-    """Number of tokens to decode: those of a whole chunk, or of its first `max_actions` actions."""
+    """Number of tokens to decode: those of a chunk or of its first `max_actions` actions, at most `max_tokens`."""
     tokenizer = network.action_tokenizer
     if config.max_actions is None or tokenizer.tokens_per_action is None:
-        return tokenizer.max_tokens
+        return min(tokenizer.max_tokens, config.max_tokens or tokenizer.max_tokens)
     return min(config.max_actions, tokenizer.horizon) * tokenizer.tokens_per_action
 
 
@@ -261,10 +261,10 @@ class Greedy:
                 "positions, but this prompt and chunk need more.",
                 stacklevel=4,
             )
-        if not fits or (prefix is not None and stopping is not None):
+        if not fits:
             return self._generate(request)
-        if stopping is None and (self.engine.device.type == "cpu" or prefix is not None):
-            return self.engine.parallel(request.batch, request.draft[:, : self._n_tokens], streamer, prefix)
+        if self.engine.device.type == "cpu" or prefix is not None:
+            return self.engine.parallel(request.batch, request.draft[:, : self._n_tokens], streamer, prefix, stopping)
         return self.engine.stepwise(request.batch, self._n_tokens, streamer, stopping)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from transformers import StoppingCriteriaList
+from transformers import MaxTimeCriteria, StoppingCriteriaList
 
 from vla.config import GREEDY, DecodingConfig, check
 from vla.decoding import strategies
@@ -179,8 +179,14 @@ class Policy(ChunkPolicy):
             raise ConfigError(f"n_action_steps must be between 1 and the horizon {self.horizon}, got {n_action_steps}.")
         if decoding.max_actions is not None and decoding.max_actions < self.n_action_steps:
             raise ConfigError(f"{self.n_action_steps} actions are executed, but max_actions is {decoding.max_actions}.")
+        tokenizer = self.processor.action_tokenizer
+        if (decoding.max_tokens is not None or decoding.deadline_ms is not None) and not tokenizer.anytime:
+            raise ConfigError(
+                "max_tokens and deadline_ms need a tokenizer whose first tokens give a whole chunk, such as 'pca'; "
+                f"this policy has {tokenizer.name!r}."
+            )
         by_action = (decoding.readout == "mean", decoding.ensemble is not None, decoding.max_actions is not None)
-        if self.processor.action_tokenizer.tokens_per_action is None and any(by_action):
+        if tokenizer.tokens_per_action is None and any(by_action):
             raise ConfigError(
                 "the tokens of this policy span several actions, but readout 'mean', ensemble and max_actions need "
                 "tokens for each action."
@@ -247,18 +253,22 @@ class Policy(ChunkPolicy):
         Args:
             drafts: accelerate greedy decoding without changing a token, hold the earlier chunks of temporal
                 ensembling, and contain the action prefix of prefix conditioning.
-            stopping: transformers' criteria, evaluated after every token; chunks end with the last complete action.
+            stopping: transformers' criteria, evaluated after every token; chunks end with the last complete action, or
+                are coarser if the tokenizer is `anytime`.
         Raises:
             SpecError: an observation does not match the robot.
             ConfigError: the decoding strategy cannot stream actions; or early stopping or an action prefix is used
                 with tokens that span several actions.
         """
-        size = self.processor.action_tokenizer.tokens_per_action
-        if stopping is not None and size is None:
+        criteria, tokenizer = StoppingCriteriaList(stopping or ()), self.processor.action_tokenizer
+        if self.decoding.deadline_ms is not None:
+            criteria.append(MaxTimeCriteria(self.decoding.deadline_ms / 1e3))  # from now on
+        size = tokenizer.tokens_per_action
+        if criteria and size is None and not tokenizer.anytime:
             raise ConfigError("the tokens of this policy span several actions, so decoding cannot be stopped early.")
         batch = self.processor.observe(observations, instructions, self.unnorm_key)
         drafts = [None] * len(observations) if drafts is None else drafts
-        decoded = self.decode(batch, drafts, self._streamer(on_action, len(observations)), stopping)
+        decoded = self.decode(batch, drafts, self._streamer(on_action, len(observations)), criteria or None)
         if size is not None and decoded.ids.shape[1] % size:
             whole = decoded.ids.shape[1] // size * size
             decoded = Decoded(decoded.ids[:, :whole], decoded.logits[:, :whole], decoded.forwards)

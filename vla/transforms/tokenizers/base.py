@@ -33,6 +33,8 @@ class ActionTokenizer(ABC):
         end: the id that ends a sequence of variable length; None: every sequence has T tokens.
         tokens_per_action: ids per action if each action has its own tokens; None if tokens are shared between actions
             or the length is variable.
+        anytime: whether the first tokens of a sequence, at least one, decode to a whole chunk, to which later tokens
+            add detail.
     """
 
     horizon: int
@@ -42,6 +44,7 @@ class ActionTokenizer(ABC):
     max_tokens: int
     end: int | None = None
     tokens_per_action: int | None = None
+    anytime: bool = False
 
     def __init__(self, horizon: int, action_dim: int, active: Sequence[int] | None = None) -> None:
         if horizon < 1 or action_dim < 1:
@@ -81,7 +84,8 @@ class ActionTokenizer(ABC):
         """int [..., T] -> float32 [..., H, D] in [-1, 1]. ValueError for ids that `allowed` rules out.
 
         If each action has its own tokens, the first n actions of a chunk can be decoded alone:
-        int [..., n * tokens_per_action] -> float32 [..., n, D].
+        int [..., n * tokens_per_action] -> float32 [..., n, D]. If the tokenizer is `anytime`, the first n tokens
+        decode to a whole chunk: int [..., n] -> float32 [..., H, D].
         """
 
     def allowed(self, ids: np.ndarray) -> np.ndarray | None:
@@ -163,7 +167,8 @@ class ActionTokenizer(ABC):
         """The ids as int64. ValueError unless they are a valid sequence for a chunk or for its first actions."""
         ids = np.asarray(ids, np.int64)
         length, size = ids.shape[-1], self.tokens_per_action
-        if length != self.max_tokens and (size is None or length % size or length > self.max_tokens):
+        part = 0 < length < self.max_tokens and (self.anytime or (size is not None and length % size == 0))
+        if length != self.max_tokens and not part:
             raise ValueError(f"a chunk has {self.max_tokens} tokens, got {length}.")
         bad = (ids < 0) | (ids >= self.vocab_size)
         if bad.any():
