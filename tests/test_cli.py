@@ -102,6 +102,7 @@ def test_a_wrong_flag_ends_the_process_with_2():
         ("rollout --policy nowhere", "no policy at 'nowhere'"),
         ("deploy --policy ./nowhere", "no policy at './nowhere'"),
         ("deploy --replay {0}/squres", "no folder"),
+        ("deploy --ensemble 0.1", "set control.transition to 'ensemble' instead"),
         ("deploy --max-age-s nan", "max_age_s must be a finite number, got nan"),
         ("serve --policy nowhere", "no policy at 'nowhere'"),
         ("serve --port 70000", "port must be between 0 and 65535, got 70000"),

@@ -104,6 +104,8 @@ def test_what_cannot_be_played_is_said(data):
 def test_deploy_replays_a_dataset(data, nano, tmp_path, capsys):
     checkpoint.save(*nano, tmp_path / "policy")
     flags = ["--policy", tmp_path / "policy", "--replay", data.root, "--out", tmp_path / "out", "--no-ui"]
+    assert cli.main(["deploy", *map(str, flags), "--deadline-ms", "5"]) == 2
+    assert "this policy has 'uniform'" in capsys.readouterr().err
     assert cli.main(["deploy", *map(str, flags)]) == 0
     info = json.loads((tmp_path / "out" / "deploy.json").read_text())
     assert [episode["seed"] for episode in info["episodes"]] == [0, 1, 2] and info["errors"] == 0

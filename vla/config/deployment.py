@@ -93,6 +93,7 @@ class DeployConfig:
         n_action_steps: actions executed per chunk; None: the checkpoint's value.
         unnorm_key: dataset whose statistics un-normalise the actions; needed only if the checkpoint has several.
         device: torch device; "auto" chooses one.
+        decoding: how action tokens are decoded; greedy by default. For overlapping chunks, see `control.transition`.
     """
 
     __pydantic_config__ = STRICT
@@ -112,6 +113,7 @@ class DeployConfig:
     n_action_steps: Count | None = None
     unnorm_key: str | None = None
     device: str = "auto"
+    decoding: DecodingConfig = GREEDY
     control: ControlConfig = ControlConfig()
     adapter: AdapterConfig = AdapterConfig()
 
@@ -125,6 +127,11 @@ class DeployConfig:
             return "--robot and --replay cannot be combined: choose the robot or the recorded demonstrations."
         if self.robot is None and self.robot_kwargs:
             return "robot_kwargs are the arguments of `robot`: set robot as well, or omit robot_kwargs."
+        if self.decoding.ensemble is not None:
+            return (
+                "decoding.ensemble averages the tokens of one episode and is not used in real time: set "
+                "control.transition to 'ensemble' instead."
+            )
         return None
 
 
