@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import requests
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from vla import cli
 from vla.serving.protocols import PROTOCOLS
@@ -63,6 +64,30 @@ def test_the_api_reference_is_made_from_the_docstrings(tmp_path):
     main(["vla", "vla.policy", "vla.spec", "--out", str(tmp_path)])
     page = (tmp_path / "vla" / "policy.html").read_text()
     assert "Chunks for a batch of observations" in page and (tmp_path / "vla" / "spec.html").is_file()
+
+
+def test_the_tutorial_prints_what_it_shows(capsys):
+    page, variables = (DOCS / "autoregressive.md").read_text(), {}
+    steps = re.findall(
+        r"<!-- run -->\n```python\n(.*?)```\n\n<!-- prints( something like)? -->\n```text\n(.*?)```", page, re.DOTALL
+    )
+    assert len(steps) == page.count("```python") == 16
+    number = re.compile(r"-?\d+\.?\d*")
+    for code, varies, shown in steps:
+        exec(code, variables)
+        printed = capsys.readouterr().out
+        assert number.sub("", printed).split() == number.sub("", shown).split(), printed
+        if not varies:
+            numbers = [[float(value) for value in number.findall(text)] for text in (printed, shown)]
+            np.testing.assert_allclose(*numbers, atol=0.021, err_msg=printed)  # images may differ by rounding
+    p, five = variables["p"], variables["five"]
+    for name, warp in (
+        ("T = 0.5", TemperatureLogitsWarper(0.5)),
+        ("T = 2", TemperatureLogitsWarper(2.0)),
+        ("top-k 2", TopKLogitsWarper(2)),
+        ("top-p 0.8", TopPLogitsWarper(0.8)),
+    ):
+        np.testing.assert_allclose(five[name], warp(None, p.log()[None]).softmax(-1)[0], atol=1e-6)
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.stem)
