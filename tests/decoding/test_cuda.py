@@ -1,0 +1,45 @@
+"""The engine on a CUDA GPU. `CUDA_VISIBLE_DEVICES=0 scripts/test tests/decoding/test_cuda.py` runs it where there is one;
+`scripts/gpu_suite` measures it."""
+
+import copy
+
+import pytest
+import torch
+
+from tests.decoders import reference
+from vla.decoding.engine import Engine
+from vla.decoding.graphs import GRAPHS
+
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+WORDS = ["reach", "pick up the red cube", "please put the green ball on the blue zone"]
+
+
+@pytest.fixture
+def on_gpu(nano):
+    network, processor = copy.deepcopy(nano)
+    return network.to("cuda"), processor
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_tokens_equal_generate(on_gpu, observations, rows):
+    network, processor = on_gpu
+    engine = Engine(network)
+    for words in WORDS:
+        batch = processor.observe(observations(rows), [words] * rows)
+        expected = reference(network, batch).cpu()
+        for _ in range(2):  # captured, then replayed
+            assert torch.equal(engine.stepwise(batch).ids.cpu(), expected)
+        draft = torch.full_like(expected, network.config.action_token_begin)
+        assert torch.equal(engine.parallel(batch, draft).ids.cpu(), expected)
+
+
+def test_graphs_are_bounded_and_share_their_memory(on_gpu, observations):
+    network, processor = on_gpu
+    engine, memory = Engine(network), []
+    for count in range(1, GRAPHS + 5):
+        batch = processor.observe(observations(1), [" ".join(["red"] * count)])
+        assert torch.equal(engine.stepwise(batch).ids.cpu(), reference(network, batch).cpu())
+        memory.append(torch.cuda.memory_reserved())
+    (captured,) = engine._graphs.values()
+    assert len(captured) == GRAPHS and memory[-1] < 1.5 * memory[0]
