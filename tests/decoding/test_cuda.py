@@ -1,5 +1,5 @@
-"""The engine on a CUDA GPU. `CUDA_VISIBLE_DEVICES=0 scripts/test tests/decoding/test_cuda.py` runs it where there is one;
-`scripts/gpu_suite` measures it."""
+"""The engine on a CUDA GPU: `CUDA_VISIBLE_DEVICES=0 scripts/test tests/decoding/test_cuda.py`. `scripts/gpu_suite`
+measures it."""
 
 import copy
 
