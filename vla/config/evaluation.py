@@ -31,7 +31,8 @@ class DecodingConfig:
         ensemble: coefficient of temporal ensembling. Overlapping chunks have the weights exp(-coefficient * i), with
             i = 0 for the oldest. Requires n_action_steps less than the horizon to have an effect. None: no ensembling.
         max_actions: number of actions to decode, from the start of each chunk; None: all.
-        sampling_seed: random seed for token sampling.
+        sampling_seed: random seed for token sampling, and for the latents of a Free Transformer.
+        latent: codes of the latent of every chunk, for a Free Transformer; empty: drawn.
     """
 
     __pydantic_config__ = STRICT
@@ -46,6 +47,7 @@ class DecodingConfig:
     ensemble: Finite | None = None
     max_actions: Count | None = None
     sampling_seed: Seed = 0
+    latent: tuple[Natural, ...] = ()
 
     @property
     def greedy(self) -> bool:
