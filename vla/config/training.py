@@ -212,6 +212,8 @@ class TrainConfig:
     dry_run: bool = False
 
     def contradiction(self) -> str | None:
+        if self.compile and self.model.latent not in (None, "none"):
+            return "a network with a latent cannot be compiled: set compile false, or model.latent none."
         if self.weights and (len(self.weights) != len(self.data) or not sum(self.weights) > 0):
             return (
                 f"weights must be one number per dataset, and not all 0; got {list(self.weights)} for {len(self.data)} "
