@@ -22,7 +22,7 @@ def train(demos, out, *arguments: str) -> int:
 
 
 def test_the_log_shows_the_kl_and_the_policy_has_the_latent(demos, tmp_path, observations, capsys):
-    latent = "--latent chunk --latent-bits 3 --latent-kappa 0.01 --learning-rate 0.01".split()
+    latent = ["--latent", "chunk", "--latent-bits", "3", "--latent-kappa", "0.01", "--learning-rate", "0.01"]
     flags = [*latent, "--log-every", "2", "--eval-every", "4", "--save-every", "4", "--val-fraction", "0.2"]
     assert train(demos, tmp_path / "run", *flags, "--steps", "4") == 0
     assert "3 bits per chunk, 0.01 of them free" in capsys.readouterr().out
