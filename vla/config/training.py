@@ -105,7 +105,7 @@ class ModelConfig:
         prompt: prompt template (see `vla.transforms.prompt`); "plain" by default.
         latent: what has one latent of a Free Transformer (docs/free_transformer.md): every "token", every "chunk", or
             every "episode"; "none" by default.
-        latent_bits: bits of a latent, 8 by default.
+        latent_bits: bits of a latent, 6 by default.
         latent_form: "one_hot" (a vector for each of the 2^bits codes; the default) or "factored" (a vector for each
             bit; needs less memory).
         latent_kappa: bits of each latent that training may use without a penalty; 1 by default.

@@ -238,7 +238,7 @@ def read(network: VLAForActionPrediction) -> Decoder:
         scale=(getattr(config, "query_pre_attn_scalar", None) or head_dim) ** -0.5,
         gelu=config.model_type == "gemma3_text",
         reach=(getattr(config, "sliding_window", None) if sliding else None) or math.inf,
-        injection=None if network.latent is None else _injection(network),
+        injection=None if network.latent is None else _injection(network, table.dtype),
     )
 
 
@@ -335,9 +335,9 @@ def _layer(layer: Any, rope: str, config: Any) -> Layer:
     )
 
 
-def _injection(network: VLAForActionPrediction) -> Injection:
+def _injection(network: VLAForActionPrediction, dtype: torch.dtype) -> Injection:
     layers = network.language_model.model.layers
-    attention, dtype = layers[len(layers) // 2].self_attn, _matrix(layers[0].self_attn.q_proj).dtype
+    attention = layers[len(layers) // 2].self_attn
     return Injection(
         layer=len(layers) // 2,
         query=_fused(attention.q_proj),

@@ -79,7 +79,7 @@ class VLAConfig(PreTrainedConfig):
     action_token_begin: int = 0
     n_action_rows: int = 256
     latent: str = "none"
-    latent_bits: int = 8
+    latent_bits: int = 6
     latent_form: str = "one_hot"
     latent_kappa: float = 1.0
     robot: dict | None = None

@@ -120,9 +120,9 @@ class ChunkPolicy(abc.ABC):
             ConfigError: actions cannot be streamed.
         """
 
-    def reset(self, instruction: str) -> None:
-        """Start an episode."""
-        self._session = Session(instruction)
+    def reset(self, instruction: str, latent: LatentDraw | None = None) -> None:
+        """Start an episode, with the `latent` of `Session`."""
+        self._session = Session(instruction, latent or LatentDraw())
 
     def act(self, observation: Observation) -> np.ndarray:
         """The next action of the episode, float32 [D]; predicts a new chunk after every `n_action_steps` actions."""
@@ -188,7 +188,7 @@ class Policy(ChunkPolicy):
             )
         self.unnorm_key = network.config.unnorm_key(unnorm_key)
         if decoding.latent:
-            self._codes(LatentDraw(codes=decoding.latent))
+            self.check_codes(decoding.latent)
         self._decoder = strategies.choose_decoder(self.network, decoding)
 
     @classmethod
@@ -314,18 +314,25 @@ class Policy(ChunkPolicy):
     def _codes(self, draw: LatentDraw) -> np.ndarray:
         """The codes of a chunk, int64 [n_latents]: given by its episode or by `decoding`, or drawn."""
         config = self.network.config
-        given, number, size = draw.codes or self.decoding.latent, config.n_latents, 2**config.latent_bits
-        if given:
-            if not number:
-                raise ConfigError(f"codes {list(given)} were given for the latent, but this policy has no latent.")
-            if len(given) not in (1, number) or not all(0 <= code < size for code in given):
-                raise ConfigError(
-                    f"a latent of this policy has {'1 code' if number == 1 else f'1 or {number} codes'} between 0 and "
-                    f"{size - 1}, got {list(given)}."
-                )
+        number = config.n_latents
+        if given := draw.codes or self.decoding.latent:
+            self.check_codes(given)
             return np.broadcast_to(np.array(given), number)
-        chunk = 0 if config.latent == "episode" else draw.chunk
-        return np.random.default_rng([self.decoding.sampling_seed, draw.seed, chunk]).integers(size, size=number)
+        rng = np.random.default_rng(
+            [self.decoding.sampling_seed, draw.seed, 0 if config.latent == "episode" else draw.chunk]
+        )
+        return rng.integers(2**config.latent_bits, size=number)
+
+    def check_codes(self, codes: Sequence[int]) -> None:
+        """Raise ConfigError unless a chunk can be decoded given these codes."""
+        number, size = self.network.config.n_latents, 2**self.network.config.latent_bits
+        if not number:
+            raise ConfigError(f"codes {list(codes)} were given for the latent, but this policy has no latent.")
+        if len(codes) not in (1, number) or not all(0 <= code < size for code in codes):
+            raise ConfigError(
+                f"a latent of this policy has {'1 code' if number == 1 else f'1 or {number} codes'} between 0 and "
+                f"{size - 1}, got {list(codes)}."
+            )
 
     def draft_ids(self, drafts: Sequence[Draft | None]) -> torch.Tensor:
         """The drafts' tokens, int64 [B, T], ids of the model's vocabulary, each beginning with its action prefix; the
