@@ -135,6 +135,12 @@ VERBS = {
         "compare action tokenizers on a dataset",
         "vla analyze tokenizers --data datasets/drawer",
     ),
+    "analyze latent": Verb(
+        "LatentConfig",
+        "vla.jobs.analyze_latent:latent",
+        "roll out a policy under each code of its latent",
+        "vla analyze latent --policy runs/drawer --env envs:vla/OpenDrawer-v0",
+    ),
 }
 
 

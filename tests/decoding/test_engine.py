@@ -15,6 +15,7 @@ from vla.decoding.strategies import teacher_forced
 from vla.errors import ConfigError
 from vla.model import lora
 from vla.model.build import build_policy
+from vla.model.free_transformer import align
 
 WORDS = ["pick up the red cube", "open the drawer", "please put the green ball on the blue zone", "reach"]
 
@@ -104,7 +105,7 @@ def test_a_prompt_that_stays_is_not_computed_again(nano, observations):
     network, processor = nano
     engine, prefills = Engine(network), []
     forward = engine._forward
-    engine._forward = lambda hidden, start, offsets: prefills.append(hidden.shape[1]) or forward(hidden, start, offsets)
+    engine._forward = lambda hidden, *rest: prefills.append(hidden.shape[1]) or forward(hidden, *rest)
     lengths = []
     for trial, words in enumerate((WORDS[:2], WORDS[:2], WORDS[1:3], WORDS[1:3], WORDS[:2])):
         batch = processor.observe(observations(2, seed=trial), words)
@@ -113,6 +114,36 @@ def test_a_prompt_that_stays_is_not_computed_again(nano, observations):
         lengths.append(prefills[0] - batch["input_ids"].shape[1])
     assert lengths[0] == lengths[2] == lengths[4] == 0
     assert lengths[1] < 0 and lengths[3] < 0
+
+
+@pytest.mark.parametrize("kind", ["token", "chunk"])
+def test_tokens_equal_generate_under_the_same_latent(nano, observations, kind):
+    """Stepwise, in parallel and with the prompt in the cache; rows with padding, and a code of their own each."""
+    network, processor = nano
+    network.add_latent(kind, bits=3, form="one_hot", kappa=1.0)
+    torch.manual_seed(5)
+    torch.nn.init.normal_(network.latent.injection, std=100)  # as large as what it is added to
+    with torch.no_grad():
+        for parameter in network.language_model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(8)
+    network.latent.encoder.register_forward_pre_hook(lambda *_: pytest.fail("the posterior was computed"))
+    engine, batch = Engine(network), processor.observe(observations(3), WORDS[:3])
+    length, n_tokens, different = batch["input_ids"].shape[1], network.action_tokenizer.max_tokens, set()
+    for _ in range(3):
+        codes = torch.randint(8, (3, network.config.n_latents))
+        batch["latent"] = align(codes, length, n_tokens)
+        expected = reference(network, batch)
+        stepwise = engine.stepwise(batch)
+        told = teacher_forced(network, batch, expected).logits
+        assert torch.equal(stepwise.ids, expected) and float((stepwise.logits - told).abs().max()) < 0.02
+        draft = expected.clone()
+        draft[:, 5] = network.config.action_token_begin + 3
+        assert torch.equal(engine.parallel(batch, draft).ids, expected)
+        different.add(tuple(expected.flatten().tolist()))
+    assert len(different) == 3  # the latent decides
+    with pytest.raises(ConfigError, match="has a latent, but the batch has no codes"):
+        engine.stepwise(processor.observe(observations(1), WORDS[:1]))
 
 
 def test_an_interrupted_prefill_is_not_reused(nano, observations):

@@ -17,7 +17,7 @@ from vla.config import ControlConfig, DecodingConfig
 from vla.control.controller import Controller
 from vla.errors import ConfigError, ServerError
 from vla.policy import Policy
-from vla.policy.session import Draft, Session, predict
+from vla.policy.session import Draft, LatentDraw, Session, predict
 from vla.serving import client, wire
 from vla.serving.client import RemotePolicy
 from vla.serving.server import describe
@@ -56,6 +56,24 @@ def test_committed_actions_travel(serving, observations):
         chunks = [prediction.chunks[0] for prediction in predictions]
         np.testing.assert_array_equal(*chunks)
         np.testing.assert_allclose(chunks[0][:2, 0], [-0.5, -0.24], atol=0.1)
+
+
+def test_the_latent_of_an_episode_travels(serving, policy, observations):
+    """A remote session has the tokens of a local one, chunk for chunk."""
+    network = copy.deepcopy(policy.network)
+    network.add_latent("chunk", bits=6, form="one_hot", kappa=1.0)
+    torch.nn.init.normal_(network.latent.injection, std=10)
+    free, (observation,) = Policy(network, policy.processor), observations(1)
+    with serving(policy=free) as served:
+        for latent in (LatentDraw(7), LatentDraw(codes=(5,))):
+            near, far = Session("go", latent), Session("go", latent)
+            for _ in range(3):
+                ours, theirs = (
+                    predict(free, [near], [observation]),
+                    predict(RemotePolicy(served.ws), [far], [observation]),
+                )
+                np.testing.assert_allclose(ours.log_probs, theirs.log_probs, atol=1e-4)
+                assert near.draft.latent == far.draft.latent
 
 
 def test_a_server_that_decodes_in_part_is_given_whole_drafts(serving, policy, observations):

@@ -7,6 +7,7 @@ import pytest
 
 from vla.config import KeysConfig
 from vla.errors import SpecError
+from vla.policy.session import LatentDraw
 from vla.serving.requests import read
 
 NONE = KeysConfig()
@@ -110,6 +111,13 @@ def test_a_draft_may_come_with_numpys_numbers(robot):
     draft = {"vla/draft": np.zeros((4, 7)), "vla/committed": np.int64(2), "vla/trust": np.float32(0.5)}
     read_draft = read(FORMS["own"] | draft, robot, 4, NONE).draft
     assert (len(read_draft.prefix), read_draft.threshold) == (2, 0.5) and type(read_draft.threshold) is float
+
+
+def test_a_latent_may_come_without_a_draft(robot):
+    assert read(FORMS["own"] | {"vla/latent": [3, 1, 5]}, robot, 4, NONE).draft.latent == LatentDraw(3, 1, (5,))
+    for wrong in ([3], [3, -1], "3", [3, 0.5]):
+        with pytest.raises(SpecError, match="vla/latent must be a seed, a chunk number"):
+            read(FORMS["own"] | {"vla/latent": wrong}, robot, 4, NONE)
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)

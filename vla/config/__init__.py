@@ -20,6 +20,7 @@ from vla.config.evaluation import (
     BenchmarkConfig,
     DecodingConfig,
     ExposureConfig,
+    LatentConfig,
     RolloutConfig,
     TokenizersConfig,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "HostsConfig",
     "InspectConfig",
     "KeysConfig",
+    "LatentConfig",
     "LoraConfig",
     "ModelConfig",
     "QuickstartConfig",

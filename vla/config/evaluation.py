@@ -35,7 +35,8 @@ class DecodingConfig:
             ("pca").
         deadline_ms: decoding stops this many milliseconds after the request, with the tokens decoded by then, at least
             one; None: no deadline. Requires the same kind of tokenizer as max_tokens.
-        sampling_seed: random seed for token sampling.
+        sampling_seed: random seed for token sampling, and for the latents of a Free Transformer.
+        latent: codes of the latent of every chunk, for a Free Transformer; empty: drawn.
     """
 
     __pydantic_config__ = STRICT
@@ -52,6 +53,7 @@ class DecodingConfig:
     max_tokens: Count | None = None
     deadline_ms: Positive | None = None
     sampling_seed: Seed = 0
+    latent: tuple[Natural, ...] = ()
 
     @property
     def greedy(self) -> bool:
@@ -204,3 +206,34 @@ class TokenizersConfig:
     normalization: Literal["q01_q99", "min_max", "mean_std"] = "q01_q99"
     out: Path = Path("runs/tokenizers")
     frames: Count = 2000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentConfig:
+    """`vla analyze latent`: roll out the same seeds under several codes of a policy's latent, and draw the paths.
+
+    Attributes:
+        policy: a run folder or a checkpoint folder.
+        env: environment id.
+        codes: codes of the latent, each for all chunks of an episode; empty: the first eight.
+        episodes: episodes per code.
+        seed: first environment seed.
+        axes: the two entries of the state whose path is drawn.
+        out: folder for the results and the figure.
+        n_action_steps: actions executed per chunk; None: the checkpoint's value.
+        unnorm_key: dataset whose statistics un-normalise the actions; needed only if the checkpoint has several.
+        device: torch device; "auto" chooses one.
+    """
+
+    __pydantic_config__ = STRICT
+    policy: str = "runs/train"
+    env: str = "envs:vla/PickUp-v0"
+    codes: tuple[Natural, ...] = ()
+    episodes: Count = 4
+    seed: Seed = 100_000
+    axes: tuple[str, str] = ("x", "y")
+    out: Path = Path("runs/latent")
+    n_action_steps: Count | None = None
+    unnorm_key: str | None = None
+    device: str = "auto"
+    adapter: AdapterConfig = AdapterConfig()

@@ -103,6 +103,12 @@ class ModelConfig:
             plugin registers.
         normalization: "q01_q99" (the default), "min_max" or "mean_std".
         prompt: prompt template (see `vla.transforms.prompt`); "plain" by default.
+        latent: what has one latent of a Free Transformer (docs/free_transformer.md): every "token", every "chunk", or
+            every "episode"; "none" by default.
+        latent_bits: bits of a latent, 6 by default.
+        latent_form: "one_hot" (a vector for each of the 2^bits codes; the default) or "factored" (a vector for each
+            bit; needs less memory).
+        latent_kappa: bits of each latent that training may use without a penalty; 1 by default.
         freeze_vision: do not train the vision tower.
     """
 
@@ -121,7 +127,17 @@ class ModelConfig:
     tokenizer: str | None = None
     normalization: Literal["q01_q99", "min_max", "mean_std"] | None = None
     prompt: str | None = None
+    latent: Literal["none", "token", "chunk", "episode"] | None = None
+    latent_bits: Annotated[int, Ge(1), Le(32)] | None = None
+    latent_form: Literal["one_hot", "factored"] | None = None
+    latent_kappa: Positive | None = None
     freeze_vision: bool = False
+
+    def contradiction(self) -> str | None:
+        options = [name for name in ("latent_bits", "latent_form", "latent_kappa") if getattr(self, name) is not None]
+        if self.latent == "none" and options:
+            return f"{options[0]} needs a latent: set latent to token, chunk or episode."
+        return None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -196,6 +212,8 @@ class TrainConfig:
     dry_run: bool = False
 
     def contradiction(self) -> str | None:
+        if self.compile and self.model.latent not in (None, "none"):
+            return "a network with a latent cannot be compiled: set compile false, or model.latent none."
         if self.weights and (len(self.weights) != len(self.data) or not sum(self.weights) > 0):
             return (
                 f"weights must be one number per dataset, and not all 0; got {list(self.weights)} for {len(self.data)} "

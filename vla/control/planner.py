@@ -143,7 +143,7 @@ class Planner:
         self._request = Request(observed, reading.time, reading.time)
         self._executed = None
         draft = self._session.draft
-        if self._config.transition == "prefix" and draft is not None:
+        if self._config.transition == "prefix" and len(draft):
             passing = max(0.0, now + self._inference.latency - self._rate.deadline(step))
             end = step + math.ceil(passing * self._rate.hz)
             prefix = self._expected(observed, min(end - observed, len(draft) - 1), step)

@@ -93,7 +93,8 @@ class Engine:
         allows every id at every position, the whole chunk, from camera images to tokens, is one CUDA graph.
 
         Args:
-            batch: prompt prefix tensors from `VLAProcessor`, on the CPU.
+            batch: prompt prefix tensors from `VLAProcessor`, on the CPU; of a network with a latent, also `latent`, the
+                codes by position (`vla.model.free_transformer.align`).
             n_tokens: number of tokens to decode; None: a whole chunk.
             streamer: receives every token as soon as it is decoded.
             stopping: ends the chunk early when it is met for all observations.
@@ -123,10 +124,10 @@ class Engine:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Prompt prefix and chunk [B, P + T], and logits [B, T, rows]. It only synchronises with the device for a
         streamer, stopping criteria or a constrained tokenizer."""
-        hidden, offsets = self._embed(inputs, start), inputs.get("offsets")
+        hidden, offsets, shift = self._embed(inputs, start), inputs.get("offsets"), self._shift(inputs)
         length, ids, logits = start + hidden.shape[1], inputs["input_ids"], []
         for t in range(n_tokens):
-            found = self._weights.head(self._forward(hidden, start, offsets)[:, -1:])
+            found = self._weights.head(self._forward(hidden, start, offsets, shift)[:, -1:])
             if self.tokenizer.constrained:
                 found = constrain(self.tokenizer, found, ids[:, length:] - self.begin)
             logits.append(found)
@@ -151,7 +152,7 @@ class Engine:
         """Greedy decoding that verifies a draft of the chunk.
 
         Args:
-            batch: prompt prefix tensors from `VLAProcessor`, on the CPU.
+            batch: as in `stepwise`.
             draft: int64 [B, T], ids of the model's vocabulary, one per token to decode. It may be wrong, but the better
                 it is, the fewer forward passes are needed.
             streamer: receives tokens as soon as they are final.
@@ -160,7 +161,7 @@ class Engine:
             stopping: as in `stepwise`.
         """
         inputs, start = self._start(batch)
-        hidden, offsets = self._embed(inputs, start), inputs.get("offsets")
+        hidden, offsets, shift = self._embed(inputs, start), inputs.get("offsets"), self._shift(inputs)
         length, total, table = start + hidden.shape[1], draft.shape[1], self._weights.table
         candidate = draft.to(self.device) - self.begin  # a copy
         logits = hidden.new_empty(len(draft), total, len(table))
@@ -171,7 +172,7 @@ class Engine:
         known, window, forwards = 0, min(total, ahead + int(counts.min())), 0
         hidden = torch.cat([hidden, F.embedding(candidate[:, : window - 1], table)], dim=1)
         while True:
-            found = self._weights.head(self._forward(hidden, start, offsets)[:, -window:])
+            found = self._weights.head(self._forward(hidden, start, offsets, shift)[:, -window:])
             self._cached, forwards = batch["input_ids"], forwards + 1
             end = known + window
             if self.tokenizer.constrained:
@@ -218,6 +219,9 @@ class Engine:
         If the prompt precedes the images, its keys and values stay in the cache until the prompt changes."""
         ids, w, start = batch["input_ids"], self._weights, 0
         rows, length = ids.shape
+        if ("latent" in batch) != (w.injection is not None):
+            has = "has no latent, but the batch has" if w.injection is None else "has a latent, but the batch has no"
+            raise ConfigError(f"this network {has} codes (`latent`).")
         if not self.fits(batch):
             raise ConfigError(
                 f"the attention window has {self.reach} positions, but a prompt prefix of {length} tokens and a chunk "
@@ -246,7 +250,14 @@ class Engine:
         hidden = self.network.embed(inputs["input_ids"], inputs["pixel_values"], inputs.get("state"))
         return hidden[:, start:].to(self._weights.table.dtype)
 
-    def _forward(self, hidden: torch.Tensor, start: int, offsets: torch.Tensor | None) -> torch.Tensor:
+    def _shift(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        """What the latent adds at every position, [B, P - 1 + T, width]; None without a latent."""
+        injection = self._weights.injection
+        return None if injection is None else injection.shift(inputs["latent"])
+
+    def _forward(
+        self, hidden: torch.Tensor, start: int, offsets: torch.Tensor | None, shift: torch.Tensor | None
+    ) -> torch.Tensor:
         """Run tokens [B, n, width] at cache positions start..start+n-1 through the decoder. Returns the final hidden
         states."""
         w, (rows, n, _) = self._weights, hidden.shape
@@ -261,7 +272,13 @@ class Engine:
             part.unbind(0) for part in (cache[:, :, :, start:], cache[:, :, : w.kv_heads], cache[:, :, w.kv_heads :])
         )
         for index, layer in enumerate(w.layers):
-            qkv = _normed(layer.query_key_norm, layer.qkv(_normed(layer.attention_norm, hidden)))
+            if shift is not None and w.injection is not None and index == w.injection.layer:
+                mixed = _normed(layer.attention_norm, hidden + shift[:, start:end])
+                query = w.injection.query(_normed(layer.attention_norm, hidden))
+                qkv = torch.cat([query, w.injection.key_value(mixed)], dim=-1)
+            else:
+                qkv = layer.qkv(_normed(layer.attention_norm, hidden))
+            qkv = _normed(layer.query_key_norm, qkv)
             qkv = self._rotate(qkv.view(rows, n, *qkv_shape), *tables[layer.rope])
             written[index].copy_(qkv[:, heads:])
             attended = F.scaled_dot_product_attention(

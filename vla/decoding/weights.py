@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -167,6 +168,23 @@ class Layer:
 
 
 @dataclasses.dataclass(frozen=True)
+class Injection:
+    """Where the latent of a Free Transformer enters.
+
+    Attributes:
+        layer: index of the block whose keys and values see the latent.
+        query: that block's projection to queries [heads * head_dim, width].
+        key_value: its projection to keys and values [2 kv_heads * head_dim, width].
+        shift: codes, int64 [B, n], -> what is added to the block's input for keys and values, [B, n, width].
+    """
+
+    layer: int
+    query: Linear
+    key_value: Linear
+    shift: Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
 class Decoder:
     """All weights that are needed to decode action tokens.
 
@@ -180,6 +198,7 @@ class Decoder:
         scale: factor of the attention logits.
         gelu: whether the gate is GELU (tanh approximation) instead of SiLU.
         reach: number of positions that attention covers; infinite without a sliding window.
+        injection: of the latent; None without a latent.
     """
 
     layers: tuple[Layer, ...]
@@ -192,6 +211,7 @@ class Decoder:
     scale: float
     gelu: bool
     reach: float
+    injection: Injection | None
 
 
 def read(network: VLAForActionPrediction) -> Decoder:
@@ -218,6 +238,7 @@ def read(network: VLAForActionPrediction) -> Decoder:
         scale=(getattr(config, "query_pre_attn_scalar", None) or head_dim) ** -0.5,
         gelu=config.model_type == "gemma3_text",
         reach=(getattr(config, "sliding_window", None) if sliding else None) or math.inf,
+        injection=None if network.latent is None else _injection(network, table.dtype),
     )
 
 
@@ -311,6 +332,17 @@ def _layer(layer: Any, rope: str, config: Any) -> Layer:
         down=_fused(mlp.down_proj),
         mlp_post_norm=norms[3],
         rope=rope,
+    )
+
+
+def _injection(network: VLAForActionPrediction, dtype: torch.dtype) -> Injection:
+    layers = network.language_model.model.layers
+    attention = layers[len(layers) // 2].self_attn
+    return Injection(
+        layer=len(layers) // 2,
+        query=_fused(attention.q_proj),
+        key_value=_fused(attention.k_proj, attention.v_proj),
+        shift=lambda codes: network.latent.shift(codes).to(dtype),
     )
 
 

@@ -91,7 +91,7 @@ def measure(policy: Policy, samples: list[Sample]) -> Tokens:
     states = None
     if network.config.use_state:
         states = processor.state(np.stack([sample.state for sample in samples]), policy.unnorm_key)
-    batch = processor([sample.images for sample in samples], instructions, states)
+    batch = policy.with_latent(processor([sample.images for sample in samples], instructions, states))
     truth = processor.encode_actions(np.stack([sample.chunk for sample in samples]), policy.unnorm_key)
     logits = strategies.teacher_forced_logits(network, batch, torch.from_numpy(truth)).float()
     rows = logits[..., begin : begin + tokenizer.vocab_size]

@@ -29,7 +29,7 @@ from vla.evaluation import report, results
 from vla.evaluation.comparison import common_environments, compare
 from vla.evaluation.rerun_sink import FOLDER, SUFFIX, EpisodeRecording, load_rerun
 from vla.evaluation.results import Episode
-from vla.policy.session import Session, predict
+from vla.policy.session import LatentDraw, Session, predict
 from vla.simulation.hosts import Fault
 from vla.simulation.pool import Description, Pool, ResetResult, StepResult
 from vla.spec import RobotSpec
@@ -156,7 +156,7 @@ class _Run:
         for slot in range(len(self._pool)):
             if slot not in self._running and self._queue:
                 self._running[slot] = episode = self._queue.popleft()
-                self._sessions[slot] = Session()
+                self._sessions[slot] = Session(latent=LatentDraw(episode.seed))
                 record = self._may_want("videos", episode)
                 requests[slot] = ("reset", episode.env_id, episode.seed, record)
         failed: dict[int, str | None] = {}

@@ -56,6 +56,7 @@ def build_policy(model: ModelConfig, facts: DataFacts) -> tuple[VLAForActionPred
     else:
         _make_room(config)
     network, tokenizer = source.load(config)
+    _set_latent(network, model)
     return network, VLAProcessor(network.config, tokenizer)
 
 
@@ -68,6 +69,23 @@ def _check_tower(config: VLAConfig, model: ModelConfig, backbone: str) -> None:
                 f"{option} {asked} does not fit {backbone!r}, whose vision tower is already there. Omit it, or start "
                 "from 'nano-init' or 'small-init'."
             )
+
+
+def _set_latent(network: VLAForActionPrediction, model: ModelConfig) -> None:
+    """Give `network` the latent of `model`. A latent that it already has keeps its size and form, which are trained."""
+    config = network.config
+    kind, kappa = model.latent or config.latent, model.latent_kappa or config.latent_kappa
+    if config.latent == "none":
+        if kind != "none":
+            bits, form = model.latent_bits or config.latent_bits, model.latent_form or config.latent_form
+            network.add_latent(kind, bits, form, kappa)
+        return
+    for name, trained in (("latent_bits", config.latent_bits), ("latent_form", config.latent_form)):
+        if (value := getattr(model, name)) not in (None, trained):
+            raise ConfigError(f"{name} of this checkpoint is {trained} and cannot become {value}; omit it.")
+    if kind == "none":
+        raise ConfigError("this checkpoint was trained with a latent and cannot do without it; omit `latent`.")
+    config.latent, config.latent_kappa = kind, kappa
 
 
 def _make_room(config: VLAConfig) -> None:

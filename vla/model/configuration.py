@@ -6,6 +6,7 @@ unambiguously does not load. It does not build networks or read data.
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
@@ -21,6 +22,7 @@ from vla.transforms.tokenizers.base import ActionTokenizer, build
 # Clip normalised states at 3, so that states slightly outside the range of the data do not saturate.
 STATE_LIMIT = 3.0
 LAYOUTS = ("instruction_first", "image_first")
+LATENTS = ("none", "token", "chunk", "episode")
 N_ACTION_ROWS = 256  # ids of the vocabulary that a new policy reserves for action tokens
 
 
@@ -43,6 +45,11 @@ class VLAConfig(PreTrainedConfig):
         image_token_id, state_token_id: placeholder ids in `input_ids`, replaced by image and state features.
         action_token_begin: id of the first action row; the tokenizer's id k is `action_token_begin + k`.
         n_action_rows: number of rows reserved for action tokens.
+
+    Latent of a Free Transformer:
+        latent: "none", or what has one latent: every "token", every "chunk", or every "episode".
+        latent_bits, latent_form: size and form, see `vla.model.free_transformer.Latent`.
+        latent_kappa: bits of each latent that the posterior may use without a penalty in the loss.
 
     Policy (the meaning of an action):
         robot: RobotSpec as a dict: cameras in order, state and action names, gripper polarity, control rate, hold.
@@ -71,6 +78,10 @@ class VLAConfig(PreTrainedConfig):
     state_token_id: int = 4
     action_token_begin: int = 0
     n_action_rows: int = 256
+    latent: str = "none"
+    latent_bits: int = 6
+    latent_form: str = "one_hot"
+    latent_kappa: float = 1.0
     robot: dict | None = None
     image_size: int = 224
     image_transform: str = "area"
@@ -109,6 +120,11 @@ class VLAConfig(PreTrainedConfig):
             return RobotSpec.from_dict(self._needed("robot"))
         except SpecError as error:
             raise CheckpointError(f"config.json: robot: {error}") from None
+
+    @property
+    def n_latents(self) -> int:
+        """Number of latents of a chunk."""
+        return {"none": 0, "token": self.make_action_tokenizer().max_tokens}.get(self.latent, 1)
 
     def make_action_tokenizer(self) -> ActionTokenizer:
         values = self._needed("action_tokenizer")
@@ -151,6 +167,10 @@ class VLAConfig(PreTrainedConfig):
         if self.image_transform not in TRANSFORMS:
             raise CheckpointError(unknown("image transform", self.image_transform, TRANSFORMS))
         self._check_inputs(robot)
+        if self.latent not in LATENTS:
+            raise CheckpointError(unknown("latent", self.latent, LATENTS))
+        if not 0 < self.latent_kappa < math.inf:
+            raise CheckpointError(f"latent_kappa must be a positive number of bits, got {self.latent_kappa}.")
         if not 1 <= self.n_action_steps <= self.horizon:
             raise CheckpointError(
                 f"n_action_steps {self.n_action_steps} is not between 1 and the horizon {self.horizon}."

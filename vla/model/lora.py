@@ -31,6 +31,7 @@ def attach(network: VLAForActionPrediction, lora: LoraConfig) -> peft.PeftModel:
         # this head never is.
         rows = {"embed_tokens": ids, "lm_head": ids}
     saved = ["projector", "state_projector", "camera_embedding"] * lora.train_projector
+    saved += ["latent"] * (network.latent is not None)  # it has no trained weights to adapt
     # One entry per tower, because peft cannot wrap a list of modules.
     saved += [f"vision_towers.{i}" for i in range(len(network.vision_towers))] * lora.train_vision
     targets = "|".join(lora.targets)

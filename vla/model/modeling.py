@@ -14,24 +14,31 @@ and is trained by teacher forcing on the cross-entropy of the suffix alone,
 
 where m_t is 0 for tokens that are not learned, such as actions past the end of a demonstration. Every sample has the
 same weight, for any number of learned tokens: a one-token answer to a grounding question counts as much as a whole
-action chunk. This module does not know how observations become tensors (processing) or how chunks are decoded
-(decoding).
+action chunk. With a latent (`vla.model.free_transformer`), the loss is that of a Free Transformer, and a token is
+predicted given a code of the latent at the position that predicts it. This module does not know how observations become
+tensors (processing) or how chunks are decoded (decoding).
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 import vla.model.nano_vision  # noqa: F401  (registers the embedded backbone's vision tower)
-from vla.model import vision
+from vla.errors import ConfigError
+from vla.model import free_transformer, vision
 from vla.model.configuration import VLAConfig
+from vla.model.free_transformer import Latent
 
 
 class Projector(nn.Sequential):
@@ -48,6 +55,19 @@ class Projector(nn.Sequential):
         for i in range(layers):
             modules += ([nn.GELU()] if i else []) + [nn.Linear(sizes[i], sizes[i + 1])]
         super().__init__(*modules)
+
+
+@dataclasses.dataclass
+class VLAOutput(CausalLMOutputWithPast):
+    """The output of `VLAForActionPrediction`.
+
+    Attributes:
+        losses: terms of the loss by name; None without labels or latent. "cross_entropy" and "elbo" are in nats per
+            token, "kl" in bits per latent. The cross-entropy is computed given samples of the posterior, which has seen
+            the labels; only the evidence lower bound "elbo" can be compared with the log-likelihood of other networks.
+    """
+
+    losses: dict[str, torch.Tensor] | None = None
 
 
 class VLAForActionPrediction(PreTrainedModel, GenerationMixin):
@@ -78,7 +98,22 @@ class VLAForActionPrediction(PreTrainedModel, GenerationMixin):
         self.language_model: Any = language_model or AutoModelForCausalLM.from_config(config.text_config)
         self.tokens_per_image = vision.tokens_per_image(config.vision_configs, config.image_size)
         self.action_tokenizer: Any = config.make_action_tokenizer() if config.action_tokenizer else None
+        self.latent: Any = self._make_latent() if config.latent != "none" else None
         self.post_init()
+
+    def _make_latent(self) -> Latent:
+        return Latent(self.language_model.config, self.config.latent_bits, self.config.latent_form)
+
+    def add_latent(self, latent: str, bits: int, form: str, kappa: float) -> None:
+        """Add an untrained latent, which changes no prediction. The arguments are those of `VLAConfig`.
+
+        Raises:
+            ConfigError: the decoder cannot have such a latent.
+        """
+        free_transformer.check(self.language_model.config, bits, form)
+        self.config.latent, self.config.latent_bits, self.config.latent_form = latent, bits, form
+        self.config.latent_kappa = kappa
+        self.latent = self._make_latent().to(self.device, self.dtype)
 
     def _init_weights(self, module: nn.Module) -> None:
         if module is self.camera_embedding:
@@ -172,7 +207,8 @@ class VLAForActionPrediction(PreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-    ) -> CausalLMOutputWithPast:
+        latent: torch.Tensor | None = None,
+    ) -> VLAOutput:
         """Compute the logits, and the loss if `labels` are given.
 
         Unknown keywords raise TypeError, so that an argument renamed by a dependency is never silently ignored.
@@ -188,19 +224,30 @@ class VLAForActionPrediction(PreTrainedModel, GenerationMixin):
                 the T logits that predict it are then returned.
             use_cache: whether to return a cache.
             logits_to_keep: the number of last positions to compute logits for (0 for all), or their indices.
+            latent: int64 [B, cached + L], code of the latent at each position, -1 for none (`align`); missing
+                positions at the end have none. None: sampled from the posterior, which needs `labels`.
             return_dict: False returns a tuple instead of an output object.
         """
         embeds = self.embed(input_ids, pixel_values, state)
         if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
             position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -embeds.shape[1] :]
-        outputs = self.language_model.model(
-            inputs_embeds=embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            use_cache=bool(use_cache),
-            return_dict=True,  # overrides the decoder's own config.json
-        )
+        posterior: list[torch.Tensor] = []  # logits of the bits, [B, n_latents, bits]
+        with contextlib.ExitStack() as context:
+            if self.latent is not None and latent is None and labels is not None:
+                shift = self._posterior_shift(attention_mask, position_ids, labels.shape[1], posterior)
+                context.enter_context(free_transformer.injected(self.language_model.model, shift))
+            elif self.latent is not None or latent is not None:
+                past = 0 if cache is None else cache.get_seq_length()
+                added = self._shift(latent, past, embeds)
+                context.enter_context(free_transformer.injected(self.language_model.model, lambda x: added))
+            outputs = self.language_model.model(
+                inputs_embeds=embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                cache=cache,
+                use_cache=bool(use_cache),
+                return_dict=True,  # overrides the decoder's own config.json
+            )
         hidden = outputs.last_hidden_state
         if labels is not None:
             hidden = hidden[:, -labels.shape[1] - 1 : -1]
@@ -208,14 +255,62 @@ class VLAForActionPrediction(PreTrainedModel, GenerationMixin):
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             hidden = hidden[:, kept]
         logits = self.language_model.lm_head(hidden)
-        loss = None
+        loss = losses = None
         if labels is not None:
-            token_loss = nn.functional.cross_entropy(
+            token_loss = F.cross_entropy(
                 logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="none"
             ).view_as(labels)
             learned = (labels != -100).sum(-1)
             loss = (token_loss.sum(-1) / learned.clamp(min=1)).mean()
-        return CausalLMOutputWithPast(loss=loss, logits=logits, cache=outputs.cache)
+            if posterior:
+                loss, losses = self._free_loss(loss, posterior[0], learned)
+        return VLAOutput(loss=loss, logits=logits, cache=outputs.cache, losses=losses)
+
+    def _shift(self, latent: torch.Tensor | None, past: int, embeds: torch.Tensor) -> torch.Tensor:
+        """R of given codes at the positions of `embeds` [B, L, width], which follow `past` cached ones."""
+        if self.latent is None or latent is None:
+            reason = "has no latent, but codes were" if self.latent is None else "has a latent, but no codes were"
+            raise ConfigError(f"this network {reason} given (argument `latent`).")
+        here = latent[:, past : past + embeds.shape[1]]
+        here = F.pad(here, (0, embeds.shape[1] - here.shape[1]), value=-1)
+        return self.latent.shift(here).to(embeds.dtype)
+
+    def _posterior_shift(
+        self,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        n_tokens: int,
+        posterior: list[torch.Tensor],
+    ) -> Any:
+        """A function from X [B, L, width] to R, with Z sampled from the posterior, whose logits it puts into
+        `posterior`."""
+        if self.is_activation_checkpointing:
+            raise ConfigError("a network with a latent cannot be trained with gradient checkpointing.")
+
+        def shift(x: torch.Tensor) -> torch.Tensor:
+            positions = torch.arange(x.shape[1], device=x.device)[None] if position_ids is None else position_ids
+            rotary = self.language_model.model.rotary_emb(x, positions)
+            logits = self.latent.posterior(x, attention_mask, rotary)
+            # Position -T - 1 predicts the first token, and position -2 the last one.
+            first = -n_tokens - 1
+            posterior.append(logits[:, first:-1] if self.config.latent == "token" else logits[:, first:-n_tokens])
+            added = self.latent.sample(posterior[0])[1].expand(-1, n_tokens, -1)
+            return F.pad(added, (0, 0, x.shape[1] - n_tokens - 1, 1))
+
+        return shift
+
+    def _free_loss(
+        self, cross_entropy: torch.Tensor, logits: torch.Tensor, learned: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss of a Free Transformer and its terms. The free bits apply to each latent."""
+        kl, per_token = free_transformer.kl_from_uniform(logits), 1 / learned.clamp(min=1)
+        penalty = F.relu(kl - self.config.latent_kappa * math.log(2)).sum(-1) * per_token
+        losses = {
+            "cross_entropy": cross_entropy,
+            "kl": kl.mean() / math.log(2),
+            "elbo": -(cross_entropy + (kl.sum(-1) * per_token).mean()),
+        }
+        return cross_entropy + penalty.mean(), {name: value.detach() for name, value in losses.items()}
 
     def prepare_inputs_for_generation(
         self,
@@ -229,6 +324,7 @@ class VLAForActionPrediction(PreTrainedModel, GenerationMixin):
         state: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        latent: torch.Tensor | None = None,
     ) -> dict[str, Any]:
         """The arguments of `forward` for one step of `generate`. Unknown keywords raise TypeError."""
         inputs = super().prepare_inputs_for_generation(
@@ -243,7 +339,7 @@ class VLAForActionPrediction(PreTrainedModel, GenerationMixin):
         )
         if is_first_iteration or cache is None:  # afterwards, images and state are in the cache
             inputs |= {"pixel_values": pixel_values, "state": state}
-        return inputs
+        return inputs | ({} if latent is None else {"latent": latent})
 
 
 def _is_conditioned(tower_config: Any) -> bool:

@@ -24,10 +24,11 @@ from vla.decoding.result import Decoded
 from vla.decoding.strategies import Request
 from vla.decoding.streaming import ActionStreamer
 from vla.errors import ConfigError
+from vla.model.free_transformer import align
 from vla.model.modeling import VLAForActionPrediction
 from vla.model.processing import VLAProcessor
 from vla.policy import checkpoint
-from vla.policy.session import Draft, Session
+from vla.policy.session import Draft, LatentDraw, Session
 from vla.spec import Observation, RobotSpec
 from vla.transforms.chunks import completed, ensemble_chunks
 
@@ -119,9 +120,9 @@ class ChunkPolicy(abc.ABC):
             ConfigError: actions cannot be streamed.
         """
 
-    def reset(self, instruction: str) -> None:
-        """Start an episode."""
-        self._session = Session(instruction)
+    def reset(self, instruction: str, latent: LatentDraw | None = None) -> None:
+        """Start an episode, with the `latent` of `Session`."""
+        self._session = Session(instruction, latent or LatentDraw())
 
     def act(self, observation: Observation) -> np.ndarray:
         """The next action of the episode, float32 [D]; predicts a new chunk after every `n_action_steps` actions."""
@@ -192,6 +193,8 @@ class Policy(ChunkPolicy):
                 "tokens for each action."
             )
         self.unnorm_key = network.config.unnorm_key(unnorm_key)
+        if decoding.latent:
+            self.check_codes(decoding.latent)
         self._decoder = strategies.choose_decoder(self.network, decoding)
 
     @classmethod
@@ -273,13 +276,19 @@ class Policy(ChunkPolicy):
             whole = decoded.ids.shape[1] // size * size
             decoded = Decoded(decoded.ids[:, :whole], decoded.logits[:, :whole], decoded.forwards)
         prediction = self._describe(decoded)
+        following = tuple(
+            dataclasses.replace(new, latent=(LatentDraw() if old is None else old.latent).following)
+            for new, old in zip(prediction.next_draft, drafts, strict=True)
+        )
+        prediction = dataclasses.replace(prediction, next_draft=following)
         if self.decoding.ensemble is not None or self.decoding.readout == "mean":
             prediction = self._average(prediction, decoded, drafts)
         return prediction
 
     def score(self, observations: Sequence[Observation], instructions: Sequence[str], chunks: np.ndarray) -> Prediction:
-        """The likelihood of the chunks [B, H, D], computed in one forward pass."""
-        batch = self.processor.observe(observations, instructions, self.unnorm_key)
+        """The likelihood of the chunks [B, H, D], computed in one forward pass. If the policy has a latent, the
+        likelihood is that given the latent of an episode's first chunk."""
+        batch = self.with_latent(self.processor.observe(observations, instructions, self.unnorm_key))
         ids = torch.from_numpy(self.processor.encode_actions(np.asarray(chunks), self.unnorm_key))
         return self._describe(strategies.teacher_forced(self.network, batch, ids))
 
@@ -292,8 +301,48 @@ class Policy(ChunkPolicy):
     ) -> Decoded:
         """Decode the tokens for the prompt prefixes `batch`, tensors from the processor."""
         drafts = [None] * len(batch["input_ids"]) if drafts is None else drafts
+        batch = self.with_latent(batch, drafts)
         request = Request(batch, self.draft_ids(drafts), self._prefix(drafts), streamer, stopping)
         return self._decoder(request)
+
+    def with_latent(
+        self, batch: dict[str, torch.Tensor], drafts: Sequence[Draft | None] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Prompt prefixes with the codes of the latent of each episode's next chunk. Unchanged if the policy has no
+        latent, or if `batch` has the codes.
+
+        Raises:
+            ConfigError: given codes do not fit the latent.
+        """
+        if self.network.latent is None or "latent" in batch:
+            return batch
+        drafts = [None] * len(batch["input_ids"]) if drafts is None else drafts
+        codes = np.stack([self._codes(LatentDraw() if draft is None else draft.latent) for draft in drafts])
+        n_tokens = self.processor.action_tokenizer.max_tokens
+        return batch | {"latent": align(torch.from_numpy(codes), batch["input_ids"].shape[1], n_tokens)}
+
+    def _codes(self, draw: LatentDraw) -> np.ndarray:
+        """The codes of a chunk, int64 [n_latents]: given by its episode or by `decoding`, or drawn."""
+        config = self.network.config
+        number = config.n_latents
+        if given := draw.codes or self.decoding.latent:
+            self.check_codes(given)
+            return np.broadcast_to(np.array(given), number)
+        rng = np.random.default_rng(
+            [self.decoding.sampling_seed, draw.seed, 0 if config.latent == "episode" else draw.chunk]
+        )
+        return rng.integers(2**config.latent_bits, size=number)
+
+    def check_codes(self, codes: Sequence[int]) -> None:
+        """Raise ConfigError unless a chunk can be decoded given these codes."""
+        number, size = self.network.config.n_latents, 2**self.network.config.latent_bits
+        if not number:
+            raise ConfigError(f"codes {list(codes)} were given for the latent, but this policy has no latent.")
+        if len(codes) not in (1, number) or not all(0 <= code < size for code in codes):
+            raise ConfigError(
+                f"a latent of this policy has {'1 code' if number == 1 else f'1 or {number} codes'} between 0 and "
+                f"{size - 1}, got {list(codes)}."
+            )
 
     def draft_ids(self, drafts: Sequence[Draft | None]) -> torch.Tensor:
         """The drafts' tokens, int64 [B, T], ids of the model's vocabulary, each beginning with its action prefix; the

@@ -21,6 +21,26 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
+class LatentDraw:
+    """The latent of the next chunk, for a policy that has one (`vla.model.free_transformer`).
+
+    Attributes:
+        seed: seed of the episode. Episodes with the same seed have the same latents.
+        chunk: number of the chunk in its episode. A latent per episode is the same for all chunks.
+        codes: codes to use instead of drawn ones; one for all tokens of a chunk, or one per token.
+    """
+
+    seed: int = 0
+    chunk: int = 0
+    codes: tuple[int, ...] = ()
+
+    @property
+    def following(self) -> LatentDraw:
+        """The draw for the chunk after this one."""
+        return dataclasses.replace(self, chunk=self.chunk + 1)
+
+
+@dataclasses.dataclass(frozen=True)
 class Draft:
     """State that one chunk passes to the next chunk of its episode.
 
@@ -34,12 +54,14 @@ class Draft:
             is at least this share of the best token's probability.
         past: distributions of earlier chunks for temporal ensembling, oldest first, each [remaining actions,
             tokens_per_action, rows].
+        latent: the latent of the next chunk.
     """
 
     steps: np.ndarray
     prefix: np.ndarray | None = None
     threshold: float = 0.0
     past: tuple[np.ndarray, ...] = ()
+    latent: LatentDraw = LatentDraw()
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -47,7 +69,8 @@ class Draft:
     def after(self, executed: int) -> Draft:
         """The draft after `executed` more actions; its last action is repeated."""
         steps = remainder(self.steps, min(executed, len(self)))
-        return Draft(steps, past=tuple(chunk[executed:] for chunk in self.past if len(chunk) > executed))
+        past = tuple(chunk[executed:] for chunk in self.past if len(chunk) > executed)
+        return Draft(steps, past=past, latent=self.latent)
 
     def given(self, prefix: np.ndarray, threshold: float = 0.0) -> Draft:
         """The same draft with an action prefix [k, D], k < n."""
@@ -58,19 +81,21 @@ class Draft:
 class Session:
     """The state of one episode.
 
+    Args:
+        latent: seed of the episode's latents, or given codes, for a policy that has a latent.
     Attributes:
         instruction: the task; None before it is set.
-        draft: draft of the next chunk; None at the start of an episode.
+        draft: draft of the next chunk, without steps at the start of an episode.
     """
 
-    def __init__(self, instruction: str | None = None) -> None:
+    def __init__(self, instruction: str | None = None, latent: LatentDraw = LatentDraw()) -> None:
         self.instruction = instruction
-        self.draft: Draft | None = None
+        self.draft = Draft(np.empty((0, 0), np.int64), latent=latent)
         self._queue: deque[np.ndarray] = deque()
 
     def advance(self, executed: int) -> None:
         """Shift the draft by `executed` actions."""
-        self.draft = None if self.draft is None else self.draft.after(executed)
+        self.draft = self.draft.after(executed)
 
     def act(self, policy: ChunkPolicy, observation: Observation) -> np.ndarray:
         """The next action, float32 [D]. Predicts a new chunk after `n_action_steps` actions of the last chunk."""

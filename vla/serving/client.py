@@ -22,7 +22,7 @@ from websockets.sync.client import ClientConnection, connect
 from vla.config import GREEDY, DecodingConfig
 from vla.errors import ConfigError, ServerError, unknown
 from vla.policy import ChunkPolicy, Policy, Prediction
-from vla.policy.session import Draft
+from vla.policy.session import Draft, LatentDraw
 from vla.serving import wire
 from vla.spec import Observation, RobotSpec
 from vla.transforms.chunks import completed
@@ -122,6 +122,7 @@ class RemotePolicy(ChunkPolicy):
         if on_action is not None:
             raise ConfigError("actions of a served policy cannot be streamed: the server replies with whole chunks.")
         drafts = [None] * len(observations) if drafts is None else drafts
+        latents = [(LatentDraw() if draft is None else draft.latent).following for draft in drafts]
         answers = [self._ask(*request) for request in zip(observations, instructions, drafts, strict=True)]
         chunks = np.stack([answer["actions"] for answer in answers])
         details = [answer["vla"] for answer in answers]
@@ -129,7 +130,8 @@ class RemotePolicy(ChunkPolicy):
             np.stack([part[name] for part in details]) for name in ("ids", "log_probs", "entropy")
         )
         forwards = max(part["forwards"] for part in details)
-        return Prediction(chunks, ids, log_probs, entropy, forwards, tuple(map(Draft, chunks)))
+        following = tuple(Draft(chunk, latent=latent) for chunk, latent in zip(chunks, latents, strict=True))
+        return Prediction(chunks, ids, log_probs, entropy, forwards, following)
 
     def close(self) -> None:
         """Close the connection."""
@@ -146,7 +148,9 @@ class RemotePolicy(ChunkPolicy):
         }
         if self.robot.state_dim:
             request["agent_pos"] = np.asarray(observation["agent_pos"])
-        if draft is not None:
+        if draft is not None and draft.latent != LatentDraw():
+            request["vla/latent"] = [draft.latent.seed, draft.latent.chunk, *draft.latent.codes]
+        if draft is not None and len(draft):
             prefix = np.empty((0, self.robot.action_dim), np.float32) if draft.prefix is None else draft.prefix
             steps = np.concatenate([prefix, completed(draft.steps, self.horizon)[len(prefix) :]])
             # "vla/committed" is the length of the action prefix, "vla/trust" its acceptance threshold.

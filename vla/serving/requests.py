@@ -19,7 +19,7 @@ import numpy as np
 
 from vla.config import KeysConfig
 from vla.errors import SpecError
-from vla.policy.session import Draft
+from vla.policy.session import Draft, LatentDraw
 from vla.spec import Observation, RobotSpec
 from vla.transforms.images import ImageFormat
 from vla.transforms.prompt import text
@@ -182,11 +182,13 @@ def _prompt(flat: dict[str, Any], keys: KeysConfig) -> str:
 def _draft(values: Mapping[Any, Any], horizon: int, action_dim: int) -> Draft | None:
     """The draft in a request: actions in the robot's units, because a client has no tokenizer.
 
-    "vla/committed" is the length of the action prefix, "vla/trust" its acceptance threshold (`Draft`).
+    "vla/committed" is the length of the action prefix, "vla/trust" its acceptance threshold (`Draft`). "vla/latent" is
+    the seed, the chunk and the codes of the latent (`LatentDraw`).
     """
     draft, committed, trust = (values.get(f"vla/{name}", 0) for name in ("draft", "committed", "trust"))
+    latent = _latent(values["vla/latent"]) if "vla/latent" in values else None
     if "vla/draft" not in values:
-        return None
+        return None if latent is None else Draft(np.empty((0, action_dim), np.float32), latent=latent)
     expected = (horizon, action_dim)
     if not isinstance(draft, np.ndarray) or draft.shape != expected or not np.isfinite(draft).all():
         got = f"shape {list(draft.shape)}" if isinstance(draft, np.ndarray) else type(draft).__name__
@@ -196,4 +198,14 @@ def _draft(values: Mapping[Any, Any], horizon: int, action_dim: int) -> Draft | 
     if not isinstance(trust, int | float | np.number) or not 0 <= trust <= 1:
         raise SpecError(f"vla/trust must be between 0 and 1, got {trust!r}.")
     steps = draft.astype(np.float32)
-    return Draft(steps).given(steps[:committed], float(trust))
+    return Draft(steps, latent=latent or LatentDraw()).given(steps[:committed], float(trust))
+
+
+def _latent(values: Any) -> LatentDraw:
+    values = values.tolist() if isinstance(values, np.ndarray) else values
+    integers = isinstance(values, list) and all(isinstance(value, int) and 0 <= value < 2**32 for value in values)
+    if not integers or not 2 <= len(values) <= 2 + _LONGEST_PROMPT:
+        raise SpecError(
+            f"vla/latent must be a seed, a chunk number and any codes, from 0 to {2**32 - 1}, got {values!r:.100}."
+        )
+    return LatentDraw(values[0], values[1], tuple(values[2:]))

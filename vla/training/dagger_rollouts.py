@@ -30,7 +30,7 @@ from vla.data.packing import finalise
 from vla.data.staging import finished, open_staging
 from vla.data.writer import EpisodeRecorder
 from vla.errors import SimulatorError
-from vla.policy.session import Session, predict
+from vla.policy.session import LatentDraw, Session, predict
 from vla.simulation.adapter import Expert
 from vla.simulation.experts import EXPERT_SEED, consult, executable
 from vla.simulation.hosts import Fault
@@ -156,7 +156,7 @@ class _Rollout:
         self.episode = episode
         self.env_id = scene[0]
         self.seed = scene[1] + RETRY_SEED_OFFSET * turn
-        self.session = Session()
+        self.session = Session(latent=LatentDraw(self.seed))
         # A second seed makes the choices independent of the scene layout, which depends on the seed alone.
         self._coins = np.random.default_rng([self.seed, 1])
         self._beta = config.beta**number

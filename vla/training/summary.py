@@ -37,6 +37,7 @@ def show(
         "chunk": f"[{horizon}, {processor.robot.action_dim}] as {length} tokens, vocabulary of {tokenizer.vocab_size}",
         "unused actions": ", ".join(still) + " (constant in this data)" if still else "none",
         "prefix": f"{len(processor.prefix_ids(demos[0].tasks[0]))} tokens for {demos[0].tasks[0]!r}",
+        **_latent_row(processor),
         "parameters": f"{parameters:,}, {trainable:,} trained ({100 * trainable / parameters:.1f} %)",
         "memory": f"{(4 * parameters + 12 * trainable) / 2**30:.2f} GiB for weights, gradients and optimizer",
         "steps": f"{cfg.steps} of {cfg.batch_size * cfg.grad_accum} samples",
@@ -47,6 +48,13 @@ def show(
     Console().print(table)
     for note in _left_out(processor, demos):
         Console().print(f"[bold yellow]note[/]: {escape(note)}", highlight=False, soft_wrap=True)
+
+
+def _latent_row(processor: VLAProcessor) -> dict[str, str]:
+    config = processor.config
+    if config.latent == "none":
+        return {}
+    return {"latent": f"{config.latent_bits} bits per {config.latent}, {config.latent_kappa:g} of them free"}
 
 
 def _state_row(processor: VLAProcessor) -> str:

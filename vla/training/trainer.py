@@ -92,6 +92,7 @@ class VLATrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.collator, self.validation = collator, validation
         self._staging: str | None = None
+        self._losses: dict[str, list[torch.Tensor]] = {}  # terms of the loss since the last log, by name
         self._stop = StopOnRequest()
         self.add_callback(self._stop)
         self.remove_callback(PrinterCallback)
@@ -158,8 +159,22 @@ class VLATrainer(Trainer):
                 _remove(Path(folder))
         self.accelerator.wait_for_everyone()
 
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **options: Any) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **options)
+        for name, value in (outputs.losses or {}).items():
+            self._losses.setdefault(name, []).append(value)
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
+        """Also log the mean of each term of the loss since the last log."""
+        if "loss" in logs:
+            logs |= {name: float(torch.stack(values).mean()) for name, values in self._losses.items()}
+            self._losses.clear()
+        super().log(logs, *args, **options)
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Teacher-forced validation: loss, token accuracy, and mean absolute error per action dimension in its unit."""
+        """Teacher-forced validation: loss, token accuracy, and mean absolute error per action dimension in its unit.
+        With a latent, all but "elbo" are computed given samples of the posterior, which has seen the chunk."""
         metrics = {f"eval_{name}": value for name, value in self._validate().items()}
         self.log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -170,7 +185,7 @@ class VLATrainer(Trainer):
         model, processor = self.model.eval(), self.collator.processor
         tokenizer, begin = processor.action_tokenizer, processor.config.action_token_begin
         losses, correct, total = [], 0, 0
-        errors, valid = [], []
+        errors, valid, terms = [], [], {}
         size = self.args.per_device_eval_batch_size
         for start in range(0, len(self.validation), size):
             samples = self.validation[start : start + size]
@@ -180,6 +195,8 @@ class VLATrainer(Trainer):
             logits = outputs.logits[..., begin : begin + tokenizer.vocab_size].float()
             predicted, labels = logits.argmax(-1).cpu().numpy() + begin, inputs["labels"].cpu().numpy()
             losses.append(float(outputs.loss) * len(samples))
+            for name, value in (outputs.losses or {}).items():
+                terms[name] = terms.get(name, 0.0) + float(value) * len(samples)
             correct += int(((predicted == labels) & (labels >= 0)).sum())
             total += int((labels >= 0).sum())
             chunks = most_likely(tokenizer, logits).cpu().numpy() + begin
@@ -193,6 +210,7 @@ class VLATrainer(Trainer):
         return {
             "loss": sum(losses) / len(self.validation),
             "token_accuracy": correct / max(total, 1),
+            **{name: value / len(self.validation) for name, value in terms.items()},
         } | {f"l1/{name}": float(error) for name, error in named}
 
 

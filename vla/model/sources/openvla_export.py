@@ -93,6 +93,7 @@ def _check_expressible(config: VLAConfig) -> None:
         "images before the prompt": config.layout == "image_first",
         "one camera": len(robot.cameras) == 1,
         "no state": not config.use_state,
+        "no latent": config.latent == "none",
         "the tokenizer 'openvla'": tokenizer.name == "openvla",
         "a token for every action entry": tokenizer.active == list(range(robot.action_dim)),
         f"the prompt {PROMPT!r}, ended by id {SPACE}": config.prompt == PROMPT and config.prompt_end == [SPACE],
