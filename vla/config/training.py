@@ -83,9 +83,11 @@ class ModelConfig:
     Attributes:
         backbone: "nano" (the embedded backbone; default of `vla train`), "nano-init" (the same, untrained; default of
             `vla pretrain`), "small-init" (a larger, untrained backbone for GPUs), a checkpoint of this package or of
-            OpenVLA, or a folder or hub id of a LLaMA-like causal language model.
-        vision: folders or hub ids of SigLIP/DINOv2/CLIP towers. Their features are concatenated. Only valid if
-            `backbone` is a language model.
+            OpenVLA, or a LLaMA-like causal language model: a folder, a hub id, a .gguf file, or "smollm2" (needs
+            `scripts/setup pretrained`).
+        vision: folders or hub ids of SigLIP/DINOv2/CLIP towers, "efficientnet-lite0" (needs `scripts/setup pretrained`)
+            or "nano" (the embedded backbone's). Their features are concatenated. Only valid if `backbone` is a language
+            model.
         cameras: cameras of the dataset to use, in this order; empty: all.
         image_size: side of the square input image in pixels; None: the vision tower's or checkpoint's own size.
         image_transform: how images are brought to this size: "area" (the default: averages areas), "lanczos" (the

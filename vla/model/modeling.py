@@ -34,7 +34,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Cache, Gen
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-import vla.model.nano_vision  # noqa: F401  (registers the embedded backbone's vision tower)
+import vla.model.efficientnet
+import vla.model.nano_vision  # noqa: F401  (both register their tower)
 from vla.errors import ConfigError
 from vla.model import free_transformer, vision
 from vla.model.configuration import VLAConfig

@@ -14,7 +14,7 @@ trained from scratch, needed ten times the data to learn this. It does not know 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -134,6 +134,20 @@ class NanoVisionModel(PreTrainedModel):
             # A standard deviation at the scale of the features. With the usual 0.02, tokens hardly encoded the position
             # of objects, and the policy did not even learn to locate a single red object.
             nn.init.normal_(module.position_embedding, std=1.0)
+
+    @torch.no_grad()
+    def condition_on(self, width: int, typical: torch.Tensor) -> None:
+        """Replace the conditioning by an untrained one on vectors of another width. The features of all vectors are
+        those of the vector `typical`, [condition_size], until the tower is trained."""
+        assert self.condition_norm is not None
+        typical = self.condition_norm(typical)
+        for block in cast("list[Any]", self.blocks):
+            trained = block.film
+            block.film = nn.Linear(width, trained.out_features)
+            block.film.weight.zero_()
+            block.film.bias.copy_(trained(typical))
+        self.condition_norm = nn.LayerNorm(width)
+        self.config.condition_size = width
 
     @can_return_tuple
     def forward(self, pixel_values: torch.Tensor, condition: torch.Tensor | None = None) -> BaseModelOutput:

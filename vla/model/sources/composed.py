@@ -1,4 +1,4 @@
-"""A language model with LLaMA architecture and vision towers, each from a folder or the Hugging Face Hub.
+"""A language model with LLaMA architecture and vision towers, which were trained separately.
 
 Owns: which models fit together, and the ids that action tokens and placeholders take. Embeddings are never resized:
 these are the last ids of the vocabulary, as in OpenVLA (arXiv:2406.09246).
@@ -6,20 +6,19 @@ these are the last ids of the vocabulary, as in OpenVLA (arXiv:2406.09246).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
 from vla.config import ModelConfig
 from vla.errors import ConfigError, unknown
 from vla.model.configuration import N_ACTION_ROWS, VLAConfig
 from vla.model.modeling import VLAForActionPrediction
 from vla.model.sources.base import Source
-from vla.model.sources.hub import check_tower, image_statistics, load_config, load_model, load_tokenizer
+from vla.model.sources.hub import load_config, load_model, load_tokenizer
+from vla.model.sources.towers import TOWER_SOURCES, TowerSource, tower_source
 from vla.model.sources.untrained import SIZES
-from vla.model.vision import adapter
 from vla.support.locations import missing_folder
 
 
@@ -34,43 +33,49 @@ class Composed(Source):
 
     def __init__(self, name: str, model: ModelConfig) -> None:
         super().__init__(name, model)
-        if (problem := missing_folder(name)) and "/" not in name:
-            raise ConfigError(unknown("backbone", name, ["nano", *SIZES], f"For another: {problem}"))
-        self._text = load_config(name, "backbone")
-        _check_language_model(name, self._text)
+        text = self._read_config()
         if not model.vision:
             raise ConfigError(
                 f"{name!r} is not a checkpoint of this package, so it needs a vision tower: set `vision` to the folder "
-                "or hub id of a SigLIP, DINOv2 or CLIP model."
+                f"or hub id of a SigLIP, DINOv2 or CLIP model, or to {' or '.join(map(repr, TOWER_SOURCES))}."
             )
-        towers = [load_config(tower, "vision tower") for tower in model.vision]
-        # Of a SigLIP or CLIP model with both towers, only the vision tower is loaded.
-        self._whole = [hasattr(tower, "vision_config") for tower in towers]
-        self._set_parts(self._text, model.vision, [getattr(tower, "vision_config", tower) for tower in towers])
+        self._set_parts(text, [tower_source(tower, text) for tower in model.vision])
 
-    def _set_parts(self, text: PreTrainedConfig, names: Sequence[str], towers: list[PreTrainedConfig]) -> None:
-        """Set the configurations of the language model and the towers, the latter's names, and the text tokenizer."""
-        self._text, self._names, self._towers = text, names, towers
-        self._tokenizer = load_tokenizer(self.name, text.vocab_size)
+    def _set_parts(self, text: PreTrainedConfig, towers: list[TowerSource]) -> None:
+        """Set the configuration of the language model, its text tokenizer, and the towers."""
+        self._text, self._towers = text, towers
+        self._tokenizer = self._read_tokenizer(text)
         text.pad_token_id = self._tokenizer.pad_token_id
 
     @classmethod
     def probe(cls, name: str) -> bool:
         return True
 
+    def _read_config(self) -> PreTrainedConfig:
+        """The configuration of the language model. ConfigError if it is missing or of another kind."""
+        if (problem := missing_folder(self.name)) and "/" not in self.name:
+            known = ["nano", *SIZES, "smollm2"]
+            raise ConfigError(unknown("backbone", self.name, known, f"For another: {problem}"))
+        text = load_config(self.name, "backbone")
+        _check_language_model(self.name, text)
+        return text
+
+    def _read_tokenizer(self, text: PreTrainedConfig) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.name, text.vocab_size)
+
+    def _read_decoder(self, text: PreTrainedConfig) -> Any:
+        return load_model(AutoModelForCausalLM, self.name, "backbone", text)
+
     def config(self) -> VLAConfig:
-        named = list(zip(self._names, self._towers, strict=True))
-        for name, tower in named:
-            adapter(tower).check(name, tower)
-        means, stds = zip(*(image_statistics(name, tower) for name, tower in named), strict=True)
+        means, stds = zip(*(tower.statistics() for tower in self._towers), strict=True)
         begin = _action_rows(self._text.vocab_size, self._tokenizer.all_special_ids)
         config = VLAConfig(
             text_config=self._text.to_dict(),
-            vision_configs=[tower.to_dict() for tower in self._towers],
+            vision_configs=[tower.config.to_dict() for tower in self._towers],
             vision_feature_layer=self.feature_layer,
             image_mean=list(means),
             image_std=list(stds),
-            image_size=self.model.image_size or self._towers[0].image_size,
+            image_size=self.model.image_size or self._towers[0].config.image_size,
             projector_layers=2 if len(self._towers) == 1 else 3,
             layout="image_first",
             action_token_begin=begin,
@@ -78,21 +83,18 @@ class Composed(Source):
             image_token_id=begin - 1,
             state_token_id=begin - 2,
         )
-        size = config.image_size
-        for name, tower in zip(self._names, config.vision_configs, strict=True):
-            if tower.image_size != size and not adapter(tower).any_size:
-                raise ConfigError(f"the vision tower was built for images of {tower.image_size}, not {size}.")
-            check_tower(name, tower, size, config.vision_feature_layer)
+        for tower in self._towers:
+            tower.check(config.image_size, config.vision_feature_layer)
         return config
 
     def load(self, config: VLAConfig) -> tuple[VLAForActionPrediction, PreTrainedTokenizerBase]:
-        decoder = _load_decoder(self.name, self._text)
-        towers = [
-            load_model(AutoModel, name, "vision tower", tower, foreign)
-            for name, tower, foreign in zip(self._names, self._towers, self._whole, strict=True)
-        ]
+        decoder = self._read_decoder(self._text)
+        head = getattr(decoder, "lm_head", None)
+        if head is None or head.bias is not None or not hasattr(decoder, "model"):
+            raise ConfigError(f"{self.name!r} ({self._text.model_type}) is not a LLaMA-architecture causal LM.")
+        towers = [tower.load() for tower in self._towers]
         config.text_config.tie_word_embeddings = False
-        return VLAForActionPrediction(config, towers, decoder), self._tokenizer
+        return VLAForActionPrediction(config, towers, untied(decoder)), self._tokenizer
 
 
 def _check_language_model(name: str, config: PreTrainedConfig) -> None:
@@ -104,14 +106,6 @@ def _check_language_model(name: str, config: PreTrainedConfig) -> None:
         )
     if not isinstance(getattr(config, "vocab_size", None), int):
         raise ConfigError(f"{name!r} ({config.model_type}) is not a language model: its config.json has no vocab_size.")
-
-
-def _load_decoder(backbone: str, config: PreTrainedConfig) -> Any:
-    decoder = load_model(AutoModelForCausalLM, backbone, "backbone", config)
-    head = getattr(decoder, "lm_head", None)
-    if head is None or head.bias is not None or not hasattr(decoder, "model"):
-        raise ConfigError(f"{backbone!r} ({decoder.config.model_type}) is not a LLaMA-architecture causal LM.")
-    return untied(decoder)
 
 
 def untied(decoder: Any) -> Any:

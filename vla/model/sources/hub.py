@@ -64,7 +64,11 @@ def load_config(name: str, what: str) -> PreTrainedConfig:
 
 def load_tokenizer(name: str, vocab_size: int) -> PreTrainedTokenizerBase:
     """Load the text tokenizer of a language model. Its padding token is in the vocabulary. ConfigError on failure."""
-    tokenizer = _load(AutoTokenizer, name, "text tokenizer")
+    return with_padding(_load(AutoTokenizer, name, "text tokenizer"), vocab_size)
+
+
+def with_padding(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> PreTrainedTokenizerBase:
+    """The tokenizer, with a padding token that is in the vocabulary."""
     if tokenizer.pad_token_id is None or not 0 <= tokenizer.pad_token_id < vocab_size:
         # Padding is masked, so any token will do.
         others = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id, 0)

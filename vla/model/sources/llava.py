@@ -17,6 +17,7 @@ from vla.model.sources.base import SOURCES, Source
 from vla.model.sources.checkpoint import reject_vision
 from vla.model.sources.composed import Composed, untied
 from vla.model.sources.hub import load_config, load_model, model_type
+from vla.model.sources.towers import HubTower
 
 # Fields of config.json that the network does not implement otherwise.
 _SUPPORTED = {
@@ -43,7 +44,7 @@ class Llava(Composed):
                 "counted from the end (-1, -2, ...) is supported."
             )
         self.feature_layer = whole.vision_feature_layer
-        self._set_parts(whole.text_config, [name], [whole.vision_config])
+        self._set_parts(whole.text_config, [HubTower(name, whole.vision_config)])
 
     @classmethod
     def probe(cls, name: str) -> bool:
