@@ -43,8 +43,8 @@ class VLAConfig(PreTrainedConfig):
     Sequence:
         layout: "instruction_first" ([BOS] prompt, images, state) or "image_first" ([BOS] images, state, prompt).
         image_token_id, state_token_id: placeholder ids in `input_ids`, replaced by image and state features.
-        action_token_begin: id of the first action row; the tokenizer's id k is `action_token_begin + k`.
-        n_action_rows: number of rows reserved for action tokens.
+        action_token_begin: id of the first action token; the tokenizer's id k becomes `action_token_begin + k`.
+        n_action_rows: number of ids, and of rows of embedding and head, that are reserved for action tokens.
 
     Latent of a Free Transformer:
         latent: "none", or what has one latent: every "token", every "chunk", or every "episode".
@@ -55,7 +55,7 @@ class VLAConfig(PreTrainedConfig):
         robot: RobotSpec as a dict: cameras in order, state and action names, gripper polarity, control rate, hold.
         image_size: side length of the square input images in pixels.
         image_transform: how images are brought to this size; see `vla.transforms.images.TRANSFORMS`.
-        prompt_end: ids that follow the prompt's text, unless it ends with them.
+        prompt_end: ids appended to the tokenised prompt, unless it already ends with them.
         use_state, horizon, n_action_steps, prompt, normalization: as in `vla.config.ModelConfig`.
         action_tokenizer: `ActionTokenizer.to_dict()`.
         statistics: unnorm_key -> {"action": {...}, "state": {...}}, see `vla.transforms.normalize`.
@@ -131,7 +131,9 @@ class VLAConfig(PreTrainedConfig):
         try:
             return build(values)
         except ConfigError as error:  # an unknown name, or wrong values
-            raise CheckpointError(f"config.json: {error} In Python, import that module before loading.") from None
+            raise CheckpointError(
+                f"config.json: {error} If a module of your own registers it, import the module first."
+            ) from None
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"config.json: the action tokenizer {values} is not valid: {error}") from None
 
@@ -142,7 +144,7 @@ class VLAConfig(PreTrainedConfig):
             if len(statistics) != 1:
                 raise CheckpointError(
                     f"this checkpoint was trained on {len(statistics)} datasets; set unnorm_key to the dataset whose "
-                    f"statistics un-normalise its actions: {', '.join(statistics)}."
+                    f"statistics un-normalise the policy's actions: {', '.join(statistics)}."
                 )
             return next(iter(statistics))
         if key not in statistics:
@@ -189,8 +191,8 @@ class VLAConfig(PreTrainedConfig):
         end = self.action_token_begin + tokenizer.vocab_size
         if tokenizer.vocab_size > self.n_action_rows or end > self.vocab_size:
             raise CheckpointError(
-                f"action tokens {self.action_token_begin}..{end - 1} do not fit into the {self.n_action_rows} action "
-                f"rows of a vocabulary of {self.vocab_size}."
+                f"the action tokens have the ids {self.action_token_begin} to {end - 1}, but {self.n_action_rows} ids "
+                f"are reserved for them and the vocabulary has {self.vocab_size} ids."
             )
 
     def _check_inputs(self, robot: RobotSpec) -> None:
@@ -205,8 +207,8 @@ class VLAConfig(PreTrainedConfig):
         placeholders = (self.image_token_id, self.state_token_id)
         if len(set(placeholders)) < 2 or any(i in rows or not 0 <= i < self.vocab_size for i in placeholders):
             raise CheckpointError(
-                f"image_token_id {self.image_token_id} and state_token_id {self.state_token_id} must be different ids "
-                f"of the vocabulary of {self.vocab_size} that are not action rows."
+                f"image_token_id {self.image_token_id} and state_token_id {self.state_token_id} must be different, "
+                f"below the vocabulary size {self.vocab_size}, and outside the ids that are reserved for action tokens."
             )
         for name, values in (("image_mean", self.image_mean), ("image_std", self.image_std)):
             if [len(tower) for tower in values or ()] != [3] * len(self.vision_configs):
@@ -225,6 +227,7 @@ class VLAConfig(PreTrainedConfig):
 def _as_config(values: dict | PreTrainedConfig) -> PreTrainedConfig:
     if isinstance(values, PreTrainedConfig):
         return values
-    # The attention implementation depends on this machine; one named in a checkpoint could download code.
+    # The attention implementation is chosen for this machine. One that a checkpoint names is ignored, because it could
+    # download code.
     arguments = {name: value for name, value in values.items() if name != "attn_implementation"}
     return AutoConfig.for_model(arguments.pop("model_type"), **arguments)

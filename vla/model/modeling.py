@@ -13,10 +13,10 @@ and is trained by teacher forcing on the cross-entropy of the suffix alone,
     L = - (1 / sum_t m_t) sum_t m_t log p(a_t | x, a_<t),    averaged over the samples of a batch,
 
 where m_t is 0 for tokens that are not learned, such as actions past the end of a demonstration. Every sample has the
-same weight, for any number of learned tokens: a one-token answer to a grounding question counts as much as a whole
-action chunk. With a latent (`vla.model.free_transformer`), the loss is that of a Free Transformer, and a token is
-predicted given a code of the latent at the position that predicts it. This module does not know how observations become
-tensors (processing) or how chunks are decoded (decoding).
+same weight, however many of its tokens are learned: a one-token answer to a question about the image counts as much as
+a whole action chunk. With a latent (`vla.model.free_transformer`), the loss is that of a Free Transformer, and a token
+is predicted given a code of the latent at the position that predicts it. This module does not know how observations
+become tensors (processing) or how chunks are decoded (decoding).
 """
 
 from __future__ import annotations
@@ -124,8 +124,8 @@ class VLAForActionPrediction(PreTrainedModel, GenerationMixin):
             for layer in layers:
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
-            # Image and state tokens start at the scale of word embeddings. If they were fifty times larger, the
-            # attention output that is added to them (such as the colour in the instruction) would be negligible.
+            # Image and state tokens start at the scale of word embeddings. If they were fifty times larger, what
+            # attention adds to them, such as the colour that the instruction names, would be negligible.
             scale = self.config.text_config.initializer_range
             nn.init.normal_(layers[-1].weight, std=scale / layers[-1].in_features ** 0.5)
 
@@ -155,7 +155,7 @@ class VLAForActionPrediction(PreTrainedModel, GenerationMixin):
         dtype = self.dtype
         features = []
         for index, tower in enumerate(self.vision_towers):
-            # Per channel and with Python numbers, so that nothing is copied from the host during a CUDA graph capture.
+            # Each channel with Python numbers, so that nothing is copied from the host during a CUDA graph capture.
             normalize = zip(flat.unbind(1), self.config.image_mean[index], self.config.image_std[index], strict=True)
             images = torch.stack([(channel.float() / 255 - mean) / std for channel, mean, std in normalize], 1)
             images = images.to(dtype)
