@@ -11,6 +11,7 @@ import importlib.util
 import io
 import sys
 import types
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -161,9 +162,11 @@ def _load(suite: str, number: int) -> _Task:
         )
     try:
         _silence()
-        from libero.libero import get_libero_path
-        from libero.libero.benchmark.libero_suite_task_map import libero_task_map
-        from libero.libero.envs.env_wrapper import ControlEnv
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # its source has invalid escape sequences, reported when it is compiled
+            from libero.libero import get_libero_path
+            from libero.libero.benchmark.libero_suite_task_map import libero_task_map
+            from libero.libero.envs.env_wrapper import ControlEnv
     except ImportError as error:
         raise _missing(str(error)) from error
     folders = {key: Path(get_libero_path(key)) for key in ("bddl_files", "init_states")}
