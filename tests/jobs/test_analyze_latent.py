@@ -35,11 +35,11 @@ def folder(tmp_path_factory):
 
 
 def test_every_code_has_its_path(folder, tmp_path, capsys):
-    flags = ["--policy", str(folder), "--env", f"tests.pointworld:{ENV_ID}", "--episodes", "2", "--seed", "3"]
+    flags = ["--policy", str(folder), "--env", f"tests.pointworld:{ENV_ID}", "--episodes", "1", "--seed", "3"]
     assert main(["analyze", "latent", *flags, "--out", str(tmp_path / "out")]) == 0
     info = json.loads((tmp_path / "out" / "latent.json").read_text())
     runs = {(row["seed"], row["code"]): row["path"] for row in info["rollouts"]}
-    assert set(runs) == {(seed, code) for seed in (3, 4) for code in range(4)}
+    assert set(runs) == {(3, code) for code in range(4)}
     assert len({str(runs[3, code]) for code in range(4)}) > 1  # the codes do different things
     assert len({str(runs[3, code][0]) for code in range(4)}) == 1  # from the same start
     assert (tmp_path / "out" / "latent.png").stat().st_size > 10_000

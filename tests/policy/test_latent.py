@@ -18,7 +18,7 @@ def free(nano, kind, **options):
     return Policy(network, processor, n_action_steps=4, **options)
 
 
-def codes(policy, observation, latent, n=3):
+def codes(policy, observation, latent, n=2):
     """The codes that the chunks of one episode are decoded with."""
     session, seen, decoder = Session("reach", latent), [], policy._decoder
     policy._decoder = lambda request: seen.append(request.batch["latent"][0]) or decoder(request)
@@ -45,7 +45,7 @@ def test_a_session_draws_from_its_seed(nano, observations, kind):
 def test_given_codes_are_kept(nano, observations, tmp_path):
     policy, (observation,) = free(nano, "chunk"), observations(1)
     given = codes(policy, observation, LatentDraw(codes=(5,)))
-    assert given == [(5,) * 16] * 3
+    assert given == [(5,) * 16] * 2
     checkpoint.save(policy.network, policy.processor, tmp_path / "policy")
     loaded = Policy.from_pretrained(tmp_path / "policy", decoding=DecodingConfig(latent=(5,)))
     assert codes(loaded, observation, LatentDraw(seed=3)) == given

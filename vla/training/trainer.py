@@ -185,7 +185,8 @@ class VLATrainer(Trainer):
         model, processor = self.model.eval(), self.collator.processor
         tokenizer, begin = processor.action_tokenizer, processor.config.action_token_begin
         losses, correct, total = [], 0, 0
-        errors, valid, terms = [], [], {}
+        errors, valid = [], []
+        terms: dict[str, float] = {}
         size = self.args.per_device_eval_batch_size
         for start in range(0, len(self.validation), size):
             samples = self.validation[start : start + size]
