@@ -444,7 +444,7 @@ def test_training_prefix_equals_serving_prefix(demos, unbroken, frames, cameras,
     assert torch.equal(trained["state"], served["state"])
 
 
-def test_a_dry_run_takes_the_step_that_training_takes_and_writes_nothing(demos, tmp_path, capsys, monkeypatch):
+def test_a_dry_run_takes_the_steps_that_training_takes_and_writes_nothing(demos, tmp_path, capsys, monkeypatch):
     steps, precisions = [], set()
     build, step = build_policy, torch.optim.AdamW.step
 
@@ -464,10 +464,11 @@ def test_a_dry_run_takes_the_step_that_training_takes_and_writes_nothing(demos, 
     monkeypatch.setattr(torch.optim.AdamW, "step", counted)
     cfg = small(data=[demos], out=tmp_path / "run", dry_run=True, precision="bf16", grad_accum=2, batch_size=1)
     pretrain(cfg)
-    assert precisions == {torch.bfloat16} and len(steps) == 1 and steps[0] > 10
+    assert precisions == {torch.bfloat16} and len(steps) == 2 and steps[0] > 10
     said = capsys.readouterr().out
     assert "a uniform guess among 31 action tokens has 3.434" in said and "no problems found" in said
-    assert seconds_per_step(cfg, steps=2) > 0 and len(steps) == 4 and precisions == {torch.bfloat16}
+    assert re.search(r"peak memory of this process \d\.\d\d GiB", said)
+    assert seconds_per_step(cfg, steps=2) > 0 and len(steps) == 5 and precisions == {torch.bfloat16}
     assert not (tmp_path / "run").exists()
 
 

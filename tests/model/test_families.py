@@ -5,10 +5,13 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     CLIPVisionConfig,
+    Idefics3Config,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    SmolVLMConfig,
 )
 
 from tests import random_models
@@ -119,3 +122,40 @@ def test_other_llavas_are_refused(tmp_path, facts, changes):
     save_llava(tmp_path / "llava", **changes)
     with pytest.raises(ConfigError, match=f"has {next(iter(changes))} "):
         build_policy(ModelConfig(backbone=str(tmp_path / "llava")), facts)
+
+
+def save_idefics3(folder, kind, **changes):
+    """A random Idefics3 or SmolVLM with 2 x 2 patches per token, and a text tokenizer."""
+    random_models.save_llama(folder)
+    (folder / "model.safetensors").unlink()
+    torch.manual_seed(7)
+    text = {"model_type": "llama", **SMALL}
+    config = kind(vision_config=random_models.VISION, text_config=text, image_token_id=5, scale_factor=2, **changes)
+    model = AutoModelForImageTextToText.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.1)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+@pytest.mark.filterwarnings("ignore:vision tower .* has no image_mean")
+@pytest.mark.parametrize(("kind", "tied"), [(Idefics3Config, False), (SmolVLMConfig, True)])
+def test_idefics3_keeps_its_connector_and_is_trained(tmp_path, facts, robot, dataset, observations, kind, tied):
+    theirs = save_idefics3(tmp_path / "vlm", kind, tie_word_embeddings=tied)
+    model = ModelConfig(backbone=str(tmp_path / "vlm"), horizon=2, bins=31)
+    network, processor = build_policy(model, facts)
+    assert processor.tokens_per_image == 4
+    pixels = torch.randint(0, 256, (2, 1, 3, 32, 32), dtype=torch.uint8)
+    with torch.inference_mode():
+        features = theirs.get_image_features((pixels / 255 - 0.5) / 0.5, return_dict=True).pooler_output
+        ours = network.eval().encode_images(pixels)
+        torch.testing.assert_close(ours, torch.stack(list(features)), atol=1e-5, rtol=1e-5)
+        ids = torch.randint(6, 200, (2, 9))
+        torch.testing.assert_close(network(ids).logits, theirs(ids).logits, atol=1e-4, rtol=1e-4)
+    values = {"steps": 2, "batch_size": 2, "val_fraction": 0.0, "warmup_steps": 0, "precision": "float32"}
+    demos = dataset("demos", robot, episodes=1, length=4)
+    run = train(TrainConfig(data=(demos,), out=tmp_path / "run", model=model, lora=LoraConfig(rank=4), **values))
+    policy = Policy.from_pretrained(str(run), device="cpu")
+    batch = policy.processor.observe(observations(3), ["reach", "pick up the red cube", "open"])
+    assert torch.equal(Engine(policy.network).stepwise(batch).ids, reference(policy.network, batch))

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tests.decoders import greedy, reference
 from vla.errors import CheckpointError, ConfigError, SpecError, VLAError
 from vla.policy import Policy, checkpoint
+from vla.serving.client import load
 
 INSTRUCTIONS = ["pick up the red cube", "open the drawer", "please put the green ball on the blue zone", "reach"]
 
@@ -252,3 +253,32 @@ def test_several_statistics_need_a_choice(nano):
             Policy(network, processor, unnorm_key="demos")
     finally:
         del network.config.statistics["other"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.filterwarnings("ignore:this processor has no instructions")
+def test_reduced_precision_takes_half_the_memory_and_decodes_nearly_the_same(observations, dtype):
+    policies = [Policy.from_pretrained("nano", device="cpu", dtype=name) for name in ("float32", dtype)]
+    sizes = [sum(p.nbytes for p in policy.network.parameters()) for policy in policies]
+    assert sizes[1] == sizes[0] / 2
+    robot, rng = policies[0].robot, np.random.default_rng(0)
+    pixels = {name: rng.integers(0, 256, (96, 96, 3), np.uint8) for name in robot.cameras}
+    observation = {"pixels": pixels, "agent_pos": np.zeros(robot.state_dim, np.float32)}
+    exact, reduced = (policy.predict([observation], ["pick up the red cube"]) for policy in policies)
+    assert reduced.log_probs.dtype == np.float32
+    np.testing.assert_allclose(reduced.entropy[:, 0], exact.entropy[:, 0], atol=0.2)
+    assert not np.array_equal(reduced.log_probs, exact.log_probs)
+
+
+def test_a_dtype_that_there_is_not(monkeypatch):
+    with pytest.raises(ConfigError, match=r"unknown dtype 'float61'. Did you mean 'float16'"):
+        Policy.from_pretrained("nano", dtype="float61")
+
+    def conv2d(*args):
+        raise RuntimeError('"slow_conv2d" not implemented for Half')
+
+    monkeypatch.setattr(torch.nn.functional, "conv2d", conv2d)
+    with pytest.raises(ConfigError, match=r"dtype 'float16' is not supported by the device 'cpu' .*not implemented"):
+        Policy.from_pretrained("nano", device="cpu", dtype="float16")
+    with pytest.raises(ConfigError, match="vla serve --dtype bfloat16"):
+        load("ws://localhost:1", dtype="bfloat16")

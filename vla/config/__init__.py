@@ -25,7 +25,7 @@ from vla.config.evaluation import (
     TokenizersConfig,
 )
 from vla.config.files import dump, from_dict, load, to_dict
-from vla.config.limits import check
+from vla.config.limits import Dtype, check
 from vla.config.training import AugmentConfig, DaggerConfig, LoraConfig, ModelConfig, QuickstartConfig, TrainConfig
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "DecodingConfig",
     "DeployConfig",
     "DoctorConfig",
+    "Dtype",
     "ExportConfig",
     "ExposureConfig",
     "HostsConfig",

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from vla.config.data import AdapterConfig
 from vla.config.evaluation import GREEDY, DecodingConfig
 from vla.config.files import STRICT
-from vla.config.limits import Count, Finite, NonNegative, Port, Positive, Seed, Share
+from vla.config.limits import Count, Dtype, Finite, NonNegative, Port, Positive, Seed, Share
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,6 +94,7 @@ class DeployConfig:
         unnorm_key: dataset whose statistics un-normalise the actions; needed only if the checkpoint has several.
         device: torch device; "auto" chooses one.
         decoding: how action tokens are decoded; greedy by default. For overlapping chunks, see `control.transition`.
+        dtype: type of the weights and of the computation. bfloat16 and float16 take half the memory.
     """
 
     __pydantic_config__ = STRICT
@@ -114,6 +115,7 @@ class DeployConfig:
     unnorm_key: str | None = None
     device: str = "auto"
     decoding: DecodingConfig = GREEDY
+    dtype: Dtype = "float32"
     control: ControlConfig = ControlConfig()
     adapter: AdapterConfig = AdapterConfig()
 
@@ -169,6 +171,7 @@ class ServeConfig:
         n_action_steps: actions executed per chunk; None: the checkpoint's value.
         unnorm_key: dataset whose statistics un-normalise the actions; needed only if the checkpoint has several.
         device: torch device; "auto" chooses one.
+        dtype: type of the weights and of the computation. bfloat16 and float16 take half the memory.
         decoding: how action tokens are decoded; greedy by default.
         keys: names of the keys in clients' requests; needed only for keys that cannot be inferred.
         max_batch: maximum number of observations per batch, from different clients.
@@ -189,6 +192,7 @@ class ServeConfig:
     unnorm_key: str | None = None
     n_action_steps: Count | None = None
     device: str = "auto"
+    dtype: Dtype = "float32"
     decoding: DecodingConfig = GREEDY
     keys: KeysConfig = KeysConfig()
     max_batch: Count = 32

@@ -10,7 +10,7 @@ from annotated_types import MinLen
 
 from vla.config.data import AdapterConfig, HostsConfig
 from vla.config.files import STRICT
-from vla.config.limits import Count, Finite, Natural, NonNegative, Positive, Quota, Seed
+from vla.config.limits import Count, Dtype, Finite, Natural, NonNegative, Positive, Quota, Seed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,6 +92,7 @@ class RolloutConfig:
         out: report folder.
         compare: another report folder to compare with.
         device: torch device; "auto" chooses one.
+        dtype: type of the weights and of the computation. bfloat16 and float16 take half the memory.
         overwrite: replace the results in `out`.
     """
 
@@ -109,6 +110,7 @@ class RolloutConfig:
     out: Path = Path("runs/rollout")
     compare: Path | None = None
     device: str = "auto"
+    dtype: Dtype = "float32"
     overwrite: bool = False
     adapter: AdapterConfig = AdapterConfig()
     hosts: HostsConfig = HostsConfig()
@@ -142,6 +144,7 @@ class BenchmarkConfig:
         videos: number of videos per task: this many of the first episodes, and the same number of failures.
         out: output folder, with one subfolder per task; None: runs/<name of the suite>-benchmark.
         device: torch device; "auto" chooses one.
+        dtype: type of the weights and of the computation. bfloat16 and float16 take half the memory.
     """
 
     __pydantic_config__ = STRICT
@@ -157,6 +160,7 @@ class BenchmarkConfig:
     videos: Natural = 1
     out: Path | None = None
     device: str = "auto"
+    dtype: Dtype = "float32"
     adapter: AdapterConfig = AdapterConfig()
     hosts: HostsConfig = HostsConfig()
 

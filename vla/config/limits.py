@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import types
 from collections.abc import Iterator
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import pydantic
 from annotated_types import Ge, Gt, Le, Lt, MinLen
@@ -29,6 +29,7 @@ Fraction = Annotated[float, Ge(0), Lt(1)]  # 1 excluded
 Quota = Annotated[float, Gt(0), Le(1)]  # 0 excluded
 Port = Annotated[int, Ge(0), Le(65_535)]
 Seed = Annotated[int, Ge(0), Le(2**32 - 1)]  # NumPy's limit
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 def check(config: Any) -> None:

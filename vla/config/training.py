@@ -176,7 +176,7 @@ class TrainConfig:
         rollout_episodes: episodes per environment of the closed-loop evaluation.
         report_to: experiment tracker for the metrics, in addition to `metrics.jsonl`; it must be installed.
         resume: continue the run in `out` from its last checkpoint.
-        dry_run: check configuration, data, shapes and memory, take one step, and write nothing.
+        dry_run: check configuration, data, shapes and memory, take two steps, and write nothing.
     """
 
     __pydantic_config__ = STRICT

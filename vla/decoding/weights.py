@@ -86,7 +86,7 @@ class Linear:
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         self.weight, self.bias = weight, bias
         self._packed = None
-        if weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and _packs(weight.dtype):
+        if weight.device.type == "cpu" and torch.backends.mkldnn.is_available() and native(weight.dtype):
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -96,7 +96,7 @@ class Linear:
         return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
 
 
-def _packs(dtype: torch.dtype) -> bool:
+def native(dtype: torch.dtype) -> bool:
     """Whether oneDNN supports this type on this processor; its bfloat16 and float16 need AVX-512 or AVX-NE-CONVERT."""
     ops = torch.ops.mkldnn
     checks = {torch.bfloat16: ops._is_mkldnn_bf16_supported, torch.float16: ops._is_mkldnn_fp16_supported}

@@ -70,7 +70,7 @@ def benchmark(config: BenchmarkConfig, policy: ChunkPolicy | None = None) -> dic
                 continue
             print(f"task {number} of {len(env_ids)}: {env_id}", file=sys.stderr, flush=True)
             policy = policy or client.load(
-                config.policy, config.device, config.unnorm_key, config.n_action_steps, config.decoding
+                config.policy, config.device, config.unnorm_key, config.n_action_steps, config.decoding, config.dtype
             )
             shutil.rmtree(folder, ignore_errors=True)  # an unfinished task of a killed process
             rollout(_of_task(config, suite, env_id, folder), policy)
@@ -130,6 +130,7 @@ def _of_task(config: BenchmarkConfig, suite: Suite, env_id: str, folder: Path) -
         videos=config.videos,
         out=folder,
         device=config.device,
+        dtype=config.dtype,
         adapter=adapter,
         hosts=config.hosts,
     )

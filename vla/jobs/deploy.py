@@ -55,7 +55,13 @@ def deploy(config: DeployConfig) -> dict[str, Any]:
     """
     configuration.check(config)
     policy = client.load(
-        config.policy, config.device, config.unnorm_key, config.n_action_steps, config.decoding, config.connect_s
+        config.policy,
+        config.device,
+        config.unnorm_key,
+        config.n_action_steps,
+        config.decoding,
+        dtype=config.dtype,
+        connect_s=config.connect_s,
     )
     records: deque[dict[str, Any]] = deque(maxlen=_MAX_RECORDS)
     # Limits how long a thread waits for Python's global interpreter lock to less than the tolerable jitter.

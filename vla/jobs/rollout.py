@@ -325,7 +325,9 @@ def _describe(pool: Pool, env_ids: Sequence[str]) -> dict[str, Description]:
 def _load(config: RolloutConfig) -> ChunkPolicy:
     from vla.serving import client
 
-    return client.load(config.policy, config.device, config.unnorm_key, config.n_action_steps, config.decoding)
+    return client.load(
+        config.policy, config.device, config.unnorm_key, config.n_action_steps, config.decoding, config.dtype
+    )
 
 
 def _save_clip(out: Path, episode: Episode, video: bytes) -> str:

@@ -27,7 +27,7 @@ def serve(config: ServeConfig) -> None:
             raise ConfigError(f"the file {path} does not exist.")
     logging.basicConfig(format="%(asctime)s %(message)s")
     policy = Policy.from_pretrained(
-        config.policy, config.device, config.unnorm_key, config.n_action_steps, config.decoding
+        config.policy, config.device, config.unnorm_key, config.n_action_steps, config.decoding, config.dtype
     )
     listener = listen(config.host, config.port)
     policy.warm_up()

@@ -35,7 +35,7 @@ from vla.model.modeling import VLAForActionPrediction
 from vla.model.processing import VLAProcessor
 from vla.policy import checkpoint
 from vla.simulation.adapter import make
-from vla.support.machine import cpu_flags
+from vla.support.machine import cpu_flags, peak_memory
 from vla.support.run_folder import RunFolder
 from vla.training import summary, trainer
 from vla.transforms.normalize import compute_statistics
@@ -291,17 +291,21 @@ def bf16(precision: str) -> bool:
 
 
 def _dry_run(cfg: TrainConfig) -> Path:
-    """Take one optimizer step as in training. Writes nothing."""
-    job, _ = _prepare(dataclasses.replace(cfg, steps=1, log_every=1, report_to="none"))
+    """Take two optimizer steps as in training. Writes nothing.
+
+    The peak of memory is in the second step, whose activations are beside the optimizer's state.
+    """
+    job, _ = _prepare(dataclasses.replace(cfg, steps=2, log_every=1, report_to="none"))
     job.train()
     loss, tokenizer = job.state.log_history[0]["loss"], job.collator.processor.action_tokenizer
     if job.args.process_index == 0:
         batch = job.collator([job.train_dataset[i] for i in range(cfg.batch_size)])
         shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in batch.items())
         guess = f"a uniform guess among {tokenizer.vocab_size} action tokens has {np.log(tokenizer.vocab_size):.3f}"
-        print(f"dry run: one step, loss {loss:.3f} ({guess}), {shapes}")
+        print(f"dry run: two steps, first loss {loss:.3f} ({guess}), {shapes}")
         if torch.cuda.is_available():
             print(f"dry run: peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+        print(f"dry run: peak memory of this process {peak_memory() / 2**30:.2f} GiB")
         print("dry run: no problems found; nothing was written")
     return cfg.out
 

@@ -16,7 +16,7 @@ from vla.errors import ConfigError, unknown
 from vla.model.configuration import N_ACTION_ROWS, VLAConfig
 from vla.model.modeling import VLAForActionPrediction
 from vla.model.processing import VLAProcessor
-from vla.model.sources import checkpoint, gguf, llava, openvla, untrained  # noqa: F401  (they register themselves)
+from vla.model.sources import checkpoint, gguf, idefics3, llava, openvla, untrained  # noqa: F401  (they register themselves)
 from vla.model.sources.base import SOURCES
 from vla.model.sources.composed import Composed
 from vla.spec import RobotSpec

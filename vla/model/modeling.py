@@ -92,7 +92,7 @@ class VLAForActionPrediction(PreTrainedModel, GenerationMixin):
         towers = vision_towers or [AutoModel.from_config(tower) for tower in config.vision_configs]
         self.vision_towers = nn.ModuleList(towers)
         hidden = config.projector_hidden or config.hidden_size
-        vision_width = sum(tower.hidden_size for tower in config.vision_configs)
+        vision_width = sum(vision.adapter(tower).width(tower) for tower in config.vision_configs)
         self.projector = Projector(vision_width, hidden, config.hidden_size, config.projector_layers)
         self.camera_embedding = nn.Embedding(config.max_cameras, config.hidden_size)
         self.state_projector = Projector(config.max_state_dim, config.hidden_size, config.hidden_size, 2)

@@ -46,8 +46,13 @@ class Tower:
         return (image_size // config.patch_size) ** 2
 
     @classmethod
+    def width(cls, config: Any) -> int:
+        """Number of features of a token."""
+        return config.hidden_size
+
+    @classmethod
     def features(cls, tower: nn.Module, images: torch.Tensor, layer: int) -> torch.Tensor:
-        """Features of normalised images [B, 3, S, S], [B, tokens, hidden_size]; the last `tokens_per_image` are used.
+        """Features of normalised images [B, 3, S, S], [B, tokens, width]; the last `tokens_per_image` are used.
 
         Args:
             layer: -1 is the output of the tower, -2 the hidden states before its last block, etc.
@@ -85,6 +90,37 @@ class DINOv2(Tower):
 @TOWERS.register("dinov2_with_registers")
 class DINOv2WithRegisters(DINOv2):
     """DINOv2 with register tokens (arXiv:2309.16588)."""
+
+
+@TOWERS.register("idefics3_vision")
+class Idefics3(Tower):
+    """The tower of Idefics3 (arXiv:2408.12637): `scale_factor` x `scale_factor` patches are one token."""
+
+    @classmethod
+    def tokens_per_image(cls, config: Any, image_size: int) -> int:
+        return (image_size // config.patch_size // config.scale_factor) ** 2
+
+    @classmethod
+    def width(cls, config: Any) -> int:
+        return config.hidden_size * config.scale_factor**2
+
+    @classmethod
+    def features(cls, tower: nn.Module, images: torch.Tensor, layer: int) -> torch.Tensor:
+        """As in `Tower.features`, of the last layer. The patches of a token are in reading order."""
+        module: Any = tower
+        config, side = module.config, images.shape[-1] // module.config.patch_size
+        # Its own `forward` inspects the mask, which would synchronise with a GPU.
+        whole = torch.ones(len(images), side, side, dtype=torch.bool, device=images.device)
+        hidden = module.embeddings(pixel_values=images, patch_attention_mask=whole)
+        patches = module.post_layernorm(module.encoder(inputs_embeds=hidden).last_hidden_state)
+        scale = config.scale_factor
+        cells = patches.view(-1, side // scale, scale, side // scale, scale, config.hidden_size)
+        return cells.transpose(2, 3).reshape(len(patches), (side // scale) ** 2, -1)
+
+
+@TOWERS.register("smolvlm_vision")
+class SmolVLM(Idefics3):
+    """The tower of SmolVLM (arXiv:2504.05299)."""
 
 
 def adapter(config: Any) -> type[Tower]:

@@ -11,19 +11,22 @@ from __future__ import annotations
 import abc
 import copy
 import dataclasses
+import warnings
 from collections.abc import Callable, Sequence
+from typing import get_args
 
 import numpy as np
 import torch
 from transformers import MaxTimeCriteria, StoppingCriteriaList
 
-from vla.config import GREEDY, DecodingConfig, check
+from vla.config import GREEDY, DecodingConfig, Dtype, check
 from vla.decoding import strategies
 from vla.decoding.prefix import Prefix
 from vla.decoding.result import Decoded
 from vla.decoding.strategies import Request
 from vla.decoding.streaming import ActionStreamer
-from vla.errors import ConfigError
+from vla.decoding.weights import native
+from vla.errors import ConfigError, unknown
 from vla.model.free_transformer import align
 from vla.model.modeling import VLAForActionPrediction
 from vla.model.processing import VLAProcessor
@@ -205,10 +208,19 @@ class Policy(ChunkPolicy):
         unnorm_key: str | None = None,
         n_action_steps: int | None = None,
         decoding: DecodingConfig = GREEDY,
+        dtype: str = "float32",
     ) -> Policy:
         """Load a policy: "nano" (the embedded backbone), a run folder, or a checkpoint folder or hub id of this package
-        or of OpenVLA."""
-        network, processor = checkpoint.load(str(name))
+        or of OpenVLA.
+
+        Args:
+            dtype: type of weights and computation, "float32", "bfloat16" or "float16".
+        Raises:
+            CheckpointError: the policy does not exist or is damaged.
+            ConfigError: the device is not available or does not support `dtype`, or an option does not fit the policy.
+        """
+        weights = choose_dtype(dtype, choose_device(device))
+        network, processor = checkpoint.load(str(name), weights)
         network.requires_grad_(False)
         policy = cls(network, processor, device, unnorm_key, n_action_steps, decoding)
         if policy.device.type == "cpu":
@@ -421,6 +433,32 @@ class Policy(ChunkPolicy):
             on_action(index, self.processor.decode_actions(np.array(ids), self.unnorm_key)[0])
 
         return ActionStreamer(tokens, forward)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The type `name`. ConfigError if it is unknown or `device` does not support it. Warns if a CPU emulates it."""
+    if name not in get_args(Dtype):
+        raise ConfigError(unknown("dtype", name, get_args(Dtype)))
+    dtype: torch.dtype = getattr(torch, name)
+    try:
+        if (
+            device.type == "cuda"
+            and dtype == torch.bfloat16
+            and not torch.cuda.is_bf16_supported(including_emulation=False)
+        ):
+            raise RuntimeError("this GPU emulates it")
+        image = torch.zeros(1, 1, 4, 4, dtype=dtype, device=device)
+        torch.nn.functional.conv2d(image, image) @ torch.nn.functional.layer_norm(image, (4,))[..., :1, :]
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"dtype {name!r} is not supported by the device {str(device)!r} ({reason}).") from None
+    if device.type == "cpu" and not native(dtype):
+        warnings.warn(
+            f"this processor has no instructions for {name}: it takes half the memory of float32, but is several times "
+            "slower.",
+            stacklevel=3,
+        )
+    return dtype
 
 
 def choose_device(name: str) -> torch.device:

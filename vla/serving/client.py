@@ -19,7 +19,7 @@ import numpy as np
 import websockets
 from websockets.sync.client import ClientConnection, connect
 
-from vla.config import GREEDY, DecodingConfig
+from vla.config import GREEDY, DecodingConfig, Dtype
 from vla.errors import ConfigError, ServerError, unknown
 from vla.policy import ChunkPolicy, Policy, Prediction
 from vla.policy.session import Draft, LatentDraw
@@ -39,11 +39,13 @@ def load(
     unnorm_key: str | None = None,
     n_action_steps: int | None = None,
     decoding: DecodingConfig = GREEDY,
+    dtype: Dtype = "float32",
     connect_s: float = 30.0,
 ) -> ChunkPolicy:
     """Load the policy `name` on this machine, or connect to a server if it is an address ("ws://host:8000").
 
     Args:
+        device, unnorm_key, n_action_steps, decoding, dtype: as in `Policy.from_pretrained`.
         connect_s: timeout for the connection, in seconds.
     """
     if name.startswith(("ws://", "wss://")):
@@ -51,11 +53,13 @@ def load(
             raise ConfigError(
                 "decoding options of a served policy are set on the server, as in `vla serve --temperature ...`."
             )
+        if dtype != "float32":
+            raise ConfigError(f"the dtype of a served policy is set on the server, as in `vla serve --dtype {dtype}`.")
         print(f"connecting to {name}", file=sys.stderr, flush=True)
         return RemotePolicy(
             name, patience_s=connect_s, unnorm_key=unnorm_key, n_action_steps=n_action_steps, on_wait=_print_reason
         )
-    return Policy.from_pretrained(name, device, unnorm_key, n_action_steps, decoding)
+    return Policy.from_pretrained(name, device, unnorm_key, n_action_steps, decoding, dtype)
 
 
 def _print_reason(reason: str, remaining: float) -> None:

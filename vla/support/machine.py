@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,12 @@ def cpu_quota() -> float | None:
 def free_memory() -> int:
     """Memory available without swapping, in bytes."""
     return psutil.virtual_memory().available
+
+
+def peak_memory() -> int:
+    """Largest resident memory of this process so far, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def cpu_model() -> str:

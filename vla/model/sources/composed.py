@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
 
 from vla.config import ModelConfig
@@ -106,6 +107,14 @@ def _check_language_model(name: str, config: PreTrainedConfig) -> None:
         )
     if not isinstance(getattr(config, "vocab_size", None), int):
         raise ConfigError(f"{name!r} ({config.model_type}) is not a language model: its config.json has no vocab_size.")
+
+
+def causal_lm(config: PreTrainedConfig, model: Any, head: Any) -> Any:
+    """The language model with this configuration, made of a decoder and a head of a larger model."""
+    with init_empty_weights():
+        decoder = AutoModelForCausalLM.from_config(config)
+    decoder.model, decoder.lm_head = model, head
+    return untied(decoder)
 
 
 def untied(decoder: Any) -> Any:

@@ -126,10 +126,10 @@ def check_tower(name: str, vision: PreTrainedConfig, image_size: int, layer: int
             f"vision tower {name!r} ({vision.model_type}) rejects images of {image_size} pixels: {_first_line(error)}"
         ) from error
     tokens = adapter(vision).tokens_per_image(vision, image_size)
-    if len(shape) != 3 or shape[0] != 2 or shape[1] < tokens or shape[2] != vision.hidden_size:
+    if len(shape) != 3 or shape[0] != 2 or shape[1] < tokens or shape[2] != adapter(vision).width(vision):
         raise ConfigError(
             f"vision tower {name!r} ({vision.model_type}) returns features {list(shape)} for two images, expected [2, "
-            f"{tokens}, {vision.hidden_size}]. Use a SigLIP, DINOv2 or CLIP tower."
+            f"{tokens}, {adapter(vision).width(vision)}]. Use a SigLIP, DINOv2 or CLIP tower."
         )
 
 

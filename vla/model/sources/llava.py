@@ -6,8 +6,7 @@ Owns: taking such a model apart. Its projector is used as it is, where a project
 from __future__ import annotations
 
 import torch
-from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerBase
+from transformers import AutoModelForImageTextToText, PreTrainedTokenizerBase
 
 from vla.config import ModelConfig
 from vla.errors import ConfigError
@@ -15,7 +14,7 @@ from vla.model.configuration import VLAConfig
 from vla.model.modeling import VLAForActionPrediction
 from vla.model.sources.base import SOURCES, Source
 from vla.model.sources.checkpoint import reject_vision
-from vla.model.sources.composed import Composed, untied
+from vla.model.sources.composed import Composed, causal_lm
 from vla.model.sources.hub import load_config, load_model, model_type
 from vla.model.sources.towers import HubTower
 
@@ -52,11 +51,9 @@ class Llava(Composed):
 
     def load(self, config: VLAConfig) -> tuple[VLAForActionPrediction, PreTrainedTokenizerBase]:
         whole = load_model(AutoModelForImageTextToText, self.name, "backbone", self._whole_config)
-        with init_empty_weights():
-            decoder = AutoModelForCausalLM.from_config(self._text)
-        decoder.model, decoder.lm_head = whole.model.language_model, whole.lm_head
+        decoder = causal_lm(self._text, whole.model.language_model, whole.lm_head)
         config.text_config.tie_word_embeddings = False
-        network = VLAForActionPrediction(config, [whole.model.vision_tower], untied(decoder))
+        network = VLAForActionPrediction(config, [whole.model.vision_tower], decoder)
         trained = whole.model.multi_modal_projector
         with torch.no_grad():
             for ours, theirs in ((network.projector[0], trained.linear_1), (network.projector[2], trained.linear_2)):
