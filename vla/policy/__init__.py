@@ -5,15 +5,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vla.policy.policy import ChunkPolicy, Policy, Prediction
+    from vla.policy.interface import ChunkPolicy, Prediction
+    from vla.policy.policy import Policy
 
 __all__ = ["ChunkPolicy", "Policy", "Prediction"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the policy, and with it torch, on first use: processes that run environments only import `session`."""
+    """Import `Policy`, and with it torch, on first use: processes that run environments only import `session`."""
     if name not in __all__:
         raise AttributeError(f"module 'vla.policy' has no attribute {name!r}")
-    from vla.policy import policy
+    if name == "Policy":
+        from vla.policy.policy import Policy
 
-    return getattr(policy, name)
+        return Policy
+    from vla.policy import interface
+
+    return getattr(interface, name)

@@ -17,7 +17,7 @@ from vla.spec import Observation
 from vla.transforms.chunks import remainder
 
 if TYPE_CHECKING:
-    from vla.policy.policy import ChunkPolicy, Prediction
+    from vla.policy.interface import ChunkPolicy, Prediction
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,6 @@ registry) or policies.
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -22,6 +21,7 @@ from gymnasium import spaces
 from vla.config import AdapterConfig
 from vla.errors import SimulatorError, SpecError, VLAError, unknown
 from vla.simulation.environments import resolve
+from vla.simulation.random_expert import RandomExpert
 from vla.simulation.trees import is_nested, leaves, look_up, shapes
 from vla.spec import RobotSpec
 from vla.support import plugins
@@ -148,7 +148,7 @@ class SimulatedRobot(gym.Wrapper):
         """
         source = self.adapter.expert
         if source == "random":
-            return _RandomExpert(self.env.action_space, seed)
+            return RandomExpert(self.env.action_space, seed)
         maker = self._expert_maker(source)
         try:
             expert = maker(noise=noise, seed=seed) if source == "env" else maker(self.env, seed)
@@ -333,24 +333,6 @@ class SimulatedRobot(gym.Wrapper):
                     f"({', '.join(map(str, described[key]))}) for {size} entries. Correct it in adapter.robot."
                 )
         return RobotSpec.from_dict(described)
-
-
-class _RandomExpert:
-    """Uniformly random actions, for testing the pipeline on an environment without an expert."""
-
-    def __init__(self, space: gym.Space, seed: int) -> None:
-        if not isinstance(space, spaces.Box):
-            raise SimulatorError(f"random demonstrations need a Box action space, got {space}.")
-        low, high = np.maximum(space.low, -1e3), np.minimum(space.high, 1e3)
-        rng = np.random.default_rng(seed)
-        self._draw: Callable[[], Any]
-        if space.dtype.kind == "f":
-            self._draw = functools.partial(rng.uniform, low, high)
-        else:  # integers, limits included
-            self._draw = functools.partial(rng.integers, low.astype(int), high.astype(int), endpoint=True)
-
-    def act(self) -> np.ndarray:
-        return self._draw().astype(np.float32)
 
 
 def within(action: np.ndarray, space: spaces.Box) -> np.ndarray:
