@@ -13,14 +13,12 @@ every camera, a joint state and an instruction; deactivate ends it with the hold
     services  ~/hold (SetBool: true holds, false continues), ~/emergency_stop, ~/release (Trigger)
 
 SIGINT and SIGTERM trigger the node's shutdown transition: the loop ends with the hold command while the publishers
-still work, then ROS shuts down, and the exit status is 0. A second signal, over a second later, has its usual effect.
-After a SIGKILL, only
-the robot's own controller can stop the robot: configure a command timeout in it. ~/emergency_stop is software and does
-not replace an emergency stop button.
+still work, then ROS shuts down, and the exit status is 0. A second signal, a second later, has its usual effect. After
+a SIGKILL, only the robot's own controller can stop the robot: configure a command timeout in it. ~/emergency_stop is
+software and does not replace an emergency stop button.
 
-rclpy comes with ROS 2 and must use the same Python as this package: 3.11 or newer, as in Jazzy, but not in Humble's
-standard build. This code was written against the sources of rclpy from Humble to Rolling and is tested with a fake
-rclpy, not with ROS: try it where nobody can be hurt.
+rclpy comes with ROS 2 and must use this package's Python: 3.11 or newer, as in Jazzy, not Humble's standard build. The
+code follows rclpy's sources from Humble to Rolling; it is tested with a fake rclpy only: try it where it is safe.
 """
 
 from __future__ import annotations
