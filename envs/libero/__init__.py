@@ -1,7 +1,7 @@
-"""LIBERO's tasks with the interface of this suite, e.g. `vla-libero/object-0`.
+"""LIBERO's tasks as Gymnasium environments with the interface of `envs`, e.g. `vla-libero/object-0`.
 
 Owns the registration. A task has the id `vla-libero/<suite>-<number>`; tasks of LIBERO's own five suites also have the
-id `vla-libero/<name>`. LIBERO is imported when the first environment is created.
+id `vla-libero/<task name>`. LIBERO is imported when the first environment is created.
 """
 
 from __future__ import annotations

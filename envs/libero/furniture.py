@@ -10,7 +10,7 @@ import numpy as np
 from envs.libero.moves import CLOSED, OPEN, Grasp, go, pick, pointing
 from envs.libero.world import World
 
-_TILT = 1.31  # radians from straight down; the fingers then close on a handle from above and below
+_TILT = 1.31  # radians; 0 is straight down. Tilted, the fingers close on a handle from above and below
 _FINGERTIP = 0.012  # metres from the point between the fingers to their tips
 
 
@@ -18,7 +18,7 @@ class Drawer:
     """A drawer of a cabinet.
 
     Args:
-        joint: name of its slide, which opens it in the negative direction.
+        joint: name of its slide joint, whose negative direction opens the drawer.
     """
 
     def __init__(self, world: World, joint: str) -> None:
@@ -38,7 +38,7 @@ class Drawer:
 
     @property
     def opening(self) -> float:
-        """Metres from closed."""
+        """How far the drawer is open, in metres."""
         return -self._world.angle(self._joint)
 
     def pull(self, to: float = 0.2) -> np.ndarray:
@@ -61,12 +61,12 @@ class Drawer:
 
     @property
     def front(self) -> float:
-        """Yaw of a hand whose fingers open along the drawer's front. Across it, the palm would meet the cabinet."""
+        """Yaw of a hand whose fingers open parallel to the drawer's front. Across it, the palm hits the cabinet."""
         x, y, _ = self.way
         return float(np.arctan2(x, -y)) - np.pi / 2
 
     def leave(self) -> np.ndarray | None:
-        """Action [7] of a tilted hand away from the handle; None once the hand points down."""
+        """Action [7] that moves a tilted hand away from the handle and turns it down; None once it points down."""
         world = self._world
         if _angle(pointing(world.yaw), world.rotation) < 0.5:
             return None
@@ -78,7 +78,7 @@ class Drawer:
         return go(world, self._point(0.10) + np.array([0, 0, 0.12]), OPEN)
 
     def _from_handle(self) -> tuple[float, float]:
-        """Distance of the hand in front of the handle, and beside this line."""
+        """Metres from the handle to the hand along the opening direction, and across it."""
         offset = self._world.hand - self._point(0.0)
         out = float(offset @ self.way)
         return out, float(np.linalg.norm(offset - out * self.way))
@@ -92,7 +92,8 @@ class Drawer:
 
 
 def turn(world: World, name: str, joint: str) -> np.ndarray:
-    """Action [7] that turns the knob `joint` of `name`, which has a vertical axis, counter-clockwise by its ridge."""
+    """Action [7] that grips the ridge of a knob of the object `name` and turns it counter-clockwise, seen from above.
+    `joint` is the hinge of the knob, with a vertical axis."""
     slot = world.model.joint(joint)
     geoms = set(world.geoms(world.model.body(slot.bodyid[0]).name))
     top = max(world.geom_points(geom)[:, 2].max() for geom in geoms)
@@ -108,7 +109,7 @@ def drag(world: World, name: str, xy: np.ndarray) -> np.ndarray:
     from behind, a dragged one stays on course."""
     at, hand = world.origin(name), world.hand
     way = xy - at[:2]
-    low = at[2] + 0.004 + _FINGERTIP  # presses lightly on the plate
+    low = at[2] + 0.004 + _FINGERTIP  # fingertips 4 mm above the plate's origin; commands press from there
     inside = np.linalg.norm(hand[:2] - at[:2])
     if inside < 0.06 and hand[2] < low + 0.007 and world.opening < 0.02:
         step = way * min(1.0, 0.009 / max(float(np.linalg.norm(way)), 1e-6))
