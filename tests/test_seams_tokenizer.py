@@ -75,7 +75,7 @@ def fitted(name, rng, horizon, n_bins=None):
     return TOKENIZERS.get(name).fit(
         actions,
         horizon,
-        None if name in ("openvla", "fast") else (n_bins and n_bins | 1) if name == "pca" else n_bins,
+        None if name in ("openvla", "fast", "digits") else (n_bins and n_bins | 1) if name == "pca" else n_bins,
         [0, 2],
     )
 

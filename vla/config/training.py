@@ -101,8 +101,8 @@ class ModelConfig:
         horizon: actions per chunk, H; 8 by default.
         n_action_steps: actions executed before the next chunk is predicted; half the horizon by default.
         bins: bins per action dimension; 255 by default (256 for the tokenizer "openvla").
-        tokenizer: action tokenizer, "uniform" (the default), "quantile", "openvla", or the name of a tokenizer that a
-            plugin registers.
+        tokenizer: action tokenizer (docs/tokenizers.md): "uniform" (the default), "quantile", "openvla", "digits",
+            "fast", "spline", "pca", or the name of a tokenizer that a plugin registers.
         normalization: "q01_q99" (the default), "min_max" or "mean_std".
         prompt: prompt template (see `vla.transforms.prompt`); "plain" by default.
         latent: what has one latent of a Free Transformer (docs/free_transformer.md): every "token", every "chunk", or
