@@ -24,6 +24,8 @@ from envs.render import Camera
 CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}
 STATE_NAMES = ("x", "y", "z", "rx", "ry", "rz", "finger_left", "finger_right")
 ACTION_NAMES = ("dx", "dy", "dz", "drx", "dry", "drz", "gripper")
+#: Values that open and close the gripper: of LIBERO's actions, and of OpenVLA's policies and datasets.
+GRIPPERS = {"libero": (-1.0, 1.0), "openvla": (1.0, 0.0)}
 CONTROL_HZ = 20.0
 VIDEO_SIZE = 384
 #: Metres; edge length of the details that "fast" omits, times the image size in pixels. A pixel of the camera
@@ -36,7 +38,8 @@ class LiberoEnv(gym.Env):
     """A LIBERO task with its instruction.
 
     Actions [7] in [-1, 1]: change of the hand's position (1: 5 cm) and orientation (1: 0.5 rad, axis-angle in the world
-    frame), from where the hand is; the gripper opens below 0 and closes otherwise.
+    frame), from where the hand is; the gripper opens below 0 and closes otherwise. With `gripper="openvla"`, it opens
+    above 0.5 and closes otherwise.
 
     Images are robosuite's buffer rotated by 180 degrees, as in the datasets and policies of OpenVLA, openpi and
     LeRobot. Compared to what the camera sees, they are mirrored left to right.
@@ -50,6 +53,7 @@ class LiberoEnv(gym.Env):
             positions of the objects in the task's regions, for training data that does not contain the test states.
         render: "fast": without shadows, reflections, multisampling and details smaller than a pixel. "default": as in
             published evaluations. Use the same value for training and evaluation.
+        gripper: "libero": -1 opens and 1 closes. "openvla": 1 opens and 0 closes, as OpenVLA's policies predict.
         render_mode: None or "rgb_array" (a larger image, for videos).
     """
 
@@ -65,6 +69,7 @@ class LiberoEnv(gym.Env):
         image_size: int = 256,
         states: str = "official",
         render: str = "fast",
+        gripper: str = "libero",
         render_mode: str | None = None,
     ) -> None:
         if suite in INCOMPLETE:
@@ -80,9 +85,11 @@ class LiberoEnv(gym.Env):
         check_range("image_size", image_size, 16, 1024)
         check_choice("states", states, ("official", "sampled"))
         check_choice("render", render, ("fast", "default"))
+        check_choice("gripper", gripper, GRIPPERS)
         check_choice("render_mode", render_mode, (None, "rgb_array"))
         self.suite, self.task, self.cameras, self.image_size = suite, int(task), cameras, int(image_size)
         self.states, self.render_quality, self.render_mode = states, render, render_mode
+        self._open, self._closed = GRIPPERS[gripper]
         self.simulator = Simulator(suite, self.task)
         self.task_description = self.simulator.instruction
         self._state = np.zeros(0, np.float32)  # of the robot [8]; empty before the first reset
@@ -94,7 +101,9 @@ class LiberoEnv(gym.Env):
             image = gym.spaces.Box(0, 255, (self.image_size, self.image_size, 3), np.uint8)
             spaces["pixels"] = gym.spaces.Dict(dict.fromkeys(cameras, image))
         self.observation_space = gym.spaces.Dict(spaces)
-        self.action_space = gym.spaces.Box(-1.0, 1.0, (len(ACTION_NAMES),), np.float32)
+        low = np.full(len(ACTION_NAMES), -1.0, np.float32)
+        low[6] = min(self._open, self._closed)
+        self.action_space = gym.spaces.Box(low, 1.0, dtype=np.float32)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -119,11 +128,12 @@ class LiberoEnv(gym.Env):
         return self._observe(), self._info(False)
 
     def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
-        """Execute one action [7] in [-1, 1] for 50 ms. Success terminates the episode; only `TimeLimit` truncates."""
+        """Execute one action [7] for 50 ms. Success terminates the episode; only `TimeLimit` truncates."""
         command = check_action(action, ACTION_NAMES)
         if not self._state.size:
             raise RuntimeError("step() was called before reset(): call reset() first.")
-        command[6] = -1.0 if command[6] < 0 else 1.0
+        opens = (command[6] - (self._open + self._closed) / 2) * (self._open - self._closed) > 0
+        command[6] = -1.0 if opens else 1.0
         state, success = self.simulator.step(command)
         self._state = state.astype(np.float32)
         return self._observe(), float(success), success, False, self._info(success)
@@ -153,14 +163,17 @@ class LiberoEnv(gym.Env):
             "action_names": list(ACTION_NAMES),
             "action_space": "ee_delta",
             "gripper_index": 6,
-            "gripper_open": -1.0,
-            "gripper_closed": 1.0,
+            "gripper_open": self._open,
+            "gripper_closed": self._closed,
             "control_hz": CONTROL_HZ,
             "hold": [0, 0, 0, 0, 0, 0, None],
         }
 
     def make_expert(self, noise: float = 0.0, seed: int | None = None) -> Expert:
-        """The scripted expert of this task; see `envs.expert.Expert`. ValueError if the task has none."""
+        """The scripted expert of this task; see `envs.expert.Expert`. ValueError if the task has none, or with
+        OpenVLA's gripper."""
+        if self._open > self._closed:
+            raise ValueError('experts open the gripper with -1 and close it with 1: pass gripper="libero".')
         return Expert(Plan(self.simulator), noise, seed)
 
     def _make_camera(self, size: int) -> Camera:

@@ -16,6 +16,9 @@ OPEN, CLOSED = -1.0, 1.0
 _METRES, _RADIANS = 0.05, 0.5  # of the controller's goal at an action of 1
 _GAIN, _TURN_GAIN = 2.5, 1.5
 _TURN = 0.5  # maximum rotation action
+#: Radians. Below, the action's rotation is 0, with which the controller holds the last goal. Corrections of this size
+#: would be noise to a policy.
+_ALIGNED = 0.035
 #: Maximum rotation action with an object in the hand. With more, rotation takes so much torque that the hand stops
 #: short of its goal.
 GENTLE = 0.12
@@ -47,7 +50,9 @@ def go(
     rotation = pointing() if rotation is None else rotation
     action = np.zeros(7)
     action[:3] = np.clip((goal - world.hand) / _METRES * _GAIN, -1, 1)
-    action[3:6] = np.clip(_rotation_vector(rotation @ world.rotation.T) / _RADIANS * _TURN_GAIN, -turn, turn)
+    error = _rotation_vector(rotation @ world.rotation.T)
+    if np.linalg.norm(error) > _ALIGNED:
+        action[3:6] = np.clip(error / _RADIANS * _TURN_GAIN, -turn, turn)
     action[6] = grip
     return action
 

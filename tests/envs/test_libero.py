@@ -1,6 +1,7 @@
 """LIBERO behind the suite's interface follows the protocol that policies are compared under."""
 
 import hashlib
+import subprocess
 import sys
 
 import gymnasium as gym
@@ -89,6 +90,20 @@ def test_an_episode_depends_on_its_seed_and_not_on_earlier_episodes(world):
     np.testing.assert_array_equal(first, again)
     assert image == image_again
     assert not np.allclose(first[0], other[0], atol=1e-3)
+
+
+def test_an_episode_is_the_same_in_a_fresh_process(world):
+    states(world, seed=4)
+    code = """
+from tests.envs import test_libero as t
+env = t.make("goal-0", cameras=("agentview", "wrist"), image_size=64)
+found, image = t.states(env, seed=3)
+print(found.tobytes().hex(), image)
+env.close()
+"""
+    fresh = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    here, image = states(world, seed=3)
+    assert fresh[-2:] == [here.tobytes().hex(), image]
 
 
 def test_a_reset_equals_the_benchmarks_own_after_a_hard_reset(world):
