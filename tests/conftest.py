@@ -1,8 +1,15 @@
-"""Shared by all tests: no network, no GPU, deterministic, and small real networks rather than mocks."""
+"""Shared by all tests: no network, no GPU, deterministic, and small real networks rather than mocks.
+
+torch is imported where it is used: the process that only distributes tests to others does without.
+"""
+
+from __future__ import annotations
 
 import copy
+import gc
 import os
 import signal
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MUJOCO_GL", "egl")
@@ -10,14 +17,14 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
 
-import tests.tiny  # noqa: F401  (adds "tiny-init")
 from vla.config import ModelConfig
-from vla.model.build import DataFacts, build_policy
 from vla.spec import RobotSpec
 from vla.transforms.normalize import compute_statistics
+
+if TYPE_CHECKING:
+    from vla.model.build import DataFacts
 
 # A job that a script starts in the background ignores Ctrl-C, and so would the programs that tests stop with it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -28,9 +35,19 @@ slow = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 settings.register_profile("any machine", deadline=None, suppress_health_check=slow)
 settings.load_profile("any machine")
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
-
 pytest_plugins = ["tests.bench", "tests.forked", "tests.served", "tests.virtual_time"]
+
+
+def pytest_collection_finish() -> None:
+    """Prepare the process that runs the tests. Garbage collection passes over what is imported now: a training run
+    collects three times, which would take a second."""
+    import torch
+
+    import tests.tiny  # noqa: F401  (adds "tiny-init")
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -50,6 +67,8 @@ def robot() -> RobotSpec:
 @pytest.fixture(scope="session")
 def facts(robot: RobotSpec) -> DataFacts:
     """Statistics of random actions with three constant entries."""
+    from vla.model.build import DataFacts
+
     rng = np.random.default_rng(0)
     actions = rng.uniform(-1, 1, (2000, robot.action_dim)).astype(np.float32)
     actions[:, 3:6] = 0
@@ -60,17 +79,42 @@ def facts(robot: RobotSpec) -> DataFacts:
 
 @pytest.fixture(scope="session")
 def _nano(facts: DataFacts):
-    torch.manual_seed(0)
-    network, processor = build_policy(ModelConfig(backbone="nano-init", horizon=4, n_action_steps=4, bins=31), facts)
-    return network.eval(), processor
+    return _untrained("nano-init", facts)
 
 
 @pytest.fixture
 def nano(_nano):
     """The embedded architecture with random weights, and its processor; a copy for each test, because copying takes a
     fraction of the time that initialising takes."""
+    return _copy(_nano)
+
+
+@pytest.fixture(scope="session")
+def _tiny(facts: DataFacts):
+    return _untrained("tiny-init", facts)
+
+
+@pytest.fixture
+def tiny(_tiny):
+    """A network of a twentieth of the size, and its processor, for tests of what is around a network."""
+    return _copy(_tiny)
+
+
+def _untrained(backbone: str, facts: DataFacts):
+    import torch
+
+    from vla.model.build import build_policy
+
+    torch.manual_seed(0)
+    network, processor = build_policy(ModelConfig(backbone=backbone, horizon=4, n_action_steps=4, bins=31), facts)
+    return network.eval(), processor
+
+
+def _copy(policy):
+    import torch
+
     torch.manual_seed(0)  # for what a test draws
-    return copy.deepcopy(_nano)
+    return copy.deepcopy(policy)
 
 
 @pytest.fixture(scope="session")

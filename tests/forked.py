@@ -5,6 +5,8 @@ a fresh interpreter needs seconds. Signals, exit status, output and workers are 
 from __future__ import annotations
 
 import contextlib
+import gc
+import importlib
 import json
 import os
 import select
@@ -78,7 +80,7 @@ class Process:
 
 @pytest.fixture(scope="session")
 def start_vla(tmp_path_factory) -> Iterator[Any]:
-    """`start_vla("train", "--data", path, ..., env={...})`: a `Process`."""
+    """`start_vla("train", "--data", path, ..., env={...})`: a `Process`. `start_vla("-c", code, ...)` runs Python."""
     address = tmp_path_factory.mktemp("forked") / "server"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # two processes with two threads each wait for each other
     command = [sys.executable, "-m", "tests.forked", address]
@@ -113,10 +115,9 @@ def run_vla(start_vla) -> Any:
 
 def main() -> None:
     """Fork for each connection until standard input ends."""
-    import importlib
-
-    for name in (*(f"vla.jobs.{name}" for name in JOBS), "matplotlib.pyplot", "tests.tiny", "tests.openvla_folder"):
+    for name in (*(f"vla.jobs.{name}" for name in JOBS), "matplotlib.figure", "tests.tiny", "tests.openvla_folder"):
         importlib.import_module(name)
+    gc.freeze()  # imported modules are not garbage: training collects three times
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait for the jobs
     address = Path(sys.argv[1])
     with socket.socket(socket.AF_UNIX) as listener:
@@ -147,7 +148,7 @@ def _attend(connection: socket.socket) -> None:
 
 
 def _become(arguments: list[str], env: dict[str, str], files: list[str], cwd: str) -> None:
-    """Be `vla <arguments>`."""
+    """Be `vla <arguments>`, or `python -c <code> <arguments>`."""
     from vla import cli
 
     os.setsid()
@@ -158,6 +159,9 @@ def _become(arguments: list[str], env: dict[str, str], files: list[str], cwd: st
     os.environ.clear()
     os.environ.update(env)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if arguments[0] == "-c":
+        sys.argv = ["-c", *arguments[2:]]
+        sys.exit(exec(arguments[1], {}))
     sys.argv = ["vla", *arguments]
     sys.exit(cli.main())
 

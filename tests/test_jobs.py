@@ -29,7 +29,8 @@ def test_collect_train_kill_resume_rollout(tmp_path, capsys, start_vla, run_vla)
     assert "4 episodes" in " ".join(collected.stderr.split())  # however wide the terminal is
 
     train = ["train", "--data", demos, "--out", run, "--backbone", "tiny-init", "--method", "full"]
-    train += ["--steps", 30, "--batch-size", 2, "--save-every", 2, "--horizon", 2, "--n-action-steps", 2]
+    train += ["--image-size", 24, "--horizon", 2, "--n-action-steps", 2]
+    train += ["--steps", 16, "--batch-size", 2, "--save-every", 2]
     process = start_vla(*train)
     while last_checkpoint(run) is None and process.poll() is None:
         time.sleep(0.05)
@@ -41,10 +42,11 @@ def test_collect_train_kill_resume_rollout(tmp_path, capsys, start_vla, run_vla)
     resumed = run_vla(*train, "--resume")
     assert resumed.returncode == 0, resumed.stderr[-2000:]
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert steps == sorted(steps) and steps[-1] == 30
+    assert steps == sorted(steps) and steps[-1] == 16
 
     rolled = run_vla(
-        "rollout", "--policy", run, "--env", "vla/Reach-v0", "--episodes", 2, "--n-envs", 2, "--out", report
+        *("rollout", "--policy", run, "--env", "vla/Reach-v0", "--out", report),
+        *("--episodes", 2, "--n-envs", 2, "--max-steps", 20),
     )
     assert rolled.returncode == 0, rolled.stderr[-2000:]
     info = json.loads((report / "eval_info.json").read_text())
@@ -55,6 +57,7 @@ def test_collect_train_kill_resume_rollout(tmp_path, capsys, start_vla, run_vla)
 def test_quickstart_runs_again_and_keeps_to_its_folder(tmp_path, capsys, run_vla):
     out = tmp_path / "quick"
     command = ["quickstart", "--out", out, "--demonstrations", 3, "--minutes", 0, "--min-steps", 2, "--episodes", 1]
+    command += ["--env", "vla/Reach-v0"]
     first = run_vla(*command)
     assert first.returncode == 0, first.stderr[-2000:]
     assert "zero-shot" in first.stdout and "fine-tuned" in first.stdout and "report.html" in first.stdout
@@ -71,10 +74,10 @@ def test_quickstart_runs_again_and_keeps_to_its_folder(tmp_path, capsys, run_vla
 
 
 def test_replay_of_recorded_actions_succeeds(tmp_path, run_vla):
-    assert run_vla("collect", "--env", "vla/PickUp-v0", "--episodes", 3, "--out", tmp_path / "demos").returncode == 0
-    replayed = run_vla("replay", "--data", tmp_path / "demos", "--episodes", 3)
+    assert run_vla("collect", "--env", "vla/PickUp-v0", "--episodes", 2, "--out", tmp_path / "demos").returncode == 0
+    replayed = run_vla("replay", "--data", tmp_path / "demos", "--episodes", 2)
     assert replayed.returncode == 0, replayed.stderr
-    assert "3 of 3" in replayed.stdout + replayed.stderr
+    assert "2 of 2" in replayed.stdout + replayed.stderr
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoTokenizer
 
 from tests.decoders import greedy, reference
+from tests.forked import Process
 from vla import config
 from vla.config import LoraConfig, ModelConfig, TrainConfig
 from vla.data.reader import Demonstrations
@@ -45,11 +46,10 @@ SMALL = {
     "val_fraction": 0.2,
     "warmup_steps": 2,
     "precision": "float32",
-    "model": {"backbone": "tiny-init", "horizon": 4, "n_action_steps": 2, "bins": 31},
+    "model": {"backbone": "tiny-init", "image_size": 24, "horizon": 4, "n_action_steps": 2, "bins": 31},
 }
 
-PLAIN = {"backbone": "nano-init", "image_size": 24}  # without this package's tests around it, or to learn by heart
-QUICK = {"steps": 3, "save_every": 100, "val_fraction": 0.0, "model": {"image_size": 24}}
+QUICK = {"steps": 3, "save_every": 100, "val_fraction": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_four_samples_are_learned_by_heart(dataset, robot, tmp_path):
     demos = dataset("one", robot, episodes=1, length=4)
     values = {"steps": 60, "batch_size": 4, "learning_rate": 2e-3, "val_fraction": 0.0, "save_every": 100}
     still = {"shift": 0.0, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0}
-    run = pretrain(small(data=[demos], out=tmp_path / "run", augment=still, model=PLAIN, **values))
+    run = pretrain(small(data=[demos], out=tmp_path / "run", augment=still, model={"backbone": "nano-init"}, **values))
     assert losses(run)[60] < 0.3 < 3 < losses(run)[1]
     data, policy = Demonstrations(demos), Policy.from_pretrained(str(run))
     frames = {camera: list(data.frames(0, camera)) for camera in robot.cameras}
@@ -135,7 +135,7 @@ def test_killed_at_random_moments_it_resumes_to_the_same_losses(demos, tmp_path,
             out=tmp_path / name,
             method=method,
             batch_size=1,
-            steps=60 * kills,
+            steps=40 * kills,
             save_every=4,
             eval_every=100,
         )
@@ -151,7 +151,7 @@ def test_killed_at_random_moments_it_resumes_to_the_same_losses(demos, tmp_path,
             before = max(losses(run), default=0)
             while max(losses(run), default=0) <= before and process.poll() is None:
                 time.sleep(0.02)
-            time.sleep(rng.uniform(0, 0.4))
+            time.sleep(rng.uniform(0, 0.2))
             process.send_signal(signal.SIGKILL)
         out, err = process.communicate()
         killed += process.returncode == -signal.SIGKILL
@@ -166,27 +166,47 @@ def test_killed_at_random_moments_it_resumes_to_the_same_losses(demos, tmp_path,
     assert losses(run) == losses(tmp_path / "unbroken")
 
 
-def test_two_processes_learn_what_one_does_with_twice_the_batch(demos, tmp_path):
-    """Data parallelism: together they make the same draws, so the losses are the same. Started as the README starts it,
-    beside a folder that has the name of a library."""
-    shared = {"method": "full", "steps": 6, "model": PLAIN}
-    single = pretrain(small(data=[demos], out=tmp_path / "single", batch_size=8, **shared))
-    (tmp_path / "datasets").mkdir()
-    (tmp_path / "datasets" / "squares").symlink_to(demos, target_is_directory=True)
-    config.dump(small(data=["datasets/squares"], out="double", batch_size=4, **shared), tmp_path / "my.yaml")
+@pytest.fixture
+def start_two(tmp_path, start_vla):
+    """`start_two(config)`: two processes that train together, as `accelerate launch` starts them."""
+
+    def start(cfg: TrainConfig) -> list[Process]:
+        config.dump(cfg, tmp_path / "job.yaml")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        command = "train", "--config", tmp_path / "job.yaml"
+        return [start_vla(*command, env={**shared, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
+
+    return start
+
+
+def test_two_processes_learn_what_one_does_with_twice_the_batch(demos, tmp_path, start_two):
+    """Data parallelism: together they make the same draws, so the losses are the same."""
+    shared = {"method": "full", "steps": 6, "data": [demos]}
+    single, double = tmp_path / "single", tmp_path / "double"
+    both = start_two(small(out=double, batch_size=4, **shared))
+    pretrain(small(out=single, batch_size=8, **shared))
+    said = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert learned(double) == pytest.approx(learned(single), rel=1e-5)
+    assert Policy.from_pretrained(str(double)).horizon == 4
+    # One of them speaks for both.
+    for line in (r"^step 6 of 6: loss \d", rf"^policy: +{double}/policy$", rf"^next: +vla rollout --policy {double}"):
+        assert len(re.findall(line, said[0][0] + said[1][0], re.M)) == 1, said
+
+
+def test_the_readmes_line_starts_two_processes(demos, tmp_path):
+    """With --help, so that neither trains: what two of them do is tested above."""
+    config.dump(small(data=[demos], out="run"), tmp_path / "my.yaml")
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     line = re.search(r"^accelerate launch (-m vla\.cli train --config my\.yaml)", readme, re.M)
     # On CPUs accelerate starts several processes only where it is told that they are for GPUs.
     two = "--multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0 --mixed_precision no"
     launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *two.split()]
-    launch += ["--dynamo_backend", "no", *line[1].split()]
+    launch += ["--dynamo_backend", "no", *line[1].split(), "--help"]
     result = subprocess.run(launch, capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert learned(tmp_path / "double") == pytest.approx(learned(single), rel=1e-5)
-    assert Policy.from_pretrained(str(tmp_path / "double")).horizon == 4
-    # One of them speaks for both.
-    for line in (r"^step 6 of 6: loss \d", r"^policy: +double/policy$", r"^next: +vla rollout --policy double"):
-        assert len(re.findall(line, result.stdout, re.M)) == 1, result.stdout
+    assert result.returncode == 0 and result.stdout.count("usage: vla train ") == 2, result
 
 
 def test_the_data_parallel_wrapper_goes_before_its_process_group(demos, tmp_path, monkeypatch):
@@ -204,15 +224,8 @@ def test_the_data_parallel_wrapper_goes_before_its_process_group(demos, tmp_path
     assert alive == [None]
 
 
-def test_a_signal_to_one_process_stops_all_and_nothing_is_finished(demos, tmp_path, start_vla):
-    config.dump(small(data=[demos], out=tmp_path / "run", steps=500, save_every=400), tmp_path / "job.yaml")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    both = [
-        start_vla("pretrain", "--config", tmp_path / "job.yaml", env={**shared, "RANK": rank, "LOCAL_RANK": rank})
-        for rank in "01"
-    ]
+def test_a_signal_to_one_process_stops_all_and_nothing_is_finished(demos, tmp_path, start_two):
+    both = start_two(small(data=[demos], out=tmp_path / "run", method="full", steps=500, save_every=400))
     while len(losses(tmp_path / "run")) < 3 and both[0].poll() is None:
         time.sleep(0.1)
     both[1].send_signal(signal.SIGTERM)
@@ -273,8 +286,10 @@ def test_lora_of_a_composed_backbone_merges_exactly(demos, tmp_path, observation
     random_models.save_llama(tmp_path / "llama", tie_word_embeddings=tied)
     random_models.save_siglip(tmp_path / "siglip")
     random_models.save_dinov2(tmp_path / "dino")
-    model = {"backbone": str(tmp_path / "llama"), "vision": [str(tmp_path / "dino"), str(tmp_path / "siglip")]}
-    cfg = small(data=[demos], out=tmp_path / "run", model=model, lora={"train_vision": True}, learning_rate=0.01)
+    vision = [str(tmp_path / "dino"), str(tmp_path / "siglip")]
+    model = {"backbone": str(tmp_path / "llama"), "vision": vision, "image_size": None}
+    values = {"steps": 4, "lora": {"train_vision": True}, "learning_rate": 0.01}
+    cfg = small(data=[demos], out=tmp_path / "run", model=model, **values)
     run = train(cfg)
     merged, processor = checkpoint.load(str(run))
     facts, _ = _facts(cfg, [Demonstrations(demos)])
@@ -284,7 +299,7 @@ def test_lora_of_a_composed_backbone_merges_exactly(demos, tmp_path, observation
     parts = {key: value for key, value in merged.state_dict().items() if "language_model" not in key}
     base.load_state_dict(parts, strict=False)
     adapted = lora.load(base, run / "adapter").eval()
-    batch = processor.observe(observations(8), ["go to square 1"] * 8)
+    batch = processor.observe(observations(4), ["go to square 1"] * 4)
     assert torch.equal(greedy(adapted.get_base_model(), batch), greedy(merged, batch))
     assert torch.equal(greedy(merged, batch), reference(merged, batch))
     before, begin = (
@@ -323,7 +338,7 @@ def test_any_llama_with_any_siglip(demos, tmp_path, observations, run_vla):
     assert policy.network.config.layout == "image_first"
     assert policy.predict_chunk(observations(1)[0], "go to square 1").shape == (2, 7)
     command = ["rollout", "--policy", tmp_path / "run", "--env", "vla/Reach-v0", "--out", tmp_path / "rollout"]
-    result = run_vla(*command, "--episodes", 2, "--n-envs", 2, "--videos", 0)
+    result = run_vla(*command, "--episodes", 2, "--n-envs", 2, "--videos", 0, "--max-steps", 8)
     assert result.returncode == 0, result.stderr[-2000:]
     episodes = json.loads((tmp_path / "rollout" / "eval_info.json").read_text())["per_episode"]
     assert [episode["fault"] for episode in episodes] == [None, None] and episodes[0]["length"] > 1

@@ -1,8 +1,6 @@
 """The network as a policy: decoding equals `generate`, checkpoints reload and cannot be misread."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -92,7 +90,7 @@ def test_action_round_trip_through_the_vocabulary(nano, robot):
     assert (back[..., 3:6] == 0).all()
 
 
-def test_reload_in_a_fresh_process_gives_the_same_chunk(nano, observations, tmp_path):
+def test_reload_in_another_process_gives_the_same_chunk(nano, observations, tmp_path, run_vla):
     network, processor = nano
     checkpoint.save(network, processor, tmp_path / "policy")
     here = Policy(network, processor).predict_chunk(observations(1)[0], "reach")
@@ -103,7 +101,7 @@ def test_reload_in_a_fresh_process_gives_the_same_chunk(nano, observations, tmp_
         "c = p.predict_chunk({'pixels': {k: o[k] for k in ('front', 'wrist')}, 'agent_pos': o['state']}, 'reach');"
         "np.save(sys.argv[1] + '/c.npy', c)"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    assert run_vla("-c", code, tmp_path).returncode == 0
     np.testing.assert_array_equal(np.load(tmp_path / "c.npy"), here)
 
 
@@ -168,8 +166,8 @@ FIELDS = ["statistics", "robot", "action_tokenizer", *checkpoint.REQUIRED]
 
 
 @pytest.mark.parametrize("field", [*FIELDS, "robot.control_hz", "robot.gripper_open", "robot.cameras"])
-def test_a_checkpoint_without_what_actions_mean_is_refused(nano, tmp_path, field):
-    checkpoint.save(*nano, tmp_path / "policy")
+def test_a_checkpoint_without_what_actions_mean_is_refused(tiny, tmp_path, field):
+    checkpoint.save(*tiny, tmp_path / "policy")
     path = tmp_path / "policy" / "config.json"
     values = json.loads(path.read_text())
     parent, _, name = field.rpartition(".")
@@ -179,9 +177,9 @@ def test_a_checkpoint_without_what_actions_mean_is_refused(nano, tmp_path, field
         Policy.from_pretrained(str(tmp_path))
 
 
-def test_a_checkpoint_with_weights_missing_is_refused(nano, tmp_path):
+def test_a_checkpoint_with_weights_missing_is_refused(tiny, tmp_path):
     """transformers would fill them with random numbers."""
-    checkpoint.save(*nano, tmp_path / "policy")
+    checkpoint.save(*tiny, tmp_path / "policy")
     weights = load_file(tmp_path / "policy" / "model.safetensors")
     del weights["projector.0.weight"]
     save_file(weights, tmp_path / "policy" / "model.safetensors", {"format": "pt"})
@@ -189,8 +187,8 @@ def test_a_checkpoint_with_weights_missing_is_refused(nano, tmp_path):
         Policy.from_pretrained(str(tmp_path))
 
 
-def test_a_truncated_checkpoint_is_refused(nano, tmp_path):
-    checkpoint.save(*nano, tmp_path / "policy")
+def test_a_truncated_checkpoint_is_refused(tiny, tmp_path):
+    checkpoint.save(*tiny, tmp_path / "policy")
     path = tmp_path / "policy" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:100_000])
     with pytest.raises(CheckpointError, match="damaged or incomplete"):
@@ -218,16 +216,16 @@ ODD = [
 
 
 @pytest.mark.parametrize("change", ODD)
-def test_an_odd_config_is_refused_in_words(nano, tmp_path, change):
-    checkpoint.save(*nano, tmp_path / "policy")
+def test_an_odd_config_is_refused_in_words(tiny, tmp_path, change):
+    checkpoint.save(*tiny, tmp_path / "policy")
     path = tmp_path / "policy" / "config.json"
     path.write_text(change(path.read_text()))
     with pytest.raises(VLAError):
         Policy.from_pretrained(str(tmp_path))
 
 
-def test_a_checkpoint_with_another_tokenizer_is_refused(nano, tmp_path):
-    checkpoint.save(*nano, tmp_path / "policy")
+def test_a_checkpoint_with_another_tokenizer_is_refused(tiny, tmp_path):
+    checkpoint.save(*tiny, tmp_path / "policy")
     path = tmp_path / "policy" / "config.json"
     values = json.loads(path.read_text())
     values["action_tokenizer"]["horizon"] = 16
@@ -243,8 +241,8 @@ def test_no_policy_there(tmp_path):
         Policy.from_pretrained(str(tmp_path / "typo"))
 
 
-def test_several_statistics_need_a_choice(nano):
-    network, processor = nano
+def test_several_statistics_need_a_choice(tiny):
+    network, processor = tiny
     network.config.statistics["other"] = network.config.statistics["demo"]
     try:
         with pytest.raises(CheckpointError, match="demo, other"):

@@ -255,8 +255,8 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 def _draw(info: dict[str, Any]) -> Figure:
     """Plot success with its interval against the number of labels. Both lines start at round 0."""
-    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
-    axis = figure.subplots()
+    figure = Figure(figsize=(6.4, 3.8))
+    axis = figure.subplots(gridspec_kw={"left": 0.08, "right": 0.98, "bottom": 0.12, "top": 0.92})
     lines = [("DAgger", info["rounds"], ACCENT)]
     if "bc" in info:
         lines.append(("behaviour cloning", [info["rounds"][0], info["bc"]], WARN))

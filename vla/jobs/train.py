@@ -97,7 +97,7 @@ def _leave(job: trainer.VLATrainer) -> None:
     job.accelerator.end_training()
 
 
-def seconds_per_step(cfg: TrainConfig, steps: int = 4) -> float:
+def seconds_per_step(cfg: TrainConfig, steps: int = 2) -> float:
     """Duration of an optimizer step of this job on this machine, measured over `steps` steps. Writes nothing."""
     ends = _Ends()
     job, _ = _prepare(dataclasses.replace(cfg, steps=steps + 1, report_to="none", dry_run=True), quiet=True)
