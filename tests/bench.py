@@ -1,13 +1,18 @@
 """A robot of pictures for a real controller, and the judgement of its commands, in a test's process."""
 
+from __future__ import annotations
+
 import time
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
-from vla.control.controller import Controller
 from vla.control.robot import Reading
-from vla.policy import Policy
+
+if TYPE_CHECKING:
+    from vla.control.controller import Controller
+    from vla.policy import Policy
 
 HZ = 20.0
 

@@ -1,19 +1,21 @@
 """A real server in a thread of the test's process."""
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 import threading
 import time
+from typing import TYPE_CHECKING
 
 import pytest
-import uvicorn
 
 from vla.config import ServeConfig
-from vla.policy import Policy
-from vla.serving.app import PolicyApp
-from vla.serving.batcher import Batcher
-from vla.serving.server import describe, settings
 from vla.support.sockets import listen
+
+if TYPE_CHECKING:
+    from vla.policy import Policy
+    from vla.serving.app import PolicyApp
 
 
 @dataclasses.dataclass
@@ -34,22 +36,29 @@ class Served:
 
 
 @pytest.fixture
-def policy(nano):
-    return Policy(*nano)
+def policy(tiny):
+    from vla.policy import Policy
+
+    return Policy(*tiny)
 
 
 @pytest.fixture
 def serving(policy):
-    """`with serving(config values...) as served`: serve the random nano policy for a while."""
+    """`with serving(config values...) as served`: serve a tiny random policy for a while."""
+    import uvicorn
+
+    from vla.serving import server as serving
+    from vla.serving.app import PolicyApp
+    from vla.serving.batcher import Batcher
 
     @contextlib.contextmanager
     def start(key: str | None = None, port: int = 0, policy: Policy = policy, **values):
         config = ServeConfig(**values)
         app = None
         batcher = Batcher(policy, config.max_batch, config.max_queue, lambda size: app and app.metrics.batch(size))
-        app = PolicyApp(batcher, config, describe(policy), key)
+        app = PolicyApp(batcher, config, serving.describe(policy), key)
         listener = listen("127.0.0.1", port)
-        server = uvicorn.Server(settings(app, config))
+        server = uvicorn.Server(serving.settings(app, config))
         server.install_signal_handlers = lambda: None  # not the main thread
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()

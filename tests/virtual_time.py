@@ -9,9 +9,6 @@ import threading
 
 import pytest
 
-from vla.control import inference
-from vla.control.controller import Controller
-
 
 class VirtualTime:
     """`monotonic` and `sleep` of `time`, for one thread and others from `busy` until `idle`."""
@@ -55,6 +52,9 @@ class VirtualTime:
 @pytest.fixture
 def virtual_time(request, monkeypatch) -> VirtualTime:
     """The clock of every controller, and the `time` of the test's own module."""
+    from vla.control import inference
+    from vla.control.controller import Controller
+
     virtual = VirtualTime()
     monkeypatch.setattr(Controller.__init__, "__defaults__", (virtual,))
     monkeypatch.setattr(request.module, "time", virtual)

@@ -90,7 +90,7 @@ def policy(tmp_path_factory):
     facts = DataFacts(
         spec, {"arm": {"action": compute_statistics(actions), "state": compute_statistics(actions)}}, {"arm": actions}
     )
-    network, processor = build_policy(ModelConfig(backbone="nano-init", horizon=4, n_action_steps=4, bins=31), facts)
+    network, processor = build_policy(ModelConfig(backbone="tiny-init", horizon=4, n_action_steps=4, bins=31), facts)
     checkpoint.save(network.eval(), processor, tmp_path_factory.mktemp("arm") / "policy")
     return tmp_path_factory.getbasetemp() / "arm0" / "policy"
 

@@ -76,9 +76,9 @@ def test_the_demonstrations_own_actions_agree_with_it(data, clock, hz):
 
 
 @pytest.mark.realtime
-def test_a_controller_plays_a_demonstration_to_its_end(data, nano):
+def test_a_controller_plays_a_demonstration_to_its_end(data, tiny):
     robot = ReplayRobot(data)
-    with Controller(robot, Policy(*nano), ControlConfig()) as controller:
+    with Controller(robot, Policy(*tiny), ControlConfig()) as controller:
         robot.reset(0)
         record = controller.run(robot.instruction, seconds=60.0)
     assert controller.hz == data.fps and record["errors"] == [] and not record["success"]
@@ -101,8 +101,8 @@ def test_what_cannot_be_played_is_said(data):
 
 
 @pytest.mark.realtime
-def test_deploy_replays_a_dataset(data, nano, tmp_path, capsys):
-    checkpoint.save(*nano, tmp_path / "policy")
+def test_deploy_replays_a_dataset(data, tiny, tmp_path, capsys):
+    checkpoint.save(*tiny, tmp_path / "policy")
     flags = ["--policy", tmp_path / "policy", "--replay", data.root, "--out", tmp_path / "out", "--no-ui"]
     assert cli.main(["deploy", *map(str, flags), "--deadline-ms", "5"]) == 2
     assert "this policy has 'uniform'" in capsys.readouterr().err

@@ -95,9 +95,9 @@ def until(condition, seconds: float = 10.0) -> None:
 
 
 @pytest.fixture
-def node_of(monkeypatch, nano, tmp_path):
+def node_of(monkeypatch, tiny, tmp_path):
     """`node_of(**parameters)`: the node with a policy of random weights; it is shut down at the end."""
-    checkpoint.save(*nano, tmp_path / "policy")
+    checkpoint.save(*tiny, tmp_path / "policy")
     usual = {"policy": str(tmp_path / "policy"), "device": "cpu", "instruction": "reach", "state_joints": JOINTS}
     usual |= {"command_type": "array", "command_topic": "/commands"} | TOPICS
     nodes = []
@@ -283,7 +283,7 @@ def test_a_policy_of_positions_begins_where_the_robot_is(monkeypatch, observatio
     actions = np.random.default_rng(0).uniform(-1, 1, (500, 3)).astype(np.float32)
     statistics = {"arm": {"action": compute_statistics(actions), "state": compute_statistics(actions)}}
     facts = DataFacts(ARM, statistics, {"arm": actions})
-    network, processor = build_policy(ModelConfig(backbone="nano-init", horizon=4, n_action_steps=4, bins=31), facts)
+    network, processor = build_policy(ModelConfig(backbone="tiny-init", horizon=4, n_action_steps=4, bins=31), facts)
     node, robot = robot_of(monkeypatch, ARM, cameras={"front": "/image"}, command_topic="/go")
     picture = image(observations(1)[0]["pixels"]["front"])
     # It waits for its first actions, which come 0.15 s later, where it is.
@@ -304,9 +304,9 @@ def test_a_policy_of_positions_begins_where_the_robot_is(monkeypatch, observatio
 # The node.
 
 
-def test_it_drives_by_name_at_the_policys_rate_and_ends_in_hold(active, nano):
+def test_it_drives_by_name_at_the_policys_rate_and_ends_in_hold(active, tiny):
     node, drivers = active
-    spec = Policy(*nano).robot
+    spec = Policy(*tiny).robot
     before = len(node.sent("/commands"))
     time.sleep(1.0)
     assert node.trigger_deactivate() is ros.TransitionCallbackReturn.SUCCESS and node.label == "inactive"

@@ -19,9 +19,9 @@ from vla.policy import checkpoint
 pytestmark = pytest.mark.realtime
 
 
-def save(nano, folder) -> None:
+def save(tiny, folder) -> None:
     """The random policy, for the robot of the environments."""
-    network, processor = nano
+    network, processor = tiny
     network.config.robot["state_names"] = list(STATE_NAMES)
     checkpoint.save(network, processor, folder)
 
@@ -59,8 +59,8 @@ def test_a_world_that_cannot_be_built_or_dies_says_so():
                 robot.observe()
 
 
-def test_deploy_plays_episodes_in_real_time(nano, tmp_path, capsys):
-    save(nano, tmp_path / "policy")
+def test_deploy_plays_episodes_in_real_time(tiny, tmp_path, capsys):
+    save(tiny, tmp_path / "policy")
     flags = ["--policy", tmp_path / "policy", "--env", "envs:vla/Reach-v0", "--episodes", 2, "--seconds", 1, "--no-ui"]
     assert cli.main(["deploy", *map(str, flags), "--out", str(tmp_path / "out")]) == 0
     info = json.loads((tmp_path / "out" / "deploy.json").read_text())
@@ -72,8 +72,8 @@ def test_deploy_plays_episodes_in_real_time(nano, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_in_hold(nano, tmp_path, start_vla, signum, status):
-    save(nano, tmp_path / "policy")
+def test_a_signal_ends_in_hold(tiny, tmp_path, start_vla, signum, status):
+    save(tiny, tmp_path / "policy")
     flags = ["--policy", tmp_path / "policy", "--env", "envs:vla/Reach-v0", "--seconds", 60, "--no-ui"]
     process = start_vla("deploy", *flags, "--out", tmp_path / "out")
     deadline = time.monotonic() + 120
@@ -106,8 +106,8 @@ def test_a_signal_that_a_script_has_ignored_stays_ignored_and_another_one_stops(
         signal.signal(signal.SIGTERM, before[1])
 
 
-def test_deploy_refuses_a_robot_of_opposite_polarity_before_anything_moves(nano, tmp_path, capsys):
-    save(nano, tmp_path / "policy")
+def test_deploy_refuses_a_robot_of_opposite_polarity_before_anything_moves(tiny, tmp_path, capsys):
+    save(tiny, tmp_path / "policy")
     (tmp_path / "values.yaml").write_text("adapter: {robot: {gripper_open: -1.0, gripper_closed: 1.0}}")
     flags = ["--policy", tmp_path / "policy", "--env", "envs:vla/Reach-v0", "--no-ui", "--out", tmp_path / "out"]
     assert cli.main(["deploy", "--config", str(tmp_path / "values.yaml"), *map(str, flags)]) == 2

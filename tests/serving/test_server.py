@@ -337,7 +337,7 @@ def test_keys(serving, observations):
 
 
 def test_many_clients_at_once_are_decoded_together(serving, observations):
-    """200 of them, both protocols; everybody gets the answer to the own question."""
+    """64 of them, both protocols; everybody gets the answer to the own question."""
     seen = observations(8)
     with serving() as served:
         wanted = [served.policy.predict_chunk(observation, "go") for observation in seen]
@@ -351,12 +351,12 @@ def test_many_clients_at_once_are_decoded_together(serving, observations):
                 client.recv()
                 return np.allclose(ask(client, libero(observation))["actions"], chunk, atol=1e-6)
 
-        with concurrent.futures.ThreadPoolExecutor(200) as pool:
-            assert all(pool.map(one, range(200)))
+        with concurrent.futures.ThreadPoolExecutor(64) as pool:
+            assert all(pool.map(one, range(64)))
         text = requests.get(served.http + "/metrics", timeout=20).text
     values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     answered = sum(float(values[f'vla_request_seconds_count{{protocol="{name}"}}']) for name in ("openvla", "openpi"))
-    assert answered == 200 and float(values["vla_batch_size_count"]) < 200
+    assert answered == 64 and float(values["vla_batch_size_count"]) < 64
     assert float(values["vla_connections"]) == 0 and float(values["vla_queue"]) == 0
 
 
@@ -402,9 +402,9 @@ def served_once(serving, observations):
         yield served, observations(1)[0]
 
 
-def test_the_verb_answers_what_is_asked_before_it_goes(nano, tmp_path, observations, start_vla):
+def test_the_verb_answers_what_is_asked_before_it_goes(tiny, tmp_path, observations, start_vla):
     """SIGTERM in the middle of requests: those in flight are answered, the port is free afterwards."""
-    checkpoint.save(*nano, tmp_path / "policy")
+    checkpoint.save(*tiny, tmp_path / "policy")
     process = start_vla("serve", "--policy", tmp_path / "policy", "--port", 0)
     while "\n" not in process.said()[0] and process.poll() is None:
         time.sleep(0.05)

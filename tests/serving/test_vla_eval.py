@@ -87,9 +87,9 @@ def payload(observation: dict, task: str = "go", **change) -> dict:
     return {"images": images, "states": _encode(observation["agent_pos"]), "task_description": task} | change
 
 
-def test_the_stock_clients_frames(serving, nano):
+def test_the_stock_clients_frames(serving, tiny):
     """PNG, JPEG and raw images; every action is that of `Policy.act`, and has the bytes of vla-eval's own server."""
-    policy = Policy(*nano, n_action_steps=1)
+    policy = Policy(*tiny, n_action_steps=1)
     policy.reset("go")
     replies = []
     with serving(policy=policy) as served, connect(served.ws + "/vla-eval") as socket:
