@@ -41,8 +41,8 @@ class FakeRobot:
 
 
 @pytest.fixture
-def policy(nano):
-    return Policy(*nano)
+def policy(tiny):
+    return Policy(*tiny)
 
 
 @pytest.fixture

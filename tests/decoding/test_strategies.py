@@ -458,9 +458,9 @@ def test_committed_actions_count_as_long_as_they_are_believed(nano, observations
 
 @given(seed=st.integers(0, 10_000), window=st.integers(1, 8))
 @settings(max_examples=40)
-def test_what_is_committed_in_one_row_is_no_matter_of_the_others(nano, observations, seed, window):
+def test_what_is_committed_in_one_row_is_no_matter_of_the_others(tiny, observations, seed, window):
     """One client's robot must not act otherwise because another's is decoded beside it."""
-    network, processor = nano
+    network, processor = tiny
     policy, rng = Policy(network, processor), np.random.default_rng(seed)
     policy._decoder.engine.window = window
     batch = processor.observe(observations(3), ["reach"] * 3)
