@@ -57,7 +57,8 @@ def test_the_other_sets_are_those_of_the_package():
 
 def test_every_option_reaches_the_rollouts_of_the_tasks():
     other = {"decoding": DecodingConfig(temperature=0.5), "adapter": AdapterConfig(max_steps=7)}
-    other |= {"hosts": HostsConfig(backend="ray"), "policy": "mine", "unnorm_key": "a", "device": "cpu", "dtype": "bfloat16"}
+    other |= {"hosts": HostsConfig(backend="ray"), "policy": "mine", "unnorm_key": "a"}
+    other |= {"device": "cpu", "dtype": "bfloat16"}
     other |= dict.fromkeys(("episodes", "seed", "n_envs", "n_action_steps", "videos"), 3)
     shared = {field.name for field in dataclasses.fields(RolloutConfig)} & {
         field.name for field in dataclasses.fields(BenchmarkConfig)
