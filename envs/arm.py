@@ -3,9 +3,9 @@
 Owns the kinematics, the actuators and the names of all parts of the robot. Does not know the table, the tasks or the
 conversion of Cartesian actions to joint targets (see `ik.py` and `world.py`).
 
-All body frames are parallel to the world frame if all joints are zero. The hand thus points straight down if its roll,
-pitch and yaw are zero. In that pose, the wrist axes (pitch, roll, yaw) intersect in one point and are
-orthogonal. The arm is therefore far from singularities in its whole workspace. Fingers open along the hand's y axis.
+If all joints are zero, all body frames are parallel to the world frame. If the hand's roll, pitch and yaw are zero, it
+points straight down. In this pose, the wrist axes (pitch, roll, yaw) are orthogonal and intersect in one point, so the
+arm is far from singularities in its whole workspace. Fingers open along the hand's y axis.
 """
 
 from __future__ import annotations

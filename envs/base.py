@@ -37,7 +37,7 @@ class TabletopEnv(gym.Env, abc.ABC):
     """A robot arm, a table, a few coloured objects, and an instruction that names the target.
 
     Args:
-        cameras: cameras to render, of ("front", "wrist"); an empty tuple omits "pixels" and is fast.
+        cameras: cameras to render, of ("front", "wrist"); an empty tuple omits "pixels" and skips rendering.
         image_size: height and width of the observed images in pixels.
         objects: number of target candidates, 2 to 4 (drawer tasks always have two drawers).
         pairs: split of the colour-shape pairs: "train", "heldout" or "all".
@@ -118,7 +118,7 @@ class TabletopEnv(gym.Env, abc.ABC):
 
     @abc.abstractmethod
     def named(self, scene: Scene, target: int) -> tuple[Thing, ...]:
-        """The things in the instruction for candidate `target`: the target, and the destination if the task has one."""
+        """What the instruction for candidate `target` refers to: the target, and the destination if there is one."""
 
     @property
     def target_candidates(self) -> int:
@@ -221,7 +221,7 @@ class TabletopEnv(gym.Env, abc.ABC):
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Restore a snapshot of this instance or of another one with the same arguments."""
+        """Restore a snapshot from an environment with the same arguments."""
         self._build(copy.deepcopy(state["scene"]))
         self.task_description = state["task_description"]
         self.world.set_state(state["world"])

@@ -1,4 +1,4 @@
-"""The scripted expert. It executes a task's plan, optionally with noise so that demonstrations contain recoveries.
+"""The scripted expert. It executes a task's plan, optionally with noise, so that demonstrations contain recoveries.
 
 Owns the noise. Does not know tasks or motions; the plan is an argument.
 """
@@ -13,7 +13,7 @@ import numpy as np
 class Expert:
     """Converts a task's plan to actions, with optional bursts of noise.
 
-    `label` is the clean action for the state at the last call of `act`. With `noise=0` it equals the action.
+    `label` is the action without noise for the state at the last call of `act`.
     """
 
     def __init__(self, plan: Callable[[], np.ndarray], noise: float = 0.0, seed: int | None = None) -> None:

@@ -2,9 +2,9 @@
 
 Owns templates, noun phrases, polite forms, and their split into train and held-out. Does not know scenes or positions.
 
-A phrase is `politeness(template(noun phrases))`. Held-out phrasings use their own templates, so they never occur in
-training. They contain only words from the training phrasings of the same task, so that a language model trained from
-scratch on the training phrasings knows every word.
+A phrase is `politeness(template(noun phrases))`. Held-out phrasings have their own templates and never occur in
+training. They use only words from the training phrasings of the same task, so a language model trained from scratch
+knows every word.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ PHRASINGS = ("train", "heldout", "canonical")
 
 
 class Thing(NamedTuple):
-    """A thing in an instruction. `kind` is "object", "zone", "button" or "drawer"; only objects have a shape."""
+    """Something an instruction refers to. `kind` is "object", "zone", "button" or "drawer"; only objects have a
+    shape."""
 
     kind: str
     color: str
@@ -146,7 +147,7 @@ def sample(task: str, things: tuple[Thing, ...], phrasing: str, rng: np.random.G
 
 
 def things_of(task: str) -> list[tuple[Thing, ...]]:
-    """All combinations of things of different colours that an instruction for `task` can contain."""
+    """All combinations of differently coloured things in instructions for `task`."""
     pools = [
         [Thing(kind, color, shape) for color in COLORS for shape in (SHAPES if kind == "object" else ("",))]
         for kind in GRAMMARS[task].kinds

@@ -1,4 +1,4 @@
-"""Meta-World's 50 tasks with the interface of this suite, e.g. `vla-metaworld/drawer-open-v3`.
+"""Meta-World's 50 tasks with the interface of the tabletop suite, e.g. `vla-metaworld/drawer-open-v3`.
 
 Owns the evaluation protocol on Meta-World: camera, state, seeding, episode end and expert. The `metaworld` package
 provides physics, rewards and scripted policies. It is imported when the first environment is created.
@@ -31,7 +31,7 @@ ACTION_NAMES = ("dx", "dy", "dz", "gripper")
 STEP_HZ = 80  # a Meta-World step has 5 substeps of 2.5 ms
 MAX_STEPS = 500  # Meta-World steps per episode
 VIDEO_SIZE = 384
-#: The version that the pinned Meta-World release requires. With any other version it fails, or its physics differ.
+#: The version that the pinned Meta-World release requires. Other versions fail or change the physics.
 MUJOCO = "3.3.0"
 _INSTALL = (
     "pip install '.[metaworld]' in the checkout of this package, in an environment of its own (Python 3.11 to 3.13)"
@@ -51,18 +51,18 @@ def register_all() -> None:
 class MetaWorldEnv(gym.Env):
     """A Meta-World task with an instruction.
 
-    Actions [4] in [-1, 1]: the commanded hand position moves by up to 1 cm per step and axis; the gripper closes with
-    force at +1 and opens at -1 (the opposite of the tabletop suite).
+    Actions [4] in [-1, 1]: the first three move the commanded hand position by up to 1 cm per step and axis; the last
+    closes the gripper at +1 and opens it at -1 (the opposite of the tabletop suite).
 
     Args:
         task: Meta-World's name of the task, e.g. "drawer-open-v3".
-        cameras: ("corner2",), or an empty tuple, which omits "pixels" and is fast.
+        cameras: ("corner2",), or an empty tuple, which omits "pixels" and skips rendering.
         image_size: height and width of the observed images in pixels.
         phrasing: split of the instructions: "train", "heldout" or "canonical".
         action_repeat: number of Meta-World steps per action; with 4, the control rate is 20 Hz and an episode has at
             most 125 actions.
-        start_steps: the hand moves in a random direction for up to this number of actions before an episode begins.
-            Demonstrations that all start at the same place let the hand's position give the goal away.
+        start_steps: before an episode begins, the hand moves in a random direction for up to this number of actions. If
+            all demonstrations start at the same place, the goal can be inferred from the hand's position.
         convention: "suite", or "lerobot" for the observations of LeRobot's environment with `obs_type`
             "pixels_agent_pos". With "lerobot", "pixels" is a single image, rendered by Meta-World with shadows, and
             the state is float64. This does not change `image_size` and `action_repeat`; LeRobot's policies are trained

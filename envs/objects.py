@@ -17,7 +17,7 @@ COLORS: dict[str, tuple[float, float, float]] = {
 }
 SHAPES: tuple[str, ...] = ("cube", "cylinder", "ball")
 
-#: Pairs that never occur in the train split. Their four colours allow scenes with four held-out objects.
+#: Pairs that never occur in the train split. They have four colours, enough for scenes with four held-out objects.
 HELDOUT_PAIRS: tuple[tuple[str, str], ...] = (
     ("red", "cylinder"),
     ("blue", "ball"),

@@ -1,4 +1,4 @@
-"""Rendering of MuJoCo models, as small and fast images for observations or larger and better images for videos.
+"""Rendering of MuJoCo models: small images for observations, and larger ones for videos.
 
 Owns the renderers and the settings that make software GL fast. Does not know the scene.
 """
@@ -43,7 +43,7 @@ class Camera:
                 "On Debian or Ubuntu: apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri, and set MUJOCO_GL=egl; "
                 "or apt-get install libosmesa6 and set MUJOCO_GL=osmesa."
             ) from error
-        #: Frees the GL context, no later than at interpreter exit, and before GL shuts down: exit functions run in
+        #: Frees the GL context, at the latest at interpreter exit, before GL shuts down: exit functions run in
         #: reverse order of registration, and mujoco registered its own earlier, when the renderer was created.
         self.close = weakref.finalize(self, self._renderer.close)
         atexit.register(self.close)

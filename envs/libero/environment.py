@@ -28,8 +28,8 @@ ACTION_NAMES = ("dx", "dy", "dz", "drx", "dry", "drz", "gripper")
 GRIPPERS = {"libero": (-1.0, 1.0), "openvla": (1.0, 0.0)}
 CONTROL_HZ = 20.0
 VIDEO_SIZE = 384
-#: Metres; edge length of the details that "fast" omits, times the image size in pixels. A pixel of the camera
-#: "agentview" covers more than twice as much of the table.
+#: Metres. "fast" omits details smaller than this length divided by the image size in pixels. A pixel of the camera
+#: "agentview" covers more than twice that length on the table.
 _DETAIL = 0.4
 _COLLISION_GEOMS = (0,)  # geom groups that robosuite does not draw
 
@@ -37,18 +37,18 @@ _COLLISION_GEOMS = (0,)  # geom groups that robosuite does not draw
 class LiberoEnv(gym.Env):
     """A LIBERO task with its instruction.
 
-    Actions [7] in [-1, 1]: change of the hand's position (1: 5 cm) and orientation (1: 0.5 rad, axis-angle in the world
-    frame), from where the hand is; the gripper opens below 0 and closes otherwise. With `gripper="openvla"`, it opens
-    above 0.5 and closes otherwise.
+    Actions [7] in [-1, 1]: change of the hand's current position (1: 5 cm) and orientation (1: 0.5 rad, axis-angle in
+    the world frame); the gripper opens below 0 and closes otherwise. With `gripper="openvla"`, it opens above 0.5 and
+    closes otherwise.
 
     Images are robosuite's buffer rotated by 180 degrees, as in the datasets and policies of OpenVLA, openpi and
-    LeRobot. Compared to what the camera sees, they are mirrored left to right.
+    LeRobot. They are therefore mirrored left to right.
 
     Args:
         suite: LIBERO's suite without "libero_", e.g. "object", "10", or "spatial_swap" of LIBERO-PRO.
         task: number of the task in its suite.
         cameras: cameras to render, of ("agentview", "wrist"); an empty tuple omits "pixels" and needs no GL.
-        image_size: height and width of the observed images in pixels; policies are evaluated with 256.
+        image_size: height and width of the observed images in pixels; published evaluations use 256.
         states: "official": the benchmark's initial states, which published results refer to. "sampled": random
             positions of the objects in the task's regions, for training data that does not contain the test states.
         render: "fast": without shadows, reflections, multisampling and details smaller than a pixel. "default": as in
@@ -170,8 +170,8 @@ class LiberoEnv(gym.Env):
         }
 
     def make_expert(self, noise: float = 0.0, seed: int | None = None) -> Expert:
-        """The scripted expert of this task; see `envs.expert.Expert`. ValueError if the task has none, or with
-        OpenVLA's gripper."""
+        """The scripted expert of this task; see `envs.expert.Expert`. ValueError if the task has none, or if `gripper`
+        is "openvla"."""
         if self._open > self._closed:
             raise ValueError('experts open the gripper with -1 and close it with 1: pass gripper="libero".')
         return Expert(Plan(self.simulator), noise, seed)

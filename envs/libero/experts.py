@@ -1,7 +1,7 @@
 """Scripted experts for LIBERO's tasks.
 
-Owns where to grasp each object, and which motion brings each predicate of a goal about. The motions are in `moves` and
-`furniture`. An expert solves the first predicate that does not hold, so it can start in any state.
+Owns the grasp of each object and the choice of a motion for each predicate of a goal. The motions are in `moves` and
+`furniture`. An expert works on the first predicate that does not hold, so it can start in any state.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from envs.libero.moves import CLOSED, GENTLE, Grasp, go, pick, place, pointing, 
 from envs.libero.simulator import Simulator
 from envs.libero.world import World
 
-#: Metres. A drawer into which an object is put must be open that far, and is pulled open that far: not more, because
-#: objects in front of it would be hard to reach.
+#: Metres: the minimum opening of a drawer to put an object in, and the opening to which the expert pulls it. If it were
+#: open further, objects in front of it would be hard to reach.
 _OPEN, _WIDE = 0.075, 0.10
 _RIM_YAWS = (0.0, np.pi / 2, -np.pi / 2, np.pi / 4, -np.pi / 4)
 #: Height in metres above the origin of a supporting object at which a placed object stands.
@@ -112,7 +112,7 @@ class Plan:
         return at[:2], at[2], 0.012
 
     def _grasp(self, name: str, way: np.ndarray) -> Grasp:
-        """How to grasp an object that is to be moved by `way` [3]."""
+        """The grasp of an object that will be moved by `way` [3]."""
         low, high = self.world.box(name)
         centre = self.world.centre(name)
         rim = _RIMS.get(_category(name))
@@ -124,7 +124,7 @@ class Plan:
         return self.simulator.solved(["in", name, region])
 
     def _rim_grasp(self, name: str, rim: Rim, top: float, way: np.ndarray) -> Grasp:
-        """The point of the rim at which the open hand meets the fewest other things, there and at the end of `way`."""
+        """The grasp of the rim with the fewest collisions of the open hand, before and after a motion by `way`."""
         points = self.world.points(name)
         edge = points[points[:, 2] > top - 0.006, :2]
         centre = (edge.min(0) + edge.max(0)) / 2
@@ -147,7 +147,7 @@ class Plan:
 
 
 def _collisions(grasp: Grasp, points: np.ndarray) -> int:
-    """How many of `points` [n, 3] are inside the open hand at a grasp."""
+    """Number of `points` [n, 3] inside the open hand at a grasp."""
     x, y, z = (points - grasp.point).T
     along = np.abs(y * np.cos(grasp.yaw) - x * np.sin(grasp.yaw))  # the axis along which the fingers open
     across = np.abs(x * np.cos(grasp.yaw) + y * np.sin(grasp.yaw))

@@ -1,6 +1,6 @@
 """Motion primitives of the LIBERO experts for furniture: pull a drawer open, turn a knob, drag a plate.
 
-Owns the geometry of handles and knobs. Like those in `moves`, all primitives depend only on the current state.
+Owns the geometry of handles and knobs. As in `moves`, all primitives depend only on the current state.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import numpy as np
 from envs.libero.moves import CLOSED, OPEN, Grasp, go, pick, pointing
 from envs.libero.world import World
 
-_TILT = 1.31  # radians; 0 is straight down. Tilted, the fingers close on a handle from above and below
+_TILT = 1.31  # radians; 0 is straight down. A tilted hand closes its fingers on a handle from above and below
 _FINGERTIP = 0.012  # metres from the point between the fingers to their tips
 
 
@@ -61,7 +61,8 @@ class Drawer:
 
     @property
     def front(self) -> float:
-        """Yaw of a hand whose fingers open parallel to the drawer's front. Across it, the palm hits the cabinet."""
+        """Yaw of a hand whose fingers open parallel to the drawer's front, so that the palm does not hit the
+        cabinet."""
         x, y, _ = self.way
         return float(np.arctan2(x, -y)) - np.pi / 2
 
@@ -105,8 +106,8 @@ def turn(world: World, name: str, joint: str) -> np.ndarray:
 
 
 def drag(world: World, name: str, xy: np.ndarray) -> np.ndarray:
-    """Action [7] that drags a plate to `xy` [2] with closed fingers, from inside its rim. Unlike a plate that is pushed
-    from behind, a dragged one stays on course."""
+    """Action [7] that drags a plate to `xy` [2] with closed fingers inside its rim. A plate pushed from behind would
+    not stay on course."""
     at, hand = world.origin(name), world.hand
     way = xy - at[:2]
     low = at[2] + 0.004 + _FINGERTIP  # fingertips 4 mm above the plate's origin; commands press from there

@@ -1,7 +1,7 @@
 """Simplified meshes for small images.
 
-Owns the simplification: LIBERO's scenes have 300,000 faces, 30 times as many as a small image has pixels, and software
-GL spends its time on vertices.
+Owns the simplification. LIBERO's scenes have 300,000 faces, 30 times the number of pixels of a small image, and they
+dominate the rendering time of software GL.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import numpy as np
 
 @contextlib.contextmanager
 def simplified(model: mujoco.MjModel, cell: float) -> Iterator[None]:
-    """Simplify the meshes of `model` in this context, in which a renderer uploads them; physics does not use faces.
+    """Simplify the meshes of `model` within this context. Create the renderer inside it; physics does not use faces.
 
-    Vertex clustering (Rossignac and Borrel, 1993): all vertices in a cube of side `cell` in metres become one, and the
-    faces without area disappear. Faces keep their normals and texture coordinates.
+    Vertex clustering (Rossignac and Borrel, 1993): the vertices in a cube of side `cell` (metres) are merged, and faces
+    without area are removed. Faces keep their normals and texture coordinates.
     """
     names = ("mesh_facenum", "mesh_face", "mesh_facenormal", "mesh_facetexcoord")
     before = {name: getattr(model, name).copy() for name in names}

@@ -16,11 +16,11 @@ OPEN, CLOSED = -1.0, 1.0
 _METRES, _RADIANS = 0.05, 0.5  # of the controller's goal at an action of 1
 _GAIN, _TURN_GAIN = 2.5, 1.5
 _TURN = 0.5  # maximum rotation action
-#: Radians. Below, the action's rotation is 0, with which the controller holds the last goal. Corrections of this size
-#: would be noise to a policy.
+#: Radians. For smaller errors, the action's rotation is 0, and the controller holds its last goal. Small corrections
+#: would be noise in the training data.
 _ALIGNED = 0.035
-#: Maximum rotation action with an object in the hand. With more, rotation takes so much torque that the hand stops
-#: short of its goal.
+#: Maximum rotation action with an object in the hand. Faster rotations take so much torque that the hand stops short of
+#: its goal.
 GENTLE = 0.12
 _DOWN = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]])  # the hand's orientation at rest
 
@@ -58,7 +58,7 @@ def go(
 
 
 def pick(world: World, name: str, grasp: Grasp) -> np.ndarray:
-    """Action [7] towards gripping the object `name`. The hand descends where and when it is aligned with the grasp."""
+    """Action [7] towards gripping the object `name`. The hand descends once it is aligned with the grasp."""
     hand, point = world.hand, grasp.point
     aside, above = np.linalg.norm(point[:2] - hand[:2]), hand[2] - point[2]
     yaw = grasp.yaw + np.pi * np.round((world.yaw - grasp.yaw) / np.pi)  # half a turn exchanges the fingers
@@ -72,7 +72,7 @@ def pick(world: World, name: str, grasp: Grasp) -> np.ndarray:
         return go(world, point, OPEN, rotation)
     safe = max(grasp.top + 0.02, point[2] + 0.03)
     height = safe + float(np.clip(aside - 0.02, 0, 0.05))
-    for around in (hand, point):  # until then, fingers and palm stay above everything
+    for around in (hand, point):  # before the descent, fingers and palm stay above everything
         height = max(height, world.clutter([name], around, _FINGERS)[:, 2].max(initial=0.0) + 0.022)
         height = max(height, world.clutter([name], around, _PALM)[:, 2].max(initial=0.0) - 0.028)
     if hand[2] < safe - 0.02 and aside > 0.03:  # rise before moving sideways

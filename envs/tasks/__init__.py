@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import gymnasium as gym
 
-#: Class name -> (module, max_episode_steps). The limit is about 3.5 times the expert's mean episode length, which is
-#: enough for nearly all recoveries of the noisy expert.
+#: Class name -> (module, max_episode_steps). The limit is about 3.5 times the mean episode length of the expert, so
+#: that the noisy expert nearly always has time to recover.
 _TASKS: dict[str, tuple[str, int]] = {
     "Reach": ("reach", 40),
     "Push": ("push", 90),

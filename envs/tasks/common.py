@@ -58,5 +58,5 @@ class ObjectTask(TabletopEnv):
 
 
 def object_thing(scene: Scene, i: int) -> Thing:
-    """Object `i` of a scene, in the form that the instruction grammar uses."""
+    """Object `i` of a scene, as the instruction grammar refers to it."""
     return Thing("object", scene["objects"][i]["color"], scene["objects"][i]["shape"])

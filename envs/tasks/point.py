@@ -1,11 +1,10 @@
-"""Point: output the position of the target. These are questions about the image, for language grounding.
+"""Point: output the position of the target. These are questions about an image, for language grounding.
 
 Owns the encoding of the answer. The action's translation is the target's position relative to the centre of the
 workspace; an action of 1 is 0.2 m. Nothing moves.
 
 In demonstrations of a task, the instruction matters only at the beginning, before the hand's motion reveals the
-target. In these questions, every frame depends on it. The answer does not depend on the hand, so image and instruction
-determine it.
+target. Here, every frame requires the instruction, and the answer does not depend on the hand.
 """
 
 from __future__ import annotations
