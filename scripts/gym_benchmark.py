@@ -1,7 +1,7 @@
 """A Gymnasium environment as a benchmark of vla-eval: `benchmark: "gym_benchmark:GymBenchmark"`.
 
-Runs in vla-eval's environment with this folder on its path, and imports nothing of `vla`. Episode k has the seed
-`seed` + k. With `record`, its observations and actions are written to <record>/<k>.npz.
+Runs in the Python environment of vla-eval with this folder on its path, and does not import `vla`. Episode k has the
+seed `seed` + k. With `record`, the observations and actions of episode k are written to <record>/<k>.npz.
 """
 
 from pathlib import Path
@@ -13,7 +13,7 @@ from vla_eval.benchmarks.base import StepBenchmark, StepResult
 
 
 class GymBenchmark(StepBenchmark):
-    """One task: the environment `env`, such as "envs:vla/PickUp-v0"."""
+    """A benchmark with one task, the environment `env`, e.g. "envs:vla/PickUp-v0"."""
 
     def __init__(self, env: str, seed: int = 0, record: str | None = None) -> None:
         super().__init__()

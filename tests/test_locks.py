@@ -70,10 +70,10 @@ def test_an_index_that_lacks_a_locked_version_is_one_message_and_an_interrupted_
 
     left = tmp_path / ".venv" / "lib" / "left-by-an-interrupted-pip"
     left.touch()
-    assert "making it anew" not in checkout().stdout  # pip failed by itself: what is there is whole
+    assert "will be recreated" not in checkout().stdout  # pip was not interrupted, so the environment is kept
     assert left.exists()
     (tmp_path / ".venv" / ".vla-installing").touch()  # as a kill leaves it
-    assert "making it anew" in checkout().stdout
+    assert "will be recreated" in checkout().stdout
     assert not left.exists()
 
 

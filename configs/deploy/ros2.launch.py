@@ -1,8 +1,8 @@
 """The ROS 2 node with its parameters: ros2 launch configs/deploy/ros2.launch.py [activate:=true]
 
-The Python of `ros2 launch` has to have vla, too; run it where paths in the parameter file begin. The node is
-configured at once. The robot moves only after `ros2 lifecycle set /vla activate`, unless `activate:=true`.
-Written for launch_ros of Humble and newer; not tried on ROS, see vla/control/robots/ros2.py.
+vla must be installed for the Python that runs `ros2 launch`. Relative paths in the parameter file refer to the working
+directory. The node is configured at once. The robot moves only after `ros2 lifecycle set /vla activate`, unless
+`activate:=true`. Written for launch_ros of Humble and newer; not tested with ROS.
 """
 
 import sys
@@ -20,7 +20,7 @@ from lifecycle_msgs.msg import Transition
 
 
 def generate_launch_description() -> launch.LaunchDescription:
-    """Start, configure and, where that is asked for, activate the node."""
+    """Start and configure the node, and activate it if `activate` is true."""
     node = LifecycleNode(
         executable=sys.executable,  # the Python that has both rclpy and vla
         arguments=["-m", "vla.control.robots.ros2"],
