@@ -1,4 +1,4 @@
-"""A robot of pictures for a real controller, and the judgement of its commands, in a test's process."""
+"""A simulated robot for tests of the controller, and the check of its commands."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ HZ = 20.0
 
 
 class Bench:
-    """A robot whose pictures are noise, new at every period; `broken(observation, tick)` may change or drop them. Its
-    ticks begin with the first observation: a controller that takes long to start must not miss the first ones."""
+    """A robot with random images, which change at every period. `broken(observation, tick)` may change or drop them.
+    Ticks count from the first observation, so that a controller that starts slowly does not miss the first ones."""
 
     def __init__(self, spec, make) -> None:
         self.spec, self._observations = spec, make(8)
@@ -44,7 +44,7 @@ class Bench:
 
 
 def at(controller: Controller, tick: int, do) -> None:
-    """Call `do` once, at that tick or the first after it that is not slept through."""
+    """Call `do` once, at the control step `tick` or, if that was skipped, at the next one."""
     waiting = [do]
 
     def listen(moment) -> None:
@@ -66,7 +66,7 @@ def safe_and_on_time(record_property):
         hold = bench.spec.hold_action(None)
         assert np.isfinite(actions).all()
         assert ((actions >= np.minimum(low, hold)) & (actions <= np.maximum(high, hold))).all()
-        # A busy machine may be late now and then; what breaks must not make it so.
+        # A busy machine may be late occasionally; the fault must not cause delays.
         assert record["commands"] >= 0.9 * seconds * HZ and record["missed"] <= 0.1 * seconds * HZ
 
     return judge

@@ -1,6 +1,6 @@
-"""Shared by all tests: no network, no GPU, deterministic, and small real networks rather than mocks.
+"""Fixtures shared by all tests: no network, no GPU, deterministic, small real networks instead of mocks.
 
-torch is imported where it is used: the process that only distributes tests to others does without.
+torch is imported inside the fixtures, because the process that distributes the tests does not need it.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from vla.transforms.normalize import compute_statistics
 if TYPE_CHECKING:
     from vla.model.build import DataFacts
 
-# A job that a script starts in the background ignores Ctrl-C, and so would the programs that tests stop with it.
+# Background jobs of a shell ignore SIGINT, and so would the processes that the tests start and stop with it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# How fast examples are made and tried says something about the machine only.
+# The time per example depends only on the machine.
 slow = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 settings.register_profile("any machine", deadline=None, suppress_health_check=slow)
 settings.load_profile("any machine")
@@ -39,8 +39,8 @@ pytest_plugins = ["tests.bench", "tests.forked", "tests.served", "tests.virtual_
 
 
 def pytest_collection_finish() -> None:
-    """Prepare the process that runs the tests. Garbage collection passes over what is imported now: a training run
-    collects three times, which would take a second."""
+    """Prepare the process that runs the tests. Imported modules are excluded from garbage collection: three collections
+    per training run would take a second."""
     import torch
 
     import tests.tiny  # noqa: F401  (adds "tiny-init")
@@ -52,7 +52,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session")
 def robot() -> RobotSpec:
-    """Two cameras, seven state entries, seven action entries of which the rotations never move."""
+    """Two cameras, seven state entries, seven action entries; the three rotations are constant in the data."""
     return RobotSpec(
         cameras=("front", "wrist"),
         state_names=tuple(f"s{i}" for i in range(7)),
@@ -84,8 +84,8 @@ def _nano(facts: DataFacts):
 
 @pytest.fixture
 def nano(_nano):
-    """The embedded architecture with random weights, and its processor; a copy for each test, because copying takes a
-    fraction of the time that initialising takes."""
+    """The embedded architecture with random weights, and its processor. Each test gets a copy, because copying is much
+    faster than initialising."""
     return _copy(_nano)
 
 
@@ -96,7 +96,7 @@ def _tiny(facts: DataFacts):
 
 @pytest.fixture
 def tiny(_tiny):
-    """A network of a twentieth of the size, and its processor, for tests of what is around a network."""
+    """A network with a twentieth of the parameters, and its processor, for tests that do not depend on the size."""
     return _copy(_tiny)
 
 
@@ -113,7 +113,7 @@ def _untrained(backbone: str, facts: DataFacts):
 def _copy(policy):
     import torch
 
-    torch.manual_seed(0)  # for what a test draws
+    torch.manual_seed(0)  # for random numbers in the test
     return copy.deepcopy(policy)
 
 

@@ -1,5 +1,7 @@
-"""`vla <verb>` in a process of its own, forked from one that has imported torch and all jobs: it starts at once, where
-a fresh interpreter needs seconds. Signals, exit status, output and workers are those of a process that a person starts.
+"""Run `vla <verb>` in a separate process, forked from one that has imported torch and all jobs.
+
+A forked process starts at once; a new interpreter would take seconds. Signals, exit status, output and workers behave
+as in a normal process.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ JOBS = ("train", "rollout", "collect", "dagger", "benchmark", "quickstart", "rep
 
 
 class Process:
-    """A running `vla`, with what is used of `subprocess.Popen`. It leads a process group of its own."""
+    """A running `vla`, with a part of the interface of `subprocess.Popen`. It leads its own process group."""
 
     def __init__(self, server: Path, arguments: list[str], env: Mapping[str, str], cwd: Path) -> None:
         self._server = socket.socket(socket.AF_UNIX)
@@ -42,7 +44,7 @@ class Process:
             "cwd": str(cwd),
         }
         self._server.sendall(json.dumps(order).encode() + b"\n")
-        self._replies = self._server.makefile("rb", buffering=0)  # what it read ahead, `poll` would not see
+        self._replies = self._server.makefile("rb", buffering=0)  # `poll` cannot see buffered data
         self.pid = int(self._replies.readline())
         self.returncode: int | None = None
 
@@ -73,7 +75,7 @@ class Process:
         self.send_signal(signal.SIGKILL)
 
     def said(self) -> tuple[str, str]:
-        """What it has written to standard output and standard error until now."""
+        """Standard output and standard error so far."""
         out, err = (file.read_text() for file in self._files)
         return out, err
 
@@ -82,14 +84,17 @@ class Process:
 def start_vla(tmp_path_factory) -> Iterator[Any]:
     """`start_vla("train", "--data", path, ..., env={...})`: a `Process`. `start_vla("-c", code, ...)` runs Python."""
     address = tmp_path_factory.mktemp("forked") / "server"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # two processes with two threads each wait for each other
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+    }  # avoids oversubscription
     command = [sys.executable, "-m", "tests.forked", address]
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.PIPE) as server:
         started: list[Process] = []
 
         def start(*arguments: str | Path | int, env: Mapping[str, str] | None = None, cwd: Path = ROOT) -> Process:
             while not address.exists():
-                assert server.poll() is None, "the process that others are forked from is gone"
+                assert server.poll() is None, "the fork server has exited"
                 time.sleep(0.01)
             started.append(Process(address, list(map(str, arguments)), env or {}, cwd))
             return started[-1]
@@ -114,11 +119,11 @@ def run_vla(start_vla) -> Any:
 
 
 def main() -> None:
-    """Fork for each connection until standard input ends."""
+    """Fork for each connection, until standard input is closed."""
     for name in (*(f"vla.jobs.{name}" for name in JOBS), "matplotlib.figure", "tests.tiny", "tests.openvla_folder"):
         importlib.import_module(name)
     gc.freeze()  # imported modules are not garbage: training collects three times
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that wait for the jobs
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the children are not waited for
     address = Path(sys.argv[1])
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"{address}.new")
@@ -134,21 +139,21 @@ def main() -> None:
 
 
 def _attend(connection: socket.socket) -> None:
-    """Run one job and tell its process id and its status."""
+    """Run one job, and send its process id and exit status."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     order = json.loads(connection.makefile().readline())
     job = os.fork()
     if job == 0:
         connection.close()
         _become(**order)
-    with contextlib.suppress(BrokenPipeError):  # the test is over
+    with contextlib.suppress(BrokenPipeError):  # the test has ended
         connection.sendall(f"{job}\n".encode())
         status = os.waitstatus_to_exitcode(os.waitpid(job, 0)[1])
         connection.sendall(f"{status}\n".encode())
 
 
 def _become(arguments: list[str], env: dict[str, str], files: list[str], cwd: str) -> None:
-    """Be `vla <arguments>`, or `python -c <code> <arguments>`."""
+    """Turn this process into `vla <arguments>`, or `python -c <code> <arguments>`."""
     from vla import cli
 
     os.setsid()

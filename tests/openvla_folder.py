@@ -1,6 +1,7 @@
-"""A tiny random checkpoint in the exact layout that OpenVLA publishes, written without this package's loader.
+"""A tiny random checkpoint in exactly OpenVLA's layout, written without this package's loader.
 
-Two blocks per tower and two decoder layers. The embedding has the real 32064 rows, so that ids are the real ones.
+It has two blocks per tower and two decoder layers. The embedding has OpenVLA's 32064 rows, so that token ids are the
+same.
 """
 
 import json
@@ -22,12 +23,12 @@ TIMM[SIGLIP] = TIMM["vit_so400m_patch14_siglip_224"] | {
     "intermediate_size": SIGLIP_HIDDEN,
     "num_hidden_layers": 2,
 }
-# Of the text tokenizer; the byte of a line feed and "▁" have the ids of Llama 2, which the sequence depends on.
+# Vocabulary of the text tokenizer. The byte of a line feed and "▁" have the same ids as in Llama 2.
 PIECES = {"▁": 29871, "Out": 3744, ":": 29901}
 
 
 def statistics(low: float, high: float) -> dict[str, Any]:
-    """Of a dataset, in OpenVLA's form: without a median, the gripper not masked."""
+    """Statistics of a dataset in OpenVLA's form: without a median; the gripper is not normalised."""
     six = {"q01": [low] * 6 + [0.0], "q99": [high] * 6 + [1.0], "min": [2 * low] * 6 + [0.0]}
     six |= {"max": [2 * high] * 6 + [1.0], "mean": [0.0] * 6 + [0.5], "std": [0.1] * 6 + [0.4]}
     return {
@@ -42,7 +43,7 @@ NORM_STATS = {"bridge_orig": statistics(-0.03, 0.05), "fractal": statistics(-1.0
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
-    """Every key of the published layout."""
+    """Shapes of all tensors of OpenVLA's layout, by key."""
     found: dict[str, tuple[int, ...]] = {}
 
     def linear(name: str, out: int, into: int) -> None:
@@ -93,7 +94,7 @@ def shapes() -> dict[str, tuple[int, ...]]:
 
 
 def weights(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """Random weights large enough that every one of them changes the logits."""
+    """Random weights, large enough that each of them changes the logits."""
     generator = torch.Generator().manual_seed(seed)
     found = {}
     for key, shape in shapes().items():
@@ -101,13 +102,14 @@ def weights(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torc
         scale = 1.0 if len(shape) == 1 else (shape[-1] if len(shape) == 2 else 20) ** -0.5
         centre = 1.0 if len(shape) == 1 and key.endswith("weight") else 0.0
         found[key] = (centre + (0.2 if len(shape) == 1 else scale) * values).to(dtype)
-    found["language_model.model.embed_tokens.weight"] *= 8  # so that the last token decides the next one
-    found["projector.fc3.bias"][0] = -0.0  # must survive
+    found["language_model.model.embed_tokens.weight"] *= 8  # so that each token depends on the previous one
+    found["projector.fc3.bias"][0] = -0.0  # the sign must be preserved
     return found
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """32000 tokens and a padding token; spelled like Llama 2's, with single characters as pieces."""
+    """A tokenizer with 32000 tokens and a padding token that splits text into single characters, written as in Llama
+    2."""
     byte = {f"<0x{i:02X}>": 3 + i for i in range(256)}
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | byte | PIECES
     letters = [letter for letter in map(chr, range(33, 127)) if letter not in vocabulary]
@@ -170,8 +172,8 @@ def save(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def save_adapter(folder: Path, base: Path, seed: int = 9, **changes: Any) -> dict[str, torch.Tensor]:
-    """Write a LoRA adapter for all linear layers, as OpenVLA's fine-tuning script does. Returns the merged weights of
-    `weights()`."""
+    """Write a LoRA adapter for all linear layers, as OpenVLA's fine-tuning script does. Returns `weights()` with the
+    adapter merged."""
     generator = torch.Generator().manual_seed(seed)
     adapter, merged = {}, weights()
     for key, shape in shapes().items():

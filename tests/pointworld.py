@@ -1,6 +1,6 @@
-"""A world of one moving point, drawn with numpy: fast, exact, and able to misbehave on demand.
+"""An environment with one moving point, drawn with numpy, that can fail on demand.
 
-The point is drawn at its position, so that an image tells which state it belongs to.
+The image shows the point at its position, so the state can be read from the image.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ HEIGHT, WIDTH = 48, 64
 
 
 def draw(state: np.ndarray) -> np.ndarray:
-    """uint8 [48, 64, 3]: grey, with a light block whose column tells state[0] in [0, 1]."""
+    """uint8 [48, 64, 3]: grey, with a bright block whose column encodes state[0] in [0, 1]."""
     image = np.full((HEIGHT, WIDTH, 3), 60, np.uint8)
     left = round(float(state[0]) * (WIDTH - 8))
     image[16:32, left : left + 8] = 220
@@ -25,20 +25,20 @@ def draw(state: np.ndarray) -> np.ndarray:
 
 
 def read(image: np.ndarray) -> float:
-    """state[0] as the image shows it."""
+    """state[0], read from an image."""
     columns = image[24, :, 1].astype(float) > 140
     return float(np.flatnonzero(columns)[0]) / (WIDTH - 8)
 
 
 class PointWorld(gym.Env):
-    """Bring the point to the goal.
+    """Move the point to the goal.
 
     Args:
-        raise_on, die_on: seeds whose episodes end in an exception, or in the death of the process, at the third step.
-        unsolvable: seeds whose goal moves away.
+        raise_on, die_on: seeds whose episodes raise an exception, or kill the process, at the third step.
+        unsolvable: seeds in which the goal moves away.
         delay: seconds per step.
-        offset: what the environment adds to every start (an environment that has changed since).
-        gain: what the environment makes of an action.
+        offset: added to each start position, to simulate a changed environment.
+        gain: factor on all actions.
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_fps": 10, "render_modes": ["rgb_array"]}
@@ -103,7 +103,7 @@ class PointWorld(gym.Env):
         return {"instruction": f"go to the {self.colour} goal", "is_success": near}
 
     def _observe(self) -> dict[str, Any]:
-        # Into the same array every time, as renderers do: who keeps it without copying sees the future.
+        # The same array every time, as some renderers do: observations that are kept without copying change later.
         self._canvas[:] = draw(self.state)
         return {"pixels": {"front": self._canvas}, "agent_pos": self.state.astype(np.float32)}
 

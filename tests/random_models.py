@@ -1,4 +1,4 @@
-"""Small random checkpoints on disk that stand for models of the hub."""
+"""Small random checkpoints on disk that replace models from the hub."""
 
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def save_llama(folder: Path, **changes) -> LlamaForCausalLM:
 
 
 def save_siglip(folder: Path):
-    """A whole SigLIP (text and vision); returns its vision tower."""
+    """A complete SigLIP (text and vision). Returns its vision tower."""
     torch.manual_seed(2)
     text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     text["vocab_size"] = 99

@@ -1,6 +1,6 @@
-"""A bad network on one machine: a TCP relay that delays, loses and breaks.
+"""A simulated bad network: a TCP proxy with delay, loss and disconnections.
 
-A lost segment is what a client sees of it: everything behind it waits for the retransmission (200 ms on Linux).
+Loss is simulated as clients see it: all later data wait for the retransmission (200 ms on Linux).
 """
 
 import contextlib
@@ -14,7 +14,7 @@ RETRANSMISSION_S = 0.2
 
 
 class Road:
-    """Relays to `port` on this machine. Connect to `self.port`; `cut` breaks every connection there is."""
+    """Forwards connections from `self.port` to `port` on this machine; `cut` breaks all open connections."""
 
     def __init__(self, port: int, delay_s: float = 0.0, loss: float = 0.0, seed: int = 0) -> None:
         self._target, self._delay, self._loss, self._random = port, delay_s, loss, random.Random(seed)
@@ -53,7 +53,7 @@ class Road:
                 self._lane(far, near)
 
     def _lane(self, source: socket.socket, sink: socket.socket) -> None:
-        """One direction: a thread that takes, one that gives what is due."""
+        """Forward one direction with two threads, one for receiving and one for sending at the due time."""
         waiting: queue.SimpleQueue = queue.SimpleQueue()
 
         def take() -> None:
@@ -61,7 +61,7 @@ class Road:
             with contextlib.suppress(OSError):
                 while part := source.recv(2**16):
                     lost = RETRANSMISSION_S if self._random.random() < self._loss else 0.0
-                    due = max(due, time.monotonic() + self._delay + lost)  # in order, as TCP is
+                    due = max(due, time.monotonic() + self._delay + lost)  # TCP preserves the order
                     waiting.put((due, part))
             waiting.put((0.0, b""))
 

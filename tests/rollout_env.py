@@ -1,6 +1,7 @@
-"""A world of one line for the tests of `vla rollout`: slide a dot to the bright column. Registers "toy/Slide-v0".
+"""A one-dimensional environment for the tests of `vla rollout`: move a dot to the bright column. Registers
+"toy/Slide-v0".
 
-Kept apart from the tests because environment processes import it. Given seeds fail in given ways.
+It is a separate module because environment processes import it. The arguments choose the seeds that fail, and how.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ ROBOT = {
 
 
 class Slide(gym.Env):
-    """Success: within 0.05 of the column. Ends there when `stop` is set, else only by the time limit."""
+    """Success: within 0.05 of the column. Success ends the episode if `stop` is set; otherwise only the time limit
+    does."""
 
     metadata = {"render_modes": []}  # noqa: RUF012  (Gymnasium's own convention)
 
@@ -40,7 +42,10 @@ class Slide(gym.Env):
         **_,
     ):
         self.raise_on, self.kill_on, self.hang_on, self.stop, self.words = raise_on, kill_on, hang_on, stop, words
-        self.kill_once, self.delay = kill_once, delay  # a file that marks the kill, None: every time; seconds per step
+        self.kill_once, self.delay = (
+            kill_once,
+            delay,
+        )  # `kill_once`: a file that marks the kill; None: kill every time. `delay`: seconds per step
         self.observation_space = gym.spaces.Dict(
             pixels=gym.spaces.Dict(front=gym.spaces.Box(0, 255, (SIZE, SIZE, 3), np.uint8)),
             agent_pos=gym.spaces.Box(-2, 2, (1,), np.float32),
@@ -56,7 +61,7 @@ class Slide(gym.Env):
 
     def step(self, action):
         if self.seed == self.raise_on:
-            raise ZeroDivisionError("the motor came off")
+            raise ZeroDivisionError("the motor failed")
         if self.seed == self.kill_on and not (self.kill_once and Path(self.kill_once).exists()):
             if self.kill_once:
                 Path(self.kill_once).touch()
@@ -84,7 +89,7 @@ class Slide(gym.Env):
 
 
 def place(column: int) -> float:
-    """Where on the line, from -1 to 1, a column stands."""
+    """Position of an image column on the line, from -1 to 1."""
     return 2 * (column + 0.5) / SIZE - 1
 
 

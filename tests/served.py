@@ -1,4 +1,4 @@
-"""A real server in a thread of the test's process."""
+"""A policy server in a thread of the test process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass
 class Served:
-    """A running server: the policy behind it, its app, and where it listens."""
+    """A running server: its policy, app and port."""
 
     policy: Policy
     app: PolicyApp
@@ -44,7 +44,7 @@ def policy(tiny):
 
 @pytest.fixture
 def serving(policy):
-    """`with serving(config values...) as served`: serve a tiny random policy for a while."""
+    """`with serving(config values...) as served`: serve a tiny random policy."""
     import uvicorn
 
     from vla.serving import server as serving
@@ -59,7 +59,7 @@ def serving(policy):
         app = PolicyApp(batcher, config, serving.describe(policy), key)
         listener = listen("127.0.0.1", port)
         server = uvicorn.Server(serving.settings(app, config))
-        server.install_signal_handlers = lambda: None  # not the main thread
+        server.install_signal_handlers = lambda: None  # signals can only be handled in the main thread
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
         while not server.started:

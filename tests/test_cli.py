@@ -1,4 +1,4 @@
-"""The command line: flags become a configuration, errors become one message and an exit status."""
+"""The command line: flags become a configuration; errors become one message and an exit status."""
 
 import dataclasses
 import errno
@@ -22,7 +22,7 @@ ALONE = "import sys; from vla.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
 def vla(*arguments: str, code: str = ALONE, **environment: str) -> subprocess.CompletedProcess:
-    """Run the command line in a process of its own."""
+    """Run the command line in a new process."""
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],
         capture_output=True,
@@ -34,7 +34,7 @@ def vla(*arguments: str, code: str = ALONE, **environment: str) -> subprocess.Co
 
 @pytest.fixture
 def job(monkeypatch):
-    """Put a function in the place of the doctor's job: `job(function)`."""
+    """Replace the job of `vla doctor`: `job(function)`."""
 
     def install(function):
         monkeypatch.setitem(VERBS, "doctor", VERBS["doctor"]._replace(job="test_cli:stand_in"))
@@ -57,7 +57,7 @@ def test_version():
     assert vla("--version").stdout == "vla 0.1.0\n"
 
 
-def test_an_unknown_verb_is_told_with_the_nearest(capsys):
+def test_an_unknown_verb_suggests_the_nearest(capsys):
     assert main(["rolout"]) == 2
     assert "Did you mean 'rollout'?" in capsys.readouterr().err
 
@@ -111,13 +111,13 @@ def test_a_wrong_flag_ends_the_process_with_2():
         ("replay --data {0}/squres", "no folder"),
         ("dagger --env vla/Rech-v0", "Did you mean 'vla/Reach-v0'"),
         ("analyze exposure --policy nowhere", "no policy at 'nowhere'"),
-        # The sentence ends here: the list is not called empty as well because its only entry is invalid.
+        # The error ends here: that the list is empty without its invalid entry is not reported as well.
         ("analyze tokenizers --data {0}/squares --horizons 0", r"horizons\.0 must be at least 1, got 0\W*$"),
         ("benchmark metawrld", "unknown suite 'metawrld'. Did you mean 'metaworld'"),
         ("benchmark no_such:SUITE", "cannot import the suite 'no_such:SUITE' .*No module named 'no_such'"),
     ],
 )
-def test_what_is_wrong_with_a_name_or_a_number_is_told_before_the_job_is_imported(
+def test_wrong_names_and_numbers_are_reported_before_the_job_is_imported(
     arguments, message, robot, dataset, capsys, monkeypatch
 ):
     folder = dataset("squares", robot, episodes=1).parent
@@ -141,7 +141,7 @@ def test_cheap_checks_import_nothing_heavy(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_of_processes_that_train_together_one_tells_what_is_wrong(capsys, monkeypatch):
+def test_only_one_of_several_training_processes_reports_an_error(capsys, monkeypatch):
     for rank, messages in (("0", 1), ("1", 0)):
         monkeypatch.setenv("LOCAL_RANK", rank)
         assert main(["train", "--data", "nowhere"]) == 2
@@ -159,7 +159,7 @@ def test_help_keeps_names_as_they_are_and_has_no_empty_defaults(capsys):
 
 
 @pytest.mark.parametrize("name", VERBS)
-def test_help_shows_an_example_that_parses_and_says_what_every_flag_is(name, capsys):
+def test_help_shows_an_example_that_parses_and_describes_every_flag(name, capsys):
     with pytest.raises(SystemExit):
         main([*name.split(), "--help"])
     shown = " ".join(capsys.readouterr().out.split())
@@ -220,7 +220,7 @@ def test_an_error_of_the_package_is_one_line_and_a_traceback_on_request(tmp_path
     assert "Traceback" in vla(*arguments, VLA_DEBUG="1").stderr
 
 
-def test_the_exit_status_says_how_it_went(job, capsys):
+def test_exit_status(job, capsys):
     outcomes = {0: None, 1: False}
     for status, result in outcomes.items():
         job(lambda _, result=result: result)
@@ -241,11 +241,11 @@ def test_the_exit_status_says_how_it_went(job, capsys):
     assert "--out" in capsys.readouterr().err
 
     def wrong(_):
-        raise VLAError("the arm is tired.")
+        raise VLAError("the arm is offline.")
 
     job(wrong)
     assert main(["doctor"]) == 2
-    assert capsys.readouterr().err == "vla: the arm is tired.\n"
+    assert capsys.readouterr().err == "vla: the arm is offline.\n"
 
     def bug(_):
         raise ZeroDivisionError
@@ -256,7 +256,7 @@ def test_the_exit_status_says_how_it_went(job, capsys):
 
 
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stop_lets_the_job_finish_its_work_and_hints_at_what_is_next(sent, status, tmp_path):
+def test_a_signal_lets_the_job_clean_up_and_prints_the_next_step(sent, status, tmp_path):
     code = f"""
 import sys, time, types
 sys.modules["slow"] = slow = types.ModuleType("slow")
@@ -284,8 +284,8 @@ sys.exit(cli.main(["collect", "--out", {str(tmp_path)!r}]))
 
 
 @pytest.mark.parametrize(("sent", "status"), [("SIGINT", 130), ("SIGTERM", 143)])
-def test_a_stop_that_python_drops_stops_all_the_same(sent, status):
-    """An exception that is raised in a `__del__` goes nowhere, and Ctrl-C may come in one."""
+def test_a_signal_during_del_stops_the_job(sent, status):
+    """Python ignores exceptions raised in `__del__`, and a signal handler may run there."""
     code = f"""
 import os, signal, sys, time, types
 
@@ -309,7 +309,7 @@ sys.exit(cli.main(["doctor"]))
     assert "vla: stopped." in done.stderr
 
 
-def test_a_reader_that_leaves_is_not_an_error():
+def test_a_closed_pipe_is_not_an_error():
     read, write = os.pipe()
     os.close(read)
     done = subprocess.run([sys.executable, "-c", ALONE, "rollout", "--help"], stdout=write, stderr=subprocess.PIPE)
@@ -330,7 +330,7 @@ def test_a_reader_that_leaves_is_not_an_error():
         ("dagger", ["--train.model.no-use-state"], False),
     ],
 )
-def test_a_switch_may_be_left_open(verb, flags, value):
-    """`--x`, `--no-x`, and neither: as in the checkpoint that is trained further."""
+def test_optional_switches(verb, flags, value):
+    """`--x`, `--no-x`, or neither, which keeps the value of the checkpoint."""
     config = cli._parse(verb, cli.VERBS[verb], flags)
     assert getattr(config, "train", config).model.use_state is value

@@ -1,4 +1,4 @@
-"""Every file in configs/<verb>/ is a configuration of that verb, and names environments that exist; but for ROS's."""
+"""Every file in configs/<verb>/ is a valid configuration of that verb and names existing environments."""
 
 from pathlib import Path
 
@@ -13,13 +13,13 @@ from vla.config import AdapterConfig, ControlConfig
 from vla.errors import ConfigError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-#: Files of ROS, which reads them itself; tests/control/test_ros2.py does, too.
+#: Read by ROS; tested in tests/control/test_ros2.py.
 ROS = {CONFIGS / "deploy" / name for name in ("ros2.yaml", "ros2.launch.py")}
 FILES = sorted(set(CONFIGS.glob("*/*.yaml")) - ROS)
 
 
 def load(path: Path):
-    if path.name == "ros2-control.yaml":  # the part of a DeployConfig that a real robot needs
+    if path.name == "ros2-control.yaml":  # the part of a DeployConfig that the ROS 2 node needs
         return config.load(ControlConfig, path)
     return config.load(getattr(config, VERBS[path.parent.name].config), path)
 
@@ -32,18 +32,18 @@ def test_loads_strictly_and_survives_a_dump(path, tmp_path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_says_something_and_names_known_environments(path):
-    assert path.read_text().startswith("# "), "a file in configs/ opens with what it is for"
+def test_has_a_comment_and_names_known_environments(path):
+    assert path.read_text().startswith("# "), "a file in configs/ begins with a comment on its purpose"
     loaded = load(path)
     ids = getattr(loaded, "env", None) or ()
     for env_id in (ids,) if isinstance(ids, str) else ids:
         if env_id.startswith("vla"):
             assert env_id in gym.registry
-        else:  # nothing in this package knows it: the file has to say where it comes from
+        else:  # an environment of another package: the file must name the package
             assert ":" in env_id or loaded.adapter.module
 
 
-def test_every_folder_is_a_verb_and_every_file_is_found():
+def test_every_folder_is_a_verb():
     assert {path.name for path in CONFIGS.iterdir()} <= {verb.split()[0] for verb in VERBS}
     assert {path for path in CONFIGS.rglob("*") if path.is_file()} == set(FILES) | ROS
 

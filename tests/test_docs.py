@@ -1,4 +1,4 @@
-"""The how-to pages are executed: their files, commands and Python."""
+"""The files, commands and Python blocks of the how-to pages are executed."""
 
 import json
 import re
@@ -23,14 +23,14 @@ def block(page: str, mark: str, language: str) -> str:
     return found
 
 
-def test_an_environment_of_ones_own_from_nothing_to_a_deployment(tmp_path, monkeypatch, capsys):
+def test_environment_from_collection_to_deployment(tmp_path, monkeypatch, capsys):
     page = (DOCS / "environments.md").read_text()
     for name, language in (("my_world.py", "python"), ("my_world.yaml", "yaml"), ("my_suite.py", "python")):
         (tmp_path / name).write_text(block(page, f"file: {name}", language))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", [path for path in sys.path if path])
     monkeypatch.setattr("sys.meta_path", list(sys.meta_path))
-    # Smaller, so that it takes seconds.
+    # Smaller, so that it runs in seconds.
     sizes = {"--episodes": "2", "--steps": "2", "--batch-size": "2"}
     commands = block(page, "commands", "bash") + block(page, "suite commands", "bash")
     for line in commands.strip().splitlines():
@@ -42,7 +42,7 @@ def test_an_environment_of_ones_own_from_nothing_to_a_deployment(tmp_path, monke
     assert benchmark["episode_average"]["n_episodes"] == 10 and benchmark["tier_average"] is not None
 
 
-def test_a_wire_protocol_of_ones_own(serving, observations, monkeypatch):
+def test_custom_wire_protocol(serving, observations, monkeypatch):
     monkeypatch.setattr(PROTOCOLS, "_members", dict(PROTOCOLS._members))
     exec(block((DOCS / "inputs.md").read_text(), "file: my_protocol.py", "python"), {})
     (observation,) = observations(1)
@@ -54,7 +54,7 @@ def test_a_wire_protocol_of_ones_own(serving, observations, monkeypatch):
         assert "no image" in requests.post(served.http + "/plain", json={}, timeout=20).json()["detail"]
 
 
-def test_recording_of_ones_own(tmp_path, capsys):
+def test_recording(tmp_path, capsys):
     exec(block((DOCS / "datasets.md").read_text(), "test", "python"), {"folder": tmp_path / "mine"})
     assert capsys.readouterr().out == "20\n"
 
@@ -91,7 +91,7 @@ def test_the_tutorial_prints_what_it_shows(capsys):
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.stem)
-def test_commands_parse_and_links_lead_somewhere(page):
+def test_commands_parse_and_links_exist(page):
     text = page.read_text()
     for lines in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
         for line in lines.replace("\\\n", " ").splitlines():

@@ -1,4 +1,5 @@
-"""What must not import torch, which takes seconds and several hundred MB in each process, or Ray, which is optional."""
+"""Modules that must not import torch, which takes seconds and several hundred MB per process, or Ray, which is
+optional."""
 
 import subprocess
 import sys
@@ -6,7 +7,7 @@ import sys
 MODULES = ["vla", "vla.cli", "vla.simulation.pool", "vla.training.dagger_rollouts"]
 
 
-def test_they_are_imported_without_torch():
+def test_imports_without_torch_and_ray():
     code = (
         "import importlib, sys\n"
         "for name in sys.argv[1:]:\n"

@@ -1,4 +1,4 @@
-"""The three jobs as a person runs them, through the real command line, on a tiny network."""
+"""The three jobs of the README through the command line, with a tiny network."""
 
 import json
 import signal
@@ -14,7 +14,7 @@ from vla.training.trainer import last_checkpoint
 
 
 def refused(capsys, *arguments: str | Path) -> str:
-    """What the command line says when it does not do what it is told."""
+    """Run a command that must fail, and return its error message."""
     capsys.readouterr()
     assert cli.main(list(map(str, arguments))) == 2
     said = capsys.readouterr().err
@@ -26,7 +26,7 @@ def test_collect_train_kill_resume_rollout(tmp_path, capsys, start_vla, run_vla)
     demos, run, report = tmp_path / "demos", tmp_path / "run", tmp_path / "report"
     collected = run_vla("collect", "--env", "vla/Reach-v0", "--episodes", 4, "--out", demos, "--workers", 2)
     assert collected.returncode == 0, collected.stderr
-    assert "4 episodes" in " ".join(collected.stderr.split())  # however wide the terminal is
+    assert "4 episodes" in " ".join(collected.stderr.split())  # independent of the terminal's width
 
     train = ["train", "--data", demos, "--out", run, "--backbone", "tiny-init", "--method", "full"]
     train += ["--image-size", 24, "--horizon", 2, "--n-action-steps", 2]
@@ -36,7 +36,7 @@ def test_collect_train_kill_resume_rollout(tmp_path, capsys, start_vla, run_vla)
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (run / "policy").exists(), "the run was over before it could be killed"
+    assert not (run / "policy").exists(), "the run ended before it was killed"
 
     assert "--resume" in refused(capsys, *train)
     resumed = run_vla(*train, "--resume")
@@ -54,7 +54,7 @@ def test_collect_train_kill_resume_rollout(tmp_path, capsys, start_vla, run_vla)
     assert (report / "report.html").stat().st_size > 10_000
 
 
-def test_quickstart_runs_again_and_keeps_to_its_folder(tmp_path, capsys, run_vla):
+def test_quickstart_runs_again_and_writes_only_to_its_folder(tmp_path, capsys, run_vla):
     out = tmp_path / "quick"
     command = ["quickstart", "--out", out, "--demonstrations", 3, "--minutes", 0, "--min-steps", 2, "--episodes", 1]
     command += ["--env", "vla/Reach-v0"]
@@ -89,11 +89,11 @@ def test_replay_of_recorded_actions_succeeds(tmp_path, run_vla):
         (["train", "--data", "/nowhere"], "/nowhere"),
     ],
 )
-def test_mistakes_get_one_clear_message(arguments, message, tmp_path, capsys, monkeypatch):
+def test_invalid_arguments_are_one_message(arguments, message, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert message in refused(capsys, *arguments, "--out", tmp_path / "out")
 
 
-def test_a_mistake_ends_the_process_with_a_status():
+def test_an_unknown_verb_exits_with_2():
     result = subprocess.run([sys.executable, "-m", "vla.cli", "colect"], capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "Did you mean 'collect'" in result.stderr

@@ -1,4 +1,4 @@
-"""What was tested is what gets installed: the locks fit pyproject.toml, and `scripts/setup` says what is wrong."""
+"""The locks satisfy pyproject.toml, and `scripts/setup` reports problems."""
 
 import os
 import re
@@ -39,7 +39,7 @@ def test_every_locked_file_has_a_hash_and_no_address():
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A checkout whose core lock asks for a package that no index has, and `setup(*extras, **environment)` in it."""
+    """A checkout whose core lock requires a package that does not exist, and `setup(*extras, **environment)` in it."""
     (tmp_path / "scripts").mkdir()
     shutil.copy(ROOT / "scripts" / "setup", tmp_path / "scripts")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
@@ -57,9 +57,7 @@ def checkout(tmp_path):
     return setup
 
 
-def test_an_index_that_lacks_a_locked_version_is_one_message_and_an_interrupted_install_is_made_anew(
-    checkout, tmp_path
-):
+def test_a_missing_version_is_one_message_and_an_interrupted_install_is_repeated(checkout, tmp_path):
     first = checkout()
     assert first.returncode == 1
     assert "No matching distribution found for no-such-package==1.0" in first.stderr
@@ -72,12 +70,12 @@ def test_an_index_that_lacks_a_locked_version_is_one_message_and_an_interrupted_
     left.touch()
     assert "will be recreated" not in checkout().stdout  # pip was not interrupted, so the environment is kept
     assert left.exists()
-    (tmp_path / ".venv" / ".vla-installing").touch()  # as a kill leaves it
+    (tmp_path / ".venv" / ".vla-installing").touch()  # left by an interrupted installation
     assert "will be recreated" in checkout().stdout
     assert not left.exists()
 
 
-def test_what_does_not_fit_this_machine_is_said_before_anything_is_made(checkout, tmp_path):
+def test_problems_are_reported_before_the_environment_is_created(checkout, tmp_path):
     assert "unknown extra 'metawrld'. Valid: dev" in checkout("metawrld").stderr
     assert "there is no 'python9'" in checkout(PYTHON="python9").stderr
     old = tmp_path / "python3"

@@ -1,4 +1,4 @@
-"""Files that version 0.1.0 wrote before its modules moved still load, and mean what they meant."""
+"""Files of version 0.1.0, written before its modules moved, still load with the same meaning."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ RENAMED = {
 }
 
 
-def test_a_dataset_is_what_collecting_it_today_gives(tmp_path):
+def test_a_dataset_equals_a_new_collection(tmp_path):
     old = FIXTURES / "demonstrations_0_1_0"
     demos = Demonstrations(old)
     assert [episode.instruction for episode in demos.episodes] and demos.num_frames == 10
@@ -47,7 +47,7 @@ def test_a_checkpoint_decodes_the_same_tokens():
 
 @pytest.mark.parametrize("path", sorted((FIXTURES / "configs_0_1_0").glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_configuration_is_read(path, tmp_path):
-    """Fields may have been added, and a renamed one is refused with its new name; the others keep their values."""
+    """New fields may have been added, and renamed ones are rejected with their new names. All other values are kept."""
     cls = getattr(config, f"{path.stem.capitalize()}Config")
     old = yaml.safe_load(path.read_text())
     for keys, new in RENAMED.get(path.stem, {}).items():

@@ -1,4 +1,4 @@
-"""The README is executed: its Python runs, its commands parse, the files it names exist."""
+"""The README's Python runs, its commands parse, and the files it names exist."""
 
 import re
 import shlex
@@ -13,7 +13,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def commands() -> list[list[str]]:
-    """Every `vla ...` command of the README's shell blocks, continuation lines joined, comments dropped."""
+    """All `vla ...` commands in the README's shell blocks, with joined lines and without comments."""
     blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     parsed = [shlex.split(line, comments=True) for line in lines]
@@ -31,7 +31,7 @@ def test_commands_parse(words):
 def test_python_runs(capsys):
     blocks = re.findall(r"<!-- test -->\n```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) == 2
-    exec(compile("\n".join(blocks), "README.md", "exec"), {})  # each goes on where the one before it ended
+    exec(compile("\n".join(blocks), "README.md", "exec"), {})  # each block continues the previous one
     printed = capsys.readouterr().out
     assert "-> " in printed and "(1, 8, 7)" in printed
 

@@ -1,7 +1,7 @@
-"""An action tokenizer of one's own: what every tokenizer guarantees, and two from outside the package.
+"""Properties of all action tokenizers, and two tokenizers defined outside the package.
 
-`hold-last`, the example of docs/tokenizers.md, has sequences of variable length. `coarse-fine` has a fixed length, and
-ids that are allowed at some places only. Decoding is compared with an enumeration of all their chunks.
+`hold-last`, the example in docs/tokenizers.md, has sequences of variable length. `coarse-fine` has a fixed length, but
+some ids are allowed only at some positions. Decoding is compared with an enumeration of all chunks.
 """
 
 import dataclasses
@@ -70,7 +70,7 @@ class CoarseFine(ActionTokenizer):
 
 
 def fitted(name, rng, horizon, n_bins=None):
-    """A tokenizer for three dimensions, the second of them constant."""
+    """A tokenizer for three dimensions, of which the second is constant."""
     actions = rng.uniform(-1, 1, (200, 3))
     return TOKENIZERS.get(name).fit(
         actions,
@@ -83,7 +83,7 @@ def fitted(name, rng, horizon, n_bins=None):
 @pytest.mark.parametrize("name", list(TOKENIZERS))
 @settings(max_examples=30)
 @given(seed=st.integers(0, 10_000), horizon=st.integers(1, 4), n_bins=st.integers(2, 9))
-def test_what_is_permitted_is_a_chunk(name, seed, horizon, n_bins):
+def test_permitted_sequences_decode_to_chunks(name, seed, horizon, n_bins):
     rng = np.random.default_rng(seed)
     tokenizer = fitted(name, rng, horizon, n_bins)
     ids = np.zeros((20, 0), np.int64)
@@ -92,7 +92,7 @@ def test_what_is_permitted_is_a_chunk(name, seed, horizon, n_bins):
         if allowed is None:
             allowed = np.ones((20, place + 1, tokenizer.vocab_size), bool)
         assert allowed.shape == (20, place + 1, tokenizer.vocab_size) and allowed.any(-1).all()
-        if place:  # depends on the ids before it only
+        if place:  # it may depend only on the ids before it
             np.testing.assert_array_equal(
                 allowed[:, :-1], tokenizer.allowed(ids[:, :-1]) if tokenizer.constrained else True
             )
@@ -104,7 +104,7 @@ def test_what_is_permitted_is_a_chunk(name, seed, horizon, n_bins):
     chunks = tokenizer.decode(ids)
     assert chunks.shape == (20, horizon, 3) and chunks.dtype == np.float32
     assert np.isfinite(chunks).all() and np.abs(chunks).max() <= 1
-    inside = np.abs(chunks).max((1, 2)) < 1  # what is clipped has other coefficients
+    inside = np.abs(chunks).max((1, 2)) < 1  # clipped chunks have other coefficients
     chunks = chunks[inside] if name in ("fast", "spline", "pca") else chunks
     np.testing.assert_allclose(tokenizer.decode(tokenizer.encode(chunks)), chunks, atol=1e-6)
 
@@ -112,7 +112,7 @@ def test_what_is_permitted_is_a_chunk(name, seed, horizon, n_bins):
 @pytest.mark.parametrize("name", list(TOKENIZERS))
 @settings(max_examples=30)
 @given(seed=st.integers(0, 10_000), horizon=st.integers(1, 4), held=st.integers(1, 4))
-def test_what_is_encoded_is_permitted(name, seed, horizon, held):
+def test_encoded_chunks_are_permitted(name, seed, horizon, held):
     rng = np.random.default_rng(seed)
     tokenizer = fitted(name, rng, horizon)
     chunks = rng.uniform(-1.2, 1.2, (2, 5, horizon, 3))
@@ -121,9 +121,9 @@ def test_what_is_encoded_is_permitted(name, seed, horizon, held):
     assert ids.shape == (2, 5, tokenizer.max_tokens) and ids.dtype == np.int64
     error = np.abs(tokenizer.decode(ids) - np.clip(chunks, -1, 1))[
         ..., [0, 2]
-    ]  # `decode` refuses what is not permitted
-    assert error.max() < 0.35 or name in ("spline", "pca")  # which cannot follow noise
-    assert error[..., 0, :].max() < 0.35 or name == "pca"  # a spline begins where the chunk does
+    ]  # `decode` raises an error for forbidden sequences
+    assert error.max() < 0.35 or name in ("spline", "pca")  # these two cannot reproduce noise
+    assert error[..., 0, :].max() < 0.35 or name == "pca"  # a spline interpolates the first action
     again = build(json.loads(json.dumps(tokenizer.to_dict())))
     np.testing.assert_array_equal(again.encode(chunks), ids)
     valid = rng.random((2, 5, horizon)) < 0.5
@@ -144,7 +144,7 @@ def test_a_malformed_sequence_is_refused():
 
 @pytest.fixture(scope="module")
 def two_entries(robot) -> DataFacts:
-    """Statistics of actions of which two entries move."""
+    """Statistics of actions with two non-constant entries."""
     actions = np.random.default_rng(0).uniform(-1, 1, (500, robot.action_dim)).astype(np.float32)
     actions[:, 2:] = 0
     states = np.random.default_rng(1).normal(size=(500, robot.state_dim))
@@ -158,7 +158,7 @@ def tiny(folder: Path, facts: DataFacts, **values):
     torch.manual_seed(2)
     model = ModelConfig(backbone=str(folder / "llama"), vision=(str(folder / "siglip"),), n_action_steps=1, **values)
     network, processor = build_policy(model, facts)
-    with torch.no_grad():  # distributions that are neither flat nor certain
+    with torch.no_grad():  # so that distributions are neither uniform nor certain
         for parameter in network.language_model.parameters():
             if parameter.ndim == 2:
                 parameter.mul_(8)
@@ -167,13 +167,13 @@ def tiny(folder: Path, facts: DataFacts, **values):
 
 @pytest.fixture(scope="module")
 def held(two_entries, tmp_path_factory):
-    """Network and processor of `hold-last`: three actions of two entries with three bins, 819 chunks."""
+    """Network and processor with `hold-last`: three actions with two entries and three bins, 819 chunks."""
     return tiny(tmp_path_factory.mktemp("held"), two_entries, tokenizer="hold-last", horizon=3, bins=3)
 
 
 @pytest.fixture(scope="module")
 def digits(two_entries, tmp_path_factory):
-    """Those of `coarse-fine`: two actions of two entries, 256 chunks."""
+    """Network and processor with `coarse-fine`: two actions with two entries, 256 chunks."""
     return tiny(tmp_path_factory.mktemp("digits"), two_entries, tokenizer="coarse-fine", horizon=2)
 
 
@@ -187,7 +187,7 @@ def enumerated(tokenizer):
 
 
 class Table:
-    """The network's log-probabilities of all chunks for one observation, by the chunk's ids."""
+    """The network's log-probabilities of all chunks for one observation, by ids."""
 
     def __init__(self, network, batch):
         self.ids = enumerated(network.action_tokenizer)
@@ -205,7 +205,7 @@ class Table:
 
 
 @pytest.mark.parametrize("policy", ["held", "digits"])
-def test_greedy_stepwise_parallel_and_generate_are_one(policy, observations, request):
+def test_stepwise_parallel_and_generate_agree(policy, observations, request):
     network, processor = request.getfixturevalue(policy)
     tokenizer, begin, rng = network.action_tokenizer, network.config.action_token_begin, np.random.default_rng(0)
     engine, lengths = Engine(network), set()
@@ -237,7 +237,7 @@ def test_greedy_stepwise_parallel_and_generate_are_one(policy, observations, req
 
 
 @pytest.mark.parametrize("name", ["fast", "spline"])
-def test_compressed_chunks_are_decoded_alike_by_every_strategy(name, two_entries, observations, tmp_path):
+def test_all_strategies_agree_on_compressed_chunks(name, two_entries, observations, tmp_path):
     network, processor = tiny(tmp_path, two_entries, tokenizer=name, horizon=6)
     tokenizer, engine = processor.action_tokenizer, Engine(network)
     batch = processor.observe(observations(3), WORDS)
@@ -253,7 +253,7 @@ def test_compressed_chunks_are_decoded_alike_by_every_strategy(name, two_entries
 
 
 def test_probabilities_are_over_the_chunks(held, observations):
-    """Those of all chunks sum to 1, and a token behind the end is certain."""
+    """They sum to 1 over all chunks, and tokens after the end are certain."""
     network, processor = held
     table = Table(network, processor.observe(observations(1, seed=5), ["reach the red cube"]))
     assert len(table.ids) == 9 + 81 + 729
@@ -275,7 +275,7 @@ def test_probabilities_are_over_the_chunks(held, observations):
     ],
     ids=["sampling", "nucleus", "2 beams", "5 beams", "penalties"],
 )
-def test_no_strategy_decodes_anything_malformed(policy, config, observations, request):
+def test_no_strategy_decodes_malformed_chunks(policy, config, observations, request):
     network, processor = request.getfixturevalue(policy)
     prediction = Policy(network, processor, decoding=config).predict(observations(16), ["reach"] * 16)
     permitted = set(map(tuple, enumerated(network.action_tokenizer)))
@@ -283,7 +283,7 @@ def test_no_strategy_decodes_anything_malformed(policy, config, observations, re
     assert np.isfinite(prediction.chunks).all() and np.isfinite(prediction.log_probs).all()
 
 
-def test_enough_beams_find_the_likeliest_chunk_of_all(held, observations):
+def test_enough_beams_find_the_most_likely_chunk(held, observations):
     network, processor = held
     for words in WORDS:
         batch = processor.observe(observations(1), [words])
@@ -305,13 +305,13 @@ def test_a_policy_with_chunks_of_variable_length(held, observations):
     scored = policy.score(observations(6), words, prediction.chunks)
     np.testing.assert_allclose(scored.log_likelihood.sum(), scored.log_probs[real].sum(), rtol=1e-5)
     session = Session(words[0])
-    for observation in observations(4, seed=3):  # each from the draft that the chunk before left
+    for observation in observations(4, seed=3):  # each with the draft from the previous chunk
         (found,) = predict(policy, [session], [observation]).ids
         np.testing.assert_array_equal(found, plain.predict([observation], words[:1]).ids[0])
         session.advance(1)
 
 
-def test_what_needs_tokens_for_each_action_is_refused(held, observations):
+def test_options_that_need_tokens_for_each_action_are_rejected(held, observations):
     policy, words = Policy(*held), ["reach"]
     assert not policy.streams
     with pytest.raises(ConfigError, match="can be streamed for one observation"):
@@ -328,7 +328,7 @@ def test_what_needs_tokens_for_each_action_is_refused(held, observations):
 
 @pytest.mark.parametrize("decoding", [DecodingConfig(), DecodingConfig(temperature=1.0)], ids=["engine", "generate"])
 def test_a_constrained_chunk_continues_a_prefix(digits, observations, decoding):
-    """Given actions are kept and continued; actions can be streamed."""
+    """Actions of the prefix are kept and continued, and actions can be streamed."""
     network, processor = digits
     policy, begin = Policy(network, processor, decoding=decoding), network.config.action_token_begin
     drafts = processor.decode_actions(enumerated(network.action_tokenizer)[[17, 100, 250]] + begin)
@@ -341,7 +341,7 @@ def test_a_constrained_chunk_continues_a_prefix(digits, observations, decoding):
         batch, given = processor.observe(observations(3), ["reach"] * 3), Prefix(counts, torch.zeros(3))
         told = generate(network, batch, prefix=(torch.from_numpy(encoded), given))
         np.testing.assert_array_equal(told.ids, prediction.ids)
-        # A given token that is not allowed is not accepted, at any threshold.
+        # A prefix token that is not allowed is rejected, at any threshold.
         malformed = torch.full((3, 8), begin)
         for found in (policy._decoder.engine.parallel(batch, malformed, None, given),
                       generate(network, batch, prefix=(malformed, given))):  # fmt: skip
@@ -352,7 +352,7 @@ def test_a_constrained_chunk_continues_a_prefix(digits, observations, decoding):
     np.testing.assert_array_equal([action for _, action in seen], chunk)
 
 
-def test_tokens_behind_the_end_are_not_learned(held):
+def test_tokens_after_the_end_are_not_in_the_loss(held):
     network, processor = held
     rng, begin = np.random.default_rng(0), network.config.action_token_begin
     moving, still = processor.decode_actions(np.array([[0, 1, 2, 0, 1, 1], [0, 1, 3, 3, 3, 3]]) + begin)
@@ -361,14 +361,14 @@ def test_tokens_behind_the_end_are_not_learned(held):
     samples = [sample, dataclasses.replace(sample, chunk=moving)]
     batch = Collator(processor, ["demo"])(samples)
     assert (batch["labels"] - begin).tolist() == [[0, 1, 3, *[-100 - begin] * 3], [0, 1, 2, 0, 1, 1]]
-    with torch.no_grad():  # a mean over each sample's learned tokens, then over samples
+    with torch.no_grad():  # the loss is a mean over each sample's learned tokens, then over samples
         logits = network(**batch).logits
         each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch["labels"], reduction="none")
         expected = (each[0, :3].mean() + each[1].mean()) / 2
         assert float(network(**batch).loss) == pytest.approx(float(expected), rel=1e-5)
     measured = measure(Policy(network, processor), samples)
     assert measured.learned.sum(-1).tolist() == [3, 6]
-    only = Tokens(*(values[:1] for values in measured))  # no sample is longer than three tokens
+    only = Tokens(*(values[:1] for values in measured))  # no sequence is longer than three tokens
     assert len(_summarise(only, np.array([0]))["free_running_error"]["by_position"]) == 3
 
 
@@ -395,7 +395,7 @@ def test_a_plugin_trains_and_its_checkpoint_names_what_it_needs(robot, dataset, 
     file = tmp_path / "run" / "policy" / "config.json"
     values = json.loads(file.read_text())
     assert values["action_tokenizer"]["name"] == "hold-last"
-    values["action_tokenizer"]["name"] = "hold_last"  # a module in the working directory, which stays unread
+    values["action_tokenizer"]["name"] = "hold_last"  # a module in the working directory, which must not be imported
     file.write_text(json.dumps(values))
     with pytest.raises(CheckpointError, match=r"unknown action tokenizer 'hold_last'.*--plugin MODULE"):
         Policy.from_pretrained(str(tmp_path / "run"))

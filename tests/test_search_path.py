@@ -1,4 +1,4 @@
-"""The working directory never stands in for an installed package, and is still a place for modules of one's own."""
+"""Modules in the working directory can be imported, but never shadow installed packages."""
 
 import subprocess
 import sys
@@ -8,9 +8,9 @@ import pytest
 
 @pytest.fixture
 def found(tmp_path):
-    """`found(*names)`: where a program that starts in a folder full of traps finds modules; None where it does not."""
+    """`found(*names)`: whether each module is found in the working directory, which contains misleading names."""
     (tmp_path / "datasets" / "drawer").mkdir(parents=True)
-    (tmp_path / "datasets" / "convert.py").touch()  # `datasets` is a library's name, whatever lies in the folder
+    (tmp_path / "datasets" / "convert.py").touch()  # `datasets` is also the name of a library
     (tmp_path / "wandb" / "run-1").mkdir(parents=True)
     (tmp_path / "packaging").mkdir()
     (tmp_path / "packaging" / "__init__.py").touch()
@@ -33,6 +33,6 @@ def found(tmp_path):
     return find
 
 
-def test_a_folder_of_data_is_no_package_and_installed_ones_come_first(found):
+def test_data_folders_are_not_packages_and_installed_packages_come_first(found):
     assert found("datasets", "wandb", "packaging") == {"datasets": False, "wandb": False, "packaging": False}
     assert found("my_worlds", "my_worlds.push") == {"my_worlds": True, "my_worlds.push": True}

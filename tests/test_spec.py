@@ -1,4 +1,4 @@
-"""What an action means is one of a closed set, and one check says whether a policy fits a robot."""
+"""Action spaces, and the check that a policy fits a robot."""
 
 import copy
 import dataclasses
@@ -28,7 +28,7 @@ def changed(**values) -> RobotSpec:
 RELATIVE = {"joint_delta", "joint_velocity", "ee_delta", "ee_velocity"}
 
 
-def test_every_member_says_whether_it_is_relative():
+def test_whether_action_spaces_are_relative():
     assert {str(space) for space in ActionSpace if space.relative} == RELATIVE
     assert {str(space) for space in ActionSpace} - RELATIVE == {"joint_position", "ee_position", "unspecified"}
 
@@ -46,7 +46,7 @@ def test_every_member_says_whether_it_is_relative():
         ("ee_pose", "ee_position"),
     ],
 )
-def test_other_spellings_of_a_member_are_read_as_it(spelt, member):
+def test_other_spellings_are_read(spelt, member):
     spec = changed(action_space=spelt)
     assert spec.action_space is ActionSpace(member) and spec.to_dict()["action_space"] == member
     held = [0, 0, 1] if member in RELATIVE else [0.5, -0.25, 1]
@@ -65,7 +65,7 @@ def test_other_spellings_of_a_member_are_read_as_it(spelt, member):
         (None, ""),
     ],
 )
-def test_what_is_no_member_is_refused_with_the_valid_ones(spelt, near):
+def test_unknown_action_spaces_are_rejected_with_the_valid_ones(spelt, near):
     with pytest.raises(SpecError, match=f"unknown action space '{spelt}'.*{near}.*Valid: 'joint_position'.*`hold`"):
         changed(action_space=spelt)
 
@@ -76,12 +76,12 @@ def test_a_space_is_its_name_in_every_file():
     assert copy.deepcopy(ARM) == ARM and type(ARM.to_dict()["action_space"]) is str
 
 
-def test_a_robot_fits_itself_and_one_that_says_less():
+def test_a_robot_fits_itself_and_one_with_fewer_properties():
     ARM.check_fits(ARM)
     ARM.check_fits(changed(cameras=("top", "wrist", "front"), control_hz=10.01))
     ARM.check_fits(changed(action_space="unspecified", gripper_index=None))
-    ARM.check_fits(changed(gripper_index=-1))  # the same entry
-    changed(state_names=()).check_fits(ARM)  # a policy without state
+    ARM.check_fits(changed(gripper_index=-1))  # -1 is the last entry, the gripper
+    changed(state_names=()).check_fits(ARM)  # a policy without state input
 
 
 @pytest.mark.parametrize(
@@ -101,12 +101,12 @@ def test_a_robot_fits_itself_and_one_that_says_less():
         ({"control_hz": 20.0}, r"made for 10 actions per second, the arm runs at 20.*`vla deploy --hz 10`"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_refused(robot, message):
+def test_mismatches_are_rejected(robot, message):
     with pytest.raises(SpecError, match=message):
         ARM.check_fits(changed(**{"gripper_index": None} | robot if "action_names" in robot else robot), "the arm")
 
 
-def test_other_names_and_another_rate_can_be_tolerated_and_nothing_worse():
+def test_only_other_names_and_rates_can_be_tolerated():
     other = changed(action_names=("a", "b", "c"), control_hz=20.0)
     with pytest.warns(UserWarning, match="names differ"), pytest.warns(UserWarning, match="made for 10"):
         ARM.check_fits(other, tolerated=("names", "rate"))
@@ -117,6 +117,6 @@ def test_other_names_and_another_rate_can_be_tolerated_and_nothing_worse():
 @pytest.mark.parametrize(
     "change", [{"control_hz": np.inf}, {"control_hz": 0}, {"hold": (0, np.nan, 0)}, {"hold": (0,)}]
 )
-def test_a_robot_that_cannot_be_is_refused(change):
+def test_invalid_robots_are_rejected(change):
     with pytest.raises(SpecError, match=next(iter(change))):
         changed(**change)

@@ -1,4 +1,4 @@
-"""The backbone "tiny-init": the embedded architecture with 0.3 M parameters, for tests of what is around a network."""
+"""The backbone "tiny-init": the embedded architecture with 0.3 M parameters, for fast tests."""
 
 from vla.model.sources.untrained import SIZES
 

@@ -1,4 +1,4 @@
-"""Wire protocols as a user defines them: importing this module registers them (`--plugin tests.toy_protocol`)."""
+"""Example wire protocols; importing this module registers them (`--plugin tests.toy_protocol`)."""
 
 from starlette.responses import JSONResponse
 from starlette.routing import Route, WebSocketRoute
@@ -9,7 +9,7 @@ from vla.serving.protocols import PROTOCOLS, WireProtocol
 
 @PROTOCOLS.register("plain")
 class Plain(WireProtocol):
-    """`POST /plain` with plain JSON -> {"actions": [[...], ...]}, and the same in text messages on `/talk`."""
+    """`POST /plain` with plain JSON -> {"actions": [[...], ...]}, and the same as text messages on `/talk`."""
 
     def routes(self):
         return [Route("/plain", self.post, methods=["POST"]), WebSocketRoute("/talk", self.talk)]

@@ -1,4 +1,4 @@
-"""A benchmark suite of two tasks, as a user defines one: `--plugin tests.toy_suite` registers it."""
+"""An example of a benchmark suite with two tasks, registered by `--plugin tests.toy_suite`."""
 
 from vla.evaluation.suites import SUITES, Published, Suite
 

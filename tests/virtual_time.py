@@ -1,6 +1,7 @@
-"""Time that passes only while everybody who takes part sleeps.
+"""A virtual clock that advances only while all participating threads sleep.
 
-What a controller does then depends on no machine's load: computing takes no time, and a sleep takes exactly its own.
+The behaviour of a controller then does not depend on the machine: computation takes no time, and a sleep takes exactly
+its duration.
 """
 
 import heapq
@@ -11,7 +12,7 @@ import pytest
 
 
 class VirtualTime:
-    """`monotonic` and `sleep` of `time`, for one thread and others from `busy` until `idle`."""
+    """Replaces `monotonic` and `sleep` of `time`, for the main thread and for threads between `busy` and `idle`."""
 
     def __init__(self) -> None:
         self._now, self._awake = 1000.0, 1
@@ -25,15 +26,15 @@ class VirtualTime:
 
     def sleep(self, seconds: float) -> None:
         with self._turn:
-            # A wait that ends a rounding error early is repeated: it must not stand still.
+            # A sleep that ends too early by a rounding error is repeated, so it must advance the clock.
             me = (self._now + max(seconds, 1e-9), next(self._numbers))
             heapq.heappush(self._asleep, me)
             self._rest()
-            assert self._turn.wait_for(lambda: self._woken == me, timeout=60), "somebody takes part who never sleeps"
+            assert self._turn.wait_for(lambda: self._woken == me, timeout=60), "a participating thread does not sleep"
             self._woken = None
 
     def busy(self) -> None:
-        """Another thread has begun something: time stands still until it sleeps or is idle."""
+        """Another thread starts to work: the clock stops until it sleeps or is idle."""
         with self._turn:
             self._awake += 1
 
@@ -51,7 +52,7 @@ class VirtualTime:
 
 @pytest.fixture
 def virtual_time(request, monkeypatch) -> VirtualTime:
-    """The clock of every controller, and the `time` of the test's own module."""
+    """Replaces the clock of all controllers and the `time` of the test module."""
     from vla.control import inference
     from vla.control.controller import Controller
 

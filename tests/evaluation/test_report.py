@@ -69,7 +69,7 @@ def episodes_of(outcomes: str, env_id: str = "vla/PickUp-v0") -> list[Episode]:
         episode = Episode(i, env_id, 100 + i, instruction="pick up the cube", length=10 + i, decode_ms=[2.0, 4.0])
         episode.success, episode.success_ever = letter == "s", letter in "sl"
         episode.truncated = letter == "t"
-        episode.fault = "the motor came off" if letter == "f" else None
+        episode.fault = "the motor failed" if letter == "f" else None
         episode.reached, episode.target = (1, 0) if letter == "w" else (0, 0)
         episode.sum_reward = episode.max_reward = float(episode.success)
         made.append(episode)
@@ -234,7 +234,7 @@ def test_the_page_stands_alone_and_holds_the_videos(tmp_path):
     low, high = (100 * limit for limit in wilson(2, 7))
     assert f"95 % interval {low:.3g} to {high:.3g} %" in words
     assert "went to another object" in words
-    assert "the motor came off" in words
+    assert "the motor failed" in words
     assert info["comparison"]["words"] in words
     assert "llvmpipe" in words
     assert "2 cores, policy on cpu with 2 threads" in words

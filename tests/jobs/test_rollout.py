@@ -100,7 +100,7 @@ def test_the_same_seeds_give_the_same_results_however_many_run_side_by_side(tmp_
 def test_an_exception_in_one_environment_is_that_episodes_outcome(tmp_path):
     info = rollout(settings(tmp_path / "r", {"raise_on": 100_002}), Slider())
     faults = {e["seed"]: e["fault"] for e in info["per_episode"] if e["fault"]}
-    assert faults == {100_002: "at step 1: ZeroDivisionError: the motor came off"}
+    assert faults == {100_002: "at step 1: ZeroDivisionError: the motor failed"}
     assert info["overall"]["outcomes"] == {"success": 5, "fault": 1}
     assert info["overall"]["pc_success"] == pytest.approx(100 * 5 / 6)
 

@@ -56,7 +56,7 @@ def test_an_exception_costs_the_environment_but_not_the_worker():
         workers.exchange({0: ("reset", SLIDE, 7, False)})
         (child,) = multiprocessing.active_children()
         fault = workers.exchange({0: ("run", np.zeros((2, 1)))})[0]
-        assert fault == Fault("ZeroDivisionError: the motor came off", step=1)
+        assert fault == Fault("ZeroDivisionError: the motor failed", step=1)
         fault = workers.exchange({0: ("run", np.zeros((2, 1)))})[0]
         assert isinstance(fault.error, SimulatorError) and "call reset first" in fault.message
         assert multiprocessing.active_children() == [child]
