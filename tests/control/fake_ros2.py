@@ -1,11 +1,11 @@
-"""A stand-in for the part of rclpy and of the message packages that `vla.control.robots.ros2*` use.
+"""A mock of the parts of rclpy and its message packages that `vla.control.robots.ros2*` use.
 
-Importing it installs it in `sys.modules`: import it before them.
+Importing it installs it in `sys.modules`; import it before those modules.
 
-Written from rclpy's sources (Humble to Rolling), so that names, arguments and what callbacks may return are the real
-ones where it matters: exceptions in transitions are swallowed, lifecycle publishers are silent unless active, best
-effort publishers do not reach reliable subscribers, messages refuse values of the wrong type. It is not ROS: there is
-one process, messages arrive at once in the publisher's thread, and nothing is ever lost.
+It follows rclpy's sources (Humble to Rolling) in names, arguments and the behaviour that matters here: exceptions in
+transitions are swallowed, lifecycle publishers are silent unless active, best-effort publishers do not reach reliable
+subscribers, and messages reject values of the wrong type. Unlike ROS, it has one process, messages are delivered
+immediately in the publisher's thread, and no message is lost.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def is_text(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, float)  # rclpy's setters refuse integers and numpy's float32
+    return isinstance(value, float)  # rclpy's setters reject integers and numpy's float32
 
 
 def is_size(value: Any) -> bool:
@@ -44,9 +44,11 @@ def a(name: str) -> Any:
 
 
 class Message:
-    """Fields with defaults and checks, as generated messages have them."""
+    """A message with defaults and type checks for its fields, as in generated messages."""
 
-    FIELDS: ClassVar[dict[str, tuple[Any, Any]]] = {}  # name -> (makes its default, checks a value)
+    FIELDS: ClassVar[
+        dict[str, tuple[Any, Any]]
+    ] = {}  # name -> (function that makes the default, function that checks a value)
 
     def __init__(self, **values: Any) -> None:
         assert set(values) <= set(self.FIELDS), f"{type(self).__name__} has no {set(values) - set(self.FIELDS)}"
@@ -194,7 +196,7 @@ class Parameter:
 
 
 class Context:
-    """The default context: whether ROS is up, the parameter file's values, and all nodes."""
+    """The default context: whether ROS is initialised, the values of the parameter file, and all nodes."""
 
     alive = False
     overrides: ClassVar[dict[str, Any]] = {}
@@ -207,7 +209,7 @@ class LifecycleNode:
         self._name, self.label = node_name, "unconfigured"
         self.subscriptions: list[Endpoint] = []
         self.publishers: list[Endpoint] = []
-        self._ever: list[Endpoint] = []  # publishers, also those that were destroyed
+        self._ever: list[Endpoint] = []  # all publishers, including destroyed ones
         self.services: dict[str, tuple[Any, Any]] = {}
         self.timers: list[Any] = []
         self.log: list[tuple[str, str]] = []
@@ -255,7 +257,7 @@ class LifecycleNode:
     def create_subscription(
         self, msg_type: Any, topic: str, callback: Any, qos_profile: Any, *, callback_group: Any = None
     ) -> Endpoint:
-        inspect.signature(callback).bind(object())  # Jazzy tells the kind of callback so
+        inspect.signature(callback).bind(object())  # as Jazzy does, to determine the kind of callback
         self.subscriptions.append(Endpoint(msg_type, self._resolve(topic), qos_profile, callback, callback_group))
         return self.subscriptions[-1]
 
@@ -322,7 +324,7 @@ class LifecycleNode:
 
     def _change(self, start: str, callback: Any, goal: str) -> TransitionCallbackReturn:
         if self.label != start:
-            return TransitionCallbackReturn.ERROR  # the state machine refuses
+            return TransitionCallbackReturn.ERROR  # the state machine rejects the transition
         self.label = "transition"
         outcome = self._call(callback, start)
         if outcome is TransitionCallbackReturn.SUCCESS:
@@ -337,7 +339,7 @@ class LifecycleNode:
     def _call(self, callback: Any, state: str) -> TransitionCallbackReturn:
         try:
             outcome = callback(types.SimpleNamespace(label=state))
-        except Exception:  # as rclpy does, without a word
+        except Exception:  # as rclpy does, without a message
             return TransitionCallbackReturn.ERROR
         assert isinstance(outcome, TransitionCallbackReturn)
         return outcome
@@ -351,10 +353,10 @@ class LifecycleNode:
     def _resolve(self, topic: str) -> str:
         return topic.replace("~", f"/{self._name}", 1)
 
-    # what a test does instead of other nodes
+    # Called by tests in place of other nodes.
 
     def hear(self, topic: str, message: Any, reliability: Any = ReliabilityPolicy.RELIABLE) -> int:
-        """Publish to this node's subscriptions; how many were reached."""
+        """Publish to this node's subscriptions. Returns the number of subscriptions reached."""
         reached = [s for s in self.subscriptions if s.topic == topic and s.qos.reliability >= reliability]
         for subscription in reached:
             assert type(message) is subscription.kind, f"{topic} is a topic of {subscription.kind.__name__}"
@@ -369,13 +371,13 @@ class LifecycleNode:
         return callback(kind.Request(**request), kind.Response())
 
     def diagnose(self) -> Any:
-        """Let the timer of the reports fire, and return the status."""
+        """Call the timer of the diagnostics, and return the status."""
         self.timers[0].callback()
         return self.sent("/diagnostics")[-1][1].status[0]
 
 
 class MultiThreadedExecutor:
-    """Spins nothing; a test replaces `spin_once`."""
+    """Does nothing; tests replace `spin_once`."""
 
     def __init__(self, num_threads: int | None = None) -> None:
         self.nodes: list[LifecycleNode] = []
@@ -385,7 +387,7 @@ class MultiThreadedExecutor:
         return True
 
     def spin_once(self, timeout_sec: float | None = None) -> None:
-        raise AssertionError("a test that spins says what is to happen: replace spin_once.")
+        raise AssertionError("a test that spins must replace spin_once.")
 
     def shutdown(self, timeout_sec: float | None = None) -> bool:
         return True
@@ -401,14 +403,14 @@ def try_shutdown() -> None:
 
 
 def start(monkeypatch: Any, **overrides: Any) -> None:
-    """A ROS without nodes, not initialised; `overrides` are the parameter file's values."""
+    """Set up ROS without nodes, not initialised; `overrides` are the values of the parameter file."""
     monkeypatch.setattr(Context, "alive", False)
     monkeypatch.setattr(Context, "overrides", overrides)
     monkeypatch.setattr(Context, "nodes", [])
 
 
 def install() -> None:
-    """Put the packages in place, for modules that import them."""
+    """Install the mock packages in `sys.modules`."""
     packages = {
         "rclpy": {"init": init, "ok": lambda: Context.alive, "try_shutdown": try_shutdown},
         "rclpy.callback_groups": (MutuallyExclusiveCallbackGroup,),

@@ -1,4 +1,4 @@
-"""After a fault, the seconds before it can be read."""
+"""The black box: recordings of the seconds before a fault."""
 
 import io
 import json
@@ -37,15 +37,15 @@ def test_a_fault_leaves_the_last_seconds_on_disk(tmp_path):
     (path,) = box.files
     assert path.name.endswith("-stale-observation.zip") and path.parent == tmp_path / "box"
     ticks, pictures = read(path)
-    assert [tick["tick"] for tick in ticks] == list(range(22, 52))  # three seconds at ten ticks
+    assert [tick["tick"] for tick in ticks] == list(range(22, 52))  # three seconds at ten steps per second
     assert ticks[-1]["reasons"] == ["stale observation"] and ticks[-2]["decoding"]["ids"] == [4, 5]
     assert ticks[-1]["state"] == [51.0, 0.5] and ticks[-1]["command"] == pytest.approx([0.1, 51])
     for tick in ticks:
         for name in tick["images"].values():
-            assert abs(int(pictures[name][8, 8, 2]) - tick["tick"]) < 8  # red, as it was seen
+            assert abs(int(pictures[name][8, 8, 2]) - tick["tick"]) < 8  # the red channel of the recorded image
 
 
-def test_nothing_is_written_where_nothing_went_wrong(tmp_path):
+def test_no_file_without_a_fault(tmp_path):
     box = BlackBox(tmp_path / "box", seconds=3.0, hz=10.0)
     for reason in ("no chunk yet", "on hold", "range", "jump", "velocity", "acceleration", "workspace"):
         box.add(step(1, (reason,)))
@@ -54,20 +54,20 @@ def test_nothing_is_written_where_nothing_went_wrong(tmp_path):
 
 
 @pytest.mark.parametrize("end", [{"reasons": ("underrun",)}, {"decoding": {"asked": 3, "ms": 1.0, "error": "boom"}}])
-def test_an_errors_own_tick_is_in_the_box_and_a_storm_of_faults_is_one_box(tmp_path, end):
+def test_the_fault_is_recorded_and_many_faults_make_one_file(tmp_path, end):
     box = BlackBox(tmp_path, seconds=30.0, hz=10.0)
     for tick in range(40):
         box.add(step(tick, **end))
     deadline = time.monotonic() + 1.2
-    while time.monotonic() < deadline:  # the aftermath passes, and the faults go on
+    while time.monotonic() < deadline:  # one second passes while faults continue
         box.add(step(99, **end))
         time.sleep(0.05)
     box.end()
     box.close()
-    assert 1 <= len(box.files) <= 2  # one after a second, and the rest at the end
+    assert 1 <= len(box.files) <= 2  # one after a second, and possibly another at the end
 
 
-def test_what_a_faulty_driver_calls_a_picture_does_not_break_it(tmp_path):
+def test_invalid_images_are_tolerated(tmp_path):
     box = BlackBox(tmp_path, seconds=3.0, hz=10.0)
     for observation in ({}, {"pixels": None}, {"pixels": {"front": np.zeros(3)}}, {"pixels": {"front": "?"}}):
         box.add(StepEvent(0, 0.0, Reading(observation, 0.0), np.zeros(1), ("malformed image",), None))
@@ -76,7 +76,7 @@ def test_what_a_faulty_driver_calls_a_picture_does_not_break_it(tmp_path):
     assert len(ticks) == 4
 
 
-def test_pictures_stay_as_long_as_their_ticks_whatever_cameras_do(tmp_path):
+def test_images_are_kept_as_long_as_their_steps(tmp_path):
     box = BlackBox(tmp_path, seconds=3.0, hz=10.0)
     for tick in range(60):
         seen = step(tick)
@@ -85,13 +85,13 @@ def test_pictures_stay_as_long_as_their_ticks_whatever_cameras_do(tmp_path):
         box.add(seen)
     box.add(step(60, ("missing camera",)))
     box.close()
-    ticks, pictures = read(box.files[0])  # which reads every picture that a tick names
+    ticks, pictures = read(box.files[0])  # reads every image that a step refers to
     assert len(ticks) == 30 and len(pictures) == 59
 
 
-def test_what_cannot_be_kept_or_written_costs_nothing_that_comes_later(tmp_path):
+def test_errors_do_not_affect_later_recordings(tmp_path):
     (tmp_path / "file").touch()
-    box = BlackBox(tmp_path / "file" / "box", seconds=0.1, hz=10.0)  # a folder that cannot be
+    box = BlackBox(tmp_path / "file" / "box", seconds=0.1, hz=10.0)  # a folder that cannot be created
     strange = {"pixels": {"front": np.zeros((0, 8, 3), np.uint8)}, "agent_pos": ["left", "right"]}
     box.add(StepEvent(0, 0.0, Reading(strange, 0.0), np.zeros(1), ("underrun",), None))
     box.end()
@@ -99,7 +99,7 @@ def test_what_cannot_be_kept_or_written_costs_nothing_that_comes_later(tmp_path)
     while box.problem is None and time.monotonic() < deadline:
         time.sleep(0.01)
     assert "NotADirectoryError" in box.problem
-    box._folder = tmp_path / "box"  # somebody has mended it
+    box._folder = tmp_path / "box"  # the problem has been fixed
     box.add(StepEvent(1, 0.0, Reading(strange, 1.0), np.zeros(1), ("underrun",), None))
     box.close()
     ticks, _ = read(box.files[0])
@@ -107,7 +107,7 @@ def test_what_cannot_be_kept_or_written_costs_nothing_that_comes_later(tmp_path)
 
 
 @pytest.mark.realtime
-def test_a_box_that_cannot_keep_up_says_so_and_stays_small(tmp_path, monkeypatch):
+def test_a_slow_box_reports_it_and_limits_its_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(BlackBox, "_keep", lambda *_: time.sleep(0.01))
     box = BlackBox(tmp_path, seconds=1.0, hz=10.0)
     for tick in range(300):

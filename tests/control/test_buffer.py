@@ -1,4 +1,4 @@
-"""Actions by tick: what is executed when chunks overlap, come late, or do not come."""
+"""The action queue of the control loop: overlapping, late and missing chunks."""
 
 import numpy as np
 import pytest
@@ -9,11 +9,11 @@ from vla.control.buffer import ChunkBuffer
 
 
 def chunk(value: float, length: int = 4) -> np.ndarray:
-    """Entries: value + position, and a gripper that says the value's sign."""
+    """Entry 0 is value + position; entry 1, a gripper, is the sign of the value."""
     return np.stack([value + np.arange(length), np.full(length, np.sign(value))], axis=1).astype(np.float32)
 
 
-def test_the_newest_chunk_counts_and_nothing_is_an_underrun():
+def test_the_newest_chunk_is_used_and_an_empty_queue_is_an_underrun():
     buffer = ChunkBuffer("switch")
     assert buffer.at(0) is None
     buffer.put(chunk(10), first=0, now=0)
@@ -23,7 +23,7 @@ def test_the_newest_chunk_counts_and_nothing_is_an_underrun():
     assert buffer.at(6) is None and buffer.ahead(6) <= 0
 
 
-def test_actions_that_come_late_are_dropped_and_counted():
+def test_late_actions_are_dropped_and_counted():
     buffer = ChunkBuffer("switch")
     buffer.put(chunk(10), first=3, now=5)
     assert buffer.late == 2 and buffer.at(5)[0] == 12
@@ -31,7 +31,7 @@ def test_actions_that_come_late_are_dropped_and_counted():
     assert buffer.late == 6 and buffer.at(9) is None
 
 
-def test_a_chunk_that_is_still_decoded_leaves_the_rest_to_the_one_before():
+def test_an_incomplete_chunk_is_completed_by_the_previous_one():
     buffer = ChunkBuffer("switch")
     buffer.put(chunk(10), first=0, now=0)
     buffer.put(chunk(20)[:1], first=2, now=2, more=True)
@@ -44,7 +44,7 @@ def test_a_chunk_that_is_still_decoded_leaves_the_rest_to_the_one_before():
     assert buffer.late == 2
 
 
-def test_a_chunk_that_breaks_off_is_not_mistaken_for_the_next():
+def test_an_aborted_chunk_is_not_mixed_with_the_next():
     buffer = ChunkBuffer("ensemble")
     buffer.put(chunk(10)[:2], first=0, now=0, more=True)
     buffer.complete()
@@ -52,7 +52,7 @@ def test_a_chunk_that_breaks_off_is_not_mistaken_for_the_next():
     assert 11 < buffer.at(1)[0] < 20 and buffer.at(2)[0] == 21
 
 
-def test_ensembling_averages_what_overlaps_but_not_the_gripper():
+def test_ensembling_averages_overlapping_actions_except_the_gripper():
     buffer = ChunkBuffer("ensemble", gripper=1)
     buffer.put(chunk(10), first=0, now=0)
     buffer.put(chunk(-20), first=2, now=2)
@@ -60,14 +60,14 @@ def test_ensembling_averages_what_overlaps_but_not_the_gripper():
     weight = np.exp(-0.01)
     assert buffer.at(2)[0] == pytest.approx((old + weight * new) / (1 + weight))
     assert buffer.at(2)[1] == -1.0
-    assert buffer.at(4)[0] == -18.0  # only the new one speaks
+    assert buffer.at(4)[0] == -18.0  # only the new chunk contains this step
 
 
 @given(
     st.lists(st.tuples(st.integers(0, 12), st.integers(0, 6)), max_size=8),
     st.sampled_from(["switch", "ensemble", "prefix"]),
 )
-def test_an_action_always_comes_from_a_chunk_that_speaks_about_its_tick(chunks, transition):
+def test_an_action_always_belongs_to_its_step(chunks, transition):
     buffer, spoken = ChunkBuffer(transition), {}
     for number, (first, delay) in enumerate(sorted(chunks)):
         actions = np.full((4, 1), float(number), np.float32)
@@ -87,7 +87,7 @@ def test_chunks_for_different_tasks_are_not_averaged():
     buffer.put(chunk(10), first=0, now=0)
     buffer.put(chunk(12), first=1, now=1)
     buffer.new_task()
-    assert 12 < buffer.at(2)[0] < 13  # nothing is known yet of the new one
+    assert 12 < buffer.at(2)[0] < 13  # the new chunk does not contain this step yet
     buffer.put(chunk(-40)[:1], first=2, now=2, more=True)
     assert buffer.at(2)[0] == -40 and 13 < buffer.at(3)[0] < 14
     buffer.put(chunk(-40), first=2, now=3)

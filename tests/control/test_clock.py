@@ -1,4 +1,4 @@
-"""The control rate, on a clock that the test turns."""
+"""The control rate, with a clock that the test controls."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from vla.control.clock import Rate
 
 
 class Clock:
-    """Time that passes only when somebody sleeps or works."""
+    """A clock that advances only in `sleep` and when the test sets it."""
 
     def __init__(self) -> None:
         self.time = 100.0
@@ -28,7 +28,7 @@ def make(clock: Clock, hz: float = 20.0) -> Rate:
 
 
 def test_ticks_are_due_at_absolute_times(clock):
-    """Work inside a period moves no deadline."""
+    """Work within a period does not move the deadlines."""
     rate, starts = make(clock), []
     for work in (0.0, 0.03, 0.049, 0.0, 0.02):
         rate.wait()
@@ -41,7 +41,7 @@ def test_ticks_are_due_at_absolute_times(clock):
 def test_a_late_tick_does_not_move_the_next(clock):
     rate = make(clock)
     rate.wait()
-    clock.time += 0.07  # into the second period, but not through it
+    clock.time += 0.07  # within the second period
     assert rate.wait() == 1 and clock.time == pytest.approx(100.07)
     rate.sent()
     assert rate.wait() == 2 and clock.time == pytest.approx(100.1)
@@ -49,11 +49,11 @@ def test_a_late_tick_does_not_move_the_next(clock):
     assert rate.missed == 0
 
 
-def test_ticks_that_are_slept_through_are_skipped_and_counted(clock):
+def test_missed_ticks_are_skipped_and_counted(clock):
     rate = make(clock)
     rate.wait()
     rate.sent()
-    clock.time += 0.22  # ticks 1, 2 and 3 pass; 4 is due, a little late
+    clock.time += 0.22  # ticks 1, 2 and 3 pass; 4 is slightly late
     assert rate.wait() == 4
     rate.sent()
     assert list(rate.lateness) == [0.0, pytest.approx(0.02)]

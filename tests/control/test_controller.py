@@ -1,4 +1,4 @@
-"""The loop: a command at every tick, whatever policy and robot do."""
+"""The control loop: one command per control step, whatever the policy and the robot do."""
 
 import dataclasses
 import gc
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("virtual_time")
 
 
 class FakeRobot:
-    """Keeps what it is told, with the time; its picture can freeze, and its task ends after `last` commands."""
+    """Records its commands with their times. Its image can freeze, and its task ends after `last` commands."""
 
     def __init__(self, spec: RobotSpec, observation: dict, last: int = 10_000) -> None:
         self.spec, self._observation, self._last = spec, observation, last
@@ -56,7 +56,7 @@ def actions(robot: FakeRobot) -> np.ndarray:
 
 @pytest.mark.parametrize("late", [0.0, 0.1])
 @pytest.mark.parametrize("transition", ["switch", "ensemble", "prefix"])
-def test_it_executes_the_policys_chunks(policy, driver, observations, transition, late):
+def test_executes_the_policys_chunks(policy, driver, observations, transition, late):
     chunk = policy.predict_chunk(observations(1)[0], "reach")
     with Controller(
         driver, policy, ControlConfig(hz=20.0, transition=transition, injected_latency_s=late)
@@ -66,7 +66,7 @@ def test_it_executes_the_policys_chunks(policy, driver, observations, transition
     begun = record["interventions"].get("no chunk yet", 0)
     assert (1 if late else 0) <= begun <= 4 and record["errors"] == []
     np.testing.assert_array_equal(sent[:begun, :6], 0)
-    # While nothing was known the robot stood where its picture shows it: the chunk begins with its first action.
+    # The robot held until the first chunk was decoded, so the chunk begins with its first action.
     np.testing.assert_allclose(sent[begun], chunk[0], atol=1e-6)
     assert len(sent) == pytest.approx(21, abs=2)
     assert driver.closed and controller.state is State.STOPPED
@@ -74,16 +74,17 @@ def test_it_executes_the_policys_chunks(policy, driver, observations, transition
 
 
 @pytest.mark.parametrize(("max_age_s", "waits"), [(0.5, True), (0.1, False)])
-def test_what_a_robot_waits_for_is_not_late(policy, driver, monkeypatch, max_age_s, waits):
-    """Chunks of four come 0.13 s after their picture; meanwhile the robot goes on, or holds for want of actions. Each
-    goes on behind the actions that were executed since its picture; one that is too old, with that of its tick."""
+def test_steps_on_hold_do_not_age_a_chunk(policy, driver, monkeypatch, max_age_s, waits):
+    """Chunks of four actions arrive 0.13 s after their image, while the robot moves or holds. A chunk is continued
+    after the actions that were executed since its image; if the image is too old, at the action for the current
+    step."""
     real, count, moments = policy.predict, [0], []
 
     def late(*arguments):
         prediction = real(*arguments)
         count[0] += 1
         chunk = np.zeros_like(prediction.chunks)
-        chunk[0, :, 0] = 0.01 * count[0] + 0.001 * np.arange(4)  # which chunk, which action
+        chunk[0, :, 0] = 0.01 * count[0] + 0.001 * np.arange(4)  # encodes chunk and action
         time.sleep(0.13)
         return dataclasses.replace(prediction, chunks=chunk)
 
@@ -104,8 +105,8 @@ def test_what_a_robot_waits_for_is_not_late(policy, driver, monkeypatch, max_age
 
 
 def handing_over(policy, driver, monkeypatch, pauses, fails_after=None):
-    """Make `policy` decode an action after each of `pauses` seconds; entry 0 says 0.01 x the chunk's number + 0.001 x
-    the action's place."""
+    """Make `policy` decode an action after each of `pauses` seconds. Entry 0 is 0.01 x the number of the chunk + 0.001
+    x the position of the action."""
     count, whole = [0], policy.predict([driver._observation], ["reach"])
 
     def predict(observations, instructions, memories=None, on_action=None):
@@ -123,13 +124,13 @@ def handing_over(policy, driver, monkeypatch, pauses, fails_after=None):
 
 
 def said(moments) -> dict[int, int]:
-    """What was commanded: tick -> 10 x the chunk's number + the action's place."""
+    """The executed actions: control step -> 10 x the number of the chunk + the position of the action."""
     return {moment.tick: int(np.rint(1000 * moment.command[0])) for moment in moments}
 
 
-def test_actions_are_executed_while_the_rest_of_their_chunk_is_decoded(policy, driver, monkeypatch):
-    """Each action comes 45 ms after the one before it, a chunk of four takes 0.18 s: nobody waits for it to be whole,
-    and none is of an older picture than it has to be."""
+def test_actions_are_executed_while_the_chunk_is_decoded(policy, driver, monkeypatch):
+    """Decoding takes 45 ms per action and 0.18 s per chunk. Each action is executed as soon as it is decoded, and uses
+    the newest possible image."""
     moments = []
     with Controller(driver, policy, ControlConfig(hz=10.0)) as controller:
         handing_over(policy, driver, monkeypatch, [0.045] * 4)
@@ -139,15 +140,15 @@ def test_actions_are_executed_while_the_rest_of_their_chunk_is_decoded(policy, d
     assert len(whole) >= 4 and record["late_actions"] == 0 and record["errors"] == []
     sent = said(moments)
     for number, (asked, complete) in enumerate(whole.items(), 1):
-        assert complete > asked  # its last action came when others had been executed
+        assert complete > asked  # the last action was decoded after others had been executed
         assert [sent[tick] for tick in range(asked, complete + 1)] == [
             10 * number + i for i in range(complete + 1 - asked)
         ]
     assert max(record["first_action_ms"]) < 100 < 150 < min(record["decode_ms"])
 
 
-def test_a_chunk_that_breaks_off_leaves_the_plan_before_it(policy, driver, monkeypatch):
-    """The second chunk ends after its first action."""
+def test_an_aborted_chunk_leaves_the_previous_plan(policy, driver, monkeypatch):
+    """The second chunk is aborted after its first action."""
     policy.n_action_steps, moments = 2, []
     with Controller(driver, policy, ControlConfig(hz=10.0)) as controller:
         handing_over(policy, driver, monkeypatch, [0.02, 0.09, 0.02, 0.02], fails_after=2)
@@ -157,13 +158,13 @@ def test_a_chunk_that_breaks_off_leaves_the_plan_before_it(policy, driver, monke
     assert len(record["errors"]) == 1 and "out of memory" in record["errors"][0]
     second = sent.index(20)
     assert sent[second - 2 : second + 2] == [10, 11, 20, 13]
-    assert max(sent) >= 50  # and it goes on
+    assert max(sent) >= 50  # later chunks are executed
 
 
-@pytest.mark.parametrize("max_age_s", [0.4, 3.0])  # the picture grows old while the chunk comes, or does not
-def test_actions_that_come_slower_than_they_are_executed_are_all_executed(policy, driver, monkeypatch, max_age_s):
-    """0.25 s per action at 10 ticks per second: the robot holds in between, and skips nothing that moves it. The second
-    chunk is asked for when the last action of the first is about to be executed, which is its own first one."""
+@pytest.mark.parametrize("max_age_s", [0.4, 3.0])  # the image becomes too old during decoding, or does not
+def test_slowly_decoded_actions_are_all_executed(policy, driver, monkeypatch, max_age_s):
+    """Decoding takes 0.25 s per action at 10 Hz. The robot holds in between and skips no action. The second chunk is
+    requested when the last action of the first one is about to be executed, which is its own first action."""
     moments = []
     config = ControlConfig(hz=10.0, safety=SafetyConfig(max_age_s=max_age_s))
     with Controller(driver, policy, config) as controller:
@@ -174,8 +175,8 @@ def test_actions_that_come_slower_than_they_are_executed_are_all_executed(policy
 
 
 @pytest.mark.parametrize(("taken", "asked"), [(0.003, 0.1), (0.03, 0.03)])
-def test_a_picture_is_asked_about_as_soon_as_it_is_of_the_next_tick(policy, driver, monkeypatch, taken, asked):
-    """One that was taken just after a command shows the world as that command found it: it waits for the tick."""
+def test_an_image_is_used_as_soon_as_it_belongs_to_the_next_step(policy, driver, monkeypatch, taken, asked):
+    """An image taken just after a command does not show its effect, so it is used only from the next step on."""
     calls, start = [], time.monotonic()
 
     def observe():
@@ -196,8 +197,8 @@ def test_a_picture_is_asked_about_as_soon_as_it_is_of_the_next_tick(policy, driv
     assert len(calls) >= 4 and np.median(calls) == pytest.approx(asked, abs=0.02)
 
 
-def test_what_comes_after_a_stall_is_not_executed(policy, driver, monkeypatch):
-    """The first action comes in time, the others 0.8 s later: they are the answer to another world's picture."""
+def test_actions_after_a_stall_are_not_executed(policy, driver, monkeypatch):
+    """The first action arrives in time, the others 0.8 s later, when their image is too old."""
     moments = []
     config = ControlConfig(hz=10.0, safety=SafetyConfig(max_age_s=0.4))
     with Controller(driver, policy, config) as controller:
@@ -208,9 +209,9 @@ def test_what_comes_after_a_stall_is_not_executed(policy, driver, monkeypatch):
     assert len(sent) >= 2 and all(action % 10 == 0 for action in sent)
 
 
-def test_an_answer_between_two_ticks_does_not_delay_the_next_question(policy, driver, monkeypatch):
-    """One action is executed of each chunk, which is complete 30 ms after its tick's command: the picture of the next
-    tick, which is there by then, is asked about at once."""
+def test_a_chunk_completed_between_two_steps_does_not_delay_the_next_request(policy, driver, monkeypatch):
+    """One action of each chunk is executed. A chunk is complete 30 ms after the command of its step, when the next
+    image is already available, so the next chunk is requested at once."""
     policy.n_action_steps, calls = 1, []
     with Controller(driver, policy, ControlConfig(hz=5.0)) as controller:
         handing_over(policy, driver, monkeypatch, [0.02, 0.04, 0.04, 0.1])
@@ -226,21 +227,21 @@ def test_an_answer_between_two_ticks_does_not_delay_the_next_question(policy, dr
     assert len(calls) >= 10 and np.median(calls) < 0.15 and record["errors"] == []
 
 
-def test_a_policy_that_is_far_away_answers_to_where_the_robot_is(policy, driver):
-    """It is asked when the last action is about to be executed, not as soon as it has answered."""
+def test_a_policy_with_high_latency_is_asked_late(policy, driver):
+    """It is called when the last action is about to be executed, not as soon as it has returned a chunk."""
     policy.n_action_steps, moments = 3, []
     with Controller(driver, policy, ControlConfig(hz=20.0, injected_latency_s=0.25)) as controller:
         controller.listeners.append(moments.append)
         controller.run("reach", seconds=3.0)
     answers = [(moment.decoding["asked"], moment.tick) for moment in moments if moment.decoding]
     assert len(answers) >= 4
-    # The first is still thought to be near when it is asked: all of its chunk is executed.
+    # The latency is not known at the first call, so the whole first chunk is executed.
     assert all(asked >= came + 2 for (_, came), (asked, _) in itertools.pairwise(answers))
 
 
-def test_a_request_that_failed_is_made_again_at_once(policy, driver, monkeypatch):
-    """Told another task when a chunk has just come, the policy throws once: the robot is not driven on until that chunk
-    runs out."""
+def test_a_failed_request_is_repeated_at_once(policy, driver, monkeypatch):
+    """The instruction changes just after a chunk, and the policy then raises an exception once. The next request
+    follows at once, not when the old chunk has been executed."""
     policy.n_action_steps, asked, moments, real = 4, [], [], policy.predict
 
     def predict(observations, instructions, *rest):
@@ -279,8 +280,8 @@ def test_a_state_that_is_none_is_a_fault_like_others(policy, driver, nonsense):
     np.testing.assert_array_equal(actions(driver)[:, :6], 0)
 
 
-def test_a_robot_of_positions_begins_when_it_is_known_where_it_is(policy, driver, monkeypatch):
-    """Its first states are no numbers: it would be sent there, and held there."""
+def test_position_control_begins_with_the_first_valid_state(policy, driver, monkeypatch):
+    """Its first states are not finite. They must not become hold positions."""
     names = policy.robot.state_names
     spec = dataclasses.replace(policy.robot, action_space="joint_position", action_names=names, hold=())
     driver.spec = policy.robot = spec
@@ -299,7 +300,7 @@ def test_a_robot_of_positions_begins_when_it_is_known_where_it_is(policy, driver
     np.testing.assert_allclose(actions(driver)[0], 0.25)
 
 
-def test_a_run_that_cannot_begin_leaves_everything_as_it_was(policy, driver, monkeypatch):
+def test_a_run_that_fails_to_start_changes_nothing(policy, driver, monkeypatch):
     with Controller(driver, policy, ControlConfig(hz=20.0)) as controller:
         with monkeypatch.context() as silent:
             silent.setattr(driver, "observe", lambda: None)
@@ -310,8 +311,8 @@ def test_a_run_that_cannot_begin_leaves_everything_as_it_was(policy, driver, mon
         assert controller.run("reach", seconds=1.0)["commands"] >= 3
 
 
-def test_nobody_is_asked_twice_about_one_picture(policy, driver, monkeypatch):
-    """The camera freezes when the policy is asked for the third time; a second later it is over."""
+def test_an_image_is_used_only_once(policy, driver, monkeypatch):
+    """The camera freezes at the third call of the policy; the run ends a second later."""
     real, seen = policy.predict, []
     with Controller(driver, policy, ControlConfig(hz=20.0)) as controller:
 
@@ -332,8 +333,8 @@ def test_nobody_is_asked_twice_about_one_picture(policy, driver, monkeypatch):
     assert record["interventions"]["underrun"] >= 1 and record["interventions"]["stale observation"] >= 5
 
 
-def test_a_robot_that_stalls_and_shows_old_pictures_is_commanded_on(policy, driver, monkeypatch):
-    """Ticks that were slept through have no command; what was executed since an old picture is told without them."""
+def test_a_robot_that_stalls_and_returns_old_images(policy, driver, monkeypatch):
+    """Skipped control steps have no command, and do not count as executed actions."""
     command, observe = driver.command, driver.observe
 
     def stall(action):
@@ -348,16 +349,16 @@ def test_a_robot_that_stalls_and_shows_old_pictures_is_commanded_on(policy, driv
     assert np.abs(actions(driver)[1:-1, :6]).max() > 0
 
 
-def test_it_ends_with_the_task(policy, driver):
+def test_the_run_ends_with_the_task(policy, driver):
     driver._last = 7
     with Controller(driver, policy, ControlConfig(hz=50.0)) as controller:
         record = controller.run("reach", seconds=10.0)
         assert controller.state is State.HOLDING
     assert record["success"] and record["commands"] == 7
-    assert len(driver.commands) == 8  # and the hold command
+    assert len(driver.commands) == 8  # including the hold command
 
 
-def test_a_policy_that_throws_leaves_a_robot_that_holds(policy, driver, monkeypatch):
+def test_the_robot_holds_if_the_policy_raises(policy, driver, monkeypatch):
     with Controller(driver, policy, ControlConfig(hz=50.0)) as controller:
         monkeypatch.setattr(policy, "predict", lambda *_: 1 / 0)
         record = controller.run("reach", seconds=0.4)
@@ -366,8 +367,8 @@ def test_a_policy_that_throws_leaves_a_robot_that_holds(policy, driver, monkeypa
     np.testing.assert_array_equal(actions(driver)[:, :6], 0)
 
 
-def test_a_policy_that_hangs_stops_no_command(policy, driver, monkeypatch):
-    """After the first chunk is used up, the robot holds, at its rate."""
+def test_a_policy_that_hangs_does_not_delay_commands(policy, driver, monkeypatch):
+    """After the first chunk, the robot holds, with a command at every step."""
     real, calls = policy.predict, []
 
     def slow(*arguments):
@@ -385,7 +386,7 @@ def test_a_policy_that_hangs_stops_no_command(policy, driver, monkeypatch):
     assert held.sum() >= record["interventions"]["underrun"]
 
 
-def test_a_driver_that_falls_silent_is_noticed(policy, driver):
+def test_a_silent_driver_is_a_fault(policy, driver):
     driver.frozen_at = time.monotonic()
     config = ControlConfig(hz=50.0, safety=SafetyConfig(max_age_s=0.2))
     with Controller(driver, policy, config) as controller:
@@ -413,14 +414,14 @@ def test_an_emergency_stop_in_the_middle_of_a_run(policy, driver):
         ({"control_hz": 30.0}, r"made for 20 .*runs at 30.*--hz 20"),
     ],
 )
-def test_a_robot_that_does_not_fit_is_refused(policy, driver, change, message):
+def test_a_mismatched_robot_is_rejected(policy, driver, change, message):
     driver.spec = dataclasses.replace(policy.robot, **change)
     with pytest.raises(SpecError, match=message):
         Controller(driver, policy, ControlConfig())
     assert driver.commands == []
 
 
-def test_a_rate_that_is_asked_for_is_meant(policy, driver):
+def test_an_explicit_rate_is_used_with_a_warning(policy, driver):
     driver.spec = dataclasses.replace(policy.robot, control_hz=30.0)
     with Controller(driver, policy, ControlConfig(hz=20.0)) as controller:
         assert controller.hz == 20.0
@@ -432,25 +433,25 @@ def test_a_rate_that_is_asked_for_is_meant(policy, driver):
 
 
 @pytest.mark.parametrize("hz", [0, -1.0, float("nan"), float("inf")])
-def test_a_rate_that_is_none_is_refused(policy, driver, hz):
+def test_invalid_rates_are_rejected(policy, driver, hz):
     with pytest.raises(VLAError, match=r"positive|finite"):
         Controller(driver, policy, ControlConfig(hz=hz))
 
 
 @pytest.mark.parametrize("hz", [0.5, 0.25])
-def test_a_robot_may_be_slower_than_a_command_per_second(policy, driver, hz):
+def test_less_than_one_command_per_second(policy, driver, hz):
     with Controller(driver, policy, ControlConfig(hz=hz, safety=SafetyConfig(max_age_s=10.0))) as controller:
         assert controller.run("reach", seconds=4 / hz)["commands"] >= 3
 
 
-def test_a_robot_that_dies_is_told_and_the_policy_is_waited_for(policy, driver, monkeypatch):
-    """It dies while a chunk is decoded: the error is its own, not that of the last command."""
+def test_an_error_of_the_robot_is_raised_after_decoding_ends(policy, driver, monkeypatch):
+    """It fails while a chunk is decoded. The error is that of the robot, not that of the final hold command."""
     config, alive = ControlConfig(hz=20.0, injected_latency_s=0.3), driver.observe
 
     def dies():
         if driver.commands:
             monkeypatch.setattr(driver, "command", lambda action: 1 / 0)
-            raise OSError("the cable is out")
+            raise OSError("the cable is unplugged")
         return alive()
 
     with Controller(driver, policy, config) as controller:

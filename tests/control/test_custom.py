@@ -1,4 +1,4 @@
-"""A robot from outside the package: `vla deploy --robot module:callable`."""
+"""`vla deploy --robot module:callable`: robots defined outside the package."""
 
 import json
 import re
@@ -73,7 +73,7 @@ class Resettable:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The working directory, with the modules of two users."""
+    """The working directory, with two modules that define robots."""
     (tmp_path / "my_robot.py").write_text(EXAMPLE)
     (tmp_path / "toy_robot.py").write_text(TOY)
     monkeypatch.chdir(tmp_path)
@@ -84,7 +84,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory):
-    """A network of random weights for two joints."""
+    """A network with random weights for two joints."""
     spec = RobotSpec(("front",), ("shoulder", "elbow"), ("shoulder", "elbow"), "joint_position", control_hz=10)
     actions = np.random.default_rng(0).uniform(-1, 1, (500, 2)).astype(np.float32)
     facts = DataFacts(
@@ -100,7 +100,7 @@ def deploy(policy, *flags: object) -> int:
 
 
 @pytest.mark.realtime
-def test_the_example_of_the_docs_is_driven(folder, policy):
+def test_the_example_in_the_docs(folder, policy):
     assert sum(bool(line.strip()) for line in EXAMPLE.splitlines()) == 15  # as README says
     flags = ["--robot", "my_robot:Arm", "--robot-kwargs", "{port: /dev/null}", "--instruction", "reach the cup"]
     assert deploy(policy, *flags, "--episodes", 2, "--seconds", 0.8) == 0
@@ -112,7 +112,7 @@ def test_the_example_of_the_docs_is_driven(folder, policy):
 
 
 @pytest.mark.realtime
-def test_a_robot_with_episodes_is_reset_judged_and_closed_once(folder, policy):
+def test_an_episodic_robot_is_reset_evaluated_and_closed_once(folder, policy):
     flags = ["--robot", "toy_robot:Toy", "--robot-kwargs", "{reach: 3}", "--episodes", 3, "--seed", 7]
     assert deploy(policy, *flags, "--seconds", 10) == 0
     info = json.loads(Path("out/deploy.json").read_text())
@@ -122,7 +122,7 @@ def test_a_robot_with_episodes_is_reset_judged_and_closed_once(folder, policy):
     assert robot.log == [7, 8, 9, "close"]
 
 
-def test_a_robot_that_cannot_be_driven_is_refused_and_closed(folder, policy, capsys):
+def test_an_unsuitable_robot_is_rejected_and_closed(folder, policy, capsys):
     assert deploy(policy, "--robot", "my_robot:Arm") == 2
     assert "'my_robot:Arm' has no instruction. Set the task with --instruction." in capsys.readouterr().err
     flags = ["--robot", "toy_robot:Toy", "--robot-kwargs", "{reach: 1}", "--max-velocity", "wrist", 1]
@@ -149,7 +149,7 @@ def test_a_robot_that_cannot_be_driven_is_refused_and_closed(folder, policy, cap
         ("toy_robot:robots", "failed to start: TypeError: 'list' object is not callable"),
     ],
 )
-def test_what_is_no_robot_is_one_error(folder, source, message):
+def test_objects_that_are_not_robots_are_one_error(folder, source, message):
     with pytest.raises(ConfigError, match=message):
         custom.make(source, {})
 

@@ -1,7 +1,7 @@
-"""The fault table: whatever breaks, every command is safe and on time, and what happened has a name.
+"""The fault table (docs/faults.md): during every fault, commands are safe and on time, and the intervention is counted.
 
-A `Bench` robot plays a real episode of pictures at its rate and keeps every command with its time. Each test breaks one
-thing for a while, and `safe_and_on_time` judges the commands: finite, in the policy's range, and none missing.
+A `Bench` robot sends observations at its rate and records the commands with their times. Each test injects one fault.
+`safe_and_on_time` checks that all commands are finite, within the policy's range, and not missing.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ def bench(policy, observations):
 
 
 def never_executed(record, reason):
-    """Every action of the policy was refused for `reason`; a slow machine only has fewer of them."""
+    """No action of the policy was executed because of `reason`. (A slow machine also has underruns.)"""
     held = record["interventions"]
     assert set(held) <= {reason, "underrun", "no chunk yet"} and held[reason] > 0
     assert sum(held.values()) == record["commands"]
@@ -75,20 +75,20 @@ def nan(observation):
     ],
     ids=[
         "camera silent",
-        "camera shows one picture for ever",
-        "all black",
-        "wrong size",
-        "camera gone",
+        "camera repeats one image",
+        "all images black",
+        "wrong image size",
+        "camera missing",
         "NaN in the state",
-        "half the frames lost",
+        "half of the frames lost",
     ],
 )
-def test_a_robot_that_sees_nonsense_holds_and_goes_on_afterwards(
+def test_the_robot_holds_on_invalid_observations_and_continues(
     bench, policy, tmp_path, broken, reason, least, safe_and_on_time
 ):
     safety = SafetyConfig(max_frozen_s=0.5 if reason == "frozen camera" else None)
     with Controller(bench, policy, ControlConfig(hz=HZ, safety=safety)) as controller:
-        box = BlackBox(tmp_path, 0.5, HZ)  # short, so that an underrun of a busy machine does not take its only file
+        box = BlackBox(tmp_path, 0.5, HZ)  # short, so that an underrun on a busy machine does not take the only file
         controller.listeners.append(box.add)
         bench.broken = broken
         record = controller.run("reach", seconds=2.4)
@@ -99,14 +99,14 @@ def test_a_robot_that_sees_nonsense_holds_and_goes_on_afterwards(
         assert set(named) <= {"underrun"} and record["errors"] == []
         return
     assert named[reason] >= least and record["errors"] == []
-    # A file has the name of its first fault, which may be an underrun of a busy machine.
+    # A file is named after its first fault, which may be an underrun on a busy machine.
     assert any(f'"{reason}"' in zipfile.ZipFile(path).read("ticks.jsonl").decode() for path in box.files)
     moving = np.abs(np.stack([action[:6] for _, action in bench.commands[-12:-1]])).max()
-    assert moving > 0  # it has gone on
+    assert moving > 0  # the robot moves again
 
 
-def test_half_the_frames_are_enough(bench, policy, virtual_time, monkeypatch):
-    """In virtual time, with decoding that takes a tick: how many actions are missing must not depend on the machine."""
+def test_half_of_the_frames_are_enough(bench, policy, virtual_time, monkeypatch):
+    """In virtual time, with decoding that takes one step, so that the number of missing actions is deterministic."""
     monkeypatch.setattr(bench_module, "time", virtual_time)
     real = policy.predict
 
@@ -123,7 +123,7 @@ def test_half_the_frames_are_enough(bench, policy, virtual_time, monkeypatch):
 
 
 class Slow:
-    """Replaces `policy.predict` from its third call on."""
+    """Replaces `policy.predict`; calls 3 to 8 also call `behave`."""
 
     def __init__(self, policy: Policy, behave) -> None:
         self._real, self._behave, self.calls = policy.predict, behave, 0
@@ -144,7 +144,7 @@ def raise_memory_error():
     [(lambda: time.sleep(0.3), 0), (raise_memory_error, 6), (lambda: time.sleep(2.0), 0)],
     ids=["ten times slower", "throws", "hangs"],
 )
-def test_a_policy_that_fails_leaves_a_robot_that_holds_and_comes_back(
+def test_the_robot_holds_while_the_policy_fails_and_continues(
     bench, policy, monkeypatch, behave, errors, safe_and_on_time
 ):
     with Controller(bench, policy, ControlConfig(hz=HZ)) as controller:
@@ -155,7 +155,7 @@ def test_a_policy_that_fails_leaves_a_robot_that_holds_and_comes_back(
     assert record["interventions"]["underrun"] >= 1
 
 
-def test_a_policy_that_says_nan_is_not_obeyed(bench, policy, monkeypatch, safe_and_on_time):
+def test_actions_with_nan_are_not_executed(bench, policy, monkeypatch, safe_and_on_time):
     real = policy.predict
 
     def sick(observations, instructions, drafts, on_action):
@@ -169,18 +169,18 @@ def test_a_policy_that_says_nan_is_not_obeyed(bench, policy, monkeypatch, safe_a
     never_executed(record, "not finite")
 
 
-def test_a_policy_that_is_not_sure_is_not_obeyed_where_that_is_asked_for(bench, policy):
+def test_actions_with_high_entropy_are_not_executed_if_configured(bench, policy):
     config = ControlConfig(hz=HZ, safety=SafetyConfig(max_entropy=1e-6))
     with Controller(bench, policy, config) as controller:
         record = controller.run("reach", seconds=1.0)
     never_executed(record, "not confident")
 
 
-def test_the_wall_clock_means_nothing(bench, policy, monkeypatch, safe_and_on_time):
-    """It steps by an hour, twice; the loop runs on the monotonic clock."""
+def test_the_wall_clock_is_not_used(bench, policy, monkeypatch, safe_and_on_time):
+    """It jumps by an hour, twice; the loop uses the monotonic clock."""
     real, offset = time.time, [0.0]
     monkeypatch.setattr(time, "time", lambda: real() + offset[0])
-    # Answered at once: a decoding that is late on a busy machine would be an underrun that no clock has caused.
+    # The policy returns at once, because slow decoding on a busy machine would cause underruns.
     prediction = policy.predict([bench.observe().observation], ["reach"])
     with Controller(bench, policy, ControlConfig(hz=HZ)) as controller:
         monkeypatch.setattr(policy, "predict", lambda *_: prediction)
@@ -202,11 +202,11 @@ def test_hold_and_resume_while_it_runs(bench, policy, monkeypatch):
         record = controller.run("reach", seconds=2.0)
     assert 5 <= record["interventions"]["on hold"] <= 10
     assert states[0] == states[-1] == "running" and "holding" in states
-    assert record["interventions"]["no chunk yet"] >= 2  # the old plan is not gone on with
+    assert record["interventions"]["no chunk yet"] >= 2  # the old plan is not continued
     assert [len(draft) for draft in drafts].count(0) == 2
 
 
-def test_a_new_instruction_counts_from_the_next_chunk_on(bench, policy, monkeypatch):
+def test_a_new_instruction_applies_from_the_next_chunk(bench, policy, monkeypatch):
     real, told = policy.predict, []
     with Controller(bench, policy, ControlConfig(hz=HZ)) as controller:
         monkeypatch.setattr(policy, "predict", lambda o, i, m, *on: (told.append((i[0], m[0])), real(o, i, m, *on))[1])

@@ -1,4 +1,4 @@
-"""What can be wrong with a reading has a name, and what is well has none."""
+"""The observation monitor: each fault of a reading is detected by name, and valid readings have none."""
 
 import numpy as np
 import pytest
@@ -38,14 +38,14 @@ def test_a_good_reading_has_no_fault_until_it_is_old():
         ({"pixels": observation()["pixels"]}, "state not finite"),
     ],
 )
-def test_every_fault_has_its_name_and_passes_with_it(bad, name):
+def test_every_fault_has_a_name_and_clears(bad, name):
     monitor = ObservationMonitor(SPEC, SafetyConfig())
     assert monitor.fault(Reading(observation(), 1.0), 1.0) is None
     assert monitor.fault(Reading(bad, 1.1), 1.1) == name
     assert monitor.fault(Reading(observation(), 1.2), 1.2) is None
 
 
-def test_a_camera_that_shows_the_same_picture_for_ever_is_frozen_where_that_is_asked_for():
+def test_a_repeated_image_is_a_frozen_camera_if_configured():
     careful, easy = ObservationMonitor(SPEC, SafetyConfig(max_frozen_s=0.35)), ObservationMonitor(SPEC, SafetyConfig())
     for tick in range(10):
         reading = Reading(observation(), tick * 0.1)

@@ -1,4 +1,4 @@
-"""The live page: what a person sees is what happened, what they say is done, and nobody else can say it."""
+"""The live page: its display, its commands, and protection against other web sites."""
 
 import json
 import os
@@ -28,7 +28,7 @@ HZ = 20.0
 
 
 class Bench:
-    """A robot that shows noise and does nothing."""
+    """A robot with random images that ignores commands."""
 
     def __init__(self, spec, observation) -> None:
         self.spec, self.observation = spec, observation
@@ -61,7 +61,7 @@ def console(controller, tiny):
 
 @pytest.fixture
 def scene(controller, console):
-    """A scene that runs in the background."""
+    """An episode that runs in the background."""
     console.begin(7, "reach")
     thread = threading.Thread(target=controller.run, args=("reach", 60.0), daemon=True)
     thread.start()
@@ -80,7 +80,7 @@ def served(console):
 def until(condition, seconds: float = 20.0):
     deadline = time.monotonic() + seconds
     while not (found := condition()):
-        assert time.monotonic() < deadline, "it did not happen"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.02)
     return found
 
@@ -90,13 +90,13 @@ def step(tick: int, observation, reasons=(), decoding=None, late: float = 0.001)
     return StepEvent(tick, late, reading, np.arange(7, dtype=np.float32), reasons, decoding)
 
 
-def test_what_is_told_is_what_happened(console, observations):
+def test_the_status_reports_the_events(console, observations):
     (observation,) = observations(1)
     assert console.status()["state"] == "starting" and console.jpeg("front") is None
     console.begin(7, "reach")
     console.listen(step(0, observation, ("no chunk yet",)))
     console.listen(step(1, observation, decoding={"asked": 0, "ms": 21.5, "ids": [1], "entropy": 0.1}))
-    for tick in (2, 3, 6):  # two ticks were slept through
+    for tick in (2, 3, 6):  # two control steps were missed
         console.listen(step(tick, observation, ("underrun",)))
     console.listen(step(7, observation, ("jump", "range"), {"asked": 2, "ms": 3.0, "error": "out of memory"}, 0.06))
     status = json.loads(json.dumps(console.status(), allow_nan=False))
@@ -114,12 +114,12 @@ def test_what_is_told_is_what_happened(console, observations):
     assert events["policy error"]["detail"] == "out of memory" and status["events"][-1]["reason"] == "underrun"
     assert abs(events["underrun"]["time"] - time.time()) < 5
     assert status["timing"]["decode_ms"] == [21.5]
-    assert (status["timing"]["commands"], status["timing"]["missed"]) == (8, 3)  # two skipped, one sent too late
+    assert (status["timing"]["commands"], status["timing"]["missed"]) == (8, 3)  # two skipped steps, one late command
     assert status["timing"]["lateness_ms"]["max"] == 60
     assert status["robot"]["info"] == {"reached": 1, "torque": None} and len(status["robot"]["state"]) == 7
 
 
-def test_pictures_are_those_of_the_latest_reading(console, observations):
+def test_images_are_from_the_latest_reading(console, observations):
     import cv2
 
     first, second = observations(2)
@@ -137,20 +137,20 @@ def test_pictures_are_those_of_the_latest_reading(console, observations):
     assert cv2.imdecode(np.frombuffer(console.jpeg("front"), np.uint8), cv2.IMREAD_COLOR).shape == (360, 640, 3)
 
 
-def test_a_new_scene_shows_nothing_of_the_one_before(console, observations):
+def test_a_new_scene_discards_the_previous_one(console, observations):
     before, after = observations(2)
     console.begin(7, "reach")
     console.listen(step(0, before))
     assert console.status()["robot"]["info"] == {"reached": 1, "torque": None} and console.jpeg("front")
     console.end(False)
-    assert console.status()["robot"] is not None  # a scene that is over is still to be seen
+    assert console.status()["robot"] is not None  # a finished scene remains visible
     console.begin(8, "push")
     assert console.status()["robot"] is None and console.jpeg("front") is None
     console.listen(step(0, after))
     assert console.status()["robot"]["state"] and console.jpeg("front")
 
 
-def test_nothing_grows_for_ever(console, observations):
+def test_memory_is_bounded(console, observations):
     (observation,) = observations(1)
     console.begin(7, "reach")
     for tick in range(3000):
@@ -160,7 +160,7 @@ def test_nothing_grows_for_ever(console, observations):
     assert len(status["events"]) <= 50 and len(json.dumps(status | {"ticks": []})) < 20_000
 
 
-def test_scenes_that_a_person_had_a_hand_in_are_not_counted(console, observations):
+def test_scenes_with_operator_commands_are_not_counted(console, observations):
     (observation,) = observations(1)
 
     def play(success: bool, *orders) -> list[str]:
@@ -173,7 +173,7 @@ def test_scenes_that_a_person_had_a_hand_in_are_not_counted(console, observation
     with pytest.raises(Refused, match="no scene is running"):
         console.instruct("push")
     assert play(True) == []
-    assert console.waiting()  # the success is to be seen
+    assert console.waiting()  # the success is displayed for a while
     console.new_scene()
     assert not console.waiting()
     assert play(False) == [] and not console.waiting()
@@ -190,7 +190,7 @@ def test_scenes_that_a_person_had_a_hand_in_are_not_counted(console, observation
     assert status["last"]["orders"] == ["hold"] and status["suggestions"] == ["reach", "push it"]
 
 
-def test_a_robot_that_is_held_waits_for_a_person(console, controller):
+def test_a_held_robot_waits_for_the_operator(console, controller):
     console.begin(7, "reach")
     console.emergency_stop()
     assert controller.safety.stopped and console.status()["state"] == "emergency stop"
@@ -210,7 +210,7 @@ def test_an_instruction_is_a_short_text(scene, console):
             console.instruct(text)
 
 
-def test_the_page_needs_nothing_from_elsewhere(served):
+def test_the_page_loads_no_external_resources(served):
     answer = requests.get(served, timeout=10)
     assert answer.status_code == 200 and "text/html" in answer.headers["content-type"]
     assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
@@ -218,7 +218,7 @@ def test_the_page_needs_nothing_from_elsewhere(served):
 
 
 @pytest.mark.realtime
-def test_orders_and_pictures_go_over_the_wire(scene, console, served):
+def test_commands_and_images_over_the_websocket(scene, console, served):
     with connect(served.replace("http", "ws") + "/live") as socket:
         hello = json.loads(socket.recv(timeout=10))["robot"]
         assert hello["cameras"] == ["front", "wrist"] and (hello["period_ms"], hello["chunk_ms"]) == (50, 200)
@@ -230,7 +230,7 @@ def test_orders_and_pictures_go_over_the_wire(scene, console, served):
                 cameras.add(message[0])
             else:
                 statuses.append(json.loads(message)["status"])
-        assert statuses[0]["ticks"][-1]["n"] < statuses[-1]["ticks"][0]["n"]  # only what is new
+        assert statuses[0]["ticks"][-1]["n"] < statuses[-1]["ticks"][0]["n"]  # only new steps are sent
         assert statuses[-1]["state"] == "running" and statuses[-1]["robot"]["info"] == {"reached": 1}
         for order, state in (("hold", "holding"), ("start", "running"), ("stop", "emergency stop")):
             socket.send(json.dumps({"do": order}))
@@ -262,23 +262,23 @@ def error(socket) -> str:
     ],
     ids=lambda text: str(text)[:30],
 )
-def test_nonsense_is_answered(served, message, answer):
+def test_invalid_messages_are_answered_with_an_error(served, message, answer):
     with connect(served.replace("http", "ws") + "/live") as socket:
         socket.send(message)
         assert answer in error(socket)
-        socket.send("{")  # the connection is still there
+        socket.send("{")  # the connection is still open
         assert "JSON" in error(socket)
 
 
 @pytest.mark.realtime
-def test_the_emergency_stop_needs_no_page(scene, served):
+def test_the_emergency_stop_works_without_the_page(scene, served):
     assert requests.get(served + "/stop", timeout=10).status_code == 405
     assert requests.post(served + "/stop", timeout=10).status_code == 200
     assert scene.safety.stopped
     until(lambda: scene.safety.interventions["emergency stop"] >= 3)
 
 
-def test_no_other_web_site_can_drive_the_robot(controller, served):
+def test_other_web_sites_cannot_control_the_robot(controller, served):
     port = served.rpartition(":")[2]
     foreign = [
         {"Origin": "http://elsewhere.example"},
@@ -301,14 +301,14 @@ def test_no_other_web_site_can_drive_the_robot(controller, served):
         assert json.loads(socket.recv(timeout=10))["robot"]
 
 
-def test_a_place_where_nothing_can_listen_says_so(console, served):
+def test_an_unusable_address_is_an_error(console, served):
     taken = int(served.rpartition(":")[2])
     for host, port in (("127.0.0.1", taken), ("no.such.host.invalid", 0), ("127.0.0.1", 70000)):
         with pytest.raises(ConfigError, match="port"), serve_in_thread(page(console), host, port):
             pass
 
 
-def test_signals_stay_the_main_threads(console):
+def test_the_page_does_not_handle_signals(console):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with serve_in_thread(page(console), "127.0.0.1", 0) as address:
         assert requests.get(address, timeout=10).ok
@@ -317,7 +317,7 @@ def test_signals_stay_the_main_threads(console):
 
 @pytest.fixture
 def deployed(tmp_path, start_vla):
-    """`vla deploy` of the embedded policy, and the address of its page."""
+    """`vla deploy` with the embedded policy, and the address of its page."""
     flags = ["--seed", "100000", "--seconds", "300", "--black-box-s", "0", "--port", "0", "--out", str(tmp_path)]
     job = start_vla("deploy", *flags, env={"DISPLAY": "", "WAYLAND_DISPLAY": ""})
     try:
@@ -329,7 +329,7 @@ def deployed(tmp_path, start_vla):
 
 @pytest.mark.realtime
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium")
-def test_a_person_tells_the_robot_something_else_and_stops_it(deployed, tmp_path):
+def test_an_operator_changes_the_instruction_and_stops_the_robot(deployed, tmp_path):
     from playwright.sync_api import sync_playwright
 
     job, address = deployed
@@ -352,7 +352,7 @@ def test_a_person_tells_the_robot_something_else_and_stops_it(deployed, tmp_path
             return np.array(screen.evaluate("live.robot.state"))
 
         def stands_still() -> bool:
-            time.sleep(0.7)  # what it was doing comes to rest
+            time.sleep(0.7)  # the robot comes to rest
             before = state()
             time.sleep(1.0)
             return bool(np.abs(state() - before)[:3].max() < 1.5e-3)
@@ -360,7 +360,7 @@ def test_a_person_tells_the_robot_something_else_and_stops_it(deployed, tmp_path
         happens("live.ticks.length")
         screen.tap("#hold")
         happens("live.held")
-        # The scene that was held may be over; the next one waits, held, for a person.
+        # The scene on hold may have ended; the next one then waits for the operator.
         for _ in range(4):
             number = screen.evaluate("live.scene.number")
             screen.tap("#new_scene")
@@ -375,9 +375,9 @@ def test_a_person_tells_the_robot_something_else_and_stops_it(deployed, tmp_path
             outcome = f"live.state !== 'running' ? 'over' : live.robot.info.reached === {other} ? 'heeded' : null"
             if until(lambda outcome=outcome: screen.evaluate(outcome), 30) == "heeded":
                 break
-            screen.tap("#hold")  # the policy is not always right: another scene
+            screen.tap("#hold")  # the policy does not always succeed; try another scene
         else:
-            pytest.fail("four scenes, and the robot never took what it was told to take")
+            pytest.fail("in four scenes, the robot never moved to the object in the instruction")
 
         screen.tap("#stop")
         happens("live.state === 'emergency stop'")
@@ -388,7 +388,7 @@ def test_a_person_tells_the_robot_something_else_and_stops_it(deployed, tmp_path
         happens("live.state === 'holding'")
         assert stands_still()
         before = state().tolist()
-        screen.tap("#chips button")  # the scene's own instruction
+        screen.tap("#chips button")  # restores the scene's own instruction
         happens("live.scene.instruction === live.scene.own_instruction")
         screen.tap("#start")
         happens(f"Math.max(...{before}.slice(0, 3).map((at, i) => Math.abs(at - live.robot.state[i]))) > 0.005", 30)
@@ -412,11 +412,11 @@ def test_a_person_tells_the_robot_something_else_and_stops_it(deployed, tmp_path
 
 
 def another(seed: int) -> tuple[int, int, str]:
-    """Of a scene: the thing that its own instruction names, another one, and what that is called."""
+    """The target of the scene's own instruction, another object, and the name of the latter."""
     env = gym.make("envs:vla/PickUp-v0", cameras=())
     _, info = env.reset(seed=seed)
     things = env.unwrapped.scene["objects"]
     env.close()
-    # Rather no ball: balls roll away from whoever grips badly.
+    # Prefer objects other than balls, which roll away from a bad grasp.
     _, other = min((thing["shape"] == "ball", i) for i, thing in enumerate(things) if i != info["target"])
     return info["target"], other, f"the {things[other]['color']} {things[other]['shape']}"

@@ -1,4 +1,4 @@
-"""A demonstration in real time: frames when they are due, commands beside what was demonstrated."""
+"""Replaying a demonstration in real time, and comparing commands with the demonstrated actions."""
 
 import json
 import time
@@ -22,20 +22,20 @@ def data(dataset, robot):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """`clock[0]` is what `time.monotonic` says."""
+    """`clock[0]` is the value of `time.monotonic`."""
     now = [1000.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     return now
 
 
-def test_it_shows_the_frame_that_is_due_and_ends(data, clock):
+def test_it_returns_the_due_frame_and_ends(data, clock):
     robot = ReplayRobot(data)
     robot.reset(1)
-    clock[0] = 2000.0  # an episode starts when somebody looks: a controller may take its time to begin
+    clock[0] = 2000.0  # an episode starts with the first observation, because a controller may start slowly
     assert robot.instruction == "go to square 1" and robot.episodes == [0, 1, 2]
     pictures = list(data.frames(1, "wrist"))
     rows = data.episodes[1].rows
-    for k in (0, 1, 2, 7, 23):  # frames that nobody asks for are gone
+    for k in (0, 1, 2, 7, 23):  # frames that are not requested are skipped
         clock[0] = 2000.0 + (k + 0.7) / data.fps if k else 2000.0
         reading = robot.observe()
         assert reading is robot.observe() and not reading.over
@@ -46,7 +46,7 @@ def test_it_shows_the_frame_that_is_due_and_ends(data, clock):
     assert robot.observe().over and not robot.observe().success
 
 
-def test_it_decodes_nothing_while_it_plays(data, monkeypatch):
+def test_nothing_is_decoded_during_the_replay(data, monkeypatch):
     robot = ReplayRobot(data, hz=1000.0)
     robot.reset(0)
     monkeypatch.setattr(data._store, "frames", None)
@@ -66,7 +66,7 @@ def test_the_demonstrations_own_actions_agree_with_it(data, clock, hz):
     assert [command.tick for command in robot.sent] == list(range(24))
     assert set(robot.agreement()) == set(robot.spec.action_names) and not any(robot.agreement().values())
     clock[0] = 1000.0 + 30 / hz
-    robot.command(robot.demonstrated[0] + 100)  # after the end: the last hold command
+    robot.command(robot.demonstrated[0] + 100)  # after the end: the hold command
     assert not any(robot.agreement().values())
     clock[0] = 2000.0
     robot.reset(2)
@@ -76,7 +76,7 @@ def test_the_demonstrations_own_actions_agree_with_it(data, clock, hz):
 
 
 @pytest.mark.realtime
-def test_a_controller_plays_a_demonstration_to_its_end(data, tiny):
+def test_a_controller_runs_a_demonstration_to_its_end(data, tiny):
     robot = ReplayRobot(data)
     with Controller(robot, Policy(*tiny), ControlConfig()) as controller:
         robot.reset(0)
@@ -84,14 +84,14 @@ def test_a_controller_plays_a_demonstration_to_its_end(data, tiny):
     assert controller.hz == data.fps and record["errors"] == [] and not record["success"]
     ticks = [command.tick for command in robot.sent]
     assert 18 <= record["commands"] + record["skipped"] <= 24
-    assert ticks == sorted(ticks) and ticks[-1] >= 24  # the hold command comes when it is over
+    assert ticks == sorted(ticks) and ticks[-1] >= 24  # the hold command follows the end
     played = [command for command in robot.sent if command.tick < 24]
     gaps = np.abs([command.action - robot.demonstrated[command.tick] for command in played]).mean(0)
     assert list(robot.agreement().values()) == pytest.approx(gaps.tolist(), rel=1e-5)
-    assert gaps.max() > 0.01  # these weights know nothing
+    assert gaps.max() > 0.01  # the policy is untrained
 
 
-def test_what_cannot_be_played_is_said(data):
+def test_invalid_replays_are_rejected(data):
     with pytest.raises(DataError, match=r"unknown episode '9'.*Valid: '0', '1', '2'"):
         ReplayRobot(data).reset(9)
     with pytest.raises(ConfigError, match="hz must be positive, got 0"):

@@ -1,4 +1,4 @@
-"""The ROS 2 robot and its lifecycle node, against the stand-in of fake_ros2: this is not a test on ROS."""
+"""The ROS 2 robot and its lifecycle node, with the mock in fake_ros2; they are not tested with ROS."""
 
 import array
 import contextlib
@@ -54,7 +54,7 @@ def joints(values: dict[str, float]) -> ros.Message:
 
 
 class Drivers:
-    """Two cameras and joint states that come in another order every time; the silent ones say nothing."""
+    """Two cameras and joint states, whose order changes in every message. Silent drivers send nothing."""
 
     def __init__(self, node) -> None:
         self._node, self._rng = node, np.random.default_rng(0)
@@ -90,13 +90,13 @@ class Drivers:
 def until(condition, seconds: float = 10.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.01)
 
 
 @pytest.fixture
 def node_of(monkeypatch, tiny, tmp_path):
-    """`node_of(**parameters)`: the node with a policy of random weights; it is shut down at the end."""
+    """`node_of(**parameters)`: a node with a random policy; it is shut down at the end of the test."""
     checkpoint.save(*tiny, tmp_path / "policy")
     usual = {"policy": str(tmp_path / "policy"), "device": "cpu", "instruction": "reach", "state_joints": JOINTS}
     usual |= {"command_type": "array", "command_topic": "/commands"} | TOPICS
@@ -116,7 +116,7 @@ def node_of(monkeypatch, tiny, tmp_path):
 
 @pytest.fixture
 def active(node_of):
-    """A node that drives, and its drivers."""
+    """An active node and its drivers."""
     node = node_of()
     assert node.trigger_configure() is ros.TransitionCallbackReturn.SUCCESS, node.log
     with Drivers(node) as drivers:
@@ -130,7 +130,7 @@ def active(node_of):
 
 
 @pytest.mark.parametrize("padding", [0, 13])
-def test_pictures_are_the_rgb_original(padding):
+def test_images_are_converted_to_rgb(padding):
     picture = np.random.default_rng(0).integers(0, 256, (11, 17, 3), np.uint8)
     alpha = np.concatenate([picture, picture[..., :1]], axis=-1)
     for encoding, sent in (
@@ -150,7 +150,7 @@ def test_pictures_are_the_rgb_original(padding):
     assert np.abs(ros2_messages.decode_compressed_image(compressed(smooth, ".jpg")).astype(int) - smooth).mean() < 12
 
 
-def test_pictures_that_cannot_be_read_are_errors_that_help():
+def test_unreadable_images_are_errors():
     picture = np.zeros((8, 8, 3), np.uint8)
     with pytest.raises(SpecError, match=r"unknown image encoding '16UC1'.*Valid: 'rgb8', 'bgr8'.*compressed"):
         ros2_messages.decode_image(image(picture, "16UC1"))
@@ -196,7 +196,7 @@ ARM = RobotSpec(
 )
 
 
-def test_a_reading_is_as_old_as_its_oldest_part(monkeypatch, observations):
+def test_the_age_of_a_reading_is_that_of_its_oldest_part(monkeypatch, observations):
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     picture = observations(1)[0]["pixels"]["front"]
@@ -213,7 +213,7 @@ def test_a_reading_is_as_old_as_its_oldest_part(monkeypatch, observations):
     assert reading.observation["agent_pos"].dtype == np.float32
     now[0] = 102.0
     node.hear("/image", image(picture))
-    assert robot.observe().time == 101.0  # now it is the joints that are old
+    assert robot.observe().time == 101.0  # now the joints are the oldest
     robot.close()
     assert node.subscriptions == [] and node.publishers == []
 
@@ -233,7 +233,7 @@ def test_a_trajectory_has_names_one_point_and_one_period(monkeypatch):
     assert {s.qos.reliability for s in node.subscriptions} == {ros.ReliabilityPolicy.BEST_EFFORT}
 
 
-def test_the_gripper_is_told_in_its_own_polarity(monkeypatch):
+def test_gripper_commands_use_the_robots_polarity(monkeypatch):
     node, robot = robot_of(
         monkeypatch, ARM, cameras={"front": "/image"}, command_topic="/go", gripper_open=0.0, gripper_closed=0.8
     )
@@ -242,7 +242,7 @@ def test_the_gripper_is_told_in_its_own_polarity(monkeypatch):
         assert list(node.sent("/go")[-1][1].points[0].positions) == pytest.approx([0.5, 0.5, expected])
 
 
-def test_before_the_first_command_to_hold_is_to_stay_where_the_joints_are(monkeypatch, observations):
+def test_before_the_first_command_hold_uses_the_joint_positions(monkeypatch, observations):
     node, robot = robot_of(monkeypatch, ARM, cameras={"front": "/image"}, gripper_open=0.0, gripper_closed=0.8)
     node.hear("/image", image(observations(1)[0]["pixels"]["front"]))
     node.hear("/joint_states", joints({"shoulder": float("nan"), "elbow": 0.4, "grip": 0.8}))
@@ -250,7 +250,7 @@ def test_before_the_first_command_to_hold_is_to_stay_where_the_joints_are(monkey
     node.hear("/joint_states", joints({"shoulder": 0.7, "elbow": 0.4, "grip": 0.8}))
     np.testing.assert_allclose(robot.hold_reference(), [0.7, 0.4, -1.0], atol=1e-6)
     node.hear("/joint_states", joints({"shoulder": float("nan"), "elbow": 0.4, "grip": 0.8}))
-    assert np.isnan(robot.observe().observation["agent_pos"][0])  # for the monitor to judge
+    assert np.isnan(robot.observe().observation["agent_pos"][0])  # the observation monitor reports it
     np.testing.assert_allclose(robot.hold_reference(), [0.7, 0.4, -1.0], atol=1e-6)
     robot.command(np.array([0.6, 0.4, 1.0], np.float32))
     np.testing.assert_allclose(robot.hold_reference(), [0.6, 0.4, 1.0])
@@ -268,25 +268,25 @@ def test_before_the_first_command_to_hold_is_to_stay_where_the_joints_are(monkey
         ({"cameras": {"front": "/i"}, "gripper_open": 1.0}, "gripper_closed and gripper_open.*None and 1.0"),
     ],
 )
-def test_what_does_not_fit_the_robot_is_said(monkeypatch, parameters, message):
+def test_parameters_that_do_not_match_the_robot_are_rejected(monkeypatch, parameters, message):
     with pytest.raises(ConfigError, match=message):
         robot_of(monkeypatch, ARM, **parameters)
 
 
-def test_deltas_are_no_trajectory(monkeypatch, robot):
+def test_deltas_cannot_be_a_trajectory(monkeypatch, robot):
     with pytest.raises(ConfigError, match=r'positions, but the actions are ee_delta\. Use "array"'):
         robot_of(monkeypatch, robot, cameras=dict.fromkeys(robot.cameras, "/image"))
 
 
-def test_a_policy_of_positions_begins_where_the_robot_is(monkeypatch, observations):
-    """Not at zero: also when it is started again after somebody else has moved it."""
+def test_position_control_begins_at_the_current_position(monkeypatch, observations):
+    """Not at zero, also after a restart and after the robot was moved by hand."""
     actions = np.random.default_rng(0).uniform(-1, 1, (500, 3)).astype(np.float32)
     statistics = {"arm": {"action": compute_statistics(actions), "state": compute_statistics(actions)}}
     facts = DataFacts(ARM, statistics, {"arm": actions})
     network, processor = build_policy(ModelConfig(backbone="tiny-init", horizon=4, n_action_steps=4, bins=31), facts)
     node, robot = robot_of(monkeypatch, ARM, cameras={"front": "/image"}, command_topic="/go")
     picture = image(observations(1)[0]["pixels"]["front"])
-    # It waits for its first actions, which come 0.15 s later, where it is.
+    # The robot holds its position until the first actions arrive 0.15 s later.
     config = ControlConfig(injected_latency_s=0.15, safety=SafetyConfig(max_velocity={"shoulder": 0.5, "elbow": 0.5}))
     with Controller(robot, Policy(network.eval(), processor), config) as controller:
         for at in ([0.9, -0.8, 1.0], [-0.5, 0.7, -1.0]):
@@ -296,7 +296,7 @@ def test_a_policy_of_positions_begins_where_the_robot_is(monkeypatch, observatio
             controller.run("reach", seconds=0.4)
             sent = np.array([message.points[0].positions for _, message in node.sent("/go")[before:]])
             np.testing.assert_allclose(sent[0], at, atol=1e-6)
-            assert np.abs(np.diff(sent[:, :2], axis=0)).max() < 0.051  # nor does it jump away from there
+            assert np.abs(np.diff(sent[:, :2], axis=0)).max() < 0.051  # and does not jump away from it
             robot.forget()
             controller.safety.forget()
 
@@ -304,7 +304,7 @@ def test_a_policy_of_positions_begins_where_the_robot_is(monkeypatch, observatio
 # The node.
 
 
-def test_it_drives_by_name_at_the_policys_rate_and_ends_in_hold(active, tiny):
+def test_commands_by_name_at_the_policys_rate_and_a_final_hold(active, tiny):
     node, drivers = active
     spec = Policy(*tiny).robot
     before = len(node.sent("/commands"))
@@ -315,19 +315,19 @@ def test_it_drives_by_name_at_the_policys_rate_and_ends_in_hold(active, tiny):
     actions = np.array([message.data for _, message in sent])
     assert actions.shape[1] == spec.action_dim and np.abs(actions[:-1, :3]).max() > 0.01
     np.testing.assert_allclose(actions[-1], spec.hold_action(actions[-2]))
-    # The joints came in another order every time.
+    # The order of the joints differed in every message.
     state = node.controller.robot.observe().observation["agent_pos"]
     np.testing.assert_allclose(state, [drivers.at[name] for name in JOINTS], atol=1e-6)
     time.sleep(0.2)
     assert len(node.sent("/commands")) == len(sent)
     status = node.diagnose()
     assert (status.level, status.message) == (ros.DiagnosticStatus.OK, "not active")
-    # And again: what it was last told counts no more.
+    # Restart: the last command of the previous run is not used.
     assert node.trigger_activate() is ros.TransitionCallbackReturn.SUCCESS
     until(lambda: len(node.sent("/commands")) > len(sent) + 5)
 
 
-def test_diagnostics_say_how_it_goes(active):
+def test_diagnostics(active):
     node, _ = active
     until(lambda: node.diagnose().message == "running")
     time.sleep(0.5)
@@ -343,7 +343,7 @@ def test_diagnostics_say_how_it_goes(active):
     assert node.sent("/diagnostics")[-1][1].header.stamp.sec > 0
 
 
-def test_a_camera_that_falls_silent_is_a_hold_with_a_name(active):
+def test_a_silent_camera_is_a_hold_with_a_reason(active):
     node, drivers = active
     drivers.silent.add("/wrist/image_raw/compressed")
     until(lambda: "stale observation" in node.diagnose().message)
@@ -357,7 +357,7 @@ def test_a_camera_that_falls_silent_is_a_hold_with_a_name(active):
     until(lambda: node.diagnose().message == "running")
 
 
-def test_messages_that_cannot_be_used_are_told(active):
+def test_unusable_messages_are_reported(active):
     node, drivers = active
     drivers.silent |= {"/front/image_raw", "/joint_states"}
     time.sleep(0.1)
@@ -391,10 +391,10 @@ def test_a_new_instruction_holds_and_stops(active):
     until(lambda: node.diagnose().message == "holding: emergency stop")
     node.trigger_deactivate()
     node.trigger_activate()
-    until(lambda: node.diagnose().message == "holding: emergency stop")  # a person pressed it, a person releases it
+    until(lambda: node.diagnose().message == "holding: emergency stop")  # only the operator can release it
     node.trigger_deactivate()
     node.trigger_cleanup()
-    node.diagnose()  # which forgets what has been told
+    node.diagnose()  # clears the reported messages
     node.trigger_configure()
     node.hear("/vla/instruction", ros.String(data="reach"))
     node.trigger_activate()
@@ -403,9 +403,9 @@ def test_a_new_instruction_holds_and_stops(active):
     until(lambda: node.diagnose().message == "running")
 
 
-def test_it_waits_for_what_it_needs(node_of):
+def test_it_waits_for_all_topics(node_of):
     node = node_of(instruction=None)
-    assert node.call("/vla/hold", data=True).success  # for when it drives
+    assert node.call("/vla/hold", data=True).success  # takes effect when the node becomes active
     assert node.diagnose().message == "not active"
     node.trigger_configure()
     node.trigger_activate()
@@ -425,7 +425,7 @@ def test_it_waits_for_what_it_needs(node_of):
     assert [s.topic for s in node.subscriptions] == ["/vla/instruction"]
     assert node.trigger_configure() is ros.TransitionCallbackReturn.SUCCESS
     node.trigger_activate()
-    assert "~/instruction" in node.diagnose().message  # what was asked of the policy before is not asked of this one
+    assert "~/instruction" in node.diagnose().message  # the instruction of the previous run is discarded
 
 
 @pytest.mark.parametrize(
@@ -440,14 +440,14 @@ def test_it_waits_for_what_it_needs(node_of):
         ({"control_config": str(CONFIGS / "ros2-control.yaml")}, "unknown state entry 'x'"),
     ],
 )
-def test_a_wrong_parameter_file_is_a_failure_that_can_be_mended(node_of, parameters, message):
+def test_a_wrong_parameter_file_can_be_corrected(node_of, parameters, message):
     node = node_of(**parameters)
     assert node.trigger_configure() is ros.TransitionCallbackReturn.FAILURE and node.label == "unconfigured"
     (level, text) = node.log[-1]
     assert level == "error" and "Traceback" not in text
     with pytest.raises(AssertionError, match=message):
         raise AssertionError(text)
-    assert [s.topic for s in node.subscriptions] == ["/vla/instruction"]  # nothing is left connected
+    assert [s.topic for s in node.subscriptions] == ["/vla/instruction"]  # everything else is disconnected
 
 
 def test_every_parameter_is_described(node_of):
@@ -456,7 +456,7 @@ def test_every_parameter_is_described(node_of):
     assert described == {field for field in ros2_robot.Parameters.__dataclass_fields__ if field != "cameras"}
 
 
-def test_a_control_loop_that_breaks_is_told_and_does_not_bring_down_the_node(active):
+def test_a_failed_control_loop_is_reported_and_the_node_continues(active):
     node, _ = active
     with mock.patch.object(node.controller.robot, "observe", side_effect=RuntimeError("the driver is gone")):
         until(lambda: node.diagnose().message == "the control loop ended: the driver is gone")
@@ -465,7 +465,7 @@ def test_a_control_loop_that_breaks_is_told_and_does_not_bring_down_the_node(act
     assert node.trigger_deactivate() is ros.TransitionCallbackReturn.SUCCESS
 
 
-def test_a_transition_that_fails_for_no_known_reason_lets_everything_go(node_of):
+def test_a_failed_transition_releases_everything(node_of):
     node = node_of()
     with mock.patch.object(Controller, "configure", side_effect=RuntimeError("out of memory")):
         assert node.trigger_configure() is ros.TransitionCallbackReturn.ERROR
@@ -473,7 +473,7 @@ def test_a_transition_that_fails_for_no_known_reason_lets_everything_go(node_of)
     assert node.controller.loop is None and [s.topic for s in node.subscriptions] == ["/vla/instruction"]
 
 
-def test_the_black_box_is_written_where_it_is_asked_for(node_of, tmp_path):
+def test_the_black_box_is_written_to_the_configured_folder(node_of, tmp_path):
     node = node_of(black_box_dir=str(tmp_path / "box"))
     node.trigger_configure()
     with Drivers(node) as drivers:
@@ -488,8 +488,8 @@ def test_the_black_box_is_written_where_it_is_asked_for(node_of, tmp_path):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_in_hold_while_ros_is_still_up(monkeypatch, node_of, signum):
-    node_of()  # writes the policy
+def test_a_signal_sends_the_hold_command_before_ros_shuts_down(monkeypatch, node_of, signum):
+    node_of()  # saves the policy
     ros.Context.alive, ros.Context.nodes = False, []
     stack, spun, sent = contextlib.ExitStack(), [], []
 
@@ -504,7 +504,7 @@ def test_a_signal_ends_in_hold_while_ros_is_still_up(monkeypatch, node_of, signu
             sent.append(node)
         elif len(spun) == 3:
             signal.raise_signal(signum)
-            signal.raise_signal(signum)  # the terminal and `ros2 launch` both send one
+            signal.raise_signal(signum)  # the terminal and `ros2 launch` each send one
         assert len(spun) < 4
 
     monkeypatch.setattr(ros.MultiThreadedExecutor, "spin_once", spin_once)
@@ -520,7 +520,7 @@ def test_a_signal_ends_in_hold_while_ros_is_still_up(monkeypatch, node_of, signu
     assert not any(thread.name == "vla-control" for thread in threading.enumerate())
 
 
-def test_a_second_signal_that_is_no_echo_ends_at_once(monkeypatch):
+def test_a_later_second_signal_ends_the_process(monkeypatch):
     with ros2._signals() as stopped, pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
         assert stopped.is_set()
@@ -529,7 +529,7 @@ def test_a_second_signal_that_is_no_echo_ends_at_once(monkeypatch):
         signal.raise_signal(signal.SIGINT)
 
 
-def test_without_ros_it_says_what_to_install(monkeypatch, capsys):
+def test_without_ros_the_error_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "rclpy", None)  # as if it were not installed
     monkeypatch.delitem(sys.modules, "vla.control.robots.ros2")
     with pytest.raises(SystemExit) as stop:
@@ -541,7 +541,7 @@ def test_without_ros_it_says_what_to_install(monkeypatch, capsys):
 # The files.
 
 
-def test_the_parameter_file_drives_the_embedded_policy(monkeypatch):
+def test_the_parameter_file_works_with_the_embedded_policy(monkeypatch):
     values = yaml.safe_load((CONFIGS / "ros2.yaml").read_text())["/**"]["ros__parameters"]
     flat = {f"{k}.{c}": t for k, v in values.items() if isinstance(v, dict) for c, t in v.items()}
     flat |= {k: v for k, v in values.items() if not isinstance(v, dict)}
@@ -557,12 +557,12 @@ def test_the_parameter_file_drives_the_embedded_policy(monkeypatch):
 
 
 def test_the_launch_file_can_be_built(monkeypatch):
-    """With stand-ins that take everything: this finds misspelt names of ours, not of launch."""
+    """With mocks that accept everything, so this finds misspelt names of this package, not of launch."""
     names = "launch launch.events launch.actions launch.conditions launch.substitutions launch_ros launch_ros.actions "
     names += "launch_ros.event_handlers launch_ros.events launch_ros.events.lifecycle lifecycle_msgs lifecycle_msgs.msg"
     for name in names.split():
         monkeypatch.setitem(sys.modules, name, mock.MagicMock())
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # configs/ holds values only
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # do not write __pycache__ into configs/
     spec = importlib.util.spec_from_file_location("ros2_launch", CONFIGS / "ros2.launch.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

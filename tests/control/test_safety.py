@@ -1,4 +1,4 @@
-"""Between policy and robot: whatever is asked, what goes out is safe, and why it was changed is counted."""
+"""The safety filter: all commands are safe, and interventions are counted by reason."""
 
 import dataclasses
 
@@ -25,7 +25,8 @@ LOW, HIGH = np.array([-1.0, -1.0, 0.0]), np.array([1.0, 1.0, 1.0])
 
 
 def make(delta: bool = True, **values) -> SafetyFilter:
-    """For a robot that takes deltas and stands still at 0, or one that takes positions and repeats the last."""
+    """A filter for a robot with deltas, which holds with 0, or with positions, which holds by repeating the last
+    one."""
     spec = SPEC if delta else dataclasses.replace(SPEC, action_space="ee_position", hold=())
     return SafetyFilter(spec, SafetyConfig(**values), LOW, HIGH)
 
@@ -35,7 +36,7 @@ def told(command, *expected) -> None:
 
 
 @given(st.lists(st.lists(st.floats(width=32), min_size=3, max_size=3), min_size=1, max_size=6), st.booleans())
-def test_nothing_but_finite_commands_in_range_without_jumps_goes_out(wanted, delta):
+def test_commands_are_finite_in_range_and_without_jumps(wanted, delta):
     safety, last = make(delta, max_change=0.1, max_velocity={"x": 3.0}, max_acceleration={"y": 40.0}), None
     motion, before = np.zeros(3), np.zeros(3)
     for action in wanted:
@@ -64,7 +65,7 @@ def test_every_intervention_is_counted_with_its_reason():
     ):
         before = safety.interventions[reason]
         command = safety.check(action, fault, entropy=entropy)
-        told(command, 0, 0, 1.0)  # the arm stays, the gripper keeps what it has
+        told(command, 0, 0, 1.0)  # the arm stops, and the gripper repeats its last value
         assert command.reasons == (reason,) and safety.interventions[reason] == before + 1
     told(safety.check(np.array([3.0, 0, 1.0])), 1.0, 0, 1.0)
     assert safety.interventions["range"] == 1
@@ -89,7 +90,7 @@ def test_grippers_may_jump():
 
 
 def test_velocity_and_acceleration_of_positions_and_of_deltas():
-    """At 10 Hz, 2 per second are 0.2 per command, and 5 per second squared change that by 0.05."""
+    """At 10 Hz, 2 per second are 0.2 per command, and 5 per second squared change this by 0.05."""
     limits = {"max_velocity": {"x": 2.0}, "max_acceleration": {"y": 5.0}}
     safety = make(delta=False, **limits)
     told(safety.check(np.zeros(3)), 0, 0, 0)
@@ -101,7 +102,7 @@ def test_velocity_and_acceleration_of_positions_and_of_deltas():
     told(safety.check(np.array([1.0, 1.0, 0])), 0.2, 0.05, 0)
     told(safety.check(np.array([1.0, 1.0, 0])), 0.2, 0.10, 0)
     told(safety.check(None), 0, 0, 0)
-    told(safety.check(np.array([0.1, 1.0, 0])), 0.1, 0.05, 0)  # and from a standstill again
+    told(safety.check(np.array([0.1, 1.0, 0])), 0.1, 0.05, 0)  # from standstill again
 
 
 def test_the_hand_does_not_leave_the_workspace():
@@ -125,44 +126,44 @@ def test_the_hand_does_not_leave_the_workspace():
         ({"workspace": {"x": ("px", 1.0, 1.0)}}, "x must have low < high"),
     ],
 )
-def test_limits_must_be_the_robots(limits, message):
+def test_limits_must_match_the_robot(limits, message):
     with pytest.raises(ConfigError, match=message):
         make(**limits)
 
 
-def test_a_run_begins_where_the_robot_is():
-    """Positions are held and limited from the measured ones; a gripper keeps what it was told last."""
+def test_a_run_begins_at_the_robots_position():
+    """Holding and limits start from the measured positions; a gripper keeps its last command."""
     spec = RobotSpec(("front",), ("x", "y", "grip"), ("x", "y", "grip"), "joint_position", gripper_index=2)
     safety = SafetyFilter(spec, SafetyConfig(max_velocity={"x": 1.0}), LOW, HIGH)
     safety.begin(np.array([0.7, -0.3, 0.4]))
     told(safety.check(None), 0.7, -0.3, 0.4)
-    told(safety.check(np.array([0.0, 0.0, 0.9])), 0.6, 0.0, 0.9)  # one per second at ten hertz
-    safety.begin(np.array([0.2, 0.1, 0.5]))  # a person has moved it
+    told(safety.check(np.array([0.0, 0.0, 0.9])), 0.6, 0.0, 0.9)  # one per second at 10 Hz
+    safety.begin(np.array([0.2, 0.1, 0.5]))  # the robot was moved by hand
     told(safety.check(None), 0.2, 0.1, 0.9)
     safety.forget()
     safety.begin(np.array([0.2, 0.1, 0.5]))
     told(safety.hold(), 0.2, 0.1, 0.5)
     deltas = make()
     deltas.begin(np.zeros(2))
-    told(deltas.check(None), 0, 0, 1.0)  # as long as nothing was said, open
+    told(deltas.check(None), 0, 0, 1.0)  # open, before the first command
     deltas.check(np.array([0.5, 0.5, 0.0]))
     deltas.begin(np.zeros(2))
     told(deltas.check(None), 0, 0, 0)
 
 
-def test_a_robot_that_knows_where_it_holds_starts_there():
+def test_a_run_begins_at_the_robots_hold_reference():
     safety, deltas = make(delta=False), make()
     safety.begin(np.zeros(2), reference=np.array([0.7, -0.3, 0.4]))
     told(safety.check(None), 0.7, -0.3, 0.4)
     told(safety.check(np.array([0.5, 0.0, 1.0])), 0.5, 0.0, 1.0)
-    told(safety.check(None), 0.5, 0.0, 1.0)  # from now on the last command counts
+    told(safety.check(None), 0.5, 0.0, 1.0)  # from now on, the last command is used
     deltas.begin(reference=np.array([9.0, 9.0, 0.3]))
     told(deltas.check(None), 0.0, 0.0, 0.3)
 
 
 @pytest.mark.parametrize("space", ["ee_delta", "joint_velocity"])
-def test_a_hold_does_not_go_on_moving(space):
-    """Where nothing is said of it, deltas and velocities are 0, and a gripper keeps what it holds."""
+def test_hold_does_not_move_the_robot(space):
+    """By default, deltas and velocities are 0, and a gripper repeats its last value."""
     spec = RobotSpec(("front",), (), ("x", "y", "grip"), space, gripper_index=2)
     safety = SafetyFilter(spec, SafetyConfig(), LOW, HIGH)
     safety.check(np.array([0.5, 0.5, 0.0]))
@@ -177,8 +178,9 @@ def test_a_hold_does_not_go_on_moving(space):
     st.sampled_from([None, 0, 1, 2]),
     st.lists(st.lists(st.floats(-2, 2, width=32), min_size=3, max_size=3), min_size=1, max_size=4),
 )
-def test_an_emergency_stop_never_moves_a_robot_on(space, gripper, wanted):
-    """Any space, any commands, before it and while it is pressed: a relative entry is 0, another where it was."""
+def test_an_emergency_stop_never_moves_a_robot(space, gripper, wanted):
+    """For every action space and all commands before and during the stop: relative entries are 0, others are
+    constant."""
     spec = RobotSpec(("front",), (), ("x", "y", "grip"), space, gripper_index=gripper)
     safety, last = SafetyFilter(spec, SafetyConfig(), LOW, HIGH), None
     for action in wanted:
@@ -191,18 +193,18 @@ def test_an_emergency_stop_never_moves_a_robot_on(space, gripper, wanted):
 
 
 @pytest.mark.parametrize("hold", [(0.5, 0, None), (0, None, 0), (-0.1, 0, 0)])
-def test_a_hold_command_that_moves_is_refused(hold):
+def test_a_hold_command_that_moves_is_rejected(hold):
     with pytest.raises(ConfigError, match="would keep it moving"):
         SafetyFilter(dataclasses.replace(SPEC, hold=hold), SafetyConfig(), LOW, HIGH)
 
 
-def test_a_robot_that_nobody_knows_how_to_hold_is_not_driven():
+def test_a_robot_without_a_hold_command_is_rejected():
     spec = RobotSpec(("front",), (), ("x", "y", "grip"))
     with pytest.raises(ConfigError, match="action_space"):
         SafetyFilter(spec, SafetyConfig(), LOW, HIGH)
     SafetyFilter(dataclasses.replace(spec, hold=(0, 0, None)), SafetyConfig(), LOW, HIGH)
 
 
-def test_ranges_must_fit_the_robot():
+def test_ranges_must_match_the_robot():
     with pytest.raises(ConfigError, match="x, y, grip"):
         SafetyFilter(SPEC, SafetyConfig(), LOW[:2], HIGH[:2])

@@ -1,4 +1,4 @@
-"""A simulated robot whose world does not wait, and the verb that drives it."""
+"""`vla deploy` with a simulated robot that does not wait for the policy."""
 
 import json
 import multiprocessing
@@ -20,23 +20,23 @@ pytestmark = pytest.mark.realtime
 
 
 def save(tiny, folder) -> None:
-    """The random policy, for the robot of the environments."""
+    """Save a random policy for the robot of the environments."""
     network, processor = tiny
     network.config.robot["state_names"] = list(STATE_NAMES)
     checkpoint.save(network, processor, folder)
 
 
-def test_the_world_moves_on_by_itself():
+def test_the_simulation_does_not_wait():
     with SimRobot("envs:vla/Reach-v0") as robot:
         first = robot.reset(seed=3)
         assert robot.instruction and first.observation["pixels"]["front"].dtype == np.uint8
         time.sleep(0.5)
-        for _ in range(20):  # what nobody has read is on its way
+        for _ in range(20):  # discard readings that are already queued
             later = robot.observe()
             time.sleep(0.005)
         assert later.time - first.time == pytest.approx(0.6, abs=0.15)
         start, still = first.observation["agent_pos"], later.observation["agent_pos"]
-        assert np.abs(still - start)[:3].max() < 0.01  # nobody commands: it holds
+        assert np.abs(still - start)[:3].max() < 0.01  # without commands, it holds
         for _ in range(8):
             robot.command(np.array([0.5, 0, 0, 0, 0, 0, 1.0], np.float32))
             time.sleep(0.05)
@@ -46,7 +46,7 @@ def test_the_world_moves_on_by_itself():
         np.testing.assert_array_equal(again.observation["agent_pos"], start)
 
 
-def test_a_world_that_cannot_be_built_or_dies_says_so():
+def test_a_simulation_that_fails_reports_it():
     with pytest.raises(SimulatorError, match="Nowhere"):
         SimRobot("envs:vla/Nowhere-v0")
     with SimRobot("envs:vla/Reach-v0") as robot:
@@ -59,7 +59,7 @@ def test_a_world_that_cannot_be_built_or_dies_says_so():
                 robot.observe()
 
 
-def test_deploy_plays_episodes_in_real_time(tiny, tmp_path, capsys):
+def test_deploy_runs_episodes_in_real_time(tiny, tmp_path, capsys):
     save(tiny, tmp_path / "policy")
     flags = ["--policy", tmp_path / "policy", "--env", "envs:vla/Reach-v0", "--episodes", 2, "--seconds", 1, "--no-ui"]
     assert cli.main(["deploy", *map(str, flags), "--out", str(tmp_path / "out")]) == 0
@@ -72,7 +72,7 @@ def test_deploy_plays_episodes_in_real_time(tiny, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_in_hold(tiny, tmp_path, start_vla, signum, status):
+def test_a_signal_sends_the_hold_command(tiny, tmp_path, start_vla, signum, status):
     save(tiny, tmp_path / "policy")
     flags = ["--policy", tmp_path / "policy", "--env", "envs:vla/Reach-v0", "--seconds", 60, "--no-ui"]
     process = start_vla("deploy", *flags, "--out", tmp_path / "out")
@@ -87,8 +87,8 @@ def test_a_signal_ends_in_hold(tiny, tmp_path, start_vla, signum, status):
     assert (tmp_path / "out" / "deploy.json").exists()
 
 
-def test_a_signal_that_a_script_has_ignored_stays_ignored_and_another_one_stops(capfd):
-    """`vla deploy &` of a script inherits SIGINT ignored: it must neither catch it half nor lose SIGTERM."""
+def test_an_ignored_signal_stays_ignored_and_another_one_stops(capfd):
+    """A background job of a script inherits an ignored SIGINT. It must stay ignored, and SIGTERM must work."""
     stopped, controller = [], SimpleNamespace(stop=lambda: stopped.append(1))
     before = signal.signal(signal.SIGINT, signal.SIG_IGN), signal.signal(signal.SIGTERM, cli._terminate)
     try:
@@ -106,7 +106,7 @@ def test_a_signal_that_a_script_has_ignored_stays_ignored_and_another_one_stops(
         signal.signal(signal.SIGTERM, before[1])
 
 
-def test_deploy_refuses_a_robot_of_opposite_polarity_before_anything_moves(tiny, tmp_path, capsys):
+def test_deploy_rejects_a_gripper_of_opposite_polarity_before_it_moves(tiny, tmp_path, capsys):
     save(tiny, tmp_path / "policy")
     (tmp_path / "values.yaml").write_text("adapter: {robot: {gripper_open: -1.0, gripper_closed: 1.0}}")
     flags = ["--policy", tmp_path / "policy", "--env", "envs:vla/Reach-v0", "--no-ui", "--out", tmp_path / "out"]

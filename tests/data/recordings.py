@@ -1,4 +1,4 @@
-"""Small datasets for tests, whose images tell which frame they are."""
+"""Small datasets for tests. Each image encodes the number of its frame."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROBOT = RobotSpec(
 
 
 def path_of(length: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """States [T, 2] of a point that wanders through [0, 1], and the actions [T, 3] that it is sent."""
+    """A random path of a point in [0, 1], as states [T, 2] and actions [T, 3]."""
     rng = np.random.default_rng(seed)
     actions = np.column_stack([rng.uniform(-1, 1, (length, 2)), np.where(np.arange(length) < length // 2, 1, -1)])
     states = np.clip(0.5 + 0.05 * np.cumsum(actions[:, :2], axis=0), 0, 1)
@@ -26,7 +26,7 @@ def path_of(length: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def record(root: Path, lengths: Sequence[int] = (12, 9, 15), robot: RobotSpec = ROBOT) -> Demonstrations:
-    """Write a dataset with these episode lengths and read it."""
+    """Write a dataset with these episode lengths, and read it."""
     with DemonstrationWriter(root, robot) as writer:
         for seed, length in enumerate(lengths):
             states, actions = path_of(length, seed)

@@ -1,4 +1,4 @@
-"""Findings: each kind of oddity is found where it was put, and a clean dataset has none."""
+"""Checks of `vla inspect`: each kind of problem is found, and a clean dataset has none."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ def clean(tmp_path_factory):
 
 @pytest.fixture
 def demos(clean):
-    """The same with arrays to change."""
+    """The same dataset with writable arrays."""
     copied = object.__new__(type(clean))
     copied.__dict__.update(clean.__dict__)
     copied.actions, copied.states = clean.actions.copy(), clean.states.copy()
@@ -64,7 +64,7 @@ def test_pauses_and_jumps(demos):
     assert kinds["pauses"] == (2,) and kinds["jumps"] == (4,)
 
 
-def test_without_states_actions_tell_what_moves(demos):
+def test_without_states_motion_is_inferred_from_actions(demos):
     demos.states = None
     demos.actions[demos.episodes[1].rows] = 0
     assert found(demos)["pauses"] == (1,)
@@ -96,7 +96,7 @@ def test_images(clean):
     assert "empty images" in [finding.what for finding in check_images("front", episode, black, ~moved)]
 
 
-def test_demonstrations_whose_state_gives_the_answer_away(tmp_path):
+def test_demonstrations_whose_state_predicts_the_actions(tmp_path):
     demos = record(tmp_path / "set", [30] * 24)
     assert "state gives the answer away" not in found(demos)
     demos.actions[:, :2] = demos.states[:, :2] - demos.states[:, :2].mean(0)

@@ -1,4 +1,4 @@
-"""Writer and reader together: what goes in comes out, and what is on disk is LeRobot's format."""
+"""Writer and reader: round trips, and the file format of LeRobot."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ FIXTURES = Path(__file__).parent / "fixtures"
     executed=st.booleans(),
     rate=st.sampled_from([5.0, 10.0, 12.5, 30.0]),
 )
-def test_what_is_written_is_read(tmp_path_factory, state_dim, action_dim, cameras, lengths, executed, rate):
+def test_round_trip(tmp_path_factory, state_dim, action_dim, cameras, lengths, executed, rate):
     root = tmp_path_factory.mktemp("data") / "set"
     robot = RobotSpec(
         tuple(f"cam{i}" for i in range(cameras)),
@@ -72,7 +72,7 @@ def test_what_is_written_is_read(tmp_path_factory, state_dim, action_dim, camera
             assert numbers == list(range(episode.start, episode.start + episode.length))
 
 
-def test_how_an_episode_was_made_is_kept(tmp_path):
+def test_metadata_of_an_episode(tmp_path):
     episode = record(tmp_path / "set").episodes[2]
     assert (episode.env_id, episode.seed, episode.success, episode.noise) == ("test/Point-v0", 2, True, 0.2)
     assert (episode.start, episode.length, episode.rows) == (21, 15, slice(21, 36))
@@ -81,7 +81,7 @@ def test_how_an_episode_was_made_is_kept(tmp_path):
 def test_images_belong_to_their_states_in_any_order(tmp_path):
     demos = record(tmp_path / "set", (20, 3, 30))
     mixed = [demos.frames(index, "front") for index in (2, 0, 1)]
-    for index, frames in zip((2, 0, 1), mixed, strict=True):  # interleaved: all three share one open video
+    for index, frames in zip((2, 0, 1), mixed, strict=True):  # interleaved: all three share one video
         states = demos.states[demos.episodes[index].rows]
         seen = [read(image) for image in frames]
         assert np.abs(np.array(seen) - states[:, 0]).max() < 0.02
@@ -101,7 +101,7 @@ def test_small_file_limits_make_many_files_and_chunks(tmp_path, monkeypatch):
         assert np.abs(np.array(seen) - demos.states[episode.rows, 0]).max() < 0.02
 
 
-def test_files_are_lerobots(tmp_path):
+def test_files_have_lerobots_format(tmp_path):
     root = record(tmp_path / "set").root
     info = json.loads((root / "meta/info.json").read_text())
     ours, theirs = info["features"], json.loads((FIXTURES / "lerobot_av1/meta/info.json").read_text())["features"]
@@ -158,7 +158,7 @@ def test_datasets_that_lerobot_recorded(name):
 def test_the_fingerprint_changes_with_the_data(tmp_path):
     first = record(tmp_path / "a").fingerprint
     shutil.copytree(tmp_path / "a", tmp_path / "b")
-    assert Demonstrations(tmp_path / "b").fingerprint == first  # a copy is the same data
+    assert Demonstrations(tmp_path / "b").fingerprint == first  # a copy has the same data
     assert record(tmp_path / "c", (12, 9, 16)).fingerprint != first
     video = next((tmp_path / "b").glob("videos/*/*/*.mp4"))
     content = bytearray(video.read_bytes())
@@ -190,8 +190,8 @@ def test_an_error_keeps_finished_episodes_and_discards_the_rest(tmp_path):
 
 
 @pytest.mark.parametrize("when", ["before its first frame", "between two frames", "after its last frame"])
-def test_a_process_that_outlives_its_run_stores_no_half_episode(tmp_path, when):
-    """A killed run leaves workers that still record, and another process resumes it."""
+def test_a_process_that_outlives_its_run_stores_no_partial_episode(tmp_path, when):
+    """After a kill, workers may still record while another process resumes the run."""
     staging = open_staging(tmp_path / "set", resume=False)
     states, actions = path_of(6, 0)
     orphan = EpisodeRecorder(staging, 0, ROBOT)
@@ -199,7 +199,7 @@ def test_a_process_that_outlives_its_run_stores_no_half_episode(tmp_path, when):
         if step == {"before its first frame": 0, "between two frames": 3}.get(when):
             open_staging(tmp_path / "set", resume=True)
         orphan.record({"pixels": {"front": draw(state)}, "agent_pos": state}, action)
-    if when == "before its first frame":  # there was nothing to remove: it is a whole episode
+    if when == "before its first frame":  # nothing had been removed, so the episode is complete
         orphan.finish(instruction="go")
         assert finished(staging) == [0]
         return
@@ -212,7 +212,7 @@ def test_a_process_that_outlives_its_run_stores_no_half_episode(tmp_path, when):
 
 
 def test_a_crash_while_packing_loses_nothing(tmp_path, monkeypatch):
-    """Stop before every rename of `finalise` in turn: never half a dataset, always the whole one in the end."""
+    """Stop before each rename in `finalise`: there is never a partial dataset, and finally the complete one."""
     whole = record(tmp_path / "whole")
     original, budget = Path.rename, [0]
 
@@ -242,7 +242,7 @@ def test_a_crash_while_packing_loses_nothing(tmp_path, monkeypatch):
     assert not (tmp_path / "set/.partial").exists()
 
 
-def test_a_full_disk_is_called_one(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
@@ -254,7 +254,7 @@ def test_a_full_disk_is_called_one(tmp_path, monkeypatch):
     assert Demonstrations(tmp_path / "set").num_frames == 36
 
 
-def test_folders_with_something_else_are_left_alone(tmp_path):
+def test_folders_with_other_contents_are_unchanged(tmp_path):
     record(tmp_path / "set", (3,))
     with pytest.raises(DataError, match="already contains a dataset"):
         DemonstrationWriter(tmp_path / "set", ROBOT)
@@ -265,7 +265,7 @@ def test_folders_with_something_else_are_left_alone(tmp_path):
     assert (tmp_path / "photos/cat.png").exists()
 
 
-def test_what_does_not_fit_the_robot_is_refused(tmp_path):
+def test_data_that_do_not_match_the_robot_are_rejected(tmp_path):
     state, action = np.zeros(2, np.float32), np.zeros(3)
     good = {"pixels": {"front": draw(state)}, "agent_pos": state}
     with pytest.raises(DataError, match="no episode is finished"), DemonstrationWriter(tmp_path / "a", ROBOT) as writer:

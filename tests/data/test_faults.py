@@ -1,4 +1,4 @@
-"""Datasets that cannot be read: one DataError each, which names the file or the value and says what to do."""
+"""Unreadable datasets: each raises one DataError that names the file or value and suggests a fix."""
 
 import json
 import shutil
@@ -45,7 +45,7 @@ def cut(path, share=0.5):
     path.write_bytes(content[: int(share * len(content))])
 
 
-def test_nothing_there(tmp_path, whole):
+def test_no_dataset(tmp_path, whole):
     with pytest.raises(DataError, match=r"no folder .*whol.*Did you mean 'whole'"):
         Demonstrations(whole.parent / "whol")
     with pytest.raises(DataError, match="is a folder of datasets; choose one of them"):
@@ -156,7 +156,7 @@ def test_actions_of_another_size(root):
         Demonstrations(root)
 
 
-def test_frames_that_are_not_there(root):
+def test_missing_frames_and_columns(root):
     table = pq.read_table(root / DATA)
     pq.write_table(table.slice(0, 30), root / DATA)
     with pytest.raises(DataError, match="episode 2 should have frames 0 to 14; its data file has 9"):
@@ -172,13 +172,13 @@ def test_frames_in_another_order_are_sorted(root, whole):
     assert np.array_equal(Demonstrations(root).actions, Demonstrations(whole).actions)
 
 
-def test_instructions_that_are_not_there(root):
+def test_missing_instructions(root):
     change_column(root, "task_index", pa.array([0] * 20 + [7] * 16))
     with pytest.raises(DataError, match=r"frame 8 has task_index 7, but meta/tasks\.parquet has no instruction"):
         Demonstrations(root)
 
 
-def test_too_little_to_learn_from(tmp_path):
+def test_too_few_frames(tmp_path):
     with pytest.raises(DataError, match="1 frame in total"):
         record(tmp_path / "one", (1,))
     empty = tmp_path / "empty"
@@ -229,7 +229,7 @@ def test_the_orders_of_names_must_agree(root):
         Demonstrations(root)
 
 
-def test_cameras_that_would_share_a_name_or_a_file(root):
+def test_cameras_that_share_a_name_or_a_file(root):
     info = json.loads((root / "meta/info.json").read_text())
     front = info["features"]["observation.images.front"]
     assert list(Info(10, {"observation.images.front": front, "observation.front": front}).cameras) == [
@@ -260,7 +260,7 @@ def test_all_ways_to_write_an_images_shape(shape, names):
     assert Info(10, features).image_shape("a") == (48, 64)
 
 
-def test_cameras_by_short_name_and_depth_left_out():
+def test_cameras_by_short_name_without_depth():
     image = {"dtype": "video", "shape": [3, 48, 64], "names": ["channels", "height", "width"]}
     features = {
         "observation.image": image,

@@ -1,4 +1,4 @@
-"""Datasets of other recorders: what the tables, columns and videos say is read, not assumed."""
+"""Datasets of other recorders: metadata, columns and videos are read, not assumed."""
 
 import json
 import struct
@@ -29,7 +29,7 @@ LENGTHS = (9, 7, 8)
 
 @pytest.fixture
 def root(tmp_path):
-    """Three episodes whose images and actions tell the number of their frame in the recording."""
+    """Three episodes. Images and actions encode the number of the frame in the recording."""
     return recorded(tmp_path / "set")
 
 
@@ -45,7 +45,7 @@ def recorded(root):
 
 
 def change_rows(root, change):
-    """Apply `change` to every row of meta/episodes; a row for which it returns False is removed."""
+    """Apply `change` to each row of meta/episodes; rows for which it returns False are removed."""
     table = pq.read_table(root / EPISODES)
     rows = [row for row in table.to_pylist() if change(row) is not False]
     pq.write_table(pa.Table.from_pylist(rows), root / EPISODES)
@@ -72,7 +72,7 @@ def seen(demos):
 
 
 def encode(path, times, fps=10, codec="libx264", pixels="yuv420p", container="mp4", grain=1, **options):
-    """A video with frame `i` at `times[i]` seconds, whatever `fps` it claims."""
+    """A video with frame `i` at `times[i]` seconds, whatever `fps` the file declares."""
     base, rng = Fraction(1, 10_000), np.random.default_rng(0)
     with av.open(str(path), "w", format=container) as out:
         stream = out.add_stream(codec, rate=fps, options=options)
@@ -92,8 +92,8 @@ def encode(path, times, fps=10, codec="libx264", pixels="yuv420p", container="mp
 
 @settings(max_examples=10)
 @given(data=st.data(), jitter=st.floats(-0.1, 0.1))
-def test_frames_taken_out_of_the_tables_but_not_out_of_the_video(tmp_path_factory, data, jitter):
-    """Whichever rows are left, and however their clock jitters, each has the image of its own time."""
+def test_frames_removed_from_the_tables_but_not_from_the_video(tmp_path_factory, data, jitter):
+    """For any remaining rows and any jitter of the timestamps, each row has the image of its own time."""
     root = recorded(tmp_path_factory.mktemp("kept") / "set")
     keep = [data.draw(st.sets(st.integers(3, length - 1)).map(sorted)) for length in LENGTHS]
     keep = [[0, 1, 2, *some] for some in keep]
@@ -125,13 +125,13 @@ def test_frames_taken_out_of_the_tables_but_not_out_of_the_video(tmp_path_factor
         (lambda time: time + 1.7e9, "the last timestamp of episode 0 is 17"),
     ],
 )
-def test_times_that_no_image_belongs_to(root, change, words):
+def test_timestamps_without_an_image(root, change, words):
     change_column(root, "timestamp", pa.array(change(pq.read_table(root / DATA)["timestamp"].to_numpy().astype(float))))
     with pytest.raises(DataError, match=words):
         Demonstrations(root)
 
 
-def test_times_that_say_nothing_do_not_matter_without_a_video(root):
+def test_timestamps_are_not_needed_without_a_video(root):
     as_images(root, png)
     change_column(root, "timestamp", pa.array(np.zeros(sum(LENGTHS), np.float32)))
     demos = Demonstrations(root)
@@ -139,10 +139,10 @@ def test_times_that_say_nothing_do_not_matter_without_a_video(root):
     assert "odd timestamps" in {finding.what for finding in check(demos)}
 
 
-def test_episodes_taken_off_the_list(root):
+def test_episodes_removed_from_the_list(root):
     table = pq.read_table(root / DATA)
     actions = np.array(table["action"].to_pylist(), np.float32)
-    actions[10] = np.nan  # of an episode that is not read
+    actions[10] = np.nan  # in an episode that is not read
     change_column(root, "action", pa.FixedSizeListArray.from_arrays(actions.ravel(), 3))
     change_rows(root, lambda row: row["episode_index"] != 1)
     demos = Demonstrations(root)
@@ -170,7 +170,7 @@ def test_frame_numbers_that_do_not_start_at_zero(root):
         ({"episode_index": 1}, "lists episode 1 twice"),
     ],
 )
-def test_rows_of_the_list_that_cannot_be_meant(root, values, words):
+def test_invalid_rows_of_the_list(root, values, words):
     change_rows(root, lambda row: row.update(values) if row["episode_index"] == 0 else None)
     with pytest.raises(DataError, match=words):
         Demonstrations(root)
@@ -181,7 +181,7 @@ def test_whole_numbers_that_pandas_made_floats(root):
     assert Demonstrations(root).num_frames == sum(LENGTHS)
 
 
-def test_success_is_a_truth_value_or_not_known(root):
+def test_success_is_a_flag_or_unknown(root):
     for value, expected in ((True, True), (0, False), (1.0, True), ("failure", None), (None, None)):
         change_rows(root, lambda row, value=value: row.update(success=value))
         assert Demonstrations(root).episodes[0].success is expected
@@ -215,7 +215,7 @@ def test_the_instruction_column(root, table):
     pq.write_table(table, root / "meta/tasks.parquet")
     demos = Demonstrations(root)
     assert [episode.instruction for episode in demos.episodes] == [SAID[0], SAID[1], SAID[0]]
-    assert "other instructions" in {finding.what for finding in check(demos)}  # meta/episodes has the old ones
+    assert "other instructions" in {finding.what for finding in check(demos)}  # meta/episodes still has the old ones
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_the_instruction_column(root, table):
         (tasks(index=(0, 0), task=SAID), "task_index 0 has two instructions, 'turn left' and 'turn right'"),
     ],
 )
-def test_instructions_that_are_not_known(root, table, words):
+def test_unknown_instructions(root, table, words):
     pq.write_table(table, root / "meta/tasks.parquet")
     with pytest.raises(DataError, match=words):
         Demonstrations(root)
@@ -287,7 +287,7 @@ def test_alpha_and_grey(root, encode_image, shape):
     assert seen(Demonstrations(root)) == list(range(24))
 
 
-def test_depth_is_left_out_or_refused(root):
+def test_depth_is_skipped_or_rejected(root):
     as_images(root, lambda image: png(image[..., 0].astype(np.uint16) * 20), (32, 80, 1))
     demos = Demonstrations(root)
     assert demos.cameras == () and demos.info.depth == [CAMERA]
@@ -309,7 +309,7 @@ def test_depth_in_a_video(root):
     assert Demonstrations(root).info.depth == [CAMERA]
 
 
-def test_no_path_leads_out_of_the_dataset(root, tmp_path):
+def test_paths_outside_the_dataset_are_rejected(root, tmp_path):
     (tmp_path / "secret.png").write_bytes(png(numbered(3)))
     as_images(root, png)
     change_column(root, CAMERA, pa.array([{"bytes": None, "path": "../secret.png"}] * 24))
@@ -346,7 +346,7 @@ def turned(path, a, b, c, d):
         ((-1, 0, 0, 1), lambda image: image[:, ::-1]),
     ],
 )
-def test_images_are_turned_as_the_file_says(tmp_path, matrix, show):
+def test_the_display_matrix_is_applied(tmp_path, matrix, show):
     with VideoWriter(path := tmp_path / "v.mp4", 32, 80, 10) as video:
         video.add(numbered(0b1011001))
     plain = VideoReader(path, 10).frame(0)
@@ -354,7 +354,7 @@ def test_images_are_turned_as_the_file_says(tmp_path, matrix, show):
     assert np.array_equal(VideoReader(path, 10).frame(0), show(plain))
 
 
-def test_an_odd_angle_is_refused(tmp_path):
+def test_other_angles_are_rejected(tmp_path):
     turned(encode(tmp_path / "v.mp4", [0.0]), 1, 1, -1, 1)
     with pytest.raises(DataError, match="not a multiple of 90 degrees"):
         VideoReader(tmp_path / "v.mp4", 10).frame(0)
@@ -362,7 +362,7 @@ def test_an_odd_angle_is_refused(tmp_path):
 
 @pytest.mark.parametrize("options", [{"bf": "3", "g": "250"}, {"x264-params": "open-gop=1:keyint=6:bframes=3"}])
 def test_frames_are_found_by_time_in_any_order(tmp_path, options):
-    """A video of twice the rate, whose clock jitters and starts late."""
+    """A video with twice the rate, whose timestamps jitter and start late."""
     times = np.arange(48) / 20 + 0.01 * np.sin(np.arange(48)) + 0.01
     reader = VideoReader(encode(tmp_path / "v.mp4", times, fps=20, **options), 10)
     for number in np.random.default_rng(0).permutation(24).tolist():
@@ -378,21 +378,21 @@ def test_frames_are_found_by_time_in_any_order(tmp_path, options):
         ([i / 10 for i in range(25) if i != 14], r"no frame at 1\.400 s"),
     ],
 )
-def test_videos_that_do_not_have_the_frames(root, times, words):
+def test_videos_without_the_frames(root, times, words):
     encode(root / VIDEO, times)
     with pytest.raises(DataError, match=words):
         seen(Demonstrations(root))
 
 
-def test_a_codec_that_is_not_known(root):
+def test_an_unknown_codec(root):
     content = (root / VIDEO).read_bytes()
     (root / VIDEO).write_bytes(content.replace(b"avc1", b"zzzz"))
     with pytest.raises(DataError, match="does not know its codec"):
         seen(Demonstrations(root))
 
 
-def test_damage_inside_a_video_is_noticed(tmp_path):
-    """FFmpeg conceals damage and goes on; most of what it conceals, it marks."""
+def test_damage_inside_a_video_is_detected(tmp_path):
+    """FFmpeg conceals damage and continues, but marks most of the affected frames."""
     path, refused, rng = tmp_path / "v.mp4", 0, np.random.default_rng(0)
     encode(path, np.arange(40) / 10, grain=30, g="6", bf="0", crf="20")
     content = path.read_bytes()

@@ -1,4 +1,4 @@
-"""Training samples: what a policy is shown, and what of it is learned."""
+"""Training samples: inputs, targets, and the choice of frames."""
 
 import multiprocessing
 import time
@@ -16,8 +16,9 @@ from vla.data.samples import ChunkSamples, Mixture, cached_frames, split_episode
 from vla.transforms.images import TRANSFORMS
 
 
-def test_a_continued_sample_begins_with_what_was_executed(dataset, robot, monkeypatch):
-    """Given are the executed actions of its own frames, learned the demonstrator's that follow them."""
+def test_a_sample_with_an_action_prefix(dataset, robot, monkeypatch):
+    """The prefix contains the executed actions of the sample's own frames. The following actions of the expert are
+    learned."""
     demos = Demonstrations(dataset("squares", robot))
     executed = demos.actions + np.random.default_rng(1).normal(size=demos.actions.shape).astype(np.float32)
     monkeypatch.setattr(demos, "executed_actions", executed)
@@ -33,13 +34,13 @@ def test_a_continued_sample_begins_with_what_was_executed(dataset, robot, monkey
             np.testing.assert_array_equal(given.valid[2:], plain.valid[2:])
             assert not given.valid[0]
         assert counts == ({1, 2} if frame < 17 else {1})
-        np.testing.assert_array_equal(samples[frame].chunk, plain.chunk)  # the original is left alone
+        np.testing.assert_array_equal(samples[frame].chunk, plain.chunk)  # the original is unchanged
 
 
-def test_a_mixture_continues_the_share_that_it_is_asked_for(dataset, robot):
+def test_the_share_of_samples_with_an_action_prefix(dataset, robot):
     demos = Demonstrations(dataset("squares", robot))
     samples = ChunkSamples(demos, robot.cameras, 48, 4, source=0)
-    early = np.array([frame for frame in range(demos.num_frames) if frame % 9 < 5])  # whole chunks only
+    early = np.array([frame for frame in range(demos.num_frames) if frame % 9 < 5])  # complete chunks only
     for share, low, high in ((0.0, 0, 0), (0.5, 70, 130), (1.0, 200, 200)):
         mixture = Mixture([samples], [early], None, seed=1, draws=200, augmentation=AugmentConfig(prefix=share))
         given = sum(not mixture[draw].valid[0] for draw in range(200))
@@ -47,7 +48,7 @@ def test_a_mixture_continues_the_share_that_it_is_asked_for(dataset, robot):
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.floats(0, 0.99), st.integers(0, 5))
-def test_episodes_are_on_one_side_and_both_sides_have_some(lengths, val_fraction, seed):
+def test_train_and_validation_episodes_are_disjoint_and_not_empty(lengths, val_fraction, seed):
     starts = np.cumsum([0, *lengths[:-1]])
     episodes = [SimpleNamespace(start=start, length=n) for start, n in zip(starts.tolist(), lengths, strict=True)]
     training, validation = split_episodes(SimpleNamespace(episodes=episodes), val_fraction, seed)
@@ -58,7 +59,7 @@ def test_episodes_are_on_one_side_and_both_sides_have_some(lengths, val_fraction
     assert (len(validation) > 0) == (val_fraction > 0 and len(lengths) > 1) and len(training) > 0
 
 
-def test_frames_are_in_memory_where_the_copies_of_all_processes_fit(dataset, robot, monkeypatch):
+def test_frames_are_in_memory_if_the_copies_of_all_processes_fit(dataset, robot, monkeypatch):
     demos = Demonstrations(dataset("squares", robot))
     size = cached_frames(demos, robot.cameras, 48).nbytes
     monkeypatch.setattr(samples_module.psutil, "virtual_memory", lambda: SimpleNamespace(available=4 * size))
@@ -67,7 +68,7 @@ def test_frames_are_in_memory_where_the_copies_of_all_processes_fit(dataset, rob
         assert isinstance(cached_frames(demos, robot.cameras, 48), np.memmap) == mapped
 
 
-def test_processes_that_train_on_one_dataset_decode_it_once(dataset, robot, capfd):
+def test_several_processes_decode_a_dataset_once(dataset, robot, capfd):
     root = dataset("squares", robot)
     context = multiprocessing.get_context("spawn")
     both = [context.Process(target=_read_frames, args=(root, robot.cameras)) for _ in range(2)]
@@ -85,15 +86,15 @@ def _read_frames(root, cameras) -> None:
 
     def told(*arguments):
         print("decoded", flush=True)
-        time.sleep(0.5)  # the other one is here by now, and waits
+        time.sleep(0.5)  # by now, the other process waits
         decode(*arguments)
 
     samples_module._decode = told
     assert len(cached_frames(Demonstrations(root), cameras, 48)) == 45
 
 
-def test_frames_are_brought_to_size_by_the_transform_of_the_policy(dataset, robot):
-    """Each has a cache of its own."""
+def test_frames_are_resized_by_the_transform_of_the_policy(dataset, robot):
+    """Each transform has its own cache."""
     demos = Demonstrations(dataset("squares", robot, episodes=1))
     recorded = next(iter(demos.frames(0, "front")))
     shown = {name: ChunkSamples(demos, ("front",), 32, 1, 0, name)[0].images[0] for name in TRANSFORMS}
@@ -102,7 +103,7 @@ def test_frames_are_brought_to_size_by_the_transform_of_the_policy(dataset, robo
     assert (shown["area"] != shown["lanczos"]).any() and (shown["lanczos"] != shown["lanczos-crop"]).any()
 
 
-def test_the_state_is_masked_and_disturbed_as_often_as_asked(dataset, robot):
+def test_state_mask_and_state_noise(dataset, robot):
     samples = ChunkSamples(Demonstrations(dataset("squares", robot)), robot.cameras, 48, 4, source=0)
 
     def drawn(**options: float) -> list[samples_module.Sample]:
@@ -113,7 +114,7 @@ def test_the_state_is_masked_and_disturbed_as_often_as_asked(dataset, robot):
     assert not any(sample.state_masked for sample in plain) and all(sample.state_noise == 0 for sample in plain)
     assert 70 <= sum(sample.state_masked for sample in masked) <= 130
     assert np.std([sample.state_noise for sample in noisy]) == pytest.approx(0.3, rel=0.1)
-    for one, other in zip(plain, masked, strict=True):  # nothing else of a sample depends on it
+    for one, other in zip(plain, masked, strict=True):  # the rest of a sample is unchanged
         np.testing.assert_array_equal(one.images, other.images)
         np.testing.assert_array_equal(one.state, other.state)
 
@@ -130,5 +131,5 @@ def test_hard_frames_are_drawn_in_proportion_to_their_errors(dataset, robot):
     assert counts(1.0) == pytest.approx([0, 200, 0, 600], abs=60)
     assert counts(0.5) == pytest.approx([100, 200, 100, 400], abs=60)
     assert counts(0.0) == pytest.approx([200] * 4, abs=60)
-    errors[:] = 0  # nothing is harder than anything else
+    errors[:] = 0  # all errors are equal
     assert counts(1.0) == pytest.approx([200] * 4, abs=60)

@@ -1,4 +1,4 @@
-"""Videos: frames come back in the same number, at the same places, nearly the same."""
+"""Videos: frames are read back in the same number and order, with nearly the same pixels."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from vla.errors import DataError
 
 
 def numbered(number: int, height: int = 32, width: int = 80) -> np.ndarray:
-    """An image whose upper half spells its number in ten binary blocks."""
+    """An image whose upper half encodes the number in ten binary blocks."""
     image = np.full((height, width, 3), 60, np.uint8)
     for bit in range(10):
         if number >> bit & 1:
@@ -52,11 +52,11 @@ def test_joined_videos_have_every_frame_at_its_place(tmp_path, lengths, fps, siz
     assert [number_of(video.frame(i)) for i in jumps] == jumps
     with pytest.raises(DataError, match=f"ends before {start / fps:.3f} s"):
         video.frame(start)
-    assert number_of(video.frame(0)) == 0  # usable after an error
+    assert number_of(video.frame(0)) == 0  # still usable after an error
 
 
 def test_pixels_survive(tmp_path):
-    across, down = np.meshgrid(*[np.sin(np.arange(96) / 96 * 2 * np.pi)] * 2)  # no edge where it wraps around
+    across, down = np.meshgrid(*[np.sin(np.arange(96) / 96 * 2 * np.pi)] * 2)  # smooth also across the borders
     image = (128 + 110 * np.stack([across, down, -across], axis=-1)).astype(np.uint8)
     with VideoWriter(tmp_path / "v.mp4", 96, 96, 10) as video:
         for shift in range(12):
@@ -65,7 +65,7 @@ def test_pixels_survive(tmp_path):
     for shift in range(12):
         error = reader.frame(shift).astype(int) - np.roll(image, shift, axis=1)
         assert np.abs(error).mean() < 3 and np.abs(error).max() < 24
-        assert np.abs(error.mean(axis=(0, 1))).max() < 1  # no shift of the colours
+        assert np.abs(error.mean(axis=(0, 1))).max() < 1  # no colour shift
 
 
 def test_the_same_frames_give_the_same_bytes(tmp_path):
@@ -86,7 +86,7 @@ def test_frames_of_another_size_are_refused(tmp_path):
             video.add(numbered(0, 34, 80))
 
 
-def test_videos_that_do_not_fit_are_not_joined(tmp_path):
+def test_incompatible_videos_are_not_joined(tmp_path):
     parts = [write(tmp_path / "a.mp4", range(3), 10), write(tmp_path / "b.mp4", range(3), 10, (40, 90))]
     with pytest.raises(DataError, match="different encoder settings"):
         concatenate(parts, tmp_path / "joined.mp4", 10)

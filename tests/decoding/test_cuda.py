@@ -1,5 +1,5 @@
-"""The engine on a CUDA GPU: `CUDA_VISIBLE_DEVICES=0 scripts/test tests/decoding/test_cuda.py`. `scripts/gpu_suite`
-measures it."""
+"""The engine on a CUDA GPU: `CUDA_VISIBLE_DEVICES=0 scripts/test tests/decoding/test_cuda.py`. For its speed, see
+`scripts/gpu_suite`."""
 
 import copy
 
@@ -28,13 +28,13 @@ def test_tokens_equal_generate(on_gpu, observations, rows):
     for words in WORDS:
         batch = processor.observe(observations(rows), [words] * rows)
         expected = reference(network, batch).cpu()
-        for _ in range(2):  # captured, then replayed
+        for _ in range(2):  # the first call captures the graph, the second replays it
             assert torch.equal(engine.stepwise(batch).ids.cpu(), expected)
         draft = torch.full_like(expected, network.config.action_token_begin)
         assert torch.equal(engine.parallel(batch, draft).ids.cpu(), expected)
 
 
-def test_graphs_are_bounded_and_share_their_memory(on_gpu, observations):
+def test_the_number_of_graphs_is_limited_and_they_share_memory(on_gpu, observations):
     network, processor = on_gpu
     engine, memory = Engine(network), []
     for count in range(1, GRAPHS + 5):

@@ -1,4 +1,4 @@
-"""The engine gives the tokens of stock `generate`, whatever the decoder's shape, the batch or the draft."""
+"""The engine decodes the same tokens as `generate`, for all shapes, batches and drafts."""
 
 import pytest
 import torch
@@ -21,14 +21,14 @@ WORDS = ["pick up the red cube", "open the drawer", "please put the green ball o
 
 
 def save_qwen2(folder) -> None:
-    """Grouped queries, biases, a tied head."""
+    """A Qwen2 with grouped queries, biases and a tied head."""
     torch.manual_seed(5)
     config = Qwen2Config(
         vocab_size=640, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6,
         num_key_value_heads=3, bos_token_id=1, eos_token_id=2, tie_word_embeddings=True,
     )  # fmt: skip
     model = Qwen2ForCausalLM(config)
-    for layer in model.model.layers:  # transformers starts them at zero, where forgetting them would not show
+    for layer in model.model.layers:  # nonzero, so that ignoring them changes the tokens
         for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
             torch.nn.init.normal_(projection.bias, std=0.2)
     model.save_pretrained(folder)
@@ -41,7 +41,7 @@ def save_qwen2(folder) -> None:
 
 @pytest.fixture(scope="module", params=["nano", "llama, grouped queries", "llama, tied", "qwen2, biases"])
 def policy(request, facts, tmp_path_factory):
-    """Networks with random weights, large enough that tokens differ, and their processors."""
+    """Networks with random weights, large enough that tokens differ, with their processors."""
     folder = tmp_path_factory.mktemp("models")
     settings = {"horizon": 4, "n_action_steps": 4, "bins": 31}
     if request.param == "nano":
@@ -75,19 +75,19 @@ def test_tokens_equal_generate(policy, observations, size):
         begin, rows = network.config.action_token_begin, processor.action_tokenizer.vocab_size
         noise = torch.randint(begin, begin + rows, expected.shape, generator=torch_rng)
         half = torch.where(torch.rand(expected.shape, generator=torch_rng) < 0.5, noise, expected)
-        perfect = 1 if size == 1 else 4  # larger batches look less far ahead
+        perfect = 1 if size == 1 else 4  # larger batches have a shorter window
         for draft, forwards in ((noise, range(2, 17)), (half, range(1, 17)), (expected, [perfect])):
             decoded = engine.parallel(batch, draft)
             assert torch.equal(decoded.ids, expected) and decoded.forwards in forwards
             told = teacher_forced(network, batch, expected).logits
             assert float((decoded.logits - told).abs().max()) < 0.02  # the networks amplify rounding
         different |= {tuple(row.tolist()) for row in expected}
-    assert len(different) > 2  # the networks do look at what they are shown
+    assert len(different) > 2  # the tokens depend on the input
 
 
 @settings(max_examples=25)
 @given(window=st.integers(1, 40), wrong=st.lists(st.integers(0, 15), max_size=5), seed=st.integers(0, 3))
-def test_no_draft_and_no_window_changes_a_token(facts, observations, window, wrong, seed):
+def test_drafts_and_windows_do_not_change_tokens(facts, observations, window, wrong, seed):
     torch.manual_seed(0)
     network, processor = build_policy(ModelConfig(backbone="nano-init", horizon=4, n_action_steps=4, bins=31), facts)
     network.eval()
@@ -101,7 +101,7 @@ def test_no_draft_and_no_window_changes_a_token(facts, observations, window, wro
     assert decoded.forwards <= 1 + 16
 
 
-def test_a_prompt_that_stays_is_not_computed_again(nano, observations):
+def test_an_unchanged_prompt_is_not_computed_again(nano, observations):
     network, processor = nano
     engine, prefills = Engine(network), []
     forward = engine._forward
@@ -118,11 +118,11 @@ def test_a_prompt_that_stays_is_not_computed_again(nano, observations):
 
 @pytest.mark.parametrize("kind", ["token", "chunk"])
 def test_tokens_equal_generate_under_the_same_latent(nano, observations, kind):
-    """Stepwise, in parallel and with the prompt in the cache; rows with padding, and a code of their own each."""
+    """Stepwise, in parallel and with a cached prompt; rows are padded and have different codes."""
     network, processor = nano
     network.add_latent(kind, bits=3, form="one_hot", kappa=1.0)
     torch.manual_seed(5)
-    torch.nn.init.normal_(network.latent.injection, std=100)  # as large as what it is added to
+    torch.nn.init.normal_(network.latent.injection, std=100)  # as large as the activations it is added to
     with torch.no_grad():
         for parameter in network.language_model.parameters():
             if parameter.ndim == 2:
@@ -141,7 +141,7 @@ def test_tokens_equal_generate_under_the_same_latent(nano, observations, kind):
         draft[:, 5] = network.config.action_token_begin + 3
         assert torch.equal(engine.parallel(batch, draft).ids, expected)
         different.add(tuple(expected.flatten().tolist()))
-    assert len(different) == 3  # the latent decides
+    assert len(different) == 3  # the latent changes the tokens
     with pytest.raises(ConfigError, match="has a latent, but the batch has no codes"):
         engine.stepwise(processor.observe(observations(1), WORDS[:1]))
 
@@ -165,7 +165,7 @@ def test_an_engine_grows_with_its_batches(nano, observations):
         assert torch.equal(engine.stepwise(batch).ids, reference(network, batch))
 
 
-def test_an_unmerged_adapter_counts(nano, observations):
+def test_an_unmerged_adapter_is_used(nano, observations):
     network, processor = nano
     batch = processor.observe(observations(4), WORDS)
     before = reference(network, batch)
@@ -181,8 +181,8 @@ def test_an_unmerged_adapter_counts(nano, observations):
     assert torch.equal(Engine(network).stepwise(batch).ids, expected)
 
 
-def test_an_engine_changes_nothing_about_its_network(nano, observations):
-    """Neither values nor where and how they are in memory: the network may be in training, or be saved again."""
+def test_an_engine_does_not_change_its_network(nano, observations):
+    """Neither values nor storage, because the network may be trained further or saved."""
     network, processor = nano
     network.requires_grad_(False)
     before = {name: (p.data_ptr(), p.stride(), p.clone()) for name, p in network.named_parameters()}
@@ -192,7 +192,7 @@ def test_an_engine_changes_nothing_about_its_network(nano, observations):
         assert (parameter.data_ptr(), parameter.stride()) == (address, stride) and torch.equal(parameter, value), name
 
 
-def test_an_adapter_that_is_switched_off_does_not_count(nano, observations):
+def test_a_disabled_adapter_is_not_used(nano, observations):
     network, processor = nano
     batch = processor.observe(observations(2), WORDS[:2])
     before = reference(network, batch)
@@ -207,7 +207,7 @@ def test_an_adapter_that_is_switched_off_does_not_count(nano, observations):
     assert torch.equal(Engine(adapted.get_base_model()).stepwise(batch).ids, reference(network, batch))
 
 
-def test_another_architecture_is_refused_by_name(nano):
+def test_another_architecture_is_rejected_by_name(nano):
     network, _ = nano
     network.language_model.config.model_type = "gpt_neox"
     with pytest.raises(ConfigError, match=r"'gpt_neox'.*llama, mistral, qwen2"):

@@ -1,4 +1,4 @@
-"""Every field of a decoder's config.json that changes the computation is computed by the engine, or refused by name."""
+"""Each field of a decoder's config.json that changes the computation is supported by the engine, or falls back."""
 
 import ast
 import importlib
@@ -34,7 +34,7 @@ SCALED = {"sliding_attention": LOCAL, "full_attention": FACTOR | {"rope_type": "
 
 
 def with_decoder(nano, kind, **values):
-    """The network and processor of `nano` with another random decoder, of two layers."""
+    """The network and processor of `nano`, with another random decoder of two layers."""
     network, processor = nano
     text = network.config.text_config.to_dict() | {"model_type": kind, "num_hidden_layers": 2} | values
     network.config.text_config = AutoConfig.for_model(**text)
@@ -44,13 +44,17 @@ def with_decoder(nano, kind, **values):
         for name, parameter in network.language_model.named_parameters():
             if "norm" not in name:
                 torch.nn.init.normal_(parameter, std=0.5 if name.endswith("bias") else 0.08)
-            elif kind not in ("llama", "mistral", "qwen2"):  # where forgetting a norm's weight would not show
+            elif kind not in (
+                "llama",
+                "mistral",
+                "qwen2",
+            ):  # so that ignoring a norm changes tokens
                 parameter.add_(torch.randn(parameter.shape) * 0.3)
     return network.eval(), processor
 
 
 def decode(network, processor, observations):
-    """Ids by the policy and by `generate`, and whether the policy has an engine and uses it here."""
+    """Ids of the policy and of `generate`, and whether the policy uses the engine."""
     batch = processor.observe(observations(3), ["reach", "pick up the red cube", "open the drawer"])
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -91,7 +95,7 @@ def decode(network, processor, observations):
         ("gemma3_text", GEMMA | {"layer_types": ["full_attention"] * 2, "sliding_window": 4}),
     ],
 )
-def test_computed(nano, observations, kind, values):
+def test_supported_by_the_engine(nano, observations, kind, values):
     assert decode(*with_decoder(nano, kind, **values), observations) == []
 
 
@@ -112,8 +116,8 @@ def test_computed(nano, observations, kind, values):
         ("olmo3", {}, "'olmo3'"),
     ],
 )
-def test_left_to_transformers(nano, observations, kind, values, named):
-    """Exactly, and with a warning that names the field."""
+def test_falls_back_to_transformers(nano, observations, kind, values, named):
+    """With the same tokens, and with a warning that names the field."""
     (slower,) = decode(*with_decoder(nano, kind, **values), observations)
     assert named in slower
 
@@ -122,7 +126,7 @@ def test_left_to_transformers(nano, observations, kind, values, named):
     ("kind", "values"), [("gemma3_text", GEMMA), ("olmo2", {}), ("qwen3", {"head_dim": 32}), ("smollm3", {})]
 )
 def test_an_adapter_before_and_after_its_merge(nano, observations, kind, values):
-    """The rows of action tokens are trained in the embedding, which Gemma scales."""
+    """The rows of action tokens in the embedding are trained; Gemma scales this embedding."""
     network, processor = with_decoder(nano, kind, **values)
     batch = processor.observe(observations(3), ["reach", "pick up the red cube", "open the drawer"])
     before, adapted = reference(network, batch), lora.attach(network, LoraConfig(rank=4, alpha=16)).eval()
@@ -142,14 +146,14 @@ def test_an_adapter_before_and_after_its_merge(nano, observations, kind, values)
     [{"per_layer_config": {0: {"rms_norm_eps": 1e-3}}}, {"is_causal": False}, {"is_encoder_decoder": True}],
     ids=lambda values: next(iter(values)),
 )
-def test_refused(values):
-    """What transformers' own classes do not decode left to right either."""
+def test_rejected(values):
+    """Configurations that transformers' own classes do not decode from left to right."""
     with pytest.raises(ConfigError, match=next(iter(values))):
         weights.check_config(AutoConfig.for_model("llama", num_hidden_layers=2, **values))
 
 
 def test_a_window_counts_from_the_real_length(nano, observations):
-    """A window of exactly as many positions as prefix and chunk have is no limit; one less is."""
+    """A window with as many positions as prefix and chunk has no effect; a shorter one does."""
     network, processor = nano
     batch = processor.observe(observations(1), ["reach"])
     needed = batch["input_ids"].shape[1] + processor.action_tokenizer.max_tokens - 1
@@ -172,14 +176,14 @@ def test_a_window_counts_from_the_real_length(nano, observations):
     ],
     ids=["activation", "norm", "bias of the head", "parameter"],
 )
-def test_modules_that_the_engine_does_not_read_are_refused(nano, change, named):
+def test_unknown_modules_are_rejected(nano, change, named):
     change(nano[0].language_model)
     with pytest.raises(ConfigError, match=named):
         weights.read(nano[0])
 
 
 def fields_read(module) -> set[str]:
-    """Names that a module of transformers reads of a `config`, by attribute or by `getattr`."""
+    """Names of the fields of `config` that a module of transformers reads, as attributes or with `getattr`."""
     found = set()
     for node in ast.walk(ast.parse(inspect.getsource(module))):
         if isinstance(node, ast.Attribute) and ast.unparse(node.value).split(".")[-1].endswith("config"):
@@ -189,7 +193,7 @@ def fields_read(module) -> set[str]:
     return found
 
 
-# Fields that are refused when set, and those of the vision-language model in the same file.
+# Fields that cause a fallback if they are set, and fields of the vision-language model in the same file.
 REFUSED = {"gemma3_text": {"final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention"}}
 ELSEWHERE = {"gemma3_text": {"text_config", "vision_config", "patch_size", "image_size", "image_token_id"}}
 ELSEWHERE["gemma3_text"] |= {"mm_tokens_per_image", "layer_norm_eps"}
@@ -197,14 +201,14 @@ ELSEWHERE["gemma3_text"] |= {"mm_tokens_per_image", "layer_norm_eps"}
 
 @pytest.mark.parametrize("kind", weights.ARCHITECTURES)
 def test_every_field_that_transformers_reads_is_accounted_for(kind):
-    """A field that a new version of transformers begins to read is found here."""
+    """Fails if a new version of transformers reads a new field."""
     family = kind.removesuffix("_text")
     modeling = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     read = fields_read(modeling)
-    assert {"rms_norm_eps", "rope_parameters", "num_hidden_layers"} <= read  # the walk finds something
+    assert {"rms_norm_eps", "rope_parameters", "num_hidden_layers"} <= read  # the search finds fields at all
     methods = {"get_text_config", "_attn_implementation"}
     assert read <= weights.READ | weights.IGNORED | methods | REFUSED.get(kind, set()) | ELSEWHERE.get(kind, set())
-    # Undeclared fields that caches and masks look for: the engine refuses what it does not know.
+    # Undeclared fields that transformers' caches and masks read.
     undeclared = fields_read(cache_utils) | fields_read(masking_utils)
     assert not undeclared & weights.IGNORED
 

@@ -1,7 +1,7 @@
-"""Strategies against what they are by definition, worked out over every chunk there is.
+"""Decoding strategies, compared with their definitions by enumerating all chunks.
 
-The policy of these tests has one action of four entries with five bins: 625 chunks. `Table` asks the network for the
-logits after every possible beginning; distributions, nuclei, beams and penalties are then computed from it by hand.
+The policy in these tests has one action with four entries and five bins, so there are 625 chunks. `Table` computes the
+logits after every prefix. The expected distributions, nuclei, beams and penalties are computed from this table.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ def softmax(logits):
 
 
 class Table:
-    """table(beginning) -> logits [BINS] of the next token after that beginning, a tuple of rows."""
+    """table(prefix) -> logits [BINS] of the next token; a prefix is a tuple of tokens."""
 
     def __init__(self, network, batch):
         self.chunks = list(itertools.product(range(BINS), repeat=ENTRIES))
@@ -54,15 +54,15 @@ class Table:
 
 @pytest.fixture(scope="module")
 def small(facts, observations, tmp_path_factory):
-    """Network, processor, one observation's batch, and its table. The network is tiny: thousands of chunks are sampled,
-    and no strategy knows what predicts its logits."""
+    """Network, processor, one batch, and its table. The network is tiny, because thousands of chunks are sampled, and
+    the strategies do not depend on the network."""
     folder = tmp_path_factory.mktemp("tiny")
     random_models.save_llama(folder / "llama")
     random_models.save_siglip(folder / "siglip")
     torch.manual_seed(2)
     values = {"backbone": str(folder / "llama"), "vision": (str(folder / "siglip"),)}
     network, processor = build_policy(ModelConfig(**values, horizon=1, n_action_steps=1, bins=BINS), facts)
-    with torch.no_grad():  # distributions that are neither flat nor certain
+    with torch.no_grad():  # so that distributions are neither uniform nor certain
         for parameter in network.language_model.parameters():
             if parameter.ndim == 2:
                 parameter.mul_(8)
@@ -76,7 +76,7 @@ def rows(network, decoded):
 
 
 def frequencies(network, batch, config, draws=2000):
-    """Share of each pair of first tokens among so many sampled chunks, all for one observation."""
+    """Relative frequency of each pair of first tokens in sampled chunks for one observation."""
     repeated = {name: tensor.expand(draws // 2, *tensor.shape[1:]) for name, tensor in batch.items()}
     counts = np.zeros((BINS, BINS))
     for seed in range(2):
@@ -86,7 +86,7 @@ def frequencies(network, batch, config, draws=2000):
 
 
 def expected(table, choose):
-    """Joint distribution of the first two tokens when `choose` turns logits into probabilities."""
+    """Joint distribution of the first two tokens, if `choose` maps logits to probabilities."""
     first = choose(table(()))
     return np.stack([first[k] * choose(table((k,))) for k in range(BINS)])
 
@@ -97,7 +97,7 @@ def cut(probabilities, allowed):
 
 
 def nucleus(probabilities, top_p):
-    """The likeliest tokens until their probability reaches top_p, one by one."""
+    """The most likely tokens, added one by one until their probability reaches top_p."""
     allowed, total = np.zeros(BINS, bool), 0.0
     for token in np.argsort(-probabilities):
         if total >= top_p:
@@ -128,15 +128,15 @@ def likeliest(probabilities, k):
     ],
     ids=["T=1", "T=0.5", "T=2", "top-k", "top-p", "all three"],
 )
-def test_samples_come_from_the_distribution(small, config, choose):
+def test_samples_follow_the_distribution(small, config, choose):
     network, _, batch, table = small
     share, target = frequencies(network, batch, config), expected(table, choose)
-    assert (target > 0.02).sum() > 2  # there is something to tell apart
-    assert (share[target < 1e-12] == 0).all()  # outside the cut: never
+    assert (target > 0.02).sum() > 2  # several pairs are possible
+    assert (share[target < 1e-12] == 0).all()  # never outside the truncated distribution
     assert np.abs(share - target).sum() / 2 < 0.06  # 25 cells, 2000 draws: a typical distance is 0.03
 
 
-def test_no_temperature_and_the_engine_are_greedy(small):
+def test_temperature_0_and_the_engine_are_greedy(small):
     network, _, batch, table = small
     chunk = []
     while len(chunk) < ENTRIES:
@@ -146,7 +146,7 @@ def test_no_temperature_and_the_engine_are_greedy(small):
 
 
 @pytest.mark.parametrize("beams", [2, 3, 4])
-def test_beams_are_those_of_a_beam_search_by_hand(small, beams):
+def test_beams_equal_an_explicit_beam_search(small, beams):
     network, _, batch, table = small
     alive = [((), 0.0)]
     for _ in range(ENTRIES):
@@ -157,7 +157,7 @@ def test_beams_are_those_of_a_beam_search_by_hand(small, beams):
     assert float(decoded.log_probs(network.config.action_token_begin).sum()) == pytest.approx(alive[0][1], abs=1e-4)
 
 
-def test_enough_beams_find_the_likeliest_chunk_of_all(small):
+def test_enough_beams_find_the_most_likely_chunk(small):
     network, _, batch, table = small
     best = max(table.chunks, key=table.log_likelihood)
     assert rows(network, generate(network, batch, DecodingConfig(num_beams=125))) == [list(best)]
@@ -182,7 +182,7 @@ def test_penalties(small, config, penalise):
     assert chunk != plain or len(set(plain)) == ENTRIES
 
 
-def test_seeds_reproduce_and_leave_the_callers_random_state_alone(small, observations):
+def test_seeds_are_reproducible_and_keep_the_callers_random_state(small, observations):
     network, processor, _, _ = small
     observation, words = observations(8, seed=1), ["reach"] * 8
 
@@ -196,20 +196,20 @@ def test_seeds_reproduce_and_leave_the_callers_random_state_alone(small, observa
     assert torch.equal(torch.get_rng_state(), before)
     np.testing.assert_array_equal(first, chunks(0))
     assert (first != chunks(100)).any() and (first[0] != first[1]).any()
-    # A twin's draws are not those of the policy again: together they draw what one alone would.
+    # `for_key` shares the random state, so the two policies draw the chunks of a single one.
     policy = Policy(network, processor, decoding=DecodingConfig(temperature=1.0))
     drawn = [one.predict(observation, words).chunks for one in (policy, policy.for_key("demo"))]
     np.testing.assert_array_equal(np.stack(drawn), first)
 
 
-def test_sampling_on_one_device_seeds_no_other(small, observations, monkeypatch):
-    """Nobody else's generator could be put back: `torch.manual_seed` seeds every device."""
+def test_sampling_seeds_only_its_device(small, observations, monkeypatch):
+    """`torch.manual_seed` would seed all devices, and their generators could not be restored."""
     monkeypatch.setattr(torch, "manual_seed", lambda seed: 1 / 0)
     network, processor, _, _ = small
     Policy(network, processor, decoding=DecodingConfig(temperature=1.0)).predict(observations(1), ["reach"])
 
 
-def test_a_policy_says_how_sure_it_was(small, observations):
+def test_log_probs_and_entropy(small, observations):
     network, processor, _, table = small
     policy = Policy(network, processor)
     observation, words = observations(1, seed=5), ["reach the red cube"]
@@ -244,10 +244,10 @@ def test_expected_value_is_the_mean_of_the_bin_centres(small, observations):
     assert (np.abs(mean.chunks - greedy.chunks) > 1e-3).any()
 
 
-def test_ensembles_average_what_was_said_about_the_same_moment():
-    """Chunks of five actions, executed 2, 1, 3 and 2 at a time, against the definition moment by moment."""
+def test_ensembles_average_predictions_for_the_same_step():
+    """Chunks of five actions, of which 2, 1, 3 and 2 are executed, compared with the definition at each step."""
     rng, coefficient, draft, now = np.random.default_rng(0), 0.3, Draft(np.zeros((5, 3))), 0
-    said: dict[int, list[np.ndarray]] = {}  # absolute moment -> distributions, oldest first
+    said: dict[int, list[np.ndarray]] = {}  # step -> distributions, oldest first
     for executed in (2, 1, 3, 2, 5, 1):
         new = rng.dirichlet(np.ones(7), size=(5, 3))
         for h in range(5):
@@ -265,7 +265,7 @@ def test_ensembles_average_what_was_said_about_the_same_moment():
 
 @pytest.mark.parametrize("value", ["mode", "mean"])
 def test_ensembling_in_a_policy(nano, observations, value):
-    """The second chunk is the average of two; a new session starts from nothing."""
+    """The second chunk is the average of two; a new session has no history."""
     network, processor = nano
     policy = Policy(network, processor, decoding=DecodingConfig(ensemble=0.0, readout=value))
     first, second = observations(2)
@@ -292,7 +292,7 @@ def test_ensembling_in_a_policy(nano, observations, value):
 
 
 @pytest.mark.parametrize("decoding", [DecodingConfig(), DecodingConfig(temperature=1.0)], ids=["engine", "generate"])
-def test_actions_leave_before_the_chunk_is_decoded(nano, observations, decoding):
+def test_actions_are_streamed_before_the_chunk_is_decoded(nano, observations, decoding):
     network, processor = nano
     seen = []
     policy = Policy(network, processor, decoding=decoding)
@@ -322,23 +322,23 @@ def test_actions_leave_before_the_chunk_is_decoded(nano, observations, decoding)
     finally:
         hook.remove()
         Engine._forward = forward
-    assert 1 <= len(passes) <= 4  # tokens of one action of four
+    assert 1 <= len(passes) <= 4  # tokens of the first of four actions
     again = Policy(network, processor, decoding=decoding).predict(observations(1), ["reach"]).chunks[0]
     np.testing.assert_array_equal(again, chunk)
 
 
 @pytest.mark.parametrize("decoding", [DecodingConfig(), DecodingConfig(temperature=1.0)], ids=["engine", "generate"])
-def test_stopping_ends_with_the_last_whole_action(nano, observations, decoding):
+def test_stopping_ends_with_the_last_complete_action(nano, observations, decoding):
     network, processor = nano
     prompt = processor.observe(observations(1), ["reach"])["input_ids"].shape[1]
     whole = Policy(network, processor, decoding=decoding).predict(observations(1), ["reach"])
-    criteria = StoppingCriteriaList([MaxLengthCriteria(prompt + 10)])  # ten tokens: two actions and a half
+    criteria = StoppingCriteriaList([MaxLengthCriteria(prompt + 10)])  # ten tokens: two and a half actions
     part = Policy(network, processor, decoding=decoding).predict(observations(1), ["reach"], stopping=criteria)
     assert part.chunks.shape == (1, 2, 7)
     np.testing.assert_array_equal(part.chunks, whole.chunks[:, :2])
 
 
-def test_max_actions_decodes_the_first_actions_only(nano, observations):
+def test_max_actions_decodes_only_the_first_actions(nano, observations):
     network, processor = nano
     whole = Policy(network, processor).predict(observations(3), ["reach"] * 3)
     for config in (DecodingConfig(max_actions=2), DecodingConfig(max_actions=2, num_beams=1, readout="mode")):
@@ -346,7 +346,7 @@ def test_max_actions_decodes_the_first_actions_only(nano, observations):
         np.testing.assert_array_equal(part.chunks, whole.chunks[:, :2])
     policy = Policy(network, processor, n_action_steps=2, decoding=DecodingConfig(max_actions=2))
     session, whole = Session("reach"), Policy(network, processor)
-    for observation in observations(3):  # each from what the chunk before left over
+    for observation in observations(3):  # each with the draft from the previous chunk
         (found,) = predict(policy, [session], [observation]).ids
         np.testing.assert_array_equal(found, whole.predict([observation], ["reach"]).ids[0, : len(found)])
         session.advance(1)
@@ -365,12 +365,12 @@ def test_max_actions_decodes_the_first_actions_only(nano, observations):
         ({"max_actions": 0}, "max_actions must be at least 1"),
     ],
 )
-def test_wrong_values_are_refused_by_name(nano, values, message):
+def test_invalid_values_are_rejected_by_name(nano, values, message):
     with pytest.raises(ConfigError, match=message):
         Policy(*nano, decoding=DecodingConfig(**values))
 
 
-def test_what_cannot_be_streamed_is_refused(nano, observations):
+def test_streaming_that_is_not_possible_is_rejected(nano, observations):
     for config in (DecodingConfig(num_beams=2), DecodingConfig(readout="mean"), DecodingConfig(ensemble=0.1)):
         policy = Policy(*nano, decoding=config)
         assert not policy.streams
@@ -380,7 +380,7 @@ def test_what_cannot_be_streamed_is_refused(nano, observations):
 
 
 def test_predicting_changes_neither_its_drafts_nor_the_policy(nano, observations):
-    """The same call twice is the same prediction; a given prefix is not carried over to the next draft."""
+    """The same call twice gives the same prediction. A prefix is not repeated in the next draft."""
     network, processor = nano
     policy = Policy(network, processor, decoding=DecodingConfig(ensemble=0.1))
     first = policy.predict(observations(1), ["reach"])
@@ -410,8 +410,8 @@ def test_a_draft_in_tokens_is_the_draft_in_actions(nano, observations):
     [DecodingConfig(), DecodingConfig(temperature=1.0), DecodingConfig(num_beams=3)],
     ids=["engine", "sampling", "beams"],
 )
-def test_a_chunk_continues_the_committed_actions(nano, observations, decoding):
-    """Another beginning for each observation, none for one: it is kept, and what follows is conditioned on it."""
+def test_a_chunk_continues_the_action_prefix(nano, observations, decoding):
+    """Each observation has another prefix, one has none. Prefixes are kept, and the following tokens depend on them."""
     network, processor = nano
     policy, begin = Policy(network, processor, decoding=decoding), network.config.action_token_begin
     drafts = processor.decode_actions(np.random.default_rng(0).integers(0, 31, (3, 16)) + begin)
@@ -432,12 +432,12 @@ def test_a_chunk_continues_the_committed_actions(nano, observations, decoding):
 
 
 @pytest.mark.parametrize("trust", [0.0, 0.3, 0.7, 1.0])
-def test_committed_actions_count_as_long_as_they_are_believed(nano, observations, trust):
-    """Worked out token by token: the first that is not plausible, and all behind it, are greedy's own."""
+def test_an_action_prefix_ends_at_the_first_implausible_token(nano, observations, trust):
+    """Compared token by token: from the first implausible token on, the chunk is decoded greedily."""
     network, processor = nano
     policy, begin = Policy(network, processor), network.config.action_token_begin
     batch = processor.observe(observations(4), ["reach"] * 4)
-    # Drafts between greedy's own tokens and random ones, so that some are believed for a while.
+    # Mixtures of greedy and random tokens, so that some prefixes are accepted in part.
     greedy, rng = policy.decode(batch).ids.numpy(), np.random.default_rng(1)
     drafts = np.where(rng.random(greedy.shape) < 0.7, greedy, rng.integers(0, 31, greedy.shape) + begin)
     counts = torch.tensor([12, 8, 16, 0])
@@ -458,8 +458,8 @@ def test_committed_actions_count_as_long_as_they_are_believed(nano, observations
 
 @given(seed=st.integers(0, 10_000), window=st.integers(1, 8))
 @settings(max_examples=40)
-def test_what_is_committed_in_one_row_is_no_matter_of_the_others(tiny, observations, seed, window):
-    """One client's robot must not act otherwise because another's is decoded beside it."""
+def test_the_prefix_of_one_row_does_not_change_other_rows(tiny, observations, seed, window):
+    """The actions for one client must not depend on other clients in the same batch."""
     network, processor = tiny
     policy, rng = Policy(network, processor), np.random.default_rng(seed)
     policy._decoder.engine.window = window

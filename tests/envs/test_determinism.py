@@ -1,4 +1,5 @@
-"""The same seed is the same episode; a snapshot continues bit for bit; the target option changes words only."""
+"""Determinism: episodes depend on the seed, snapshots are exact, and the option `target` changes only the
+instruction."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
 @pytest.mark.parametrize("env_id", envs.ENV_IDS)
 def test_same_seed_same_episode(env_id: str) -> None:
     first, second = make(env_id, cameras=("front",)), make(env_id, cameras=("front",))
-    second.reset(seed=99)  # what happened before leaves no trace
+    second.reset(seed=99)  # earlier episodes have no effect
     a, b = first.reset(seed=7), second.reset(seed=7)
     assert same(a[0], b[0]) and a[1] == b[1] and first.scene == second.scene
     rng = np.random.default_rng(0)
@@ -56,7 +57,7 @@ def test_snapshot_continues_bit_for_bit(env_id: str) -> None:
 
 
 @pytest.mark.parametrize("env_id", envs.ENV_IDS)
-def test_target_changes_the_instruction_and_nothing_else(env_id: str) -> None:
+def test_target_changes_only_the_instruction(env_id: str) -> None:
     env = make(env_id, phrasing="canonical")
     instructions, scenes, states = [], [], []
     for target in range(env.target_candidates):
@@ -71,7 +72,7 @@ def test_target_changes_the_instruction_and_nothing_else(env_id: str) -> None:
 
 
 @pytest.mark.parametrize("env_id", ["vla/Reach-v0", "vla/PressButton-v0", "vla/OpenDrawer-v0", "vla/PickUp-v0"])
-def test_the_expert_goes_to_what_is_named(env_id: str) -> None:
+def test_the_expert_moves_to_the_target(env_id: str) -> None:
     env = make(env_id)
     for target in range(env.target_candidates):
         _, info = env.reset(seed=11, options={"target": target})
@@ -83,7 +84,7 @@ def test_the_expert_goes_to_what_is_named(env_id: str) -> None:
         assert info["is_success"] and info["reached"] == target
 
 
-def test_every_look_is_determined_by_the_seed_and_undone_afterwards() -> None:
+def test_randomisation_is_determined_by_the_seed_and_undone() -> None:
     plain, varied = make("vla/PickPlace-v0", cameras=("front",)), make(
         "vla/PickPlace-v0", cameras=("front",), randomize=True
     )  # fmt: skip
@@ -98,8 +99,8 @@ def test_every_look_is_determined_by_the_seed_and_undone_afterwards() -> None:
 
 
 @pytest.mark.parametrize("env_id", envs.ENV_IDS)
-def test_state_contains_nothing_privileged(env_id: str) -> None:
-    """Another scene around the same hand is the same state."""
+def test_the_state_contains_no_privileged_information(env_id: str) -> None:
+    """The state is the same in another scene with the same hand pose."""
     env = make(env_id)
     env.reset(seed=0)
     scene = env.get_state()["scene"]

@@ -1,4 +1,4 @@
-"""Every task is solved by its expert, from the start and from wherever noise or a person puts the world."""
+"""The experts solve their tasks, also after noise and changes of the scene."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def test_expert_is_a_function_of_the_state(env_id: str) -> None:
         assert np.array_equal(fresh.act(), noisy.label) and np.array_equal(fresh.label, fresh.act())
         assert action.dtype == np.float32 and np.abs(action).max() <= 1.0
         env.step(action)
-        assert np.array_equal(env.make_expert().act()[3:6], np.zeros(3))  # an upright wrist is left alone
+        assert np.array_equal(env.make_expert().act()[3:6], np.zeros(3))  # an upright wrist is not rotated
 
 
-def test_expert_picks_up_again_what_was_taken_away() -> None:
+def test_the_expert_picks_an_object_up_again() -> None:
     env = gym.make("vla/PickUp-v0", cameras=()).unwrapped
     env.reset(seed=4)
     expert = env.make_expert()

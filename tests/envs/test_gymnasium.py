@@ -1,4 +1,4 @@
-"""The worlds keep Gymnasium's contract and the project's own conventions on top of it."""
+"""The environments follow Gymnasium's API and the conventions of this suite."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_observation_info_and_attributes(env_id: str) -> None:
     env.close()
 
 
-def test_robot_says_what_a_policy_has_to_know() -> None:
+def test_robot_has_the_properties_that_policies_need() -> None:
     env = gym.make("vla/Reach-v0", cameras=("front",))
     robot = env.unwrapped.robot
     assert robot["cameras"] == ["front"] and len(robot["state_names"]) == len(robot["action_names"]) == 7
@@ -70,7 +70,7 @@ def test_camera_choice_and_size() -> None:
 
 
 @pytest.mark.parametrize("name", ["Point", "PointZone", "PointButton", "PointDrawer"])
-def test_a_question_is_answered_with_the_place_of_what_is_named(name: str) -> None:
+def test_the_answer_to_a_question_is_the_position_of_the_target(name: str) -> None:
     env = gym.make(f"vla/{name}-v0")
     wrong = 0
     for seed in range(3):

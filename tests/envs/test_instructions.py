@@ -1,4 +1,4 @@
-"""The grammar: held-out phrasings are new sentences of known words; held-out pairs stay out of training."""
+"""The grammar: held-out phrasings are new sentences of known words, and held-out pairs are not in training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_heldout_phrasings_are_new_but_use_known_words(task: str) -> None:
 
 
 @pytest.mark.parametrize("task", GRAMMARS)
-def test_dozens_of_ways_to_say_one_thing(task: str) -> None:
+def test_number_of_phrasings(task: str) -> None:
     things = things_of(task)[0]
     train = phrases(task, things, "train")
     assert len(train) >= 72 and len(set(train)) == len(train)
@@ -32,7 +32,7 @@ def test_dozens_of_ways_to_say_one_thing(task: str) -> None:
 
 
 def test_tasks_do_not_share_sentences() -> None:
-    """A sentence says which task it is, but for putting one object on another, which is stacking in any words."""
+    """Each sentence belongs to one task, except for placing an object on another, which is also stacking."""
     seen: dict[str, str] = {}
     for task in GRAMMARS:
         for text in every(task, "train") | every(task, "heldout"):
@@ -52,7 +52,7 @@ def test_corpus_covers_all_words_and_templates() -> None:
     assert not set(texts) & set(corpus("heldout"))
 
 
-def test_things_without_a_shape_are_named_by_colour() -> None:
+def test_furniture_is_named_by_colour() -> None:
     assert phrases("open_drawer", (Thing("drawer", "red"),), "canonical") == ["open the drawer with the red handle"]
     assert phrases("stack", (Thing("object", "red", "cube"), Thing("object", "blue", "ball")), "canonical") == [
         "stack the red cube on the blue ball"

@@ -1,4 +1,4 @@
-"""LIBERO behind the suite's interface follows the protocol that policies are compared under."""
+"""LIBERO's environments follow the protocol of published evaluations."""
 
 import hashlib
 import subprocess
@@ -63,7 +63,7 @@ def make(name, **kwargs):
 
 @pytest.fixture(scope="module")
 def world():
-    """One environment with images and furniture for all tests."""
+    """One environment with images and furniture, shared by the tests."""
     env = make("goal-0", cameras=("agentview", "wrist"), image_size=64)
     yield env
     env.close()
@@ -73,7 +73,7 @@ ACTIONS = np.random.default_rng(0).uniform(-1, 1, (12, 7)).astype(np.float32)
 
 
 def states(env, **reset):
-    """All positions and velocities of the simulation along fixed actions, and the first images."""
+    """All positions and velocities of the simulation during fixed actions, and the first images."""
     observation, _ = env.reset(**reset)
     simulator = env.unwrapped.simulator
     found = []
@@ -92,7 +92,7 @@ def test_an_episode_depends_on_its_seed_and_not_on_earlier_episodes(world):
     assert not np.allclose(first[0], other[0], atol=1e-3)
 
 
-def test_an_episode_is_the_same_in_a_fresh_process(world):
+def test_an_episode_is_the_same_in_a_new_process(world):
     states(world, seed=4)
     code = """
 from tests.envs import test_libero as t
@@ -106,7 +106,7 @@ env.close()
     assert fresh[-2:] == [here.tobytes().hex(), image]
 
 
-def test_a_reset_equals_the_benchmarks_own_after_a_hard_reset(world):
+def test_a_reset_equals_a_hard_reset_of_the_benchmark(world):
     env_wrapper = pytest.importorskip("libero.libero.envs.env_wrapper")
     simulator = world.unwrapped.simulator
     theirs = env_wrapper.ControlEnv(
@@ -152,7 +152,7 @@ def test_the_seed_selects_the_official_initial_state(world):
     np.testing.assert_array_equal(before, np.random.get_state()[1])
 
 
-def test_observations_keep_the_convention_and_render_only_on_request(world):
+def test_observations_and_rendering_on_request(world):
     observation, info = world.reset(seed=0)
     assert world.observation_space.contains(observation)
     assert info == {"instruction": "open the middle drawer of the cabinet", "is_success": False}
@@ -172,8 +172,8 @@ def test_observations_keep_the_convention_and_render_only_on_request(world):
 
 
 @pytest.mark.parametrize("quality", ["fast", "default"])
-def test_images_are_the_benchmarks_turned_by_half_a_turn(quality, monkeypatch):
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # robosuite takes "" for the number of a device
+def test_images_are_the_benchmarks_rotated_by_180_degrees(quality, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # robosuite interprets "" as the number of a device
     wrapper = pytest.importorskip("libero.libero.envs.env_wrapper", reason="needs the extra `libero`")
     env = make("goal-7", cameras=("agentview", "wrist"), image_size=64, render=quality)
     observation, _ = env.reset(seed=2)
@@ -227,7 +227,7 @@ def test_suites_have_files_for_every_task():
             assert len(_load(suite, task).states) in (10, 50)
 
 
-def test_wrong_use_is_explained(world):
+def test_invalid_calls_are_explained(world):
     env = make("goal-0")
     with pytest.raises(RuntimeError, match="reset"):
         env.unwrapped.step(np.zeros(7))
@@ -237,7 +237,7 @@ def test_wrong_use_is_explained(world):
 
 
 def run(env, seed, **expert):
-    """Whether the expert solves the task, and the number of steps."""
+    """Run the expert. Returns whether it solves the task, and the number of steps."""
     env.reset(seed=seed)
     expert = env.unwrapped.make_expert(seed=seed, **expert)
     steps, over = 0, False
@@ -250,14 +250,14 @@ def run(env, seed, **expert):
 
 
 @pytest.mark.parametrize(("task", "noise"), [("object-3", 0.5), ("spatial-0", 0.0), ("goal-0", 0.0), ("goal-7", 0.0)])
-def test_the_expert_solves_it(task, noise):
+def test_the_expert_solves_the_task(task, noise):
     env = make(task)
     success, steps = run(env, 1, noise=noise)
     assert success and steps < 160
     env.close()
 
 
-def test_an_expert_acts_on_the_state_alone(world):
+def test_an_expert_depends_only_on_the_state(world):
     world.reset(seed=2)
     first = world.unwrapped.make_expert()
     for _ in range(15):
@@ -265,7 +265,7 @@ def test_an_expert_acts_on_the_state_alone(world):
     np.testing.assert_array_equal(first.act(), world.unwrapped.make_expert().act())
 
 
-def test_a_task_without_an_expert_says_so():
+def test_a_task_without_an_expert_is_an_error():
     env = make("KITCHEN_SCENE6_close_the_microwave")
     with pytest.raises(ValueError, match=r"no scripted expert for the goal \['close', 'microwave_1'\]"):
         env.unwrapped.make_expert()

@@ -1,4 +1,4 @@
-"""Simplified meshes look alike, and leave the model as it was."""
+"""Simplified meshes look similar, and the model is restored."""
 
 import mujoco
 import numpy as np

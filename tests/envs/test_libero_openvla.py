@@ -1,4 +1,4 @@
-"""OpenVLA's policies on LIBERO: the commands that reach robosuite are those of OpenVLA's own evaluation."""
+"""OpenVLA's policies in LIBERO: the commands to robosuite equal those of OpenVLA's own evaluation."""
 
 import mujoco
 import numpy as np
@@ -13,7 +13,7 @@ from vla.policy import Policy
 from vla.simulation import adapter as simulation
 
 INSTRUCTION = "pick up the Milk and place it in the basket"
-#: Something to look at. LIBERO draws group 1.
+#: A visible scene. LIBERO renders group 1.
 SCENE = """
 <mujoco>
   <worldbody>
@@ -25,7 +25,7 @@ SCENE = """
 
 
 class Recorder:
-    """The interface of `Simulator`; keeps the commands."""
+    """Has the interface of `Simulator`, and records the commands."""
 
     def __init__(self, suite, number):
         self.instruction, self.states, self.commands = INSTRUCTION, np.zeros((50, 1)), []
@@ -51,7 +51,7 @@ def make(monkeypatch, **kwargs):
 
 
 @pytest.mark.filterwarnings("ignore:.*(The names differ|actions per second)")
-def test_the_command_that_reaches_libero_is_openvlas(monkeypatch, tmp_path):
+def test_commands_equal_openvlas(monkeypatch, tmp_path):
     published.save(tmp_path / "openvla", published.weights())
     policy = Policy.from_pretrained(str(tmp_path / "openvla"), unnorm_key="bridge_orig", device="cpu")
     with pytest.raises(VLAError, match=r"opens its gripper with 1 and closes it with 0, .* with -1 and 1"):
@@ -74,7 +74,7 @@ def test_the_command_that_reaches_libero_is_openvlas(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(("gripper", "values"), [("libero", (-1.0, -0.2, 0.2, 1.0)), ("openvla", (1.0, 0.6, 0.4, 0.0))])
-def test_two_conventions_of_the_gripper(monkeypatch, gripper, values):
+def test_both_gripper_conventions(monkeypatch, gripper, values):
     env = make(monkeypatch, gripper=gripper)
     env.reset(seed=0)
     for value in values:

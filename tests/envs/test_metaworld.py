@@ -1,4 +1,4 @@
-"""Meta-World behind the suite's interface follows the protocol that policies are compared under."""
+"""Meta-World's environments follow the protocol of published evaluations."""
 
 import importlib.metadata
 import sys
@@ -14,7 +14,7 @@ from envs.metaworld import MUJOCO
 from envs.metaworld_instructions import PHRASES, phrases
 
 
-def test_registration_and_words_need_no_metaworld(monkeypatch):
+def test_registration_and_instructions_need_no_metaworld(monkeypatch):
     assert len(envs.METAWORLD_IDS) == len(PHRASES) == 50
     assert all(env_id in gym.registry for env_id in envs.METAWORLD_IDS)
     for name in [name for name in sys.modules if name.partition(".")[0] == "metaworld"]:
@@ -25,13 +25,13 @@ def test_registration_and_words_need_no_metaworld(monkeypatch):
         gym.make("vla-metaworld/drawer-open-v3")
 
 
-def test_another_version_of_mujoco_is_refused_by_name(monkeypatch):
+def test_another_version_of_mujoco_is_rejected(monkeypatch):
     monkeypatch.setattr(mujoco, "__version__", "3.99.0")
     with pytest.raises(gym.error.DependencyNotInstalled, match=rf"mujoco=={MUJOCO}, but 3\.99\.0 .*'\.\[metaworld\]'"):
         gym.make("vla-metaworld/drawer-open-v3")
 
 
-def test_the_version_asked_for_is_the_one_that_metaworld_pins():
+def test_the_required_version_is_the_one_that_metaworld_pins():
     pytest.importorskip("metaworld")
     assert f"mujoco=={MUJOCO}" in importlib.metadata.requires("metaworld")
 
@@ -57,7 +57,7 @@ def make(task, **kwargs):
 
 
 def hands(env, seed, steps=20):
-    """State [steps + 1, 4] along the clean expert's way."""
+    """States [steps + 1, 4] of an episode of the expert without noise."""
     states = [env.reset(seed=seed)[0]["agent_pos"]]
     expert = env.get_wrapper_attr("make_expert")()
     for _ in range(steps):
@@ -66,19 +66,19 @@ def hands(env, seed, steps=20):
 
 
 @pytest.mark.parametrize("task", ["push", "drawer-open", "door-open", "handle-pull"])
-def test_the_seed_alone_decides_where_things_are(task):
+def test_positions_depend_only_on_the_seed(task):
     env, fresh = make(task), make(task)
     first, other = hands(env, 0), hands(env, 1)
     assert np.array_equal(first, hands(env, 0)) and np.array_equal(first, hands(fresh, 0))
     assert not np.allclose(first, other, atol=1e-3)
     env.reset(seed=0)
     things = env.unwrapped._raw[4:7].copy()
-    env.reset()  # without a seed: the next one of the same sequence
+    env.reset()  # without a seed, continue the random sequence
     assert not np.allclose(things, env.unwrapped._raw[4:7])
     assert env.reset(seed=4)[1] == fresh.reset(seed=4)[1]
 
 
-def test_nothing_privileged_is_observed():
+def test_observations_contain_no_privileged_information():
     env = make("push", cameras=("corner2",))
     observation, info = env.reset(seed=0)
     assert set(observation) == {"pixels", "agent_pos"} and set(observation["pixels"]) == {"corner2"}
@@ -90,7 +90,7 @@ def test_nothing_privileged_is_observed():
     env.close()
 
 
-def test_the_picture_is_the_raw_one_turned_by_half_a_turn():
+def test_the_image_is_rotated_by_180_degrees():
     env = make("drawer-open", cameras=("corner2",), image_size=64)
     seen = env.reset(seed=0)[0]["pixels"]["corner2"]
     inner = env.unwrapped._inner
@@ -102,14 +102,14 @@ def test_the_picture_is_the_raw_one_turned_by_half_a_turn():
         raw = renderer.render()
     assert seen.shape == (64, 64, 3) and seen.dtype == np.uint8
     assert np.abs(seen.astype(int) - raw[::-1, ::-1]).mean() < 1 < np.abs(seen.astype(int) - raw).mean()
-    red = (seen[..., 0] > 90) & (seen[..., 1] < 60)  # the arm comes in from the upper left
+    red = (seen[..., 0] > 90) & (seen[..., 1] < 60)  # the arm enters from the upper left
     assert np.nonzero(red)[1].mean() < 32 and red[:32].sum() > red[32:].sum() > 0
     env.close()
 
 
 def test_lerobots_convention():
-    """`pixels` and `agent_pos` as LeRobot's environment makes them: Meta-World's own rendering, `cam_pos[2]` moved,
-    both axes flipped, and the first four numbers of the raw observation."""
+    """`pixels` and `agent_pos` equal those of LeRobot's environment: Meta-World's own rendering with a changed camera
+    position, both image axes flipped, and the first four entries of the raw observation."""
     worlds = pytest.importorskip("metaworld.env_dict").ALL_V3_ENVIRONMENTS
     env = make("drawer-open", cameras=("corner2",), image_size=480, convention="lerobot")
     spaces = env.observation_space
@@ -133,7 +133,7 @@ def test_lerobots_convention():
     theirs.close()
 
 
-def test_the_first_picture_shows_this_episode():
+def test_the_first_image_shows_this_episode():
     env, fresh = make("drawer-open", cameras=("corner2",)), make("drawer-open", cameras=("corner2",))
     env.reset(seed=1)
     assert np.array_equal(env.reset(seed=0)[0]["pixels"]["corner2"], fresh.reset(seed=0)[0]["pixels"]["corner2"])
@@ -143,7 +143,7 @@ def test_the_first_picture_shows_this_episode():
 
 @pytest.mark.parametrize("task", ["drawer-open", "door-open", "reach", "button-press-topdown", "pick-place"])
 @pytest.mark.parametrize("repeat", [1, 4])
-def test_the_expert_solves_it_and_success_ends_the_episode(task, repeat):
+def test_the_expert_solves_the_task_and_success_ends_the_episode(task, repeat):
     env = make(task, action_repeat=repeat)
     for seed in (0, 1):
         _, info = env.reset(seed=seed)
@@ -159,7 +159,7 @@ def test_the_expert_solves_it_and_success_ends_the_episode(task, repeat):
 
 
 @pytest.mark.parametrize(("repeat", "limit"), [(1, 500), (4, 125), (8, 63)])
-def test_an_episode_lasts_500_steps_however_long_actions_are_held(repeat, limit):
+def test_an_episode_has_500_steps_for_every_action_repeat(repeat, limit):
     env = make("reach", action_repeat=repeat)
     assert env.get_wrapper_attr("robot")["control_hz"] == 80 / repeat
     env.reset(seed=0)
@@ -169,7 +169,7 @@ def test_an_episode_lasts_500_steps_however_long_actions_are_held(repeat, limit)
     assert len(ends) == limit and ends[-1] == (False, True)
 
 
-def test_gripper_polarity_is_as_stated():
+def test_gripper_polarity():
     env = make("reach")
     robot = env.get_wrapper_attr("robot")
     env.reset(seed=0)
@@ -222,7 +222,7 @@ def test_wrong_arguments_are_explained(kwargs, message):
         gym.make("vla-metaworld/reach-v3", **kwargs)
 
 
-def test_wrong_use_is_explained():
+def test_invalid_calls_are_explained():
     env = make("reach").unwrapped
     with pytest.raises(RuntimeError, match="reset"):
         env.step(np.zeros(4))

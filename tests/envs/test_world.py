@@ -1,4 +1,4 @@
-"""The arm goes where it is told, precisely and no further; bad input is named."""
+"""The simulated arm: precise motion within its limits, and errors for invalid input."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ POINT = st.tuples(*[st.floats(0, 1)] * 3)
 @settings(max_examples=30)
 @given(POINT, st.just((0.0, 0.0, 0.0)) | ANGLES)
 def test_inverse_kinematics_reaches_the_whole_box(point: tuple[float, ...], angles: tuple[float, ...]) -> None:
-    """Upright everywhere; tilted wherever objects are."""
+    """Upright in the whole workspace, and tilted at all positions of objects."""
     pos = HAND_BOX[0] + np.array(point) * (HAND_BOX[1] - HAND_BOX[0])
     if any(angles):
         pos[:2] = OBJECT_BOX[0] + np.array(point[:2]) * (OBJECT_BOX[1] - OBJECT_BOX[0])
@@ -72,7 +72,7 @@ def test_rotation_follows_and_returns(env) -> None:
     assert np.abs(env.world.hand - start).max() < 0.004
 
 
-def test_the_target_does_not_run_away(env) -> None:
+def test_the_commanded_pose_does_not_wind_up(env) -> None:
     env.reset(seed=0)
     for _ in range(60):
         env.step(np.array([1.0, 0, 0, 0, 0, 0, 1]))
@@ -81,7 +81,7 @@ def test_the_target_does_not_run_away(env) -> None:
         env.step(np.array([0, 0, -1.0, 0, 0, 0, 1]))
     height = env.world.hand[2]
     env.step(np.array([0, 0, 1.0, 0, 0, 0, 1]))
-    assert env.world.hand[2] > height + 0.015  # comes back at once
+    assert env.world.hand[2] > height + 0.015  # the hand moves back at once
 
 
 def test_gripper_polarity(env) -> None:
@@ -102,7 +102,8 @@ def test_objects_stay_where_they_are_put(env) -> None:
 
 
 def test_a_cylinder_stands_firmly_on_a_cube() -> None:
-    """One contact is not enough, and the option for several of them has another name in every generation of MuJoCo."""
+    """This needs several contacts per pair of geoms; MuJoCo's option for them has different names in different
+    versions."""
     world = gym.make("vla/Stack-v0", cameras=()).unwrapped.world
     world.clear(np.array([0.35, 0.1, 0.2]))
     for i, shape in enumerate(("cube", "cylinder")):
@@ -114,8 +115,9 @@ def test_a_cylinder_stands_firmly_on_a_cube() -> None:
     assert world.object_speed(1) < 0.003
 
 
-def test_the_lamp_shines_in_one_direction() -> None:
-    """Under another name, or with none, it would be a point light, and every frame would be shaded differently."""
+def test_the_light_is_directional() -> None:
+    """MuJoCo's attribute for this has different names in different versions. A point light would shade images
+    differently."""
     model = gym.make("vla/Reach-v0", cameras=()).unwrapped.world.model
     kind = model.light_type if hasattr(model, "light_type") else model.light_directional
     assert int(kind[0]) == 1  # mjLIGHT_DIRECTIONAL; True before 3.3.3
@@ -157,7 +159,7 @@ def test_step_before_reset_is_explained() -> None:
 
 
 def test_missing_gl_is_explained() -> None:
-    """With no GL at all physics works, and the first picture says what to install."""
+    """Physics works without GL, and the first image raises an error that says what to install."""
     code = (
         "import gymnasium as gym, envs\n"
         "gym.make('vla/Reach-v0', cameras=()).reset(seed=0)\n"
@@ -177,8 +179,8 @@ def test_missing_gl_is_explained() -> None:
         "import mujoco._specs",  # 4 over 3
     ],
 )
-def test_a_half_installed_mujoco_is_explained(failure: str, tmp_path: Path) -> None:
-    """And not as missing GL: MuJoCo 3 and 4 share a folder, and pip replaces one with a part of the other."""
+def test_an_incomplete_mujoco_is_explained(failure: str, tmp_path: Path) -> None:
+    """Not as missing GL: MuJoCo 3 and 4 share a folder, and pip replaces only a part of the files."""
     (tmp_path / "mujoco").mkdir()
     (tmp_path / "mujoco" / "__init__.py").write_text(failure)
     path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])

@@ -1,4 +1,4 @@
-"""Statistics against published values, results under LeRobot's names, and a page that stands alone."""
+"""Statistics compared with published values, results with LeRobot's names, and a self-contained page."""
 
 import base64
 import io
@@ -46,11 +46,11 @@ def test_exact_tests_have_the_known_values():
     assert mcnemar(10, 2) == pytest.approx(2 * (1 + 12 + 66) / 2**12)
     assert mcnemar(0, 0) == 1.0
     assert mcnemar(5, 5) == 1.0
-    assert fisher(3, 4, 1, 4) == pytest.approx(34 / 70)  # the lady who tastes tea, two-sided
+    assert fisher(3, 4, 1, 4) == pytest.approx(34 / 70)  # the lady tasting tea, two-sided
     assert fisher(8, 20, 3, 20) == pytest.approx(0.15518744551)  # scipy.stats.fisher_exact
 
 
-def test_paired_interval_covers_the_truth_as_often_as_it_says():
+def test_coverage_of_the_paired_interval():
     rng = np.random.default_rng(0)
     shares = [0.5, 0.2, 0.05, 0.25]  # both, only A, only B, neither
     tables = rng.multinomial(40, shares, size=2000)
@@ -77,7 +77,7 @@ def episodes_of(outcomes: str, env_id: str = "vla/PickUp-v0") -> list[Episode]:
 
 
 def info_of(episodes: list[Episode], name: str = "runs/a", **extra) -> dict:
-    """What a rollout with these episodes writes."""
+    """The results of a rollout with these episodes."""
     return evaluate(episodes, 12.0) | {
         "decode_latency": latency([(4, 0.5), (4, 0.010), (4, 0.012), (2, 0.008)]),
         "interrupted": False,
@@ -99,7 +99,7 @@ def info_of(episodes: list[Episode], name: str = "runs/a", **extra) -> dict:
     }
 
 
-def test_results_carry_lerobots_names_and_intervals():
+def test_results_have_lerobots_names_and_intervals():
     info = evaluate(episodes_of("sslwtef"), 14.0)
     assert [e["outcome"] for e in info["per_episode"]] == [
         "success", "success", "lost", "wrong_target", "timeout", "ended", "fault",
@@ -117,7 +117,7 @@ def test_results_carry_lerobots_names_and_intervals():
     assert info["per_episode"][0]["decode_ms_p50"] == 3.0
 
 
-def test_no_episodes_are_no_numbers_rather_than_wrong_ones(tmp_path):
+def test_results_without_episodes(tmp_path):
     nothing = summarise([])
     assert nothing["pc_success"] is nothing["avg_sum_reward"] is None
     assert nothing["pc_success_ci95"] == [0.0, 100.0]
@@ -125,7 +125,7 @@ def test_no_episodes_are_no_numbers_rather_than_wrong_ones(tmp_path):
     assert "Stopped early" in page
 
 
-def test_latency_keeps_the_warm_up_apart():
+def test_latency_excludes_the_warm_up():
     found = latency([(4, 0.5), (4, 0.010), (4, 0.012), (2, 0.008)])
     assert (found["n_forwards"], found["first_ms"]) == (4, 500.0)
     assert found["ms"]["max"] == pytest.approx(12.0)
@@ -146,21 +146,21 @@ def test_paired_runs_are_compared_by_seed():
     assert again["difference_ci95"] == pytest.approx([-limit for limit in reversed(found["difference_ci95"])])
 
 
-def test_a_difference_that_is_not_shown_is_not_claimed():
+def test_insignificant_differences():
     found = compare(info_of(episodes_of("sssst"), "runs/a"), info_of(episodes_of("ssstt"), "runs/b"))
     assert "difference is not significant" in found["words"]
     assert "p = 1)" in found["words"]
 
 
-def test_runs_are_called_by_what_tells_them_apart():
+def test_names_of_runs():
     a, b = info_of(episodes_of("s"), "runs/a"), info_of(episodes_of("s"), "runs/b")
-    b["policy"]["path"] = None  # a policy that was given in memory
+    b["policy"]["path"] = None  # a policy without a path
     assert (compare(a, b)["name_a"], compare(a, b)["name_b"]) == ("runs/a", "runs/b")
     a["config"], b["config"] = {}, {}
     assert (compare(a, b)["name_a"], compare(a, b)["name_b"]) == ("A", "B")
 
 
-def test_runs_without_common_seeds_are_independent_samples():
+def test_runs_without_common_seeds_are_unpaired():
     others = episodes_of("ttts")
     for episode in others:
         episode.seed += 1000
@@ -169,7 +169,7 @@ def test_runs_without_common_seeds_are_independent_samples():
     assert found["p_value"] == pytest.approx(34 / 70)
 
 
-def test_only_what_both_runs_have_is_compared(tmp_path):
+def test_only_common_environments_are_compared(tmp_path):
     longer = info_of(episodes_of("sssss") + episodes_of("tttt", "vla/Push-v0"), "runs/a")
     found = compare(longer, info_of(episodes_of("sst"), "runs/b"))
     assert (found["n_a"], found["n_b"], found["n_left_out"]) == (3, 3, 6)
@@ -183,7 +183,7 @@ def test_only_what_both_runs_have_is_compared(tmp_path):
 
 
 class Page(HTMLParser):
-    """Checks that tags nest, and collects addresses and text."""
+    """Checks that tags are nested, and collects addresses and text."""
 
     VOID = {"meta"}  # noqa: RUF012
 
@@ -209,7 +209,7 @@ class Page(HTMLParser):
             self.words.append(data.strip())
 
 
-def test_the_page_stands_alone_and_holds_the_videos(tmp_path):
+def test_the_page_is_self_contained_with_videos(tmp_path):
     episodes = episodes_of("sslwtef")
     frames = [np.full((96, 96, 3), 20 * i, np.uint8) for i in range(9)]
     for episode in (episodes[0], episodes[3]):
@@ -252,11 +252,11 @@ def test_results_are_strict_json(tmp_path):
     results.write(info, tmp_path)
     assert json.loads((tmp_path / "eval_info.json").read_text()) == info
     assert results.read(tmp_path) == info
-    results.write(info | {"reward": float("nan")}, tmp_path)  # of an environment: no reason to lose hours of episodes
+    results.write(info | {"reward": float("nan")}, tmp_path)  # a reward of NaN must not lose the results
     assert results.read(tmp_path) == info | {"reward": None}
 
 
-def test_summary_says_what_counts(tmp_path):
+def test_summary(tmp_path):
     text = report.summary(info_of(episodes_of("ssst") + episodes_of("tf", "envs:vla/Push-v0")), tmp_path)
     assert re.search(r"vla/PickUp-v0 +3/4 +75\.0 % +\(95 % interval 30 to 95; ever 75 %\)", text)
     assert re.search(r"all +3/6 +50\.0 %", text)
@@ -274,7 +274,7 @@ def test_long_episodes_are_recorded_in_bounded_memory():
     assert recorder._stride == 4
 
 
-def test_a_video_that_is_too_large_for_the_page_is_linked_and_not_read(tmp_path, monkeypatch):
+def test_a_large_video_is_linked_and_not_embedded(tmp_path, monkeypatch):
     episodes = episodes_of("ss")
     for episode, size in zip(episodes, (10, 100), strict=True):
         episode.video_path = f"{episode.seed}.mp4"

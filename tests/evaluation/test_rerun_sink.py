@@ -1,4 +1,4 @@
-"""Recordings for Rerun hold what was observed, executed and decoded, to the last bit, at the right step.
+"""Recordings for Rerun contain the observations, actions and entropies exactly, at the right steps.
 
 Most tests need rerun-sdk, which is not part of `dev`: pip install 'rerun-sdk>=0.41,<0.42', or scripts/setup dev,rerun.
 """
@@ -27,7 +27,7 @@ needs_rerun = pytest.mark.skipif(importlib.util.find_spec("rerun") is None, reas
 
 
 def read(path, hz: float = 20) -> dict[str, tuple[list[int], list]]:
-    """(steps, values) of each entity, as Rerun's own reader finds them; values of instructions and names are texts."""
+    """(steps, values) of each entity, read with Rerun's own reader; values of instructions and names are strings."""
     from rerun.chunk import RrdReader
 
     found: dict[str, tuple[list[int], list]] = {}
@@ -57,7 +57,7 @@ def predict(robot, rng, tokens: int) -> Prediction:
 
 @needs_rerun
 @pytest.mark.parametrize("tokens", [("dx", "dz", "gripper"), ()], ids=["tokens of an action", "tokens of a chunk"])
-def test_what_is_recorded_is_read_back(robot, observations, tmp_path, tokens):
+def test_round_trip(robot, observations, tmp_path, tokens):
     rng, seen, path = np.random.default_rng(0), observations(3), tmp_path / "deep" / "one.rrd"
     recording = EpisodeRecording(robot, "go", tokens)
     predictions = [predict(robot, rng, 4 * len(tokens) or 10) for _ in range(2)]
@@ -91,7 +91,7 @@ def test_what_is_recorded_is_read_back(robot, observations, tmp_path, tokens):
 
 
 @needs_rerun
-def test_a_rollout_keeps_the_first_episodes_and_failures_and_links_to_them(tmp_path):
+def test_a_rollout_records_the_first_episodes_and_failures(tmp_path):
     class OneWay(Slider):
         def _plan(self, observation):
             return np.minimum(super()._plan(observation), 0)
@@ -111,8 +111,8 @@ def test_a_rollout_keeps_the_first_episodes_and_failures_and_links_to_them(tmp_p
 
 
 @needs_rerun
-def test_the_entropies_are_those_of_the_entries_that_tokens_encode(nano, robot, tmp_path):
-    policy = Policy(*nano)  # whose rotations never move, so that they have no tokens
+def test_entropies_are_named_by_the_encoded_entries(nano, robot, tmp_path):
+    policy = Policy(*nano)  # its rotations are constant, so they have no tokens
     adapter = AdapterConfig(robot={"state_names": robot.state_names, "action_names": robot.action_names})
     config = RolloutConfig(
         env=("envs:vla/Reach-v0",), episodes=1, n_envs=1, rerun=1, videos=0, out=tmp_path / "r", adapter=adapter
@@ -149,7 +149,7 @@ def test_without_rerun_nothing_is_written(tmp_path, monkeypatch):
     assert not (tmp_path / "r").exists()
 
 
-def test_results_of_before_have_no_recordings():
+def test_older_results_have_no_recordings():
     values = Episode(0, "toy/Slide-v0", 1).to_dict()
     del values["rerun_path"]
     assert Episode.from_dict(values) == Episode(0, "toy/Slide-v0", 1)

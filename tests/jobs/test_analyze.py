@@ -1,4 +1,4 @@
-"""Exposure bias: what is counted, and the job through the command line."""
+"""`vla analyze exposure`: the error rates, and the job through the command line."""
 
 import json
 
@@ -18,7 +18,7 @@ def sample(observation, chunk, valid=4):
     return Sample(images, observation["agent_pos"], chunk, np.arange(4) < valid, "reach", 0)
 
 
-def test_a_demonstrator_who_does_what_the_policy_does_leaves_no_error(nano, observations):
+def test_no_errors_if_the_demonstration_equals_the_prediction(nano, observations):
     policy = Policy(*nano)
     chunks = policy.predict(observations(6), ["reach"] * 6).chunks
     found = measure(policy, [sample(o, c, valid=3) for o, c in zip(observations(6), chunks, strict=True)])
@@ -27,8 +27,8 @@ def test_a_demonstrator_who_does_what_the_policy_does_leaves_no_error(nano, obse
     assert (found.outside > 0).all() and (found.outside < 1).all()
 
 
-def test_errors_are_counted_where_they_are(nano, observations):
-    """Another token in one place: there both ways of running are wrong; before it, neither."""
+def test_errors_are_counted_at_their_positions(nano, observations):
+    """One token is replaced: both error rates are 1 at its position and 0 before it."""
     network, processor = nano
     policy = Policy(network, processor)
     ids = policy.predict(observations(1), ["reach"]).ids
@@ -36,12 +36,12 @@ def test_errors_are_counted_where_they_are(nano, observations):
     ids[0, 6] = begin + (ids[0, 6] - begin + 9) % 31
     found = measure(policy, [sample(observations(1)[0], processor.decode_actions(ids)[0])])
     assert found.forced[0, :7].tolist() == found.free[0, :7].tolist() == [False] * 6 + [True]
-    assert not found.free[0, 7:].any()  # it goes on as before, which is what the demonstration says
+    assert not found.free[0, 7:].any()  # the prediction continues as in the demonstration
     scored = policy.score(observations(1), ["reach"], processor.decode_actions(ids))
     assert scored.log_probs[0, 6] < np.log(0.5)
 
 
-def test_the_job_writes_figures_and_a_picture(nano, dataset, robot, tmp_path, capsys):
+def test_the_job_writes_results_and_a_plot(nano, dataset, robot, tmp_path, capsys):
     checkpoint.save(*nano, tmp_path / "policy")
     flags = [
         "--policy",
@@ -58,13 +58,13 @@ def test_the_job_writes_figures_and_a_picture(nano, dataset, robot, tmp_path, ca
     assert info["frames"] == 40 and info["tokens_per_action"] == 4
     assert len(info["free_running_error"]["by_position"]) == 16
     assert len(info["free_running_error"]["by_step"]) == len(info["steps"]) > 1
-    # The first token has nothing before it that could differ.
+    # The first token has no earlier tokens, so both rates are equal.
     assert info["free_running_error"]["by_position"][0] == info["teacher_forced_error"]["by_position"][0]
     assert (tmp_path / "out" / "exposure.png").stat().st_size > 10_000
     assert "teacher-forced" in capsys.readouterr().out
 
 
-def test_what_cannot_be_measured_is_refused(nano, dataset, robot, tmp_path):
+def test_invalid_arguments_are_rejected(nano, dataset, robot, tmp_path):
     data = dataset("squares", robot)
     checkpoint.save(*nano, tmp_path / "policy")
     with pytest.raises(ConfigError, match="frames must be at least 1"):

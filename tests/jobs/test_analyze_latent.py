@@ -1,4 +1,4 @@
-"""`vla analyze latent`: the same seeds under every code, and codes that a policy does not have."""
+"""`vla analyze latent`: rollouts of the same seeds under several codes."""
 
 import json
 
@@ -17,7 +17,7 @@ from vla.transforms.normalize import compute_statistics
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A policy for the point world whose latent is large enough to decide its actions."""
+    """A policy for the point world whose actions depend on its latent."""
     robot = make(f"tests.pointworld:{ENV_ID}").robot
     actions = np.random.default_rng(0).uniform(-1, 1, (100, robot.action_dim)).astype(np.float32)
     statistics = {"points": {"action": compute_statistics(actions), "state": compute_statistics(actions[:, :2])}}
@@ -40,13 +40,13 @@ def test_every_code_has_its_path(folder, tmp_path, capsys):
     info = json.loads((tmp_path / "out" / "latent.json").read_text())
     runs = {(row["seed"], row["code"]): row["path"] for row in info["rollouts"]}
     assert set(runs) == {(3, code) for code in range(4)}
-    assert len({str(runs[3, code]) for code in range(4)}) > 1  # the codes do different things
-    assert len({str(runs[3, code][0]) for code in range(4)}) == 1  # from the same start
+    assert len({str(runs[3, code]) for code in range(4)}) > 1  # different codes have different paths
+    assert len({str(runs[3, code][0]) for code in range(4)}) == 1  # all from the same start
     assert (tmp_path / "out" / "latent.png").stat().st_size > 10_000
     assert "by code" in capsys.readouterr().out
 
 
-def test_what_cannot_be_analysed(folder, nano, tmp_path, capsys):
+def test_invalid_arguments(folder, nano, tmp_path, capsys):
     checkpoint.save(*nano, tmp_path / "plain")
     for arguments, message in (
         ([str(tmp_path / "plain")], "has no latent"),

@@ -1,4 +1,4 @@
-"""The comparison of tokenizers, through the command line."""
+"""`vla analyze tokenizers` through the command line."""
 
 import json
 

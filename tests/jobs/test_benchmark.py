@@ -1,4 +1,4 @@
-"""`vla benchmark`: a stopped benchmark resumes, its averages are those that papers report, and a suite is only data."""
+"""`vla benchmark`: resumption, averages as in papers, and custom suites."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ METAWORLD = find("metaworld")
 TIERS = ("easy", "medium", "hard", "very_hard")
 
 
-def test_tiers_are_disjoint_complete_and_of_the_usual_sizes():
+def test_tiers_are_disjoint_and_complete():
     tiers = [SETS[f"mt50/{tier}"] for tier in TIERS]
     assert [len(tier) for tier in tiers] == [28, 11, 6, 5]
     assert sorted(env_id for tier in tiers for env_id in tier) == sorted(SETS["mt50"])
@@ -43,7 +43,7 @@ def test_tiers_are_disjoint_complete_and_of_the_usual_sizes():
     assert {name for name in SETS if name.startswith("mt50/")} == {f"mt50/{tier}" for tier in TIERS}
 
 
-def test_the_other_sets_are_those_of_the_package():
+def test_the_other_sets_equal_those_of_metaworld():
     suites = pytest.importorskip("metaworld.env_dict")
 
     def names(name):
@@ -68,7 +68,7 @@ def test_every_option_reaches_the_rollouts_of_the_tasks():
     assert task == RolloutConfig(**other, env=("vla-metaworld/reach-v3",), out=Path("there"))
 
 
-def test_tasks_are_named_by_set_or_by_id():
+def test_tasks_by_set_or_id():
     assert METAWORLD.choose(["mt50"]) == list(SETS["mt50"])
     both = METAWORLD.choose(["vla-metaworld/reach-v3", "mt10"])
     assert len(both) == 10 and both[0] == "vla-metaworld/reach-v3"
@@ -78,7 +78,7 @@ def test_tasks_are_named_by_set_or_by_id():
         METAWORLD.choose(["vla-metaworld/reech-v3"])
 
 
-def test_averages_are_as_worked_out_by_hand():
+def test_averages():
     share = {"easy": 10, "medium": 5, "hard": 3, "very_hard": 0}  # successes of 10, the same for each task of a tier
     counts = {env_id: (wins, 10) for tier, wins in share.items() for env_id in SETS[f"mt50/{tier}"]}
     found = score(counts, METAWORLD)
@@ -88,7 +88,7 @@ def test_averages_are_as_worked_out_by_hand():
     assert found["episode_average"]["pc_success"] == pytest.approx(70.6)  # (280 + 55 + 18) / 500
     assert found["episode_average"]["pc_success_ci95"] == pytest.approx([100 * x for x in wilson(353, 500)])
     assert found["tiers"]["medium"]["pc_success_ci95"] == pytest.approx([100 * x for x in wilson(55, 110)])
-    # Distances from each rate to its Wilson limits, as the root of their squares, over four:
+    # The distances from each rate to its Wilson limits are combined as the root of the sum of squares, divided by four:
     # below: 1.353, 9.185, 10.088, 0; above: 0, 9.185, 12.512, 7.135.
     low = 45 - math.sqrt(1.353**2 + 9.185**2 + 10.088**2) / 4
     high = 45 + math.sqrt(9.185**2 + 12.512**2 + 7.135**2) / 4
@@ -104,13 +104,13 @@ def test_a_missing_task_leaves_the_tiers_but_not_their_mean():
     assert found["tiers"]["easy"]["pc_success"] is None and found["tiers"]["hard"]["pc_success"] == 25
 
 
-def test_the_interval_of_a_mean_is_newcombes_for_two_rates_and_wilsons_for_one():
+def test_the_interval_of_a_mean_equals_newcombe_for_two_rates_and_wilson_for_one():
     assert mean_interval([(7, 20)]) == pytest.approx(wilson(7, 20))
     low, high = difference(16, 20, 20 - 4, 20)  # a + b is a - (1 - b) + 1
     assert mean_interval([(16, 20), (4, 20)]) == pytest.approx(((low + 1) / 2, (high + 1) / 2))
 
 
-def test_the_interval_of_a_mean_covers_the_truth_as_often_as_it_says():
+def test_coverage_of_the_interval_of_a_mean():
     rng = np.random.default_rng(0)
     rates, episodes = [0.85, 0.55, 0.6, 0.4], [280, 110, 60, 50]
     drawn = rng.binomial(episodes, rates, size=(4000, 4))
@@ -131,8 +131,8 @@ def test_a_suite_without_tiers_has_one():
     assert found["tier_average"]["pc_success_ci95"] == pytest.approx([100 * x for x in wilson(6, 20)])
 
 
-def test_a_suite_of_several_sets_with_limits_of_their_own():
-    """LIBERO's form: papers average four of five sets; each set has its maximum of steps."""
+def test_a_suite_of_several_sets_with_different_limits():
+    """As in LIBERO: published averages are over four of five sets, and each set has its own maximum of steps."""
     limits = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
     sizes = {name: 90 if name == "libero_90" else 10 for name in limits}
     sets = {name: tuple(f"vla-libero/{name}-{i}-v0" for i in range(size)) for name, size in sizes.items()}
@@ -230,7 +230,7 @@ def settings(out: Path | None, kwargs: dict | None = None, **values) -> Benchmar
     return BenchmarkConfig(**{"suite": "toys", "seed": 100_000, "n_envs": 2, "adapter": adapter, "out": out} | values)
 
 
-def test_a_benchmark_is_the_rollouts_of_its_tasks(tmp_path, capsys):
+def test_a_benchmark_equals_the_rollouts_of_its_tasks(tmp_path, capsys):
     found = benchmark(settings(tmp_path / "b"), Slider())
     assert json.loads((tmp_path / "b/benchmark.json").read_text()) == found
     assert found["tier_average"]["pc_success"] == found["episode_average"]["pc_success"] == 100
@@ -257,22 +257,22 @@ def test_a_benchmark_is_the_rollouts_of_its_tasks(tmp_path, capsys):
     assert compare(tmp_path / "b", tmp_path / "c")["only_a"] == 4
 
 
-def test_what_is_finished_is_not_played_again_and_what_a_kill_left_is(tmp_path):
+def test_finished_tasks_are_not_repeated_and_interrupted_ones_are(tmp_path):
     first = settings(tmp_path / "b", tasks=("all",))
     with pytest.raises(KeyboardInterrupt):
         benchmark(first, Slider(stop_at=3, error=KeyboardInterrupt()))
     stopped = json.loads((tmp_path / "b/benchmark.json").read_text())
     assert stopped["interrupted"] and list(stopped["tasks"]) == ["toy/Slide-v0"] and not stopped["tier_average"]
     before = (tmp_path / "b/tasks/Slide-v0/eval_info.json").stat().st_mtime_ns
-    (tmp_path / "b/tasks/Glide-v0/eval_info.json").unlink(missing_ok=True)  # as a kill leaves it: begun, no results
+    (tmp_path / "b/tasks/Glide-v0/eval_info.json").unlink(missing_ok=True)  # as after a kill: started, without results
     assert (tmp_path / "b/tasks/Glide-v0/config.yaml").is_file()
     again = benchmark(dataclasses.replace(first, n_envs=1, videos=0), Slider())
     assert (tmp_path / "b/tasks/Slide-v0/eval_info.json").stat().st_mtime_ns == before
     assert not again["interrupted"] and again["tier_average"]["pc_success"] == 100
-    assert benchmark(first, Slider(stop_at=0, error=ZeroDivisionError()))["tasks"] == again["tasks"]  # nothing to play
+    assert benchmark(first, Slider(stop_at=0, error=ZeroDivisionError()))["tasks"] == again["tasks"]  # nothing to run
 
 
-def test_a_task_in_which_an_environment_failed_is_played_again(tmp_path):
+def test_a_task_with_a_failed_environment_is_repeated(tmp_path):
     found = benchmark(settings(tmp_path / "b", tasks=("all/easy",)), Slider())
     task = tmp_path / "b/tasks/Slide-v0"
     info = results.read(task)
@@ -282,11 +282,11 @@ def test_a_task_in_which_an_environment_failed_is_played_again(tmp_path):
     assert results.read(task)["per_episode"][0]["fault"] is None
 
 
-def test_parts_that_do_not_belong_together_are_refused(tmp_path, monkeypatch):
+def test_other_settings_are_rejected(tmp_path, monkeypatch):
     asked = settings(tmp_path / "b", tasks=("all/easy",))
     with pytest.raises(SimulatorError, match="no_such_module"):
         benchmark(dataclasses.replace(asked, adapter=AdapterConfig(module="no_such_module")), Slider())
-    benchmark(asked, Slider())  # nothing was played, so that nothing has to fit
+    benchmark(asked, Slider())  # without results, settings may change
     with pytest.raises(ConfigError, match=r"seed = 100000, not 7; adapter\.kwargs\.a = None, not 1"):
         benchmark(
             dataclasses.replace(asked, seed=7, adapter=AdapterConfig(module="tests.rollout_env", kwargs={"a": 1}))
@@ -308,20 +308,21 @@ def test_a_suite_that_cannot_be_found_is_explained(tmp_path):
     assert not (tmp_path / "b").exists()
 
 
-def test_the_suite_defines_the_protocol_and_the_command_line_overrides_it(tmp_path, monkeypatch):
+def test_the_suite_defines_the_protocol_and_flags_override_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = benchmark(settings(None, suite="tests.toy_suite:SUITE", seed=None), Slider(direction=-1.0))
     whole = results.read(tmp_path / "runs/toys-benchmark")
     assert found["config"]["tasks"] == ["all"] and found["published"][0]["source"] == "arXiv:1234.56789"
     assert [e["seed"] for e in whole["per_episode"]] == [500, 501] * 2
-    assert [e["length"] for e in whole["per_episode"]] == [12, 12, 10, 10]  # the environment's limit, and the suite's
+    # Two episodes with the limit of the environment, and two with that of the suite.
+    assert [e["length"] for e in whole["per_episode"]] == [12, 12, 10, 10]
     other = settings(tmp_path / "c", tasks=("all/hard",), episodes=1, seed=7)
     benchmark(dataclasses.replace(other, adapter=dataclasses.replace(other.adapter, max_steps=1)), Slider())
     assert [(e["seed"], e["length"]) for e in results.read(tmp_path / "c")["per_episode"]] == [(7, 1)]
 
 
-def test_a_folder_from_before_there_were_suites_is_resumed(tmp_path):
-    """Its settings name no suite, and mean Meta-World's."""
+def test_a_folder_of_an_older_version_is_resumed(tmp_path):
+    """Its settings name no suite; the suite was Meta-World."""
     out, reach = tmp_path / "b", "vla-metaworld/reach-v3"
     benchmark(settings(out, tasks=("toy/Slide-v0",)), Slider())
     (out / "tasks/Slide-v0").rename(out / "tasks/reach-v3")
@@ -350,7 +351,7 @@ def toy_policy(tmp_path_factory) -> Path:
 
 
 def test_a_suite_of_a_plugin_on_the_command_line(toy_policy, tmp_path, capsys, monkeypatch):
-    """Nothing in the package names it."""
+    """The suite is not part of the package."""
     monkeypatch.delitem(SUITES._members, "toys")
     monkeypatch.delitem(sys.modules, "tests.toy_suite")
     (tmp_path / "toys.yaml").write_text("adapter: {module: tests.rollout_env}\n")
@@ -368,7 +369,7 @@ def test_a_suite_of_a_plugin_on_the_command_line(toy_policy, tmp_path, capsys, m
 
 @pytest.fixture
 def checkpoint(tmp_path) -> Path:
-    """An untrained policy for Meta-World's robot, of the embedded architecture."""
+    """An untrained policy for Meta-World's robot, with the embedded architecture."""
     pytest.importorskip("metaworld")
     from vla.simulation import adapter as simulator
 
@@ -385,7 +386,7 @@ def checkpoint(tmp_path) -> Path:
     return tmp_path / "policy"
 
 
-def test_the_command_line_is_stopped_and_goes_on(checkpoint, tmp_path, capsys, start_vla):
+def test_the_command_line_is_stopped_and_resumed(checkpoint, tmp_path, capsys, start_vla):
     out, values = tmp_path / "b", tmp_path / "values.yaml"
     tasks = [f"vla-metaworld/{task}-v3" for task in ("shelf-place", "stick-pull")]
     values.write_text("adapter: {kwargs: {action_repeat: 4, phrasing: canonical}, max_steps: 8}\n")

@@ -1,4 +1,4 @@
-"""`vla collect`: the dataset depends on the configuration alone, whatever happens on the way."""
+"""`vla collect`: the dataset depends only on the configuration, whatever fails on the way."""
 
 import filecmp
 import json
@@ -33,7 +33,7 @@ def same_files(a: Path, b: Path) -> bool:
 
 @pytest.fixture
 def start(tmp_path, start_vla):
-    """`start(values)`: `vla collect` in a process group of its own."""
+    """`start(values)`: `vla collect` in its own process group."""
 
     def run(values: CollectConfig) -> Process:
         dump(values, tmp_path / "collect.yaml")
@@ -51,7 +51,7 @@ def wait_for(out: Path, episodes: int) -> None:
 
 @pytest.fixture(scope="module")
 def noisy(tmp_path_factory) -> Path:
-    """A reference: one worker, never interrupted; seeds 1 and 3 have to be replaced."""
+    """A reference dataset: one worker, without interruption; seeds 1 and 3 are replaced."""
     out = tmp_path_factory.mktemp("collect") / "noisy"
     return collect(config(out, 12, noise=0.5, kwargs=SOME_FAIL))
 
@@ -59,7 +59,7 @@ def noisy(tmp_path_factory) -> Path:
 SOME_FAIL = {"unsolvable": [1], "raise_on": [3], "delay": 0.004}
 
 
-def test_frames_are_what_the_expert_saw_and_did(noisy):
+def test_frames_contain_the_observations_and_actions_of_the_expert(noisy):
     demos = Demonstrations(noisy)
     assert len(demos.episodes) == 12 and all(episode.success for episode in demos.episodes)
     assert {episode.instruction for episode in demos.episodes} == {"go to the red goal", "go to the green goal"}
@@ -70,7 +70,7 @@ def test_frames_are_what_the_expert_saw_and_did(noisy):
         assert np.allclose(np.clip(states[:-1] + 0.1 * sent[:-1, :2], 0, 1), states[1:], atol=1e-5)
         clean = np.allclose(sent, demos.actions[episode.rows])
         assert clean == (episode.noise == 0)
-    assert np.abs(demos.executed_actions).max() <= 1  # clipped to what the environment can execute
+    assert np.abs(demos.executed_actions).max() <= 1  # clipped to the action space
     assert sum(episode.noise > 0 for episode in demos.episodes) == 6
 
 
@@ -102,7 +102,7 @@ def test_an_interruption_does_not_change_the_dataset(noisy, tmp_path, start, how
         collect(values)
     resumed = config(tmp_path / "set", 12, 2, noise=0.5, kwargs=SOME_FAIL, resume=True)
     assert same_files(noisy, collect(resumed))
-    assert collect(resumed) == values.out  # finished: nothing to do
+    assert collect(resumed) == values.out  # already finished
 
 
 def test_a_worker_that_dies_is_replaced(tmp_path):
@@ -117,20 +117,20 @@ def test_failures_can_be_kept(tmp_path, capsys):
     assert "67% of all attempts succeeded" in " ".join(capsys.readouterr().err.split())
 
 
-def test_another_plan_is_not_continued(tmp_path, start):
+def test_other_settings_are_not_resumed(tmp_path, start):
     process = start(config(tmp_path / "set", 500, kwargs={"delay": 0.01}))
     wait_for(tmp_path / "set", 2)
     process.kill()
     process.communicate()
     with pytest.raises(ConfigError, match="started with other settings: seed = 0, not 7"):
         collect(config(tmp_path / "set", 2, seed=7, resume=True, kwargs={"delay": 0.01}))
-    out = collect(config(tmp_path / "set", 2, resume=True, kwargs={"delay": 0.01}))  # fewer episodes are fine
+    out = collect(config(tmp_path / "set", 2, resume=True, kwargs={"delay": 0.01}))  # fewer episodes are allowed
     assert len(Demonstrations(out).episodes) == 2
     with pytest.raises(ConfigError, match=r"complete dataset of 2 episodes and cannot be extended to 9.*--seed 2"):
         collect(config(tmp_path / "set", 9, resume=True, kwargs={"delay": 0.01}))
 
 
-def test_hopeless_runs_end_with_one_error(tmp_path, monkeypatch):
+def test_runs_without_any_success_end_with_one_error(tmp_path, monkeypatch):
     monkeypatch.setattr(collecting, "MAX_FAILURES_WITHOUT_SUCCESS", 4)
     monkeypatch.setattr(collecting, "MAX_ERRORS_WITHOUT_SUCCESS", 2)
     lost = {"unsolvable": [n + turn * 1_000_000 for n in range(2) for turn in range(9)]}
@@ -149,12 +149,12 @@ MISTAKES = {
     "robot": ({"robot": {"control_hzz": 5}}, ENV_ID, "Did you mean 'control_hz'"),
     "expert": ({"expert": "tests.pointworld:none"}, ENV_ID, "cannot load expert"),
     "expert's arguments": ({"expert": "tests.pointworld:draw"}, ENV_ID, "failed to start: TypeError"),
-    "success": ({"success": "solved"}, ENV_ID, "adapter.success"),  # shows when the first episode ends
+    "success": ({"success": "solved"}, ENV_ID, "adapter.success"),  # reported at the end of the first episode
 }
 
 
 @pytest.mark.parametrize(("values", "env_id", "message"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_leaves_nothing_that_refuses_the_corrected_command(tmp_path, values, env_id, message):
+def test_after_an_error_the_corrected_command_works(tmp_path, values, env_id, message):
     adapter = AdapterConfig(**{"module": "tests.pointworld"} | values)
     wrong = CollectConfig(env=(env_id,), out=tmp_path / "set", episodes=1, workers=1, adapter=adapter)
     with pytest.raises(VLAError, match=message):
@@ -162,8 +162,8 @@ def test_a_mistake_leaves_nothing_that_refuses_the_corrected_command(tmp_path, v
     assert not wrong.out.exists()
 
 
-def test_a_recording_without_episodes_is_resumed_with_other_values(tmp_path):
-    """A process that was killed before its first episode was finished leaves its plan and failures."""
+def test_a_recording_without_episodes_may_be_resumed_with_other_settings(tmp_path):
+    """A process that is killed before its first episode leaves only settings and failures."""
     wrong = config(tmp_path / "set", 1, seed=7, kwargs={"unsolvable": [0]})
     dump(wrong, open_staging(wrong.out, resume=False) / "collect.yaml")
     failure = {"episode": 0, "turn": 0, "env_id": ENV_ID, "kind": "failed", "message": "not solved"}
@@ -174,7 +174,7 @@ def test_a_recording_without_episodes_is_resumed_with_other_values(tmp_path):
     assert [episode.seed for episode in Demonstrations(out).episodes] == [0] and not (out / "failures.jsonl").exists()
 
 
-def test_environments_of_different_robots_are_refused_at_once(tmp_path):
+def test_environments_of_different_robots_are_rejected(tmp_path):
     gym.register("test/Slow-v0", SlowWorld, max_episode_steps=60)
     adapter = AdapterConfig(module="tests.pointworld")
     with pytest.raises(SimulatorError, match=r"Slow-v0' and .* cannot share a dataset.*control_hz"):
@@ -188,7 +188,7 @@ class SlowWorld(PointWorld):
         self.robot |= {"control_hz": 5.0}
 
 
-def test_a_failure_that_a_kill_cut_short_costs_no_other(tmp_path, monkeypatch):
+def test_a_truncated_failure_record(tmp_path, monkeypatch):
     lost = [1, 1_000_001, 2_000_001]
     values = config(tmp_path / "set", 2, resume=True, kwargs={"unsolvable": lost})
     for tries in (2, 3):
@@ -204,19 +204,19 @@ def test_a_failure_that_a_kill_cut_short_costs_no_other(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "value"), [("episodes", 0), ("noise", -1.0), ("noise_share", 1.5), ("workers", -1)])
-def test_values_that_make_no_sense(tmp_path, name, value):
+def test_invalid_values(tmp_path, name, value):
     with pytest.raises(ConfigError, match=f"{name} must "):
         collect(CollectConfig(out=tmp_path / "set", **{name: value}))
 
 
-def test_values_that_an_expert_or_a_dataset_would_ignore(tmp_path):
+def test_options_without_effect_are_rejected(tmp_path):
     with pytest.raises(ConfigError, match="noise applies to an environment's own expert only; 'random'"):
         collect(config(tmp_path / "set", noise=0.5, adapter=AdapterConfig(expert="random")))
     with pytest.raises(ConfigError, match="instruction is blank"):
         collect(config(tmp_path / "set", adapter=AdapterConfig(instruction=" ")))
 
 
-def test_episodes_and_noise_are_spread_over_environments():
+def test_episodes_and_noise_are_distributed_over_environments():
     values = CollectConfig(env=("a", "b"), episodes=40, noise=0.3, noise_share=0.25)
     attempts = [attempt(values, number, 0) for number in range(40)]
     for env_id in ("a", "b"):

@@ -1,4 +1,4 @@
-"""`vla dagger`: the student drives, the expert labels what it visits, and an interruption changes nothing."""
+"""`vla dagger`: the policy (here, the student) acts, the expert labels, and interruptions change nothing."""
 
 import json
 import signal
@@ -32,8 +32,8 @@ def prediction(chunks: np.ndarray) -> Prediction:
 
 
 class Wanderer:
-    """A student that slides down a slope, too far at times for the robot, and decodes as networks do: what it says
-    depends, in the last digits, on how many it says it to."""
+    """A student that moves down a slope, sometimes beyond the robot's range. As in networks, the last digits of its
+    predictions depend on the batch size."""
 
     horizon, n_action_steps = 4, 3
 
@@ -69,7 +69,7 @@ def rollouts(config: DaggerConfig, number: int, student: "Wanderer", out: Path) 
 
 
 def blocks(demos: Demonstrations):
-    """(executed, labels, states, length) of every decision of every episode."""
+    """(executed, labels, states, length) of each decision of each episode."""
     for episode in demos.episodes:
         for first in range(episode.start, episode.start + episode.length, Wanderer.n_action_steps):
             rows = slice(first, min(first + Wanderer.n_action_steps, episode.start + episode.length))
@@ -82,7 +82,7 @@ def by_student(executed: np.ndarray, states: np.ndarray, student: Wanderer) -> b
 
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory) -> Path:
-    """A reference that was never interrupted; two of its episodes cannot be solved, one is replaced."""
+    """A reference without interruption. Two of its episodes cannot be solved, and one is replaced."""
     out = tmp_path_factory.mktemp("dagger") / "mixed"
     return rollouts(settings(0.2, kwargs=SOME_FAIL), 1, Wanderer(), out)
 
@@ -90,7 +90,7 @@ def mixed(tmp_path_factory) -> Path:
 SOME_FAIL = {"unsolvable": [ROUNDS_APART + 1, ROUNDS_APART + 2], "raise_on": [ROUNDS_APART + 3]}
 
 
-def test_labels_are_the_experts_for_the_states_that_were_visited(mixed):
+def test_labels_are_the_experts_actions_for_the_visited_states(mixed):
     demos = Demonstrations(mixed)
     env = simulator.make(ENV_ID, adapter(**SOME_FAIL))
     for episode in demos.episodes:
@@ -106,17 +106,17 @@ def test_labels_are_the_experts_for_the_states_that_were_visited(mixed):
     assert not np.allclose(demos.actions, demos.executed_actions)
 
 
-def test_failures_stay_and_faults_are_replaced(mixed):
+def test_failures_are_kept_and_faults_are_replaced(mixed):
     found = {episode.seed - ROUNDS_APART: episode for episode in Demonstrations(mixed).episodes}
     assert list(found) == [0, 1, 2, 1_000_003, 4]
     assert [episode.success for episode in found.values()] == [True, False, False, True, False]
     assert found[1].length == found[2].length == 60
 
 
-ALL_FAIL = {"unsolvable": list(range(ROUNDS_APART, ROUNDS_APART + 5))}  # long enough to tell who drives
+ALL_FAIL = {"unsolvable": list(range(ROUNDS_APART, ROUNDS_APART + 5))}  # long episodes, to identify who acts
 
 
-def test_the_expert_takes_over_for_whole_decisions(tmp_path):
+def test_the_expert_acts_for_whole_decisions(tmp_path):
     drivers, student = [], Wanderer()
     demos = Demonstrations(rollouts(settings(kwargs=ALL_FAIL), 1, student, tmp_path / "set"))
     for executed, labels, states in blocks(demos):
@@ -125,13 +125,13 @@ def test_the_expert_takes_over_for_whole_decisions(tmp_path):
     assert len(drivers) == 100 and 0.35 < np.mean(drivers) < 0.65
 
 
-def test_the_coin_can_be_flipped_at_every_step_or_once(tmp_path):
+def test_the_expert_is_chosen_per_step_or_per_episode(tmp_path):
     student = Wanderer()
     steps = Demonstrations(rollouts(settings(mixture="step", kwargs=ALL_FAIL), 1, student, tmp_path / "s"))
     own = np.all(steps.executed_actions == steps.actions, axis=1)
     assert 0.3 < own.mean() < 0.7
     shared = [not by_student(e, s, student) and not np.array_equal(e, a) for e, a, s in blocks(steps)]
-    assert np.mean(shared) > 0.5, "within a decision both drive"
+    assert np.mean(shared) > 0.5, "both act within one decision"
     episodes = Demonstrations(rollouts(settings(mixture="episode", kwargs=ALL_FAIL), 1, student, tmp_path / "e"))
     own = np.all(episodes.executed_actions == episodes.actions, axis=1)
     assert {own[episode.rows].mean() for episode in episodes.episodes} == {0.0, 1.0}
@@ -144,7 +144,7 @@ def test_beta_1_gives_the_experts_own_trajectories(tmp_path):
         env=(ENV_ID,), out=tmp_path / "plain", episodes=5, seed=ROUNDS_APART, keep="all", workers=1, adapter=adapter()
     )
     ours = Demonstrations(collect(plain))
-    assert student.batches == [], "a student that never drives is not asked"
+    assert student.batches == [], "a student that never acts is not evaluated"
     assert [e.seed for e in theirs.episodes] == [e.seed for e in ours.episodes]
     assert np.array_equal(theirs.states, ours.states) and np.array_equal(theirs.actions, ours.actions)
     assert np.array_equal(theirs.executed_actions, theirs.actions)
@@ -171,13 +171,13 @@ def test_an_interruption_does_not_change_the_dataset(mixed, tmp_path, stop_at):
     assert same_files(mixed, out)
 
 
-def test_one_forward_serves_all_that_the_student_drives(tmp_path):
+def test_one_forward_pass_serves_all_environments_of_the_student(tmp_path):
     student = Wanderer()
     rollouts(settings(beta=0.0, episodes=4), 1, student, tmp_path / "set")
     assert max(student.batches) == 2
 
 
-def test_an_environment_that_always_fails_is_told(tmp_path, monkeypatch):
+def test_an_environment_that_always_fails_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(dagger_rollouts, "MAX_ATTEMPTS", 2)
     lost = {"raise_on": [ROUNDS_APART], "die_on": [ROUNDS_APART + 1_000_000]}
     with pytest.raises(SimulatorError, match=r"episode 0 of round 1 failed with 2 seeds.*1010000.*died \(exit code 9"):
@@ -185,7 +185,7 @@ def test_an_environment_that_always_fails_is_told(tmp_path, monkeypatch):
 
 
 def tiny(out: Path, **values) -> DaggerConfig:
-    """A whole run of seconds: an untrained network that takes two steps per round, episodes of ten steps."""
+    """A complete run that takes seconds: an untrained network, two training steps per round, episodes of ten steps."""
     model = {"backbone": "tiny-init", "image_size": 24, "horizon": 4, "n_action_steps": 2, "bins": 31}
     train = {"method": "full", "steps": 2, "batch_size": 2, "save_every": 1, "precision": "float32", "model": model}
     world = {"module": "tests.pointworld", "max_steps": 10}
@@ -194,7 +194,7 @@ def tiny(out: Path, **values) -> DaggerConfig:
     return configuration.from_dict(DaggerConfig, plain | values)
 
 
-def test_the_whole_job_stopped_resumed_and_extended(tmp_path, start_vla):
+def test_the_job_is_stopped_resumed_and_extended(tmp_path, start_vla):
     out = tmp_path / "broken"
 
     def start(config: DaggerConfig, folder: Path, *flags: str) -> Process:
@@ -230,15 +230,15 @@ def test_the_whole_job_stopped_resumed_and_extended(tmp_path, start_vla):
     trained = configuration.load(TrainConfig, out / "round-2" / "train" / "config.yaml")
     assert trained.model.backbone == str(out / "round-1" / "train") and len(trained.data) == 3
 
-    # Without an interruption, until there are as many labels as after the round that was interrupted.
+    # Without interruption, until there are as many labels as after the interrupted round.
     whole = dagger(tiny(tmp_path / "whole", labels=info["rounds"][1]["labels"]))
     assert len(whole["rounds"]) == 2 and whole["stopped"] == "labels"
     for number in range(2):
         assert same_files(*(tmp_path / name / f"round-{number}" / "data" for name in ("broken", "whole")))
 
 
-def test_rollouts_go_where_the_policy_fails_alone(tmp_path):
-    """Where nothing moves, who starts near the goal succeeds: scene 10017, not 10016."""
+def test_rollouts_are_distributed_by_failures(tmp_path):
+    """Nothing moves, so only episodes that start near the goal succeed: scene 10017, not 10016."""
     seen = collect(CollectConfig(env=(ENV_ID,), out=tmp_path / "seen", episodes=3, adapter=adapter()))
     still = {"module": "tests.pointworld", "max_steps": 4, "kwargs": {"gain": 0.0}}
     values = {"data": [str(seen)], "rounds": 1, "trials": 2, "warm_start": False, "adapter": still}
@@ -255,7 +255,7 @@ def test_rollouts_go_where_the_policy_fails_alone(tmp_path):
     assert len(info["rounds"]) == 1 and info["stopped"] == "nothing to label"
 
 
-def test_a_rollout_without_end_is_told(tmp_path, monkeypatch):
+def test_an_endless_rollout_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(simulator, "LONGEST", 5)
     gym.register("test/Endless-v0", PointWorld)
     host = dagger_rollouts.LabellingServer(adapter(unsolvable=[3]))
@@ -266,7 +266,7 @@ def test_a_rollout_without_end_is_told(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_scenes_are_shared_out():
+def test_distribution_of_rollouts():
     config = DaggerConfig(env=("a", "b", "c"), episodes=8)
     assert scenes_of(config, 2) == [(name, 2 * ROUNDS_APART + k) for k, name in enumerate("aaabbccc")]
     assert [name for name, _ in scenes_of(config, 1, [0, 1, 3])] == list("bbcccccc")
@@ -275,7 +275,7 @@ def test_scenes_are_shared_out():
 INTERVENTIONS = {"beta": 0.0, "intervention": 4, "intervention_after": 2}
 
 
-def test_of_an_intervention_the_expert_drives_all_and_nothing_before_it_is_labelled(tmp_path):
+def test_only_interventions_are_labelled_and_the_expert_executes_them(tmp_path):
     student, begun = Wanderer(), []
     config = settings(episodes=60, kwargs={"unsolvable": list(range(ROUNDS_APART, ROUNDS_APART + 60))}, **INTERVENTIONS)
     demos = Demonstrations(rollouts(config, 1, student, tmp_path / "set"))
@@ -290,14 +290,14 @@ def test_of_an_intervention_the_expert_drives_all_and_nothing_before_it_is_label
             for action in np.clip(student.plan(observation["agent_pos"])[: student.n_action_steps], -1, 1):
                 observation, *_ = env.step(np.float32(action))
             decisions += 1
-            assert decisions < 20, "the student drove to where the expert was asked"
+            assert decisions < 20, "the student acts until the intervention"
         begun.append(decisions)
     assert 0 in begun and 1.4 < np.mean(begun) < 2.6
 
 
 @pytest.mark.parametrize("stop_at", [4, 12])
 def test_an_interruption_of_rollouts_with_interventions(tmp_path, stop_at):
-    """Some are over before the expert is asked; they are not played again."""
+    """Some rollouts end before their intervention; they are not repeated."""
     config = settings(0.3, episodes=12, intervention=2, intervention_after=6)
     whole, out, student = Wanderer(), tmp_path / "set", Wanderer(stop_at)
     reference = rollouts(config, 1, whole, tmp_path / "reference")
@@ -311,7 +311,7 @@ def test_an_interruption_of_rollouts_with_interventions(tmp_path, stop_at):
     assert played >= 2 and len(rest.batches) <= len(whole.batches) - played // 2
 
 
-def test_rollouts_that_are_all_over_before_anybody_was_asked(tmp_path):
+def test_all_rollouts_end_before_their_intervention(tmp_path):
     config = settings(1.0, intervention=2, intervention_after=10**9)
     assert rollouts(config, 1, Wanderer(), tmp_path / "set") is None
 
@@ -327,13 +327,13 @@ def test_rollouts_that_are_all_over_before_anybody_was_asked(tmp_path):
         ({"train": {"data": ["datasets/mine"]}}, r"train\.data is set by `vla dagger` itself"),
     ],
 )
-def test_values_that_make_no_sense(tmp_path, values, message):
+def test_invalid_values(tmp_path, values, message):
     with pytest.raises(ConfigError, match=message):
         dagger(tiny(tmp_path / "out", **values))
     assert not (tmp_path / "out").exists()
 
 
-def test_folders_and_worlds_that_do_not_fit(tmp_path):
+def test_invalid_folders_and_environments(tmp_path):
     with pytest.raises(DataError, match="no folder"):
         dagger(tiny(tmp_path / "out", data=[str(tmp_path / "nowhere")]))
     with pytest.raises(SimulatorError, match="no expert"):

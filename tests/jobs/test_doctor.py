@@ -1,4 +1,4 @@
-"""`vla doctor`: each thing that can be wrong is told apart and comes with its fix."""
+"""`vla doctor`: each problem is identified, with a fix."""
 
 import dataclasses
 import json
@@ -13,11 +13,11 @@ from vla.jobs.doctor import Finding
 
 
 def installed(**versions):
-    """A machine with these packages (underscores for hyphens)."""
+    """A machine with these packages; underscores stand for hyphens."""
     return lambda name: versions.get(name.replace("-", "_"))
 
 
-def test_versions_are_checked_against_the_packages_own_bounds():
+def test_versions_are_checked_against_the_requirements():
     bounds = ["torch>=2.6,<3", "av>=14,<19", 'metaworld==3.1.1; extra == "metaworld"']
     assert [f.status for f in doctor.packages(bounds, installed(torch="2.13.0+cpu", av="18.1"))] == ["ok"]
     (finding,) = doctor.packages(bounds, installed(torch="2.5.1"))
@@ -27,7 +27,7 @@ def test_versions_are_checked_against_the_packages_own_bounds():
     assert "metaworld" not in finding.says
 
 
-def test_neighbours_that_break_the_stack_are_found():
+def test_incompatible_packages_are_found():
     both = installed(torch="2.13.0+cpu", torchvision="0.28.0", opencv_python="4.13", opencv_python_headless="4.13")
     found = {finding.name: finding for finding in doctor.packages([], both)}
     assert found["torchvision"].status == found["opencv"].status == "fail"
@@ -37,7 +37,7 @@ def test_neighbours_that_break_the_stack_are_found():
     assert [finding.name for finding in doctor.packages([], matched)] == ["packages"]
 
 
-def test_a_benchmark_package_without_what_it_requires_is_told():
+def test_missing_requirements_of_a_benchmark_package():
     def requires(name):
         return ["opencv-python>=4.6,<5", "assets==0.1.0", 'torch; extra == "legacy"']
 
@@ -50,9 +50,9 @@ def test_a_benchmark_package_without_what_it_requires_is_told():
     assert "opencv-python 5.0.0.93 (needs <5,>=4.6); assets is missing (needs ==0.1.0)" in wrong.says
 
 
-def test_versions_that_were_not_tested_are_told():
+def test_untested_versions_are_reported():
     locks = [Requirement("torch==2.13.0"), Requirement("transformers==5.24.0"), Requirement("pytest==9.2.0")]
-    same = doctor.tested(locks, installed(torch="2.13.0+cpu", transformers="5.24.0"))  # pytest need not be there
+    same = doctor.tested(locks, installed(torch="2.13.0+cpu", transformers="5.24.0"))  # pytest is not required
     assert (same.status, same.fix) == ("ok", "")
     other = doctor.tested(locks, installed(torch="2.13.0", transformers="5.25.1"))
     assert other.status == "warn"
@@ -80,14 +80,14 @@ BROKEN = {"error": "no display"}
         ({"egl": BROKEN, "osmesa": BROKEN}, {}, "fail", "apt-get install -y libegl1"),
     ],
 )
-def test_rendering_is_judged_by_the_backend_in_use(trials, environment, status, fix):
+def test_rendering_is_checked_for_the_backend_in_use(trials, environment, status, fix):
     finding = doctor.rendering(trials, environment)
     assert finding.status == status
     assert finding.fix.startswith(fix)
     assert bool(finding.fix) == (status != "ok")
 
 
-def test_a_gpu_that_torch_cannot_use_is_told():
+def test_a_gpu_that_torch_cannot_use():
     trial = {"version": "2.13.0+cpu", "cuda_build": None, "device": "cpu", "gpu": None, "gflops": 1.0, "threads": 2}
     assert doctor.torch_build(trial, has_nvidia=False, flags={"avx512f", "amx_bf16"}).says.endswith("AVX-512 + AMX")
     finding = doctor.torch_build(trial, has_nvidia=True, flags=set())
@@ -105,7 +105,7 @@ def test_a_gpu_that_torch_cannot_use_is_told():
         (1.5, 6.0, "1", ""),
     ],
 )
-def test_cores_that_torch_cannot_have_to_itself_are_told(quota, load, threads, fix):
+def test_shared_cores(quota, load, threads, fix):
     finding = doctor.processor(8, quota, load, threads)
     assert (finding.status, finding.fix) == ("warn" if fix else "ok", fix)
 
@@ -115,20 +115,20 @@ def test_a_folder_that_cannot_be_written_to_fails(tmp_path):
     assert doctor.disk(doctor.Path("/proc")).status == "fail"
 
 
-def test_a_probe_that_dies_becomes_a_message():
+def test_a_crashed_probe_is_a_message():
     error = doctor.probe("render", {"MUJOCO_GL": "nonsense"})["error"]
     assert "nonsense" in error
     assert "Traceback" not in error
 
 
-def test_a_full_examination_of_this_machine_finds_what_every_job_needs(tmp_path):
+def test_this_machine(tmp_path):
     findings = {finding.name: finding for finding in doctor.examine(tmp_path)}
     assert findings.keys() >= {"python", "packages", "processor", "disk", "rendering", "video", "torch", "policy"}
     assert "frames/s" in findings["video"].says
     assert "GFLOP/s" in findings["torch"].says
 
 
-def test_the_exit_follows_from_the_findings(monkeypatch, capsys):
+def test_exit_status(monkeypatch, capsys):
     findings = [Finding("python", "ok", "3.11"), Finding("memory", "warn", "[1] GiB free", "close something")]
     monkeypatch.setattr(doctor, "examine", lambda folder: iter(findings))
     assert doctor.doctor(DoctorConfig())

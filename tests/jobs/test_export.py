@@ -1,4 +1,4 @@
-"""`vla export`, and every verb that takes a policy, on a checkpoint in OpenVLA's layout."""
+"""`vla export`, and all verbs that use a policy, with a checkpoint in OpenVLA's layout."""
 
 import dataclasses
 import json
@@ -72,13 +72,13 @@ def test_serve(folder, start_vla):
     process.kill()
 
 
-def test_a_robot_with_another_gripper_is_refused(folder, tmp_path, capsys):
+def test_a_robot_with_another_gripper_polarity_is_rejected(folder, tmp_path, capsys):
     arguments = ["rollout", "--policy", folder, *KEY, *ROLLOUT, "--kwargs", "{gripper_closed: -1.0}"]
     assert cli.main([*map(str, arguments), "--out", str(tmp_path / "out")]) == 2
     assert "closes it with 0" in capsys.readouterr().err
 
 
-def test_one_key_and_a_centre_crop_are_chosen_at_import(folder, tmp_path):
+def test_export_with_one_key_and_a_centre_crop(folder, tmp_path):
     config = ExportConfig(policy=str(folder), out=tmp_path, unnorm_key="fractal", image_transform="lanczos-crop")
     with pytest.raises(CheckpointError, match="unknown unnorm_key 'bridge'"):
         export(dataclasses.replace(config, unnorm_key="bridge"))
@@ -104,7 +104,7 @@ def test_an_export_does_not_replace_other_files(folder, tmp_path):
         export(ExportConfig(policy=str(folder), out=folder, overwrite=True))
 
 
-def test_an_interrupted_export_leaves_nothing_that_loads(folder, tmp_path, monkeypatch):
+def test_an_interrupted_export_leaves_no_loadable_checkpoint(folder, tmp_path, monkeypatch):
     network, processor = checkpoint.load(str(folder))
 
     def interrupted(*_):
@@ -114,7 +114,7 @@ def test_an_interrupted_export_leaves_nothing_that_loads(folder, tmp_path, monke
     with pytest.raises(KeyboardInterrupt):
         export(ExportConfig(policy=str(folder), format="openvla", out=tmp_path / "out"))
     assert not list(tmp_path.iterdir())
-    with pytest.raises(KeyboardInterrupt):  # as after a kill, when nobody removes the scratch folder
+    with pytest.raises(KeyboardInterrupt):  # as after a kill, when the scratch folder is not removed
         openvla_export.write(network, processor, tmp_path)
     assert list(tmp_path.glob("*.safetensors"))
     with pytest.raises(CheckpointError, match="not a policy of this package"):

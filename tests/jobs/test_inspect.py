@@ -1,4 +1,4 @@
-"""`vla inspect`: the report says what is in a dataset and what is wrong with it."""
+"""`vla inspect`: the report on the contents and problems of a dataset."""
 
 import json
 import re
@@ -30,7 +30,7 @@ def test_the_report(data, tmp_path, capsys):
     assert Demonstrations(data).fingerprint == before
 
 
-def test_a_report_beside_the_data_and_no_cameras(tmp_path, capsys):
+def test_a_report_in_the_dataset_folder_without_cameras(tmp_path, capsys):
     root = record(tmp_path / "set", [12, 12]).root
     info = json.loads((root / "meta/info.json").read_text())
     del info["features"]["observation.images.front"], info["robot"]
@@ -38,10 +38,10 @@ def test_a_report_beside_the_data_and_no_cameras(tmp_path, capsys):
     out = inspect(InspectConfig(data=root))
     assert out == root / "inspect" and (out / "index.html").is_file()
     assert "cameras" in capsys.readouterr().out
-    Demonstrations(root)  # a report inside does not disturb the dataset
+    Demonstrations(root)  # the report does not affect reading
 
 
-def test_what_a_policy_is_not_given_is_said(tmp_path, capsys):
+def test_unused_columns_are_reported(tmp_path, capsys):
     root = record(tmp_path / "set", [12, 12]).root
     info = json.loads((root / "meta/info.json").read_text())
     features = info["features"]
@@ -54,7 +54,7 @@ def test_what_a_policy_is_not_given_is_said(tmp_path, capsys):
     assert "These columns are not read: observation.joints." in printed
     assert "(depth not used: observation.images.depth)" in printed and "other splits: val" in printed
     page = (tmp_path / "report/index.html").read_text()
-    assert "width of one of 63 bins" in page  # as many as the embedded backbone has, by default
+    assert "width of one of 63 bins" in page  # the default, as in the embedded backbone
 
 
 def test_errors(tmp_path, data):

@@ -1,4 +1,4 @@
-"""`vla replay`: recordings that still work, and a hint about those that do not."""
+"""`vla replay`: successful replays, and hints for failed ones."""
 
 import dataclasses
 import json
@@ -44,13 +44,13 @@ def test_recordings_replay_exactly(data, tmp_path, capsys):
         ({"unsolvable": [0, 1, 2, 3]}, "definition of success has changed"),
     ],
 )
-def test_what_changed_is_told(data, capsys, changed, hint):
+def test_hints_about_changes(data, capsys, changed, hint):
     assert not replay(ReplayConfig(data=data, adapter=adapter(**changed)))
     assert hint in " ".join(capsys.readouterr().out.split())
 
 
-def test_only_as_many_episodes_as_asked_for(data, capsys):
-    assert replay(ReplayConfig(data=data, episodes=2))  # with the adapter that the dataset was collected with
+def test_number_of_episodes(data, capsys):
+    assert replay(ReplayConfig(data=data, episodes=2))  # with the adapter stored in the dataset
     assert "2 of 2" in capsys.readouterr().out
 
 
@@ -66,13 +66,13 @@ def test_errors(data):
         replay(ReplayConfig(data=anonymous, env=ENV_ID, adapter=adapter()))
 
 
-def test_a_dataset_decides_nothing_that_is_imported(data, tmp_path, monkeypatch):
-    """A folder from the web may bring the module that it names."""
+def test_modules_named_in_a_dataset_are_not_imported(data, tmp_path, monkeypatch):
+    """A downloaded folder may contain the module that it names."""
     root, places = tmp_path / "pusht_ds", []
     shutil.copytree(data, root)
     (root / "code.py").write_text("raise SystemExit('imported')\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.path", [str(tmp_path), *sys.path])  # as for `python -m vla.cli`
+    monkeypatch.setattr("sys.path", [str(tmp_path), *sys.path])  # as in `python -m vla.cli`
     for env_id, module in (("pusht_ds.code:X-v0", None), ("X-v0", "pusht_ds.code"), ("envs:pusht_ds.code:X-v0", None)):
         rewrite(root, env_id, AdapterConfig(module=module, expert="pusht_ds.code:expert"))
         for given in (AdapterConfig(), AdapterConfig(module="envs")):
@@ -83,10 +83,10 @@ def test_a_dataset_decides_nothing_that_is_imported(data, tmp_path, monkeypatch)
     assert "modules named by a dataset are not imported" in places[0] and "--module <module>" in places[0]
 
 
-def test_a_module_from_the_command_line_completes_what_the_dataset_says(data, tmp_path, monkeypatch, capsys):
+def test_a_module_from_the_command_line_is_imported(data, tmp_path, monkeypatch, capsys):
     root = tmp_path / "copy"
     shutil.copytree(data, root)
-    monkeypatch.delitem(gym.registry, ENV_ID)  # as in a fresh process
+    monkeypatch.delitem(gym.registry, ENV_ID)  # as in a new process
     monkeypatch.delitem(sys.modules, "tests.pointworld")
     rewrite(root, f"somewhere.else:{ENV_ID}", load(CollectConfig, data / "collect.yaml").adapter)
     with pytest.raises(SimulatorError, match=r"'test/Point-v0' of the module 'somewhere.else'.*--module <module>"):
@@ -95,7 +95,7 @@ def test_a_module_from_the_command_line_completes_what_the_dataset_says(data, tm
     assert "4 of 4 replayed episodes succeeded" in capsys.readouterr().out
 
 
-def test_another_environment_and_rate_are_told_and_another_action_space_is_refused(data, tmp_path, capsys):
+def test_other_environments_rates_and_action_spaces(data, tmp_path, capsys):
     gym.register("test/Place-v0", PointWorld, max_episode_steps=60)
     slow = dataclasses.replace(adapter(), robot={"control_hz": 5})
     with pytest.warns(UserWarning, match="made for 10 actions per second, .* runs at 5"):
@@ -112,7 +112,7 @@ def test_another_environment_and_rate_are_told_and_another_action_space_is_refus
 
 
 def rewrite(root: Path, env_id: str, adapter: AdapterConfig) -> None:
-    """Let a dataset claim another origin."""
+    """Change the environment that a dataset names."""
     path = root / "meta/episodes/chunk-000/file-000.parquet"
     table = pq.read_table(path)
     place = table.column_names.index("env_id")

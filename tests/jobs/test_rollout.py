@@ -1,5 +1,4 @@
-"""`vla rollout`: every episode is accounted for, whatever happens in an environment, and the same seeds give the same
-results."""
+"""`vla rollout`: all episodes are counted, also if environments fail, and the same seeds give the same results."""
 
 import dataclasses
 import itertools
@@ -25,7 +24,7 @@ from vla.spec import RobotSpec
 
 
 class Slider:
-    """Reads the column from the picture and plans the way there: solves every episode within ten steps."""
+    """Reads the column from the image and moves there; solves every episode within ten steps."""
 
     robot = RobotSpec.from_dict(ROBOT)
     horizon, n_action_steps = 4, 4
@@ -59,7 +58,7 @@ def settings(out: Path, kwargs: dict | None = None, **values) -> RolloutConfig:
     )
 
 
-def test_all_episodes_of_all_environments_are_played_and_counted(tmp_path, capsys):
+def test_all_episodes_of_all_environments_are_counted(tmp_path, capsys):
     policy = Slider()
     info = rollout(settings(tmp_path / "r", env=("toy/Slide-v0", "toy/Glide-v0"), episodes=5), policy)
     assert json.loads((tmp_path / "r/eval_info.json").read_text()) == info
@@ -77,19 +76,19 @@ def test_all_episodes_of_all_environments_are_played_and_counted(tmp_path, capsy
     assert "10/10" in capsys.readouterr().out
 
 
-def test_one_forward_serves_all_environments_and_slots_do_not_idle(tmp_path):
+def test_one_forward_pass_serves_all_environments(tmp_path):
     policy = Slider()
     info = rollout(settings(tmp_path / "r", episodes=9, n_envs=3), policy)
     chunks = sum(e["n_chunks"] for e in info["per_episode"])
     assert sum(policy.batches) == chunks
     assert max(policy.batches) == 3
-    # Slots are refilled at once: as long as episodes wait, every forward serves all of them.
+    # A free environment starts the next episode at once, so every forward pass has the full batch.
     assert policy.batches[:-3] == [3] * len(policy.batches[:-3])
     assert info["decode_latency"]["n_forwards"] == len(policy.batches) < chunks
     assert all(e["n_chunks"] == -(-e["length"] // 4) for e in info["per_episode"])
 
 
-def test_the_same_seeds_give_the_same_results_however_many_run_side_by_side(tmp_path):
+def test_results_do_not_depend_on_the_number_of_environments(tmp_path):
     runs = [rollout(settings(tmp_path / f"{i}", n_envs=n, videos=1), Slider()) for i, n in enumerate((1, 3, 3))]
     timing = {"decode_ms_p50", "decode_ms_max"}
     facts = [[{k: v for k, v in e.items() if k not in timing} for e in run["per_episode"]] for run in runs]
@@ -97,7 +96,7 @@ def test_the_same_seeds_give_the_same_results_however_many_run_side_by_side(tmp_
     assert len({e["image_hash"] for e in facts[0]}) > 1
 
 
-def test_an_exception_in_one_environment_is_that_episodes_outcome(tmp_path):
+def test_an_exception_in_an_environment_is_a_fault_of_its_episode(tmp_path):
     info = rollout(settings(tmp_path / "r", {"raise_on": 100_002}), Slider())
     faults = {e["seed"]: e["fault"] for e in info["per_episode"] if e["fault"]}
     assert faults == {100_002: "at step 1: ZeroDivisionError: the motor failed"}
@@ -105,7 +104,7 @@ def test_an_exception_in_one_environment_is_that_episodes_outcome(tmp_path):
     assert info["overall"]["pc_success"] == pytest.approx(100 * 5 / 6)
 
 
-def test_a_process_that_is_killed_once_costs_nothing_but_time(tmp_path):
+def test_an_episode_whose_process_is_killed_is_repeated(tmp_path):
     kwargs = {"kill_on": 100_001, "kill_once": str(tmp_path / "died")}
     runs = [rollout(settings(tmp_path / name, kwargs, videos=1), Slider()) for name in ("killed", "whole")]
     timing = {"decode_ms_p50", "decode_ms_max"}
@@ -113,14 +112,14 @@ def test_a_process_that_is_killed_once_costs_nothing_but_time(tmp_path):
     assert (tmp_path / "died").exists() and facts[0] == facts[1]
 
 
-def test_a_killed_process_costs_one_episode_if_its_replay_is_killed(tmp_path):
+def test_a_process_killed_twice_is_a_fault_of_its_episode(tmp_path):
     info = rollout(settings(tmp_path / "r", {"kill_on": 100_001}), Slider())
     assert [e["outcome"] for e in info["per_episode"]] == ["success", "fault"] + ["success"] * 4
     assert "SIGKILL" in info["per_episode"][1]["fault"]
     assert not multiprocessing.active_children()
 
 
-def test_an_environment_that_hangs_is_ended():
+def test_an_environment_that_hangs_is_terminated():
     adapter = AdapterConfig(module="tests.rollout_env", kwargs={"hang_on": 7})
     with Pool(1, adapter, patience_s=5) as pool:
         pool.exchange({0: ("reset", "toy/Slide-v0", 7, False)})
@@ -134,7 +133,7 @@ def test_an_environment_that_hangs_is_ended():
         assert pool.exchange({0: ("reset", "toy/Slide-v0", 8, False)})[0].instruction == "slide to the column"
 
 
-def test_when_every_episode_fails_the_reason_is_the_error(tmp_path):
+def test_if_all_episodes_fail_the_reason_is_the_error(tmp_path):
     class Broken(Slider):
         def _plan(self, observation):
             return np.full((4, 1), np.nan, np.float32)
@@ -145,7 +144,7 @@ def test_when_every_episode_fails_the_reason_is_the_error(tmp_path):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SpecError("the camera fell off")])
-def test_what_is_finished_is_written_before_a_stop(tmp_path, error):
+def test_finished_episodes_are_written_on_interruption(tmp_path, error):
     with pytest.raises(type(error)):
         rollout(settings(tmp_path / "r", episodes=20), Slider(stop_at=5, error=error))
     info = json.loads((tmp_path / "r/eval_info.json").read_text())
@@ -159,7 +158,7 @@ def test_what_is_finished_is_written_before_a_stop(tmp_path, error):
     )  # no --overwrite needed
 
 
-def test_success_is_the_last_state_and_ever_stands_beside_it(tmp_path):
+def test_success_at_the_end_and_ever(tmp_path):
     class Overshooter(Slider):
         def _plan(self, observation):
             x, goal = float(observation["agent_pos"][0]), place(int(observation["pixels"]["front"][0, :, 0].argmax()))
@@ -174,20 +173,20 @@ def test_success_is_the_last_state_and_ever_stands_beside_it(tmp_path):
         )
 
 
-def test_going_to_the_other_side_is_told_from_running_out_of_time(tmp_path):
+def test_wrong_target_and_timeout_are_distinguished(tmp_path):
     info = rollout(settings(tmp_path / "r"), Slider(direction=-1.0))
     assert info["overall"]["outcomes"] == {"wrong_target": 6}
 
 
-def test_videos_are_of_the_first_episodes_and_of_failures(tmp_path):
+def test_videos_of_the_first_episodes_and_failures(tmp_path):
     info = rollout(settings(tmp_path / "r", {"raise_on": 100_001}, videos=2), Slider(direction=-1.0))
     recorded = {e["seed"]: tmp_path / "r" / e["video_path"] for e in info["per_episode"] if e["video_path"]}
-    assert sorted(recorded) == [100_000, 100_002, 100_003]  # the first (one of two failed), then two failures
+    assert sorted(recorded) == [100_000, 100_002, 100_003]  # the first episode (one of two failed), then two failures
     with av.open(recorded[100_000]) as container:
         stream = container.streams.video[0]
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
         assert (stream.codec_context.name, stream.pix_fmt, stream.average_rate) == ("h264", "yuv420p", 10)
-    assert len(frames) == info["per_episode"][0]["length"] + 1  # the first observation, and one after every action
+    assert len(frames) == info["per_episode"][0]["length"] + 1  # the first observation, and one after each action
     column = frames[0][100].sum(-1).argmax() * 16 // frames[0].shape[1]
     assert frames[0][100].max() > 200
     assert frames[0].shape == (288, 288, 3)
@@ -201,7 +200,7 @@ def test_actions_executed_per_chunk_can_be_overridden(tmp_path):
         rollout(settings(tmp_path / "s", n_action_steps=5), Slider())
 
 
-def test_a_finished_report_is_not_overwritten_by_accident(tmp_path):
+def test_a_finished_report_is_not_overwritten_without_the_flag(tmp_path):
     asked = settings(tmp_path / "r", episodes=2, videos=2)
     rollout(asked, Slider())
     with pytest.raises(ConfigError, match="already holds a rollout report"):
@@ -211,7 +210,7 @@ def test_a_finished_report_is_not_overwritten_by_accident(tmp_path):
     assert len(list((tmp_path / "r/videos").glob("*.mp4"))) == 1
 
 
-def test_what_a_killed_evaluation_has_left_is_no_obstacle(tmp_path):
+def test_the_remains_of_a_killed_evaluation_are_replaced(tmp_path):
     for name, job in (("killed", settings(tmp_path / "killed")), ("other", TrainConfig())):
         (tmp_path / name).mkdir()
         configuration.dump(job, tmp_path / name / "config.yaml")
@@ -243,13 +242,13 @@ def test_a_second_run_can_be_compared_with_the_first(tmp_path):
         ({"policy": "no/such/folder"}, CheckpointError, "no/such/folder"),
     ],
 )
-def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path, change, error, message):
+def test_invalid_arguments_are_rejected_before_writing(tmp_path, change, error, message):
     with pytest.raises(error, match=message):
         rollout(settings(tmp_path / "r", **change))
     assert not (tmp_path / "r").exists()
 
 
-def test_a_policy_for_another_robot_is_refused(tmp_path):
+def test_a_policy_for_another_robot_is_rejected(tmp_path):
     blind, giant = Slider(), Slider()
     blind.robot = dataclasses.replace(Slider.robot, cameras=("wrist",))
     giant.robot = dataclasses.replace(Slider.robot, action_names=("dx", "dy"))
@@ -259,7 +258,7 @@ def test_a_policy_for_another_robot_is_refused(tmp_path):
         rollout(settings(tmp_path / "r"), giant)
 
 
-def test_opposite_grippers_are_refused_and_other_rates_are_told(tmp_path):
+def test_opposite_grippers_are_rejected_and_other_rates_warn(tmp_path):
     flipped, slow = Slider(), Slider()
     grip = {"gripper_index": 0, "gripper_open": 1.0, "gripper_closed": -1.0}
     flipped.robot = dataclasses.replace(Slider.robot, **grip | {"gripper_open": 0.0, "gripper_closed": 1.0})
@@ -272,7 +271,7 @@ def test_opposite_grippers_are_refused_and_other_rates_are_told(tmp_path):
 
 
 def test_chunks_in_a_process_equal_acting_step_by_step(nano, tmp_path):
-    """The rollout executes a chunk where `Policy.act` hands out its actions one by one: the same episode results."""
+    """A rollout executes whole chunks, `Policy.act` returns single actions. The episodes are equal."""
     from vla.policy import Policy
     from vla.simulation import adapter as simulator
 

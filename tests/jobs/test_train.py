@@ -1,4 +1,4 @@
-"""Training through the real command line: learns, resumes exactly after any kill, exports what it trained."""
+"""Training through the command line: learning, exact resumption after a kill, and export."""
 
 import dataclasses
 import json
@@ -68,7 +68,7 @@ def losses(run: Path) -> dict[int, float]:
 
 
 def learned(run: Path) -> list[float]:
-    """Loss and norm of the gradient, step by step."""
+    """Loss and gradient norm at each step."""
     rows = [row for row in trainer.read_metrics(run / trainer.METRICS) if "loss" in row]
     return [row[name] for row in rows for name in ("loss", "grad_norm")]
 
@@ -78,7 +78,7 @@ def unbroken(demos, tmp_path_factory) -> Path:
     return pretrain(small(data=[demos], out=tmp_path_factory.mktemp("run") / "unbroken"))
 
 
-def test_a_run_folder_holds_what_a_run_is(unbroken):
+def test_contents_of_a_run_folder(unbroken):
     names = {path.name for path in unbroken.iterdir()}
     assert {"config.yaml", "metrics.jsonl", "curves.png", "policy", "checkpoint-12"} <= names
     rows = trainer.read_metrics(unbroken / trainer.METRICS)
@@ -89,7 +89,7 @@ def test_a_run_folder_holds_what_a_run_is(unbroken):
     assert config.load(TrainConfig, unbroken / "config.yaml").steps == 12
 
 
-def test_four_samples_are_learned_by_heart(dataset, robot, tmp_path):
+def test_four_samples_are_overfitted(dataset, robot, tmp_path):
     demos = dataset("one", robot, episodes=1, length=4)
     values = {"steps": 60, "batch_size": 4, "learning_rate": 2e-3, "val_fraction": 0.0, "save_every": 100}
     still = {"shift": 0.0, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0}
@@ -102,7 +102,7 @@ def test_four_samples_are_learned_by_heart(dataset, robot, tmp_path):
     np.testing.assert_allclose(chunk, data.actions[:4], atol=0.1)
 
 
-def test_accumulated_batches_are_one_large_batch(demos, tmp_path):
+def test_gradient_accumulation_equals_a_large_batch(demos, tmp_path):
     together, apart = (
         pretrain(small(data=[demos], out=tmp_path / str(size), batch_size=size, grad_accum=8 // size, **QUICK))
         for size in (8, 4)
@@ -110,7 +110,7 @@ def test_accumulated_batches_are_one_large_batch(demos, tmp_path):
     assert learned(apart) == pytest.approx(learned(together), rel=1e-5)
 
 
-def test_bfloat16_learns_what_float32_does(demos, tmp_path):
+def test_bfloat16_learns_like_float32(demos, tmp_path):
     precise, fast = (
         pretrain(small(data=[demos], out=tmp_path / name, precision=name, **QUICK)) for name in ("float32", "bf16")
     )
@@ -126,10 +126,10 @@ def test_exported_policy_runs(unbroken, observations):
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_killed_at_random_moments_it_resumes_to_the_same_losses(demos, tmp_path, start_vla, method):
-    """kill -9 at random moments, as often as VLA_TEST_KILLS says; the losses equal those of an unbroken run."""
+    """`kill -9` at random times, VLA_TEST_KILLS times. The losses equal those of an uninterrupted run."""
     kills = int(os.environ.get("VLA_TEST_KILLS", "2"))
     for name in ("unbroken", "run"):
-        # Long enough to be still at work when it is killed for the last time.
+        # Long enough to be still running at the last kill.
         cfg = small(
             data=[demos],
             out=tmp_path / name,
@@ -144,7 +144,7 @@ def test_killed_at_random_moments_it_resumes_to_the_same_losses(demos, tmp_path,
 
     unbroken = start_vla("train", "--config", tmp_path / "unbroken.yaml")
     for attempt in range(kills + 1):
-        resumes = trainer.last_checkpoint(run) is not None  # not after a kill that came before the first checkpoint
+        resumes = trainer.last_checkpoint(run) is not None  # there is no checkpoint if the kill came earlier
         resume = ["--resume"] if (run / "config.yaml").exists() else []
         process = start_vla("train", "--config", tmp_path / "run.yaml", *resume)
         if attempt < kills:
@@ -155,7 +155,7 @@ def test_killed_at_random_moments_it_resumes_to_the_same_losses(demos, tmp_path,
             process.send_signal(signal.SIGKILL)
         out, err = process.communicate()
         killed += process.returncode == -signal.SIGKILL
-        for folder in run.glob("checkpoint-*"):  # whatever the moment: a checkpoint that has its name is complete
+        for folder in run.glob("checkpoint-*"):  # at any time, a checkpoint with its final name is complete
             assert (folder / "trainer_state.json").exists() and (folder / "optimizer.pt").exists()
         if process.returncode == 0:
             break
@@ -168,7 +168,7 @@ def test_killed_at_random_moments_it_resumes_to_the_same_losses(demos, tmp_path,
 
 @pytest.fixture
 def start_two(tmp_path, start_vla):
-    """`start_two(config)`: two processes that train together, as `accelerate launch` starts them."""
+    """`start_two(config)`: two processes that train together, as started by `accelerate launch`."""
 
     def start(cfg: TrainConfig) -> list[Process]:
         config.dump(cfg, tmp_path / "job.yaml")
@@ -181,8 +181,8 @@ def start_two(tmp_path, start_vla):
     return start
 
 
-def test_two_processes_learn_what_one_does_with_twice_the_batch(demos, tmp_path, start_two):
-    """Data parallelism: together they make the same draws, so the losses are the same."""
+def test_two_processes_equal_one_with_twice_the_batch(demos, tmp_path, start_two):
+    """Data parallelism: both draw the same samples together, so the losses are equal."""
     shared = {"method": "full", "steps": 6, "data": [demos]}
     single, double = tmp_path / "single", tmp_path / "double"
     both = start_two(small(out=double, batch_size=4, **shared))
@@ -191,17 +191,17 @@ def test_two_processes_learn_what_one_does_with_twice_the_batch(demos, tmp_path,
     assert [process.returncode for process in both] == [0, 0], said
     assert learned(double) == pytest.approx(learned(single), rel=1e-5)
     assert Policy.from_pretrained(str(double)).horizon == 4
-    # One of them speaks for both.
+    # Only one of them prints.
     for line in (r"^step 6 of 6: loss \d", rf"^policy: +{double}/policy$", rf"^next: +vla rollout --policy {double}"):
         assert len(re.findall(line, said[0][0] + said[1][0], re.M)) == 1, said
 
 
-def test_the_readmes_line_starts_two_processes(demos, tmp_path):
-    """With --help, so that neither trains: what two of them do is tested above."""
+def test_the_command_in_the_readme_starts_two_processes(demos, tmp_path):
+    """With --help, so that they do not train; the test above trains with two processes."""
     config.dump(small(data=[demos], out="run"), tmp_path / "my.yaml")
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     line = re.search(r"^accelerate launch (-m vla\.cli train --config my\.yaml)", readme, re.M)
-    # On CPUs accelerate starts several processes only where it is told that they are for GPUs.
+    # On CPUs, accelerate starts several processes only with the flag for GPUs.
     two = "--multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0 --mixed_precision no"
     launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *two.split()]
     launch += ["--dynamo_backend", "no", *line[1].split(), "--help"]
@@ -209,8 +209,8 @@ def test_the_readmes_line_starts_two_processes(demos, tmp_path):
     assert result.returncode == 0 and result.stdout.count("usage: vla train ") == 2, result
 
 
-def test_the_data_parallel_wrapper_goes_before_its_process_group(demos, tmp_path, monkeypatch):
-    """Where it is the last that holds a group of gloo, torch may wait forever for the group's threads."""
+def test_the_data_parallel_wrapper_is_freed_before_its_process_group(demos, tmp_path, monkeypatch):
+    """If it is the last reference to a gloo group, torch may wait forever for the group's threads."""
     job, _ = _prepare(small(data=[demos], out=tmp_path / "run", dry_run=True), quiet=True)
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     job.accelerator._models.append(DistributedDataParallel(job.model))
@@ -236,7 +236,7 @@ def test_a_signal_to_one_process_stops_all_and_nothing_is_finished(demos, tmp_pa
 
 
 @pytest.mark.parametrize(("log_every", "last"), [(1, 11), (100, 12)], ids=["soon", "not before the end"])
-def test_a_loss_that_is_no_number_ends_training(demos, tmp_path, log_every, last):
+def test_a_loss_of_nan_ends_training(demos, tmp_path, log_every, last):
     values = {"learning_rate": 1e30, "log_every": log_every, "eval_every": 100, "save_every": 100}
     with pytest.raises(TrainingError, match=r"the loss is nan at step (\d+): .*--learning-rate") as error:
         pretrain(small(data=[demos], out=tmp_path / "run", **values))
@@ -244,7 +244,7 @@ def test_a_loss_that_is_no_number_ends_training(demos, tmp_path, log_every, last
     assert not (tmp_path / "run" / "policy").exists()
 
 
-def test_interrupt_saves_a_checkpoint_and_says_how_to_go_on(demos, tmp_path, start_vla):
+def test_an_interrupt_saves_a_checkpoint_and_prints_how_to_resume(demos, tmp_path, start_vla):
     config.dump(small(data=[demos], out=tmp_path / "run", steps=500, save_every=400), tmp_path / "job.yaml")
     process = start_vla("pretrain", "--config", tmp_path / "job.yaml")
     while len(losses(tmp_path / "run")) < 3 and process.poll() is None:
@@ -255,7 +255,7 @@ def test_interrupt_saves_a_checkpoint_and_says_how_to_go_on(demos, tmp_path, sta
     assert trainer.last_checkpoint(tmp_path / "run") is not None
 
 
-def test_lora_trains_little_and_merges_without_changing_a_token(demos, unbroken, observations, tmp_path):
+def test_lora_trains_few_parameters_and_merges_without_changing_tokens(demos, unbroken, observations, tmp_path):
     cfg = small(
         data=[demos],
         out=tmp_path / "run",
@@ -280,7 +280,7 @@ def test_lora_trains_little_and_merges_without_changing_a_token(demos, unbroken,
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_lora_of_a_composed_backbone_merges_exactly(demos, tmp_path, observations, tied):
-    """Two towers, and a head that was tied to the embedding: what was trained is what is exported."""
+    """Two towers, and a head that was tied to the embedding: the export contains the trained weights."""
     from tests import random_models
 
     random_models.save_llama(tmp_path / "llama", tie_word_embeddings=tied)
@@ -295,7 +295,7 @@ def test_lora_of_a_composed_backbone_merges_exactly(demos, tmp_path, observation
     facts, _ = _facts(cfg, [Demonstrations(demos)])
     torch.manual_seed(0)
     base, _ = build_policy(cfg.model, facts)
-    # Random parts of the network are not the adapter's; take them from the run.
+    # The random weights outside the adapter are taken from the run.
     parts = {key: value for key, value in merged.state_dict().items() if "language_model" not in key}
     base.load_state_dict(parts, strict=False)
     adapted = lora.load(base, run / "adapter").eval()
@@ -325,7 +325,7 @@ def test_mixture_needs_one_robot_and_distinct_names(robot, dataset, tmp_path):
 
 
 def test_any_llama_with_any_siglip(demos, tmp_path, observations, run_vla):
-    """Random small checkpoints on disk stand for hub models: they train, save, reload and roll out."""
+    """Small random checkpoints replace models from the hub: they are trained, saved, reloaded and rolled out."""
     from tests.random_models import save_llama, save_siglip
 
     save_llama(tmp_path / "llama")
@@ -405,7 +405,7 @@ def test_a_closed_loop_evaluation_that_fails_does_not_end_training(tmp_path, cap
     assert sorted(losses(run)) == [1, 2, 3] and (run / "checkpoint-2").is_dir() and (run / "policy").is_dir()
 
 
-def test_validation_is_spread_over_all_datasets():
+def test_validation_uses_all_datasets():
     first, second = range(500), range(1000, 1500)
     chosen = np.array(_validation([first, second], [np.arange(500), np.arange(500)]))
     assert len(set(chosen)) == 512 and (chosen < 500).sum() == 256
@@ -413,7 +413,7 @@ def test_validation_is_spread_over_all_datasets():
     assert _validation([first], [np.arange(3)]) == [0, 1, 2] and _validation([first], [np.arange(0)]) == []
 
 
-def test_two_cameras_fourteen_actions_no_state_trains(dataset, tmp_path):
+def test_two_cameras_fourteen_actions_no_state(dataset, tmp_path):
     from vla.spec import RobotSpec
 
     names = tuple(f"joint_{i}" for i in range(14))
@@ -433,8 +433,8 @@ def test_two_cameras_fourteen_actions_no_state_trains(dataset, tmp_path):
 )
 @settings(max_examples=20)
 def test_training_prefix_equals_serving_prefix(demos, unbroken, frames, cameras, count, size, pad_to):
-    """Every tensor of a training batch's prefixes is, bit for bit, what serving builds for the same frames: larger and
-    smaller than they were recorded, by one camera or two, padded or not."""
+    """The prompts of a training batch equal, bit for bit, those built for serving from the same frames: with other
+    image sizes, one or two cameras, with and without padding."""
     config = VLAConfig.from_pretrained(unbroken / "policy")
     config.image_size = config.vision_configs[0].image_size = size
     config.robot = config.robot | {"cameras": cameras[:count]}
@@ -459,7 +459,7 @@ def test_training_prefix_equals_serving_prefix(demos, unbroken, frames, cameras,
     assert torch.equal(trained["state"], served["state"])
 
 
-def test_a_dry_run_takes_the_steps_that_training_takes_and_writes_nothing(demos, tmp_path, capsys, monkeypatch):
+def test_a_dry_run_takes_two_steps_and_writes_nothing(demos, tmp_path, capsys, monkeypatch):
     steps, precisions = [], set()
     build, step = build_policy, torch.optim.AdamW.step
 
@@ -472,7 +472,7 @@ def test_a_dry_run_takes_the_steps_that_training_takes_and_writes_nothing(demos,
 
     def counted(self, *arguments, **keywords):
         result = step(self, *arguments, **keywords)
-        steps.append(len(self.state))  # Adam's moments are there
+        steps.append(len(self.state))  # Adam's state exists after the first step
         return result
 
     monkeypatch.setattr("vla.jobs.train.build_policy", watched)
@@ -487,7 +487,7 @@ def test_a_dry_run_takes_the_steps_that_training_takes_and_writes_nothing(demos,
     assert not (tmp_path / "run").exists()
 
 
-def test_a_start_that_fails_leaves_nothing(demos, tmp_path, monkeypatch):
+def test_a_failed_start_leaves_no_files(demos, tmp_path, monkeypatch):
     def broken(self):
         raise RuntimeError("no such device")
 
@@ -497,7 +497,7 @@ def test_a_start_that_fails_leaves_nothing(demos, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_state_under_another_name_is_pointed_out(demos, tmp_path, capsys):
+def test_a_state_with_another_name_is_reported(demos, tmp_path, capsys):
     root = shutil.copytree(demos, tmp_path / "renamed")
     info = json.loads((root / "meta/info.json").read_text())
     info["features"]["observation.joints"] = info["features"].pop("observation.state")
@@ -510,7 +510,7 @@ def test_a_state_under_another_name_is_pointed_out(demos, tmp_path, capsys):
     assert "observation.joints" not in capsys.readouterr().out
 
 
-def test_mistakes_are_explained_before_anything_is_written(demos, unbroken, tmp_path):
+def test_invalid_arguments_are_rejected_before_writing(demos, unbroken, tmp_path):
     with pytest.raises(ConfigError, match="Continue it with --resume"):
         pretrain(small(data=[demos], out=unbroken))
     with pytest.raises(ConfigError, match=r"other settings: learning_rate = .*, not 0\.5"):

@@ -1,5 +1,4 @@
-"""Training with a latent through the real command line: the log shows its KL, and the exported
-policy decodes under the latent that it is given."""
+"""Training with a latent through the command line: the log contains its KL, and the exported policy uses it."""
 
 import numpy as np
 import pytest
@@ -40,7 +39,7 @@ def test_the_log_shows_the_kl_and_the_policy_has_the_latent(demos, tmp_path, obs
     assert (predictions[0].log_probs != predictions[1].log_probs).any()
 
 
-def test_a_latent_that_cannot_be(demos, tmp_path, capsys):
+def test_invalid_latents(demos, tmp_path, capsys):
     cases = {
         "--latent token --latent-kappa 0": "latent_kappa must be positive, got 0",
         "--latent token --latent-bits 20": "has 1 to 16 bits, got 20",

@@ -1,4 +1,4 @@
-"""What a backbone's or tower's folder says is read, and what does not fit is refused in words before training."""
+"""Building networks: fields of backbones and towers are read, and unsupported ones are rejected before training."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ def saved(tmp_path_factory):
 
 @pytest.fixture
 def parts(saved, tmp_path):
-    """A folder of its own with a language model `llm` and a vision tower `eyes`."""
+    """A folder with a language model `llm` and a vision tower `eyes`."""
     shutil.copytree(saved, tmp_path / "parts")
     return tmp_path / "parts"
 
@@ -41,7 +41,7 @@ def compose(parts, facts, **values):
 
 
 def edit(file, **values):
-    """Change a JSON file; None takes a field out."""
+    """Change fields of a JSON file; None removes a field."""
     stored = (json.loads(file.read_text()) if file.exists() else {}) | values
     file.write_text(json.dumps({name: value for name, value in stored.items() if value is not None}))
 
@@ -67,7 +67,7 @@ def rewrite(folder, change):
         ("eyes", lambda w: w | {"vision_model.encoder.layers.9.mlp.fc1.bias": torch.zeros(64)}, "unexpected keys"),
     ],
 )
-def test_weights_that_do_not_fit(parts, facts, part, change, named):
+def test_wrong_weights(parts, facts, part, change, named):
     rewrite(parts / part, change)
     with pytest.raises(ConfigError, match=f"(?s){part}'.*{named}"):
         compose(parts, facts)
@@ -111,13 +111,13 @@ def test_pixels_are_scaled_as_the_tower_was_trained(parts, facts, file, values, 
     torch.testing.assert_close(seen[0]["pixel_values"][:, 0], torch.full((2, 32, 32), pixel(77.0)))
 
 
-def test_the_newer_file_of_an_image_processor_counts(parts, facts):
+def test_the_newer_file_of_an_image_processor_is_used(parts, facts):
     edit(parts / "eyes/preprocessor_config.json", **PROCESSOR)
     edit(parts / "eyes/processor_config.json", image_processor=PROCESSOR | {"image_mean": [0.4, 0.4, 0.4]})
     assert compose(parts, facts)[0].config.image_mean == [[0.4, 0.4, 0.4]]
 
 
-def test_a_tower_without_statistics_says_whose_are_taken(parts, facts):
+def test_a_tower_without_statistics_warns(parts, facts):
     with pytest.warns(UserWarning, match=r"using \[0.5, 0.5, 0.5\] and \[0.5, 0.5, 0.5\]"):
         compose(parts, facts)
 
@@ -127,7 +127,7 @@ def test_a_tower_without_statistics_says_whose_are_taken(parts, facts):
     [{"image_mean": [0.5]}, {"image_std": [0, 1, 1]}, {"do_flip_channel_order": True}, {"rescale_offset": True}],
     ids=lambda values: next(iter(values)),
 )
-def test_image_processors_that_cannot_be_followed(parts, facts, values):
+def test_unsupported_image_processors(parts, facts, values):
     edit(parts / "eyes/preprocessor_config.json", **(PROCESSOR | values))
     with pytest.raises(ConfigError, match="eyes'"):
         compose(parts, facts)
@@ -180,14 +180,14 @@ def test_quantised_parts(parts, facts, part, method):
 
 @pytest.mark.parametrize("part", ["llm", "eyes"])
 @pytest.mark.parametrize("text", ['{"model_type": "lla', "[1, 2]", '{"model_type": "nosuch"}', '{"hidden_size": 1}'])
-def test_a_config_that_is_none(parts, facts, part, text):
+def test_an_invalid_config(parts, facts, part, text):
     (parts / part / "config.json").write_text(text)
     with pytest.raises(VLAError, match=part):
         compose(parts, facts)
 
 
-def test_a_checkpoint_chooses_no_code_for_attention(parts, facts):
-    """A name with a slash would be downloaded as a kernel."""
+def test_a_checkpoint_cannot_choose_the_attention_code(parts, facts):
+    """A name with a slash would download and run a kernel."""
     for part in ("llm", "eyes"):
         edit(parts / part / "config.json", attn_implementation="someone/kernel")
     network, _ = compose(parts, facts)
@@ -195,7 +195,7 @@ def test_a_checkpoint_chooses_no_code_for_attention(parts, facts):
 
 
 @pytest.mark.parametrize("field", ["return_dict", "output_attentions", "output_hidden_states"])
-def test_what_a_config_says_about_output_does_not_matter(parts, facts, observations, field):
+def test_output_options_in_a_config_are_ignored(parts, facts, observations, field):
     for part in ("llm", "eyes"):
         edit(parts / part / "config.json", **{field: field != "return_dict"})
     network, processor = compose(parts, facts)
@@ -203,7 +203,7 @@ def test_what_a_config_says_about_output_does_not_matter(parts, facts, observati
 
 
 def add_token(folder, name, token, row=700):
-    """Give a tokenizer a special token whose id the embedding does not have."""
+    """Add a special token to a tokenizer, with an id outside the embedding."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens([f"<{i}>" for i in range(len(tokenizer), row)])
     tokenizer.add_special_tokens({name: token})
@@ -215,21 +215,21 @@ def add_token(folder, name, token, row=700):
 def test_special_tokens_outside_the_embedding(parts, facts, observations, tmp_path, name):
     add_token(parts / "llm", name, "[NEW]")
     network, processor = compose(parts, facts)
-    words = ["pick up the red cube", "reach"]  # of different lengths: one is padded
+    words = ["pick up the red cube", "reach"]  # of different lengths, so one is padded
     ids = Policy(network, processor).predict(observations(2), words).ids
     checkpoint.save(network, processor, tmp_path / "policy")
     np.testing.assert_array_equal(Policy.from_pretrained(str(tmp_path)).predict(observations(2), words).ids, ids)
 
 
-def test_words_outside_the_embedding_are_left_out(parts, facts, observations):
+def test_words_outside_the_embedding_are_dropped(parts, facts, observations):
     add_token(parts / "llm", "pad_token", "[NEW]")
     network, processor = compose(parts, facts)
     assert max(processor.prefix_ids("reach <650> now")) < network.config.vocab_size
     network.eval()(**processor.observe(observations(1), ["reach <650> now"]))
 
 
-def test_a_padding_id_in_the_config_does_not_stop_an_action_row_from_learning(parts, facts, observations):
-    """-1 is common there; torch would take it for the last row, an action token's."""
+def test_a_padding_id_in_the_config_does_not_freeze_an_action_token(parts, facts, observations):
+    """The common value -1 would mean the last row, which is an action token."""
     edit(parts / "llm/config.json", pad_token_id=-1)
     network, _ = compose(parts, facts)
     embedding = network.get_input_embeddings()
@@ -238,7 +238,7 @@ def test_a_padding_id_in_the_config_does_not_stop_an_action_row_from_learning(pa
 
 
 def wide(facts, cameras=2, states=7):
-    """The same facts for a robot with other numbers of cameras and state entries."""
+    """The facts of a robot with other numbers of cameras and state entries."""
     names = tuple(f"s{i}" for i in range(states))
     robot = dataclasses.replace(facts.robot, cameras=tuple(f"c{i}" for i in range(cameras)), state_names=names)
     rng, statistics = np.random.default_rng(0), {}
@@ -255,7 +255,7 @@ def observe(robot):
 
 
 @pytest.mark.parametrize("cameras, states", [(9, 7), (2, 48), (12, 33)])
-def test_new_networks_are_sized_by_the_data(parts, facts, cameras, states, tmp_path):
+def test_new_networks_accept_any_number_of_cameras_and_states(parts, facts, cameras, states, tmp_path):
     data = wide(facts, cameras, states)
     for backbone in ("nano-init", str(parts / "llm")):
         vision = () if backbone == "nano-init" else (str(parts / "eyes"),)
@@ -266,7 +266,7 @@ def test_new_networks_are_sized_by_the_data(parts, facts, cameras, states, tmp_p
         np.testing.assert_array_equal(again, chunk)
 
 
-def test_a_trained_network_says_what_it_takes(facts):
+def test_a_trained_network_reports_its_limits(facts):
     with pytest.raises(ConfigError, match=r"9 cameras.*'nano' takes at most 8.*`cameras`.*nano-init"):
         build_policy(ModelConfig(), wide(facts, cameras=9))
     with pytest.raises(ConfigError, match=r"33 entries; 'nano' takes at most 32.*use_state.*nano-init"):
@@ -297,20 +297,20 @@ def test_a_folder_that_does_not_exist(parts, facts, what, monkeypatch):
         assert said in str(refused.value)
 
 
-def test_a_backbone_that_is_misspelt(facts):
+def test_a_misspelt_backbone(facts):
     with pytest.raises(ConfigError, match=r"'nano-inti'\. Did you mean 'nano-init'"):
         build_policy(ModelConfig(backbone="nano-inti"), facts)
 
 
 def quantiles(facts, tmp_path):
-    """A checkpoint that differs from every default."""
+    """A checkpoint in which all settings differ from the defaults."""
     values = {"tokenizer": "quantile", "bins": 31, "normalization": "min_max", "use_state": False, "horizon": 4}
     values |= {"prompt": "openvla", "n_action_steps": 3}
     checkpoint.save(*build_policy(ModelConfig(backbone="nano-init", **values), facts), tmp_path / "first")
     return str(tmp_path / "first")
 
 
-def test_training_further_changes_nothing_unless_told(facts, tmp_path):
+def test_further_training_keeps_the_settings_of_the_checkpoint(facts, tmp_path):
     first = quantiles(facts, tmp_path)
     before = build_policy(ModelConfig(backbone=first), facts)[0].config
     assert before.action_tokenizer["name"] == "quantile" and before.action_tokenizer["n_bins"] == 31
@@ -348,7 +348,7 @@ def test_openvla_has_256_bins(facts):
             assert config.action_tokenizer["n_bins"] == 256
 
 
-def test_training_starts_from_whole_weights_only(facts, tmp_path):
+def test_training_from_incomplete_weights_is_rejected(facts, tmp_path):
     first = quantiles(facts, tmp_path)
     rewrite(tmp_path / "first", lambda w: {k: v for k, v in w.items() if "state_projector" not in k})
     with pytest.raises(CheckpointError, match=r"missing keys: state_projector"):

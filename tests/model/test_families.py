@@ -1,4 +1,4 @@
-"""Every family of language models that is named as supported: two training steps, merge, save, reload, decode."""
+"""All supported families of language models: two training steps, merging, saving, reloading and decoding."""
 
 import pytest
 import torch
@@ -41,14 +41,14 @@ FAMILIES = {
 
 
 def save(folder, kind, values):
-    """A random language model of this family, and a text tokenizer."""
-    random_models.save_llama(folder)  # for its tokenizer
+    """A random language model of this family, with a text tokenizer."""
+    random_models.save_llama(folder)  # for the tokenizer
     (folder / "model.safetensors").unlink()
     torch.manual_seed(5)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(SMALL | values)))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            # Large enough that every part changes tokens.
+            # Large enough that each part changes the tokens.
             spread = 0.3 if "norm" in name or name.endswith("bias") else 0.15
             parameter.add_(torch.randn(parameter.shape) * spread)
     model.save_pretrained(folder)
@@ -118,7 +118,7 @@ def test_llava_keeps_its_projector(tmp_path, facts, observations):
     "changes",
     [{"projector_hidden_act": "relu"}, {"vision_feature_select_strategy": "full"}, {"vision_feature_layer": 1}],
 )
-def test_other_llavas_are_refused(tmp_path, facts, changes):
+def test_other_llavas_are_rejected(tmp_path, facts, changes):
     save_llava(tmp_path / "llava", **changes)
     with pytest.raises(ConfigError, match=f"has {next(iter(changes))} "):
         build_policy(ModelConfig(backbone=str(tmp_path / "llava")), facts)

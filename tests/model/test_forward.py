@@ -1,4 +1,4 @@
-"""The network's arguments: what is documented is honoured, and anything else is refused."""
+"""The network's arguments: documented arguments work, and all others are rejected."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def batch(nano, observations):
 
 
 @pytest.mark.parametrize("name", ["unknown", "past_key_values", "inputs_embeds", "output_attentions", "cache_position"])
-def test_other_keywords_are_refused(nano, batch, name):
+def test_other_keywords_are_rejected(nano, batch, name):
     network, _ = nano
     with pytest.raises(TypeError, match=name):
         network(**batch, **{name: None})
@@ -25,19 +25,19 @@ def test_other_keywords_are_refused(nano, batch, name):
         lora.attach(network, LoraConfig(rank=2))(**batch, **{name: None})
 
 
-def test_generate_refuses_what_the_network_does_not_take(nano, batch):
+def test_generate_rejects_other_keywords(nano, batch):
     with pytest.raises(ValueError, match="colour"):
         reference(nano[0], batch, colour=1)
 
 
-def test_towers_refuse_other_keywords(nano):
+def test_towers_reject_other_keywords(nano):
     with pytest.raises(TypeError, match="unknown"):
         nano[0].vision_towers[0](torch.zeros(1, 3, 96, 96), torch.zeros(1, 256), unknown=1)
 
 
 @torch.inference_mode()
-def test_the_cache_goes_in_and_out(nano, batch):
-    """The last token after the others, from their cache, is what it is in one pass."""
+def test_cache(nano, batch):
+    """The logits of the last token are the same with a cache of the others and in one pass."""
     network, _ = nano
     whole = network(**batch).logits[:, -1:]
     front = {name: batch[name][:, :-1] for name in ("input_ids", "attention_mask")}

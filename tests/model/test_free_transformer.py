@@ -1,4 +1,4 @@
-"""The latent of a Free Transformer: its arithmetic against independent computations, and what it does to a network."""
+"""The latent of a Free Transformer: its maths, compared with independent computations, and its effect on a network."""
 
 import itertools
 import math
@@ -18,7 +18,7 @@ WORDS = ["pick up the red cube", "reach"]
 
 
 def with_latent(pair, kind="token", form="one_hot", bits=3, size=1.0):
-    """The network and its processor with a latent whose injection is random, as after training."""
+    """The network and its processor, with a latent whose injection is random, as after training."""
     network, processor = pair
     network.add_latent(kind, bits, form, kappa=0.5)
     torch.manual_seed(5)
@@ -27,7 +27,7 @@ def with_latent(pair, kind="token", form="one_hot", bits=3, size=1.0):
 
 
 def codes_for(network, batch, seed=0):
-    """Random codes for each row, by position."""
+    """Random codes by position, for each row."""
     shape = (len(batch["input_ids"]), network.config.n_latents)
     codes = torch.randint(2**network.config.latent_bits, shape, generator=torch.Generator().manual_seed(seed))
     return align(codes, batch["input_ids"].shape[1], network.action_tokenizer.max_tokens)
@@ -44,7 +44,7 @@ def labelled(network, processor, observations, n=2):
 
 @pytest.mark.parametrize("form", ["one_hot", "factored"])
 def test_gradient_is_that_of_the_exact_expectation(nano, form):
-    """E[c . W y(Z)], summed over all codes with their probabilities, has the gradient of every single sample."""
+    """The gradient of each sample equals that of E[c . W y(Z)], summed over all codes."""
     latent = with_latent(nano, form=form)[0].latent
     logits = torch.randn(4, 3, requires_grad=True)
     direction = torch.randn(4, 256)
@@ -92,14 +92,14 @@ def test_an_untrained_latent_changes_no_logit(nano, observations, kind, form):
     network.add_latent(kind, 3, form, kappa=1e3)
     assert torch.equal(network(**batch, latent=codes_for(network, batch)).logits, before)
     output = network(**batch, labels=labels)
-    assert torch.equal(output.loss, loss)  # nothing is penalised below kappa
+    assert torch.equal(output.loss, loss)  # there is no penalty below kappa
     assert output.losses["elbo"] <= -loss  # KL(Q || U) >= 0
     output.loss.backward()
     assert network.latent.injection.grad.abs().sum() > 0
 
 
 def test_the_latent_enters_keys_and_values_of_the_middle_block_only(nano, observations):
-    """The independent computation: the block's projections of the normalised X + R, seen from outside."""
+    """Compared with the block's projections of the normalised X + R, computed from outside."""
     network, processor = with_latent(nano)
     batch = processor.observe(observations(2), WORDS)
     batch["latent"] = codes_for(network, batch)
@@ -116,10 +116,10 @@ def test_the_latent_enters_keys_and_values_of_the_middle_block_only(nano, observ
     assert torch.equal(seen["v_proj"], block.self_attn.v_proj(mixed))
     assert torch.equal(seen["q_proj"], block.self_attn.q_proj(block.input_layernorm(seen["x"])))
     assert not torch.equal(network(**batch | {"latent": codes_for(network, batch, seed=1)}).logits, free)
-    assert not layers[2].self_attn.k_proj._forward_pre_hooks  # nothing stays behind
+    assert not layers[2].self_attn.k_proj._forward_pre_hooks  # no hooks remain
 
 
-def test_posterior_sees_the_whole_chunk_but_no_padding(nano, observations):
+def test_the_posterior_depends_on_the_whole_chunk_but_not_on_padding(nano, observations):
     network, processor = with_latent(nano, "chunk")
     batch, labels = labelled(network, processor, observations)
 
@@ -128,7 +128,7 @@ def test_posterior_sees_the_whole_chunk_but_no_padding(nano, observations):
 
     reference = kl()
     changed = batch["input_ids"].clone()
-    changed[:, -1] = network.config.action_token_begin + (changed[:, -1] + 1) % 31  # the last token is no one's input
+    changed[:, -1] = network.config.action_token_begin + (changed[:, -1] + 1) % 31  # not an input of others
     assert not torch.equal(kl(input_ids=changed), reference)
     padded = {name: torch.nn.functional.pad(batch[name], (4, 0)) for name in ("input_ids", "attention_mask")}
     torch.testing.assert_close(kl(**padded), reference, rtol=1e-4, atol=1e-6)
@@ -140,7 +140,7 @@ def test_free_bits_penalise_each_latent_above_kappa(nano, observations):
         network.latent.readout.bias.copy_(torch.tensor([3.0, 0.0, -2.0]))
         network.latent.readout.weight.zero_()
     batch, labels = labelled(network, processor, observations)
-    labels[0, 5:] = -100  # five learned tokens in one row, all in the other
+    labels[0, 5:] = -100  # five learned tokens in one row, all tokens in the other
     network.latent.injection.data.zero_()
     bits = [-p * math.log2(p) - (1 - p) * math.log2(1 - p) for p in (1 / (1 + math.exp(-x)) for x in (3.0, 0.0, -2.0))]
     kl, n = 3 - sum(bits), network.action_tokenizer.max_tokens

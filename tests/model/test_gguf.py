@@ -1,4 +1,4 @@
-"""GGUF files become the same LLaMA that they were written from, and whatever else they hold is refused by name."""
+"""GGUF files give the same LLaMA that they were written from; other contents are rejected by name."""
 
 import numpy as np
 import pytest
@@ -27,8 +27,8 @@ def save_gguf(path, *, architecture="llama", without="", extra=None, factors=Non
     """Write a random LLaMA as llama.cpp's converter does, and return it.
 
     Args:
-        without: leave out tensors with this in their name.
-        extra: other entries of the metadata.
+        without: omit tensors with this in their name.
+        extra: additional metadata.
         factors: divisors of the rotary frequencies.
         kind: type of the matrices.
     """
@@ -62,7 +62,7 @@ def save_gguf(path, *, architecture="llama", without="", extra=None, factors=Non
     for name, tensor in model.state_dict().items():
         array = tensor.float().numpy()
         for own, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
-            if own in name:  # rows 0, 1, ..., d-1 of a head become 0, d/2, 1, d/2 + 1, ...
+            if own in name:  # rows 0, 1, ..., d-1 of a head are stored in the order 0, d/2, 1, d/2 + 1, ...
                 half = config.head_dim // 2
                 order = np.arange(heads * 2 * half).reshape(heads, 2, half).transpose(0, 2, 1).ravel()
                 array = array[order]
@@ -108,7 +108,7 @@ LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
     ],
     ids=["plain", "tied, half precision", "biases, wide heads", "llama 3.2", "linear scaling"],
 )
-def test_logits_are_those_of_the_model_that_was_written(tmp_path, facts, changes, written):
+def test_logits_equal_those_of_the_original_model(tmp_path, facts, changes, written):
     model = save_gguf(tmp_path / "small.gguf", **changes, **written)
     network, processor = compose(tmp_path / "small.gguf", facts)
     ids = torch.randint(0, 600, (2, 40))
@@ -118,7 +118,7 @@ def test_logits_are_those_of_the_model_that_was_written(tmp_path, facts, changes
     assert processor.tokenizer.tokenize("the cat") == ["th", "e", "Ġ", "c", "a", "t"]
 
 
-def test_quantised_trained_saved_and_decoded_without_the_file(tmp_path, robot, dataset, observations):
+def test_quantised_files_are_trained_saved_and_decoded(tmp_path, robot, dataset, observations):
     save_gguf(tmp_path / "small.gguf", kind="Q8_0")
     model = ModelConfig(backbone=str(tmp_path / "small.gguf"), vision=("nano",), horizon=2, bins=31)
     values = {"steps": 2, "batch_size": 2, "val_fraction": 0.0, "warmup_steps": 0, "precision": "float32"}
@@ -142,14 +142,14 @@ def test_quantised_trained_saved_and_decoded_without_the_file(tmp_path, robot, d
         ({"without": "token_embd"}, "token_embd"),
     ],
 )
-def test_other_files_are_refused(tmp_path, facts, written, said):
+def test_other_files_are_rejected(tmp_path, facts, written, said):
     save_gguf(tmp_path / "other.gguf", **written)
     with pytest.raises(ConfigError, match=said):
         compose(tmp_path / "other.gguf", facts)
 
 
 @pytest.mark.parametrize("size", [0, 3, 2000, -1000])
-def test_files_that_are_cut_off(tmp_path, facts, size):
+def test_truncated_files(tmp_path, facts, size):
     save_gguf(tmp_path / "small.gguf")
     whole = (tmp_path / "small.gguf").read_bytes()
     (tmp_path / "cut.gguf").write_bytes(whole[:size])

@@ -25,7 +25,7 @@ def policy() -> Policy:
 
 @pytest.fixture(scope="module")
 def scenes() -> tuple[list[dict], list[str]]:
-    """Observations of real episodes, with their instructions: five of each of `SCENES` scenes, in order."""
+    """Observations of real episodes and their instructions: five of each of `SCENES` scenes, in order."""
     observations, instructions = [], []
     for number, task in enumerate(TASKS):
         env = gym.make(f"envs:vla/{task}-v0")
@@ -40,8 +40,8 @@ def scenes() -> tuple[list[dict], list[str]]:
     return observations, instructions
 
 
-def test_both_engines_equal_generate_on_real_observations(policy, scenes):
-    """Sixteen at a time and one by one; drafts are the chunk before, or nothing at the start of a scene."""
+def test_the_engine_equals_generate_on_real_observations(policy, scenes):
+    """In batches of sixteen and one by one; drafts are from the previous chunk, and empty at the start of a scene."""
     observations, instructions = scenes
     sixteen, single = Engine(policy.network), Engine(policy.network)
     previous = policy.draft_ids([None])[0]
@@ -60,7 +60,7 @@ def test_both_engines_equal_generate_on_real_observations(policy, scenes):
         previous = expected[-1]
 
 
-def test_generate_one_by_one_is_generate_sixteen_at_a_time(policy, scenes):
+def test_generate_does_not_depend_on_the_batch_size(policy, scenes):
     observations, instructions = (part[::6] for part in scenes)
     together = reference(policy.network, policy.processor.observe(observations, instructions))
     for row, (observation, words) in enumerate(zip(observations, instructions, strict=True)):
@@ -68,20 +68,20 @@ def test_generate_one_by_one_is_generate_sixteen_at_a_time(policy, scenes):
         assert torch.equal(reference(policy.network, alone)[0], together[row])
 
 
-def test_instructions_change_what_is_done(policy, scenes):
+def test_instructions_change_the_actions(policy, scenes):
     observations, _ = scenes
     red = policy.predict(observations[:20], ["reach the red cube"] * 20).chunks
     blue = policy.predict(observations[:20], ["reach the blue cube"] * 20).chunks
     assert (red != blue).any()
 
 
-def test_it_is_small_and_says_what_it_is():
+def test_size_and_model_card():
     assert sum(file.stat().st_size for file in NANO.iterdir()) <= 16 * 2**20
     card = (NANO / "README.md").read_text()
     assert all(word in card for word in ("data", "steps", "hardware", "success"))
 
 
-def test_untrained_architectures_take_any_image_size_and_no_other_tower(facts):
+def test_untrained_architectures_accept_any_image_size_and_no_other_tower(facts):
     sizes = {}
     for name, image_size in (("nano-init", None), ("nano-init", 72), ("small-init", None)):
         network, processor = build_policy(ModelConfig(backbone=name, image_size=image_size, bins=31), facts)

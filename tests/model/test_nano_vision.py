@@ -1,4 +1,4 @@
-"""The embedded backbone's vision tower is conditioned on the instruction's words, and on nothing else of a prompt."""
+"""The embedded vision tower is conditioned on the words of the instruction, and on nothing else in the prompt."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from vla.model.nano_vision import Keypoints, NanoVisionConfig, NanoVisionModel
 from vla.model.vision import tokens_per_image
 
 
-def test_the_instruction_changes_what_the_tower_sees(nano, observations):
+def test_the_instruction_changes_the_features(nano, observations):
     network, processor = nano
     seen = observations(1) * 2
     red, blue = (processor.observe(seen, [f"reach the {color} cube"] * 2) for color in ("red", "blue"))
@@ -20,7 +20,7 @@ def test_the_instruction_changes_what_the_tower_sees(nano, observations):
     assert not torch.allclose(features[0], features[1])
 
 
-def test_padding_images_state_and_actions_do_not_count_as_words(nano, observations):
+def test_padding_images_state_and_actions_are_not_words(nano, observations):
     network, processor = nano
     words = "reach the red cube"
     alone = processor.observe(observations(1), [words])["input_ids"]
@@ -46,7 +46,7 @@ def test_shapes_with_and_without_a_condition(condition_size):
     assert tower(torch.randn(2, 3, 96, 96), condition).last_hidden_state.shape == (2, 16, 32)
 
 
-def test_keypoints_are_where_their_maps_are_hot():
+def test_keypoints_are_at_the_maxima_of_their_maps():
     head = Keypoints(channels=2, count=2, width=4)
     torch.nn.init.eye_(head.maps.weight.data[..., 0, 0])
     torch.nn.init.zeros_(head.maps.bias)

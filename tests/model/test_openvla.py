@@ -1,4 +1,4 @@
-"""OpenVLA's published layout in and out: the same numbers as its maths, written here in plain PyTorch."""
+"""OpenVLA's layout: import and export, compared with the published maths, which is written here in plain PyTorch."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def _folder(tmp_path_factory):
 
 @pytest.fixture
 def folder(_folder, tmp_path):
-    """A copy to damage."""
+    """A copy that tests may change."""
     return shutil.copytree(_folder, tmp_path / "copy")
 
 
@@ -93,7 +93,7 @@ def rotate(x):
 
 
 def logits(w, ids, frame):
-    """Logits of the published maths, [length, 32064], for prompt ids and one image uint8 [224, 224, 3]."""
+    """Logits of the published model, [length, 32064], for prompt ids and one image uint8 [224, 224, 3]."""
     pixels = torch.from_numpy(frame).permute(2, 0, 1).float() / 255
     towers = [
         features(
@@ -127,7 +127,7 @@ def logits(w, ids, frame):
 
 
 def prompt_ids(instruction):
-    """As OpenVLA's code makes them: BOS, the text, and the space that precedes the first action token."""
+    """The prompt as in OpenVLA's code: BOS, the text, and the space before the first action token."""
     text = f"In: What action should the robot take to {instruction.lower()}?\nOut:"
     ids = [1, *published.tokenizer()(text, add_special_tokens=False)["input_ids"]]
     assert ids[-3:] == [13, 3744, 29901]  # line feed, "Out", ":"
@@ -173,17 +173,17 @@ def test_greedy_actions_equal_the_published_ones(policy):
 
 
 def test_fast_decoding_equals_generate(policy):
-    batch = policy.processor.observe([observe(0), observe(1)], [INSTRUCTION, "go"])  # one is padded
+    batch = policy.processor.observe([observe(0), observe(1)], [INSTRUCTION, "go"])  # one row is padded
     assert torch.equal(greedy(policy.network, batch), reference(policy.network, batch))
 
 
-def test_the_sequence_is_the_published_one(policy):
-    """BOS, 256 patches, the text, and id 29871 at the end; every one of them is attended to."""
+def test_the_sequence_equals_the_published_one(policy):
+    """BOS, 256 patches, the text, and id 29871; all of them are attended to."""
     batch = policy.processor.observe([observe()], [INSTRUCTION])
     ids, expected = batch["input_ids"][0].tolist(), prompt_ids(INSTRUCTION)
     image_id = policy.network.config.image_token_id
     assert ids == [expected[0], *[image_id] * 256, *expected[1:]] and bool(batch["attention_mask"].all())
-    assert image_id >= 32000  # a padded row, which no text has
+    assert image_id >= 32000  # a row without a text token
 
 
 def test_the_report_of_keys(_folder):
@@ -192,7 +192,7 @@ def test_the_report_of_keys(_folder):
     assert (set(source.keys.used), source.keys.unused, source.keys.missing) == (set(published.shapes()), (), ())
 
 
-def test_only_the_256_rows_before_the_padded_ones_are_actions(policy):
+def test_action_tokens_are_the_256_rows_before_the_padding(policy):
     config = policy.network.config
     assert (config.vocab_size, config.action_token_begin, config.n_action_rows) == (32064, 31744, 256)
     encode, decode = policy.processor.encode_actions, policy.processor.decode_actions
@@ -243,7 +243,7 @@ def test_import_and_export_are_bit_equal(tmp_path, dtype):
     published.save(tmp_path / "published", weights)
     network, processor = checkpoint.load(str(tmp_path / "published"), None)
     first = processor.prefix_ids(INSTRUCTION)
-    checkpoint.save(network, processor, tmp_path / "ours")  # through this package's own format
+    checkpoint.save(network, processor, tmp_path / "ours")  # through this package's format
     network, processor = checkpoint.load(str(tmp_path / "ours"), None)
     same_bits(exported(network, processor, tmp_path / "out"), weights)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -259,8 +259,8 @@ def test_import_and_export_are_bit_equal(tmp_path, dtype):
     assert all(meaning[0][name] == meaning[1][name] for name in FIELDS)
 
 
-def test_what_openvla_does_not_have_moves_into_its_weights(tmp_path, _folder):
-    """A camera embedding and a class position, both trained here, change OpenVLA's own weights on export."""
+def test_additional_weights_are_folded_on_export(tmp_path, _folder):
+    """A trained camera embedding and class position are folded into OpenVLA's weights."""
     policy = Policy.from_pretrained(str(_folder), unnorm_key="fractal")
     with torch.no_grad():
         policy.network.camera_embedding.weight[0] += 0.3
@@ -272,14 +272,14 @@ def test_what_openvla_does_not_have_moves_into_its_weights(tmp_path, _folder):
     np.testing.assert_allclose(before.log_probs, after.log_probs, atol=1e-4)
 
 
-def test_a_policy_that_openvla_cannot_express_is_refused(nano, tmp_path):
+def test_policies_that_the_layout_cannot_represent_are_rejected(nano, tmp_path):
     with pytest.raises(ConfigError, match=r"OpenVLA's projector; .*one camera; no state; the tokenizer 'openvla'"):
         openvla_export.write(*nano, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_statistics_of_this_package_leave_as_openvla_applies_them(_folder, facts):
-    """Entries that do not move have q01 = q99 there; all others keep their bounds."""
+def test_exported_statistics_have_the_same_effect_in_openvla(_folder, facts):
+    """Constant entries are exported with q01 = q99; all other entries keep their bounds."""
     model = ModelConfig(backbone=str(_folder), cameras=("front",))
     network, _ = build_policy(model, facts)
     stored = openvla_export._their_statistics(network.config, "demo")["action"]
@@ -331,13 +331,13 @@ def drop(name):
     ],
     ids=["missing", "unexpected", "renamed", "shape"],
 )
-def test_weights_that_do_not_fit(tmp_path, change, named):
+def test_wrong_weights(tmp_path, change, named):
     published.save(tmp_path, change(published.weights()))
     with pytest.raises(CheckpointError, match=f"(?s){named}"):
         Policy.from_pretrained(str(tmp_path), unnorm_key="fractal")
 
 
-def test_shards_that_are_missing_or_truncated(folder):
+def test_missing_and_truncated_shards(folder):
     shard = folder / "model-00002-of-00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1000])
     with pytest.raises(CheckpointError, match=r"model-00002-of-00002\.safetensors is truncated"):
@@ -367,7 +367,7 @@ def test_shards_that_are_missing_or_truncated(folder):
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_another_architecture_and_absent_statistics(folder, values, named):
+def test_other_architectures_and_missing_statistics(folder, values, named):
     (folder / "config.json").write_text(json.dumps(published.config() | values))
     with pytest.raises(VLAError, match=f"(?s){named}"):
         Policy.from_pretrained(str(folder), unnorm_key="fractal")
@@ -393,7 +393,7 @@ def keep(count):
     ],
     ids=["dora", "rank", "keys", "shapes", "incomplete", "base"],
 )
-def test_an_adapter_for_another_base(tmp_path, _folder, values, change, named):
+def test_adapters_for_another_base(tmp_path, _folder, values, change, named):
     published.save_adapter(tmp_path, _folder, **values)
     if change:
         save_file(

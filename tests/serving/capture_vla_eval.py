@@ -1,8 +1,8 @@
-"""Writes vla_eval_0_8_0.msgpack: what vla-eval's own client and server say to each other in one episode.
+"""Record vla_eval_0_8_0.msgpack: the messages between vla-eval's own client and server in one episode.
 
     python tests/serving/capture_vla_eval.py tests/serving/vla_eval_0_8_0.msgpack     (with vla-eval 0.8.0 installed)
 
-The file holds the frames of both sides, and the images as vla-eval itself decodes them.
+The file contains the messages of both sides, and the images as decoded by vla-eval.
 """
 
 import sys

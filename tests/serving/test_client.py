@@ -1,4 +1,4 @@
-"""A policy on another machine is the same policy, and a network that breaks stops no robot."""
+"""`RemotePolicy` behaves like the served policy, and a broken network does not stop the robot."""
 
 import contextlib
 import copy
@@ -25,7 +25,7 @@ from vla.serving.server import describe
 pytestmark = pytest.mark.realtime
 
 
-def test_it_is_the_policy_that_is_served(serving, observations):
+def test_it_returns_the_served_policys_predictions(serving, observations):
     with serving() as served:
         remote, local = RemotePolicy(served.ws), served.policy
         assert (remote.robot, remote.horizon, remote.unnorm_key) == (local.robot, local.horizon, local.unnorm_key)
@@ -35,7 +35,7 @@ def test_it_is_the_policy_that_is_served(serving, observations):
         ours, theirs = (policy.predict(seen, ["reach"] * 4) for policy in (remote, local))
         for name in ("chunks", "ids"):
             np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
-        for name in ("log_probs", "entropy"):  # there one by one, here as a batch
+        for name in ("log_probs", "entropy"):  # computed one by one there, and as a batch here
             np.testing.assert_allclose(getattr(ours, name), getattr(theirs, name), atol=1e-4)
         for policy in (remote, local):
             policy.reset("push")
@@ -44,7 +44,7 @@ def test_it_is_the_policy_that_is_served(serving, observations):
         remote.close()
 
 
-def test_committed_actions_travel(serving, observations):
+def test_action_prefixes_are_sent(serving, observations):
     with serving() as served:
         (observation,) = observations(1)
         steps = np.linspace(-0.5, 0.5, 28, dtype=np.float32).reshape(4, 7)
@@ -58,8 +58,8 @@ def test_committed_actions_travel(serving, observations):
         np.testing.assert_allclose(chunks[0][:2, 0], [-0.5, -0.24], atol=0.1)
 
 
-def test_the_latent_of_an_episode_travels(serving, policy, observations):
-    """A remote session has the tokens of a local one, chunk for chunk."""
+def test_the_latent_of_an_episode_is_sent(serving, policy, observations):
+    """A remote session decodes the same tokens as a local one, in every chunk."""
     network = copy.deepcopy(policy.network)
     network.add_latent("chunk", bits=6, form="one_hot", kappa=1.0)
     torch.nn.init.normal_(network.latent.injection, std=10)
@@ -76,7 +76,7 @@ def test_the_latent_of_an_episode_travels(serving, policy, observations):
                 assert near.draft.latent == far.draft.latent
 
 
-def test_a_server_that_decodes_in_part_is_given_whole_drafts(serving, policy, observations):
+def test_a_server_with_partial_decoding_receives_complete_drafts(serving, policy, observations):
     part = Policy(policy.network, policy.processor, n_action_steps=2, decoding=DecodingConfig(max_actions=2))
     with serving(policy=part) as served:
         remote, session = RemotePolicy(served.ws), Session("go")
@@ -86,7 +86,7 @@ def test_a_server_that_decodes_in_part_is_given_whole_drafts(serving, policy, ob
             assert found.shape == (1, 2, 7)
 
 
-def test_it_survives_a_server_that_is_restarted(serving, observations):
+def test_it_reconnects_to_a_restarted_server(serving, observations):
     (observation,) = observations(1)
     with serving() as served:
         remote, port = RemotePolicy(served.ws, deadline_s=0.5), served.port
@@ -98,7 +98,7 @@ def test_it_survives_a_server_that_is_restarted(serving, observations):
         remote.close()
 
 
-def test_a_late_answer_is_not_that_of_the_next_question(serving, observations, monkeypatch):
+def test_a_late_response_is_not_used_for_the_next_request(serving, observations, monkeypatch):
     seen = observations(2)
     with serving() as served:
         remote, real = RemotePolicy(served.ws, deadline_s=0.5), served.policy.predict
@@ -114,7 +114,7 @@ def test_a_late_answer_is_not_that_of_the_next_question(serving, observations, m
         remote.close()
 
 
-def test_errors_are_the_servers_own_words(serving, observations):
+def test_errors_contain_the_servers_message(serving, observations):
     with serving(key="sesame") as served:
         with pytest.raises(ServerError, match=r"rejected the connection with status 403. Check VLA_API_KEY"):
             RemotePolicy(served.ws)
@@ -130,7 +130,7 @@ def test_errors_are_the_servers_own_words(serving, observations):
         remote.close()
 
 
-def test_addresses_that_nobody_serves():
+def test_addresses_without_a_server():
     with pytest.raises(ServerError, match="cannot be reached"):
         RemotePolicy("ws://127.0.0.1:1", patience_s=0.3)
     with pytest.raises(ConfigError, match="invalid address"):
@@ -139,8 +139,8 @@ def test_addresses_that_nobody_serves():
         client.load("ws://127.0.0.1:1", decoding=DecodingConfig(temperature=1.0))
 
 
-def test_that_it_connects_and_why_it_waits_is_said_at_once(monkeypatch, capsys):
-    """Once, however often it tries; and nothing after the deadline that was given."""
+def test_the_reason_for_waiting_is_printed_at_once(monkeypatch, capsys):
+    """Once, for any number of attempts, and nothing after the deadline."""
     said = []
     monkeypatch.setattr(client.time, "sleep", lambda seconds: said.append(capsys.readouterr().err))
     with pytest.raises(ServerError, match=r"cannot be reached.*Check that `vla serve` is running"):
@@ -153,7 +153,7 @@ def test_that_it_connects_and_why_it_waits_is_said_at_once(monkeypatch, capsys):
     ("hello", "message"),
     [("hello", "expected a msgpack map"), ({"reset_pose": [0]}, "its metadata has no 'robot'")],
 )
-def test_another_server_is_recognised(hello, message):
+def test_other_servers_are_rejected(hello, message):
     def answer(socket):
         socket.send(hello if isinstance(hello, str) else wire.to_msgpack(hello))
         socket.recv()
@@ -166,13 +166,13 @@ def test_another_server_is_recognised(hello, message):
 
 
 @pytest.mark.parametrize("name", ["tokenizer_sha256", "weights", "action_limits"])
-def test_a_robot_does_not_go_on_with_another_policy(serving, observations, policy, monkeypatch, name):
+def test_another_policy_after_a_reconnection_is_rejected(serving, observations, policy, monkeypatch, name):
     with serving() as served:
         remote, port = RemotePolicy(served.ws), served.port
     other = describe(policy) | {name: {"demo": [np.zeros(7), np.ones(7)]} if name == "action_limits" else "0"}
     monkeypatch.setattr("vla.serving.server.describe", lambda policy: other)
     with serving(port=port):
-        for _ in range(2):  # nor when it asks again
+        for _ in range(2):  # also at the next request
             with pytest.raises(ServerError, match=f"now serves another policy: its {name!r} has changed"):
                 remote.predict_chunk(observations(1)[0], "go")
 
@@ -186,8 +186,8 @@ def test_other_weights_have_another_fingerprint(policy):
     assert describe(Policy(network, policy.processor))["weights"] != before
 
 
-def test_a_server_that_stops_reading_does_not_outlast_the_deadline(serving, observations, robot):
-    """What does not fit into the buffers on the way would be waited for until somebody reads it."""
+def test_the_timeout_applies_if_the_server_stops_reading(serving, observations, robot):
+    """A large request fills the network buffers, and sending would block until the server reads."""
     large = observations(1)[0] | {"pixels": {name: np.zeros((3000, 3000, 3), np.uint8) for name in robot.cameras}}
     with serving() as served, socket.create_server(("127.0.0.1", 0)) as listener, contextlib.ExitStack() as stack:
 
@@ -201,7 +201,7 @@ def test_a_server_that_stops_reading_does_not_outlast_the_deadline(serving, obse
 
         threading.Thread(target=pass_on_the_handshake_only, daemon=True).start()
         remote = RemotePolicy(f"ws://127.0.0.1:{listener.getsockname()[1]}", deadline_s=0.5)
-        threading.Timer(5.0, stack.close).start()  # at last the connection breaks
+        threading.Timer(5.0, stack.close).start()  # finally, the connection is closed
         begun = time.monotonic()
         with pytest.raises(ServerError, match=r"did not reply within 0\.5 s|cannot be reached"):
             remote.predict_chunk(large, "go")
@@ -216,8 +216,8 @@ def test_a_server_that_stops_reading_does_not_outlast_the_deadline(serving, obse
     [(0.05, 0.0), (0.2, 0.0), (0.05, 0.05)],
     ids=["50 ms", "200 ms", "50 ms and 5 % lost"],
 )
-def test_delay_and_loss_cost_actions_but_no_command(serving, observations, delay_s, loss, safe_and_on_time):
-    """One way; a chunk of four actions at 20 Hz lasts as long as 200 ms."""
+def test_delay_and_loss_cost_actions_but_no_commands(serving, observations, delay_s, loss, safe_and_on_time):
+    """Delays are one-way. A chunk of four actions at 20 Hz lasts 200 ms."""
     with serving() as served, Road(served.port, delay_s, loss) as road:
         remote = RemotePolicy(f"ws://127.0.0.1:{road.port}", deadline_s=2.0)
         bench = Bench(remote.robot, observations)
@@ -226,15 +226,15 @@ def test_delay_and_loss_cost_actions_but_no_command(serving, observations, delay
         remote.close()
     safe_and_on_time(bench, served.policy, record, 2.5)
     assert record["errors"] == [] and min(record["decode_ms"]) >= 2e3 * delay_s
-    if delay_s == 0.2:  # every chunk is older than it is long: the robot waits for the next one, and says so
+    if delay_s == 0.2:  # each chunk is older than its duration, so the robot holds until the next one
         waited = record["interventions"].get("underrun", 0) + record["interventions"]["no chunk yet"]
         assert waited >= 20
     else:
         assert np.abs(np.stack([action[:6] for _, action in bench.commands[:-1]])).max() > 0
 
 
-def test_a_server_that_dies_in_mid_episode(serving, observations, policy, safe_and_on_time):
-    """The robot holds until it is back, and goes on."""
+def test_a_server_that_dies_during_an_episode(serving, observations, policy, safe_and_on_time):
+    """The robot holds until the server is back, then continues."""
     first, second = serving(), contextlib.ExitStack()
     served = first.__enter__()
 
@@ -256,7 +256,7 @@ def test_a_server_that_dies_in_mid_episode(serving, observations, policy, safe_a
     assert np.abs(np.stack([action[:6] for _, action in bench.commands[-12:-1]])).max() > 0
 
 
-def test_a_connection_that_is_cut_is_made_again(serving, observations, safe_and_on_time):
+def test_a_lost_connection_is_reestablished(serving, observations, safe_and_on_time):
     with serving() as served, Road(served.port) as road:
         remote = RemotePolicy(f"ws://127.0.0.1:{road.port}", deadline_s=1.0)
         bench = Bench(remote.robot, observations)
@@ -266,5 +266,5 @@ def test_a_connection_that_is_cut_is_made_again(serving, observations, safe_and_
             record = controller.run("reach", seconds=2.5)
         remote.close()
     safe_and_on_time(bench, served.policy, record, 2.5)
-    assert record["errors"] == []  # it was connected again within the call
+    assert record["errors"] == []  # the client reconnects within the call
     assert np.abs(np.stack([action[:6] for _, action in bench.commands[-12:-1]])).max() > 0

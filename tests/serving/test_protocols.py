@@ -1,4 +1,4 @@
-"""A wire protocol of one's own is served beside the others, under the same keys and limits."""
+"""A custom wire protocol is served beside the built-in ones, with the same keys and limits."""
 
 import importlib
 import json
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.realtime
 
 @pytest.fixture
 def toy_protocol(monkeypatch):
-    """Registered for one test only."""
+    """Register the protocols for one test only."""
     monkeypatch.setattr(PROTOCOLS, "_members", dict(PROTOCOLS._members))
     monkeypatch.delitem(sys.modules, "tests.toy_protocol", raising=False)
     importlib.import_module("tests.toy_protocol")
@@ -30,13 +30,13 @@ def request_(observations) -> dict:
     return {"images": images, "state": observation["agent_pos"].tolist(), "instruction": "go"}
 
 
-def test_a_protocol_of_ones_own(toy_protocol, serving, observations, request_, caplog):
+def test_a_custom_protocol(toy_protocol, serving, observations, request_, caplog):
     (observation,) = observations(1)
     with serving() as served:
         chunk = served.policy.predict_chunk(observation, "go")
         reply = requests.post(served.http + "/plain", json=request_, timeout=20)
         np.testing.assert_array_equal(np.float32(reply.json()["actions"]), chunk)
-        with connect(served.ws + "/talk", max_size=None) as client:  # not taken by openpi's route for any path
+        with connect(served.ws + "/talk", max_size=None) as client:  # openpi's protocol must not handle this address
             client.send(json.dumps(request_))
             np.testing.assert_array_equal(np.float32(json.loads(client.recv(timeout=20))["actions"]), chunk)
         with connect(served.ws + "/elsewhere") as client:
@@ -54,7 +54,7 @@ def test_a_protocol_of_ones_own(toy_protocol, serving, observations, request_, c
         )
 
 
-def test_keys_and_limits_apply_to_it(toy_protocol, serving, request_):
+def test_keys_and_limits_apply(toy_protocol, serving, request_):
     with serving(key="sesame", max_request_mb=0.5, patience_s=0.5) as served:
         key = {"Authorization": "Bearer sesame"}
         assert requests.post(served.http + "/plain", json=request_, timeout=20).status_code == 401
@@ -69,7 +69,7 @@ def test_keys_and_limits_apply_to_it(toy_protocol, serving, request_):
         served.app.draining = False
 
 
-def test_an_unknown_address_is_told_what_is_served(serving):
+def test_an_unknown_address_lists_the_valid_ones(serving):
     with serving() as served:
         lost = requests.get(served.http + "/predict", timeout=20)
         assert lost.status_code == 404

@@ -1,4 +1,4 @@
-"""The log hears of every kind of refusal, and of none so often that it fills a disk."""
+"""Rejected requests are logged once per client and reason, and the log stays small."""
 
 from vla.serving.refusals import MOST, PERIOD_S, Refusals
 
@@ -7,7 +7,7 @@ def lines(caplog) -> list[str]:
     return [record.getMessage() for record in caplog.records]
 
 
-def test_a_broken_client_costs_a_few_lines_per_period(caplog):
+def test_a_broken_client_adds_few_lines_per_period(caplog):
     now = [0.0]
     refusals = Refusals(now=lambda: now[0])
     for _ in range(50 * 600):  # ten minutes at 50 Hz
@@ -22,17 +22,17 @@ def test_a_broken_client_costs_a_few_lines_per_period(caplog):
     assert told + counted == 50 * 600
 
 
-def test_another_client_and_another_reason_are_told_at_once(caplog):
+def test_other_clients_and_reasons_are_logged_at_once(caplog):
     refusals = Refusals(now=lambda: 0.0)
     for who, why in (("a", "x"), ("a", "y"), ("b", "x"), ("a", "x")):
         refusals.log(who, "POST /act", why)
     assert len(lines(caplog)) == 3
-    for number in range(1000):  # a reason that is another one every time
+    for number in range(1000):  # a different reason each time
         refusals.log("a", "POST /act", f"unknown unnorm_key {number}")
     assert len(lines(caplog)) == MOST
 
 
-def test_a_client_cannot_write_lines_of_its_own(caplog):
+def test_a_client_cannot_inject_log_lines(caplog):
     Refusals().log("a", "POST /act", "unknown unnorm_key 'x\n12:00 all is well\x1b[2J" + "y" * 10_000)
     (line,) = lines(caplog)
     assert "\n" not in line and "\x1b" not in line and len(line) < 500

@@ -1,4 +1,4 @@
-"""Existing clients' keys become the policy's cameras, state and instruction; what is ambiguous is said, not guessed."""
+"""Requests of existing clients are mapped to cameras, state and instruction; ambiguous requests are rejected."""
 
 import dataclasses
 
@@ -53,7 +53,7 @@ def grey(value: int) -> np.ndarray:
     return picture(value)[..., 0]
 
 
-#: What a client may send where uint8 [height, width, 3] is meant: picture 1 in another form.
+#: Other forms in which clients send the uint8 image picture(1).
 IMAGES = {
     "channels first": picture(1).transpose(2, 0, 1),
     "a batch of one": picture(1)[None],
@@ -76,7 +76,7 @@ IMAGES = {
 
 @pytest.mark.parametrize("image", IMAGES.values(), ids=IMAGES)
 @pytest.mark.parametrize("key", ["image", "front", "observation/image"])
-def test_every_form_of_an_image_is_the_same_image(robot, image, key):
+def test_all_forms_of_an_image_are_equal(robot, image, key):
     pixels = read(FORMS["own"] | {"pixels": {"wrist": picture(2)}, key: image}, robot, 4, NONE).observation["pixels"]
     np.testing.assert_array_equal(pixels["front"], picture(1))
     assert pixels["front"].dtype == np.uint8 and pixels["front"].flags.c_contiguous
@@ -99,7 +99,7 @@ def test_every_form_of_an_image_is_the_same_image(robot, image, key):
         ),
     ],
 )
-def test_every_form_of_the_rest_is_the_same_observation(robot, change, field):
+def test_all_forms_of_state_and_prompt_are_equal(robot, change, field):
     request = read(FORMS["own"] | change, robot, 4, NONE)
     np.testing.assert_array_equal(request.observation["agent_pos"], STATE.astype(np.float32))
     assert request.observation["agent_pos"].dtype == np.float32
@@ -107,13 +107,13 @@ def test_every_form_of_the_rest_is_the_same_observation(robot, change, field):
     np.testing.assert_array_equal(request.observation["pixels"]["front"], picture(1))
 
 
-def test_a_draft_may_come_with_numpys_numbers(robot):
+def test_a_draft_with_numpy_scalars(robot):
     draft = {"vla/draft": np.zeros((4, 7)), "vla/committed": np.int64(2), "vla/trust": np.float32(0.5)}
     read_draft = read(FORMS["own"] | draft, robot, 4, NONE).draft
     assert (len(read_draft.prefix), read_draft.threshold) == (2, 0.5) and type(read_draft.threshold) is float
 
 
-def test_a_latent_may_come_without_a_draft(robot):
+def test_a_latent_without_a_draft(robot):
     assert read(FORMS["own"] | {"vla/latent": [3, 1, 5]}, robot, 4, NONE).draft.latent == LatentDraw(3, 1, (5,))
     for wrong in ([3], [3, -1], "3", [3, 0.5]):
         with pytest.raises(SpecError, match="vla/latent must be a seed, a chunk number"):
@@ -121,7 +121,7 @@ def test_a_latent_may_come_without_a_draft(robot):
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_every_form_is_the_same_observation(robot, form):
+def test_all_forms_of_a_request_are_equal(robot, form):
     request = read(form, robot, 4, NONE)
     assert request.instruction == "go"
     pixels = request.observation["pixels"]
@@ -192,13 +192,13 @@ def test_an_image_only_client_and_an_image_only_policy(robot):
         ({"vla/draft": np.zeros((4, 7)), "vla/committed": 4}, "committed must be between 0 and 3"),
     ],
 )
-def test_what_is_wrong_is_said(robot, change, message):
+def test_invalid_values_are_named(robot, change, message):
     with pytest.raises(SpecError, match=message):
         read(FORMS["LIBERO"] | change, robot, 4, NONE)
 
 
 @pytest.mark.parametrize("values", [None, 3, [], "text", {}, {1: 2}, {"pixels": 3, "prompt": "go"}])
-def test_what_is_no_request_is_refused(robot, values):
+def test_invalid_requests_are_rejected(robot, values):
     with pytest.raises(SpecError):
         read(values, robot, 4, NONE)
 

@@ -1,4 +1,4 @@
-"""Stock clients get what they expect, whatever is sent is answered or refused, and nobody waits for somebody else."""
+"""The server with existing clients: responses, errors, limits, and independence of clients from each other."""
 
 import base64
 import concurrent.futures
@@ -53,12 +53,12 @@ def ask(socket, values) -> dict:
 def until(happens) -> None:
     deadline = time.monotonic() + 20
     while not happens():
-        assert time.monotonic() < deadline, "it did not happen in time"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.01)
 
 
 def test_openvlas_clients(serving, observations):
-    """One action for "image", a list of actions for "full_image", both encodings; the chunk is the policy's own."""
+    """One action for "image", a list of actions for "full_image", with both encodings."""
     (observation,) = observations(1)
     with serving() as served:
         chunk = served.policy.predict_chunk(observation, "go")
@@ -76,18 +76,18 @@ def test_openvlas_clients(serving, observations):
 
 def test_openpis_clients(serving, observations):
     with serving() as served, connect(served.ws, compression=None, max_size=None) as client:
-        hello = msgpack.unpackb(client.recv())  # the server speaks first
+        hello = msgpack.unpackb(client.recv())  # the server sends the first message
         assert hello["robot"]["cameras"] == ["front", "wrist"] and hello["unnorm_keys"] == ["demo"]
         for number, observation in enumerate(observations(3)):
             reply = ask(client, libero(observation))
             np.testing.assert_array_equal(reply["actions"], served.policy.predict_chunk(observation, "go"))
             assert reply["actions"].dtype == np.float32 and reply["policy_timing"]["infer_ms"] > 0
             assert ("prev_total_ms" in reply["server_timing"]) == (number > 0)
-            # openpi's broker cuts every array of a reply along its first axis: there must be no others.
+            # openpi's broker slices each array of a reply along its first axis, so there must be no other arrays.
             assert [name for name, value in reply.items() if isinstance(value, np.ndarray)] == ["actions"]
 
 
-def test_openvlas_clients_see_their_error_and_others_a_reason(serving, observations):
+def test_openvlas_clients_receive_their_error_and_others_a_reason(serving, observations):
     (observation,) = observations(1)
     blind = {"instruction": "go"}
     with serving() as served:
@@ -106,7 +106,7 @@ def test_openvlas_clients_see_their_error_and_others_a_reason(serving, observati
             assert "Traceback" not in plain.text and ".py" not in plain.text
 
 
-def test_openpis_clients_see_their_error_and_others_a_reason(serving, observations):
+def test_openpis_clients_receive_their_error_and_others_a_reason(serving, observations):
     (observation,) = observations(1)
     with serving() as served:
         with connect(served.ws) as client:
@@ -126,8 +126,8 @@ def test_openpis_clients_see_their_error_and_others_a_reason(serving, observatio
             assert "actions" in ask(client, libero(observation))
 
 
-def test_the_log_has_a_line_of_every_kind_of_refusal(serving, observations, caplog, monkeypatch):
-    """Who, what and why; of the stock clients as well, which are told "error" only."""
+def test_every_kind_of_rejection_is_logged(serving, observations, caplog, monkeypatch):
+    """With client, address and reason, also for OpenVLA's clients, which receive only "error"."""
     (observation,) = observations(1)
     with serving(key="sesame", max_request_mb=0.5) as served:
         key = {"Authorization": "Api-Key sesame"}
@@ -179,10 +179,10 @@ def test_the_log_has_a_line_of_every_kind_of_refusal(serving, observations, capl
         caplog.clear()
         for _ in range(5):
             post(openvla(observation))
-        assert caplog.messages == []  # told already
+        assert caplog.messages == []  # already logged
 
 
-def test_a_failing_policy_fails_its_own_request_only(serving, observations, monkeypatch):
+def test_an_error_of_the_policy_fails_only_its_request(serving, observations, monkeypatch):
     (observation,) = observations(1)
     with serving() as served:
         real = served.policy.predict
@@ -200,14 +200,14 @@ def test_a_failing_policy_fails_its_own_request_only(serving, observations, monk
         assert act(served.http, openvla(observation)).status_code == 200
 
 
-def test_tracebacks_where_they_are_asked_for(serving):
+def test_tracebacks_if_configured(serving):
     with serving(tracebacks=True) as served, connect(served.ws) as client:
         client.recv()
         client.send(wire.to_msgpack({}))
         assert "Traceback" in client.recv()
 
 
-def test_what_is_too_large_or_too_slow_is_refused(serving, observations):
+def test_large_and_slow_requests_are_rejected(serving, observations):
     (observation,) = observations(1)
     with serving(max_request_mb=0.5, patience_s=0.5) as served:
         assert act(served.http, b" " * 2**20).status_code == 413
@@ -223,7 +223,7 @@ def test_what_is_too_large_or_too_slow_is_refused(serving, observations):
             with pytest.raises(websockets.ConnectionClosed) as closed:
                 client.recv()
             assert closed.value.rcvd.code == 1009
-        # Slow ones, with their headers and with their body; others are answered meanwhile.
+        # Slow headers and slow bodies. Other clients are served in the meantime.
         slow = [socket.create_connection(("127.0.0.1", served.port)) for _ in range(100)]
         for number, one in enumerate(slow):
             head = b"POST /act HTTP/1.1\r\nHost: x\r\n" + (b"Content-Length: 1000\r\n\r\n{" if number % 2 else b"")
@@ -238,8 +238,8 @@ def test_what_is_too_large_or_too_slow_is_refused(serving, observations):
         assert act(served.http, openvla(observation)).status_code == 200
 
 
-def test_a_second_request_that_is_never_finished_ends_the_connection(serving):
-    """One whole request buys nobody the right to stay."""
+def test_an_incomplete_second_request_ends_the_connection(serving):
+    """The time limit applies to every request of a connection."""
     with (
         serving(patience_s=0.5) as served,
         socket.create_connection(("127.0.0.1", served.port), timeout=20) as slow,
@@ -250,8 +250,8 @@ def test_a_second_request_that_is_never_finished_ends_the_connection(serving):
         assert slow.recv(1000) in (b"", b"OK\n") and slow.recv(1000) == b""
 
 
-def test_who_has_left_is_not_decoded_for(serving, observations, monkeypatch):
-    """Both protocols; while one is answered, six ask and leave."""
+def test_requests_of_disconnected_clients_are_not_decoded(serving, observations, monkeypatch):
+    """Both protocols; six clients send a request and disconnect while another request is decoded."""
     (observation,) = observations(1)
     with serving(max_batch=1) as served:
         real, asked, gone = served.policy.predict, [], threading.Event()
@@ -273,7 +273,7 @@ def test_who_has_left_is_not_decoded_for(serving, observations, monkeypatch):
                 with contextlib.suppress(requests.Timeout):
                     body = json_numpy.dumps(openvla(observation) | {"instruction": "left"})
                     requests.post(served.http + "/act", data=body, timeout=0.1)
-            time.sleep(0.3)  # what they sent is on its way
+            time.sleep(0.3)  # until the requests have arrived
             until(lambda: served.app._active == 1)
             gone.set()
             assert "actions" in wire.from_msgpack(first.recv(timeout=20))
@@ -281,7 +281,7 @@ def test_who_has_left_is_not_decoded_for(serving, observations, monkeypatch):
         assert asked == ["first", "last"]
 
 
-def test_requests_that_come_before_the_answer_are_answered_in_turn(serving, observations):
+def test_pipelined_requests_are_answered_in_order(serving, observations):
     seen = observations(3)
     with serving() as served, connect(served.ws) as client:
         client.recv()
@@ -292,8 +292,8 @@ def test_requests_that_come_before_the_answer_are_answered_in_turn(serving, obse
             np.testing.assert_array_equal(actions, served.policy.predict_chunk(observation, "go"))
 
 
-def test_web_sites_have_no_business_here(serving, observations):
-    """A browser on this machine would let any page use a server that asks for no key."""
+def test_requests_of_web_sites_are_rejected(serving, observations):
+    """Otherwise, any web page in a browser on this machine could use a server without a key."""
     (observation,) = observations(1)
     with serving() as served:
         with pytest.raises(websockets.InvalidStatus):
@@ -304,7 +304,7 @@ def test_web_sites_have_no_business_here(serving, observations):
             assert "actions" in (client.recv(), ask(client, libero(observation)))[1]
 
 
-def test_a_strange_flag_is_no_reason_to_cut_a_connection(serving, observations):
+def test_an_invalid_option_does_not_end_the_connection(serving, observations):
     (observation,) = observations(1)
     with serving() as served, connect(served.ws) as client:
         client.recv()
@@ -337,7 +337,7 @@ def test_keys(serving, observations):
 
 
 def test_many_clients_at_once_are_decoded_together(serving, observations):
-    """64 of them, both protocols; everybody gets the answer to the own question."""
+    """64 clients with both protocols; each receives the response to its own request."""
     seen = observations(8)
     with serving() as served:
         wanted = [served.policy.predict_chunk(observation, "go") for observation in seen]
@@ -360,7 +360,7 @@ def test_many_clients_at_once_are_decoded_together(serving, observations):
     assert float(values["vla_connections"]) == 0 and float(values["vla_queue"]) == 0
 
 
-def test_a_full_queue_says_so_at_once(serving, observations, monkeypatch):
+def test_a_full_queue_is_reported_at_once(serving, observations, monkeypatch):
     (observation,) = observations(1)
     with serving(max_queue=2, max_batch=1) as served:
         real = served.policy.predict
@@ -383,8 +383,8 @@ VALUES = st.recursive(
 
 @settings(max_examples=60, deadline=5000, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(values=VALUES, raw=st.binary(max_size=64))
-def test_no_request_breaks_the_server(served_once, values, raw):
-    """Whatever is sent gets an answer in bounded time, and the next good request is answered, too."""
+def test_random_requests(served_once, values, raw):
+    """Every request receives a response in bounded time, and the next valid request is answered."""
     served, good = served_once
     with connect(served.ws + "/?errors=plain") as client:
         client.recv()
@@ -402,8 +402,8 @@ def served_once(serving, observations):
         yield served, observations(1)[0]
 
 
-def test_the_verb_answers_what_is_asked_before_it_goes(tiny, tmp_path, observations, start_vla):
-    """SIGTERM in the middle of requests: those in flight are answered, the port is free afterwards."""
+def test_the_verb_answers_pending_requests_before_it_exits(tiny, tmp_path, observations, start_vla):
+    """SIGTERM during requests: pending requests are answered, and the port is free afterwards."""
     checkpoint.save(*tiny, tmp_path / "policy")
     process = start_vla("serve", "--policy", tmp_path / "policy", "--port", 0)
     while "\n" not in process.said()[0] and process.poll() is None:
@@ -443,7 +443,7 @@ def test_tls(serving, observations, tmp_path):
         assert json_numpy.loads(reply.text).shape == (7,)
 
 
-def test_base64_that_is_none_is_refused(serving):
+def test_invalid_base64_is_rejected(serving):
     array = {"__numpy__": base64.b64encode(b"123").decode(), "dtype": "<f4", "shape": [2]}
     with serving() as served:
         reply = act(served.http, json.dumps({"image": array}).encode(), params={"errors": "plain"})

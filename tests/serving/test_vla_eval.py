@@ -1,4 +1,4 @@
-"""vla-eval's protocol: the frames of its own client are answered, chunks stay with their connection, errors say why."""
+"""vla-eval's protocol: messages of its own client, chunks per connection and episode, and errors."""
 
 import contextlib
 import dataclasses
@@ -36,7 +36,7 @@ STATE = np.zeros(7)
 
 
 class Client:
-    """The client's side, without vla-eval: messages with increasing `seq`."""
+    """vla-eval's client without vla-eval: messages with increasing `seq`."""
 
     def __init__(self, socket) -> None:
         self.socket, self.seq = socket, 0
@@ -87,8 +87,9 @@ def payload(observation: dict, task: str = "go", **change) -> dict:
     return {"images": images, "states": _encode(observation["agent_pos"]), "task_description": task} | change
 
 
-def test_the_stock_clients_frames(serving, tiny):
-    """PNG, JPEG and raw images; every action is that of `Policy.act`, and has the bytes of vla-eval's own server."""
+def test_recorded_messages_of_the_stock_client(serving, tiny):
+    """PNG, JPEG and raw images. Actions equal those of `Policy.act`, and replies have the bytes of vla-eval's
+    server."""
     policy = Policy(*tiny, n_action_steps=1)
     policy.reset("go")
     replies = []
@@ -123,7 +124,7 @@ def test_chunks_stay_with_their_connection_and_episode(serving, policy, observat
     monkeypatch.setattr(policy, "predict", lambda *arguments: (asked.append(arguments[1]), real(*arguments))[1])
     monkeypatch.setattr(policy, "for_key", lambda key: policy)
     with serving() as served, session(served) as a, session(served) as b:
-        for step in range(6):  # in turns: 2 chunks of 4 actions for each connection
+        for step in range(6):  # alternating: 2 chunks of 4 actions for each connection
             np.testing.assert_array_equal(a.act(payload(seen[step], "a")), expected["a"][step])
             np.testing.assert_array_equal(b.act(payload(seen[5 - step], "b")), expected["b"][step])
         assert len(asked) == 4
@@ -131,14 +132,14 @@ def test_chunks_stay_with_their_connection_and_episode(serving, policy, observat
         b.send("episode_start", {"task": {"name": "b"}})
         np.testing.assert_array_equal(b.act(payload(seen[3], "b")), fresh)
         a.act(payload(seen[0], "a"))
-        a.act(payload(seen[0], "another task"))  # not an action for the previous task
+        a.act(payload(seen[0], "another task"))  # not the next action for the previous task
         assert asked[-2:] == [["b"], ["another task"]]
         text = requests.get(served.http + "/metrics", timeout=20).text
         assert 'vla_request_seconds_count{protocol="vla-eval"} 15.0' in text
         assert "vla_inference_seconds_count 6.0" in text
 
 
-def test_errors_name_the_value_and_the_connection_goes_on(serving, observations):
+def test_errors_name_the_value_and_the_connection_stays_open(serving, observations):
     (observation,) = observations(1)
     good = payload(observation)
     front = observation["pixels"]["front"]
@@ -188,7 +189,7 @@ def test_errors_name_the_value_and_the_connection_goes_on(serving, observations)
     ],
     ids=["version 2", "no version", "no hello", "garbage"],
 )
-def test_a_client_of_another_protocol_is_told_why_it_is_disconnected(serving, frame, reason):
+def test_clients_of_other_protocols_are_disconnected_with_a_reason(serving, frame, reason):
     with serving() as served, connect(served.ws + "/vla-eval") as socket:
         socket.send(frame)
         with pytest.raises(websockets.ConnectionClosed) as closed:
@@ -196,14 +197,14 @@ def test_a_client_of_another_protocol_is_told_why_it_is_disconnected(serving, fr
         assert closed.value.rcvd.code == 1002 and reason in closed.value.rcvd.reason
 
 
-def test_at_another_address_it_is_told_the_right_one(serving, caplog):
+def test_the_error_at_another_address_names_the_right_one(serving, caplog):
     with serving() as served, connect(served.ws) as socket:
-        socket.recv(timeout=20)  # openpi's server speaks first
+        socket.recv(timeout=20)  # openpi's server sends the first message
         socket.send(GOLDEN["client"][0])
         assert "its address ends with /vla-eval" in socket.recv(timeout=20)
 
 
-def test_the_http_addresses_of_vla_evals_server(serving):
+def test_http_endpoints(serving):
     with serving(max_batch=8) as served:
         assert requests.get(served.http + "/health", timeout=20).json() == {"status": "ok"}
         assert requests.get(served.http + "/config", timeout=20).json()["config"] == {"max_batch_size": 8}
@@ -211,8 +212,8 @@ def test_the_http_addresses_of_vla_evals_server(serving):
         assert changed.status_code == 422 and "--max-batch" in changed.json()["errors"][0]
 
 
-def test_a_client_that_is_silent_for_a_minute_is_not_disconnected(serving):
-    """While vla-eval's client resets LIBERO, it answers no pings."""
+def test_a_client_may_be_silent_for_a_minute(serving):
+    """vla-eval's client does not answer pings while it resets LIBERO."""
     with serving() as served:
         assert settings(served.app, served.app.config).ws_ping_timeout >= 300
 
@@ -258,7 +259,7 @@ def test_the_action_spec_follows_from_the_robot(change, formats):
     assert sum(part["dims"] for part in spec.values()) == 7
 
 
-def test_the_hello_of_a_policy_for_libero():
+def test_hello_of_a_libero_policy():
     parts = {part["name"]: (part["dims"], part["format"]) for part in _observation_spec(LIBERO, ["agentview", "wrist"])}
     assert parts == {
         "agentview": (0, "rgb_hwc_uint8"),
@@ -272,7 +273,7 @@ def test_the_hello_of_a_policy_for_libero():
     assert _observation_params(blind) == {}
 
 
-def test_the_hello_names_the_clients_cameras(serving):
+def test_hello_contains_the_clients_camera_names(serving):
     keys = KeysConfig(images={"front": "images/agentview"})
     with serving(keys=keys) as served, connect(served.ws + "/vla-eval") as socket:
         client = Client(socket)

@@ -1,4 +1,4 @@
-"""Arrays on the wire: as their own packages write them, and nothing but arrays comes in."""
+"""Serialisation of arrays: compatible with the clients' packages, and restricted to numeric arrays."""
 
 import base64
 import contextlib
@@ -36,27 +36,27 @@ def same(a, b) -> bool:
 
 
 @given(TREES)
-def test_what_is_sent_comes_out_again(tree):
+def test_round_trip(tree):
     assert same(tree, wire.from_json(wire.to_json(tree)))
     assert same(tree, wire.from_msgpack(wire.to_msgpack(tree)))
 
 
 @given(NUMBERS)
-def test_json_is_json_numpys_own_both_ways(array):
+def test_json_is_compatible_with_json_numpy(array):
     assert json.loads(wire.to_json({"a": array})) == json.loads(json_numpy.dumps({"a": array}))
     assert same(array, wire.from_json(json_numpy.dumps(array)))
     assert same(array, np.array(json_numpy.loads(wire.to_json(array))))
 
 
-def test_numpys_scalars_are_arrays_without_axes_in_json_and_scalars_in_msgpack():
+def test_numpy_scalars():
     value = np.float32(0.5)
     assert json.loads(wire.to_json(value)) == json.loads(json_numpy.dumps(value))
     for back in (wire.from_json(wire.to_json(value)), wire.from_msgpack(wire.to_msgpack(value))):
         assert back == value and back.dtype == np.float32
 
 
-def test_msgpack_has_openpis_bytes():
-    """The bytes that openpi-client 0.1.2 writes for {"a": zeros(2, float32)}."""
+def test_msgpack_equals_openpis():
+    """The bytes in which openpi-client 0.1.2 encodes {"a": zeros(2, float32)}."""
     packed = wire.to_msgpack({"a": np.zeros(2, np.float32)})
     assert packed == (
         b"\x81\xa1a\x84\xc4\x0b__ndarray__\xc3\xc4\x04data\xc4\x08"
@@ -80,7 +80,7 @@ BAD = [
 
 
 @pytest.mark.parametrize("bad", BAD, ids=str)
-def test_nothing_but_arrays_of_numbers_of_the_size_they_say(bad):
+def test_arrays_that_are_not_numeric_or_have_another_size_are_rejected(bad):
     with pytest.raises(wire.WireError):
         wire.from_msgpack(msgpack.packb(bad))
     if b"__ndarray__" in bad:
@@ -93,17 +93,17 @@ def test_nothing_but_arrays_of_numbers_of_the_size_they_say(bad):
 
 @settings(max_examples=300)
 @given(st.binary(max_size=400) | TREES.map(wire.to_msgpack).flatmap(lambda b: st.just(b[: len(b) // 2] + b"\xc1")))
-def test_any_bytes_are_understood_or_refused(data):
+def test_random_bytes_are_read_or_rejected(data):
     for read in (wire.from_msgpack, wire.from_json):
         with contextlib.suppress(wire.WireError):
             read(data)
 
 
-def test_depth_and_size_bombs_are_refused():
+def test_deep_and_large_messages_are_rejected():
     for read, bomb in ((wire.from_json, b"[" * 100_000), (wire.from_msgpack, b"\x91" * 100_000)):
         with pytest.raises(wire.WireError):
             read(bomb)
     with pytest.raises(wire.WireError):
-        wire.from_msgpack(b"\xdd\xff\xff\xff\xff")  # says that it is a list of four thousand million entries
+        wire.from_msgpack(b"\xdd\xff\xff\xff\xff")  # declares a list with four billion entries
     with pytest.raises(wire.WireError):
         wire.from_msgpack(b"\x81\x80\x01")  # a map as a key of a map

@@ -1,4 +1,4 @@
-"""The adapter: environments of every layout, described by configuration alone, and what is said when that fails."""
+"""The adapter: environments with any layout, described by configuration, and its error messages."""
 
 import importlib.util
 import re
@@ -16,7 +16,7 @@ SIZE = 12
 
 
 class Odd(gym.Env):
-    """Knows nothing of this package. `layout` says how it observes; the picture is red at its top left corner."""
+    """An environment of another package. `layout` selects its observations; its image is red at the top left corner."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 25}  # noqa: RUF012  (Gymnasium's own convention)
 
@@ -72,7 +72,7 @@ class Odd(gym.Env):
 
 
 class Steps(Odd):
-    """The same with a discrete choice of actions."""
+    """The same with discrete actions."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -89,13 +89,13 @@ def make(layout="own", env_id="odd/Odd-v0", kwargs=None, **values):
 
 
 class Right:
-    """An expert of somebody else: it is called with (env, seed)."""
+    """An expert of another package; it is called with (env, seed)."""
 
     def __init__(self, env, seed):
         self.env, self.seed = env.unwrapped, seed
 
     def act(self):
-        return np.array([9.0, 0.0])  # beyond the limits
+        return np.array([9.0, 0.0])  # outside the limits
 
 
 @pytest.mark.parametrize(
@@ -125,11 +125,11 @@ def test_layouts(layout, images, state, expected):
     assert np.array_equal(repeated.get("agent_pos", 0), observation.get("agent_pos", 0))
 
 
-def test_a_flipped_camera_is_turned_by_half_a_turn_and_copied():
+def test_a_flipped_image_is_rotated_by_180_degrees_and_copied():
     env = make("one camera", images={"top": "pixels", "same": "pixels"}, flip=("top",))
     image = env.reset(seed=0)[0]["pixels"]
     assert image["top"][-1, -1, 0] == 255 and image["top"][0, 0, 0] == 0 and image["same"][0, 0, 0] == 255
-    env.unwrapped.picture[:] = 7  # the environment draws its next picture into the same memory
+    env.unwrapped.picture[:] = 7  # the environment reuses the memory of its image
     assert image["top"].max() == 255 and image["same"].max() == 255 and image["top"].flags["C_CONTIGUOUS"]
 
 
@@ -148,7 +148,7 @@ def test_actions_are_clipped_and_success_is_read():
 
 
 @pytest.mark.parametrize("env_id", ["vla/Reach-v0", "vla-metaworld/reach-v3"])
-def test_images_that_nobody_asks_for_are_not_rendered(env_id, monkeypatch):
+def test_unused_images_are_not_rendered(env_id, monkeypatch):
     import envs.render
 
     if "metaworld" in env_id:
@@ -191,7 +191,7 @@ def test_the_adapter_completes_the_robot():
     assert spec.action_names == ("x", "y") and spec.state_names == ("px", "py") and spec.control_hz == 5
     stated = {"state_names": ["a", "b"], "action_names": ["c", "d"], "cameras": ["elsewhere"]}
     assert make(kwargs={"robot": stated}).robot.state_names == ("a", "b")
-    # other entries than the environment names; an attribute `robot` that means something else
+    # Other entries than the environment's, and an attribute `robot` with another meaning.
     nested = make("nested", images={"top": "sensors.cam.rgb"}, state=("sensors.load",), kwargs={"robot": stated})
     assert nested.robot.state_names == ("state_0",) and nested.robot.action_names == ("c", "d")
     assert make(kwargs={"robot": object()}).robot.action_names == ("action_0", "action_1")
@@ -219,8 +219,8 @@ def test_an_expert_in_the_working_directory_is_found(tmp_path, monkeypatch):
     assert make(expert="my_own_expert:expert").make_expert(seed=5).seed == 5
 
 
-def test_the_working_directory_never_hides_what_is_installed(tmp_path, monkeypatch):
-    """Nor does a folder of recordings pass for the library that others look for under its name."""
+def test_the_working_directory_never_shadows_installed_packages(tmp_path, monkeypatch):
+    """A folder of recordings is not imported as a library of the same name either."""
     for name in ("colorsys.py", "my_world.py"):
         (tmp_path / name).write_text("raise ImportError('from the working directory')\n")
     (tmp_path / "datasets_of_mine").mkdir()
@@ -263,12 +263,12 @@ def test_the_working_directory_never_hides_what_is_installed(tmp_path, monkeypat
     ],
     ids=lambda value: re.sub(r"\W+", "-", str(value))[:40] if isinstance(value, dict) else "",
 )
-def test_a_wrong_description_is_explained(arguments, error, message):
+def test_invalid_adapters_are_explained(arguments, error, message):
     with pytest.raises(error, match=message):
         make(**arguments)
 
 
-def test_no_picture_from_render():
+def test_render_without_an_image():
     with pytest.raises(SimulatorError, match=r"render\(\) returned nothing.*render_mode: rgb_array"):
         make("goal", images={"top": "render()"}, state=(), kwargs={"render_mode": None})
 
@@ -277,15 +277,15 @@ def test_no_picture_from_render():
     ("values", "message"),
     [({"success": "score.solvd"}, "Did you mean 'score.solved'"), ({"kwargs": {"info": False}}, r"Valid: \(none\)")],
 )
-def test_a_wrong_success_path_shows_when_the_first_episode_ends(values, message):
+def test_a_wrong_success_path_is_reported_at_the_end_of_the_first_episode(values, message):
     env = make(max_steps=2, **values)
     env.reset(seed=0)
-    assert env.step(np.zeros(2))[4]["is_success"] is False  # many environments say so in the last step only
+    assert env.step(np.zeros(2))[4]["is_success"] is False  # many environments report success only in the last step
     with pytest.raises(SimulatorError, match=f"adapter.success.*{message}"):
         env.step(np.zeros(2))
 
 
-def test_an_environment_that_does_not_fit_is_closed(monkeypatch):
+def test_an_unsuitable_environment_is_closed(monkeypatch):
     closed = []
     monkeypatch.setattr(Odd, "close", lambda self: closed.append(True))
     with pytest.raises(SimulatorError):

@@ -1,4 +1,4 @@
-"""What an environment may legitimately return, by space, dtype and shape: taken as meant, or refused by name."""
+"""Return values of environments, by space, dtype and shape: read correctly or rejected with a reason."""
 
 import gymnasium as gym
 import numpy as np
@@ -17,7 +17,7 @@ ALPHA = np.dstack([RGB, np.full((16, 24), 9, np.uint8)])
 
 
 class World(gym.Env):
-    """Returns what it is given. `image` may be a function of the step."""
+    """Returns its arguments. `image` may be a function of the step."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012  (Gymnasium's own convention)
 
@@ -61,7 +61,7 @@ def refused(message: str):
 
 
 def check(act, expected):
-    """`act()` equals `expected`, or is refused with it as the message where that is a text."""
+    """Check that `act()` equals `expected`, or, if this is a string, raises an error that matches it."""
     if isinstance(expected, str):
         with refused(expected):
             act()
@@ -130,7 +130,7 @@ def test_images(image, space, expected):
     check(lambda: make(image=image, space=space).reset()[0]["pixels"]["top"], expected)
 
 
-def test_images_are_flipped_after_they_are_converted():
+def test_images_are_flipped_after_conversion():
     env = make({"flip": ("top",)}, image=RGB.transpose(2, 0, 1))
     np.testing.assert_array_equal(env.reset()[0]["pixels"]["top"], RGB[::-1, ::-1])
 
@@ -151,8 +151,8 @@ def test_a_camera_keeps_its_format(later, message):
         env.step(np.zeros(2))
 
 
-def test_what_floats_mean_is_not_guessed_frame_by_frame():
-    env = make(image=lambda step: RGB.astype(np.float32) * (step > 0))  # black at first
+def test_the_range_of_floats_is_not_inferred_from_each_frame():
+    env = make(image=lambda step: RGB.astype(np.float32) * (step > 0))  # the first image is black
     env.reset()
     with refused(r"must be in 0\.\.1, got 0 to 255"):
         env.step(np.zeros(2))
@@ -285,14 +285,14 @@ class Says:
         return self.action
 
 
-def test_a_vector_environment_is_refused():
+def test_a_vector_environment_is_rejected():
     gym.register("spaces/Batch-v0", lambda **_: gym.vector.SyncVectorEnv([World, World]))
     with refused("must inherit from the gymnasium.Env class.*SyncVectorEnv"):
         simulator.make("spaces/Batch-v0")
 
 
 @pytest.mark.parametrize("action", [0.5, [0.5], [[0.5, 0.5]], [0.5] * 3], ids=str)
-def test_an_action_of_another_shape_is_not_stretched_to_fit(action):
+def test_actions_are_not_broadcast(action):
     env = make()
     env.reset()
     with refused("shape"):
@@ -301,7 +301,7 @@ def test_an_action_of_another_shape_is_not_stretched_to_fit(action):
         env.step(np.float64(action))
 
 
-def test_an_action_that_is_no_number_is_not_executed():
+def test_actions_with_nan_are_rejected():
     env = make(actions=spaces.Box(-1, 1, (2,), np.int8))
     env.reset()
     with refused("action: not finite: action_1=nan"):
@@ -309,7 +309,7 @@ def test_an_action_that_is_no_number_is_not_executed():
     assert env.unwrapped.executed is None
 
 
-SUCCESS = {  # values of info["is_success"] at steps 0, 1, ...; ... : no such entry; the episode ends with the last
+SUCCESS = {  # values of info["is_success"] at steps 0, 1, ...; `...`: no such entry; the last value is at the end
     "bool": ([False, False, True], [False, False, True]),
     "numpy bool": ([np.False_, np.True_], [False, True]),
     "0-d array": ([np.array(False), np.array(True)], [False, True]),
@@ -339,7 +339,7 @@ def test_success(values, expected):
     def flags():
         infos = {step: {} if value is ... else {"is_success": value} for step, value in enumerate(values)}
         env = make({"instruction": "go", "max_steps": len(values) - 1}, infos=infos)
-        env.reset()  # an earlier episode says nothing about this one
+        env.reset()  # an earlier episode has no effect
         env.step(np.zeros(2)) if len(values) > 2 else None
         seen = [env.reset()[1]["is_success"]]
         return seen + [env.step(np.zeros(2))[4]["is_success"] for _ in values[1:]]
@@ -410,7 +410,7 @@ def test_rewards_and_ends(returned, expected):
     ],
     ids=["old Gym", "no info"],
 )
-def test_reset_of_another_api(reset, message):
+def test_reset_of_other_apis(reset, message):
     with refused(message):
         make(reset=reset)
 
@@ -422,7 +422,7 @@ def test_a_step_without_info():
         env.step(np.zeros(2))
 
 
-def test_an_episode_without_end_is_ended_where_the_environment_sets_no_limit(monkeypatch):
+def test_an_endless_episode_of_an_environment_without_a_limit_is_an_error(monkeypatch):
     from vla.simulation.pool import EnvServer
 
     monkeypatch.setattr(simulator, "LONGEST", 5)
@@ -436,8 +436,8 @@ def test_an_episode_without_end_is_ended_where_the_environment_sets_no_limit(mon
 
 
 @pytest.mark.parametrize("value", [np.array([1.0, 2.0]), {"a": 1}, True, None, 0.5], ids=str)
-def test_entries_of_info_that_mean_something_else_are_not_taken_for_ours(value):
-    """An arm's "target" may be a position; `reached` and `target` of this package are names or numbers of things."""
+def test_entries_of_info_with_other_meanings_are_ignored(value):
+    """`reached` and `target` of this package are names or indices; another package's "target" may be a position."""
     from vla.simulation.pool import EnvServer
 
     infos = {1: {"is_success": False, "reached": value, "target": value}}

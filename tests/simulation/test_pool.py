@@ -1,4 +1,4 @@
-"""The pool: a worker that fails is replaced, the others are not disturbed, and replies come as they complete."""
+"""The worker pool: failed workers are replaced without affecting others, and replies arrive as they complete."""
 
 import multiprocessing
 import time
@@ -28,7 +28,7 @@ def completed(workers: Pool, count: int) -> list[tuple[int, object]]:
     return replies
 
 
-def test_replies_come_as_they_complete():
+def test_replies_arrive_as_they_complete():
     with pool(2, delay=0.3) as workers:
         for slot in range(2):
             workers.submit(slot, ("reset", SLIDE, slot, False))
@@ -51,7 +51,7 @@ def test_a_worker_that_died_is_replaced_and_the_others_keep_their_episodes():
     assert not multiprocessing.active_children()
 
 
-def test_an_exception_costs_the_environment_but_not_the_worker():
+def test_an_exception_ends_the_environment_but_not_the_worker():
     with pool(1, raise_on=7) as workers:
         workers.exchange({0: ("reset", SLIDE, 7, False)})
         (child,) = multiprocessing.active_children()
@@ -71,7 +71,7 @@ def test_a_busy_worker_does_not_delay_the_end():
     assert time.monotonic() - start < 1 and not multiprocessing.active_children()
 
 
-def test_an_expert_needs_the_folder_of_the_caller(tmp_path):
+def test_experts_are_imported_from_the_callers_folder(tmp_path):
     server = ExpertServer(AdapterConfig(module="tests.pointworld"))
     tried = Attempt(0, 0, ENV_ID, 3, 0.0)
     assert server.answer(("attempt", tried, Recording(tmp_path, False, False))) == Outcome("kept", "", 7, True)
@@ -88,7 +88,7 @@ def test_an_expert_needs_the_folder_of_the_caller(tmp_path):
         (HostsConfig(backend="rey"), r"unknown backend 'rey'. Did you mean 'ray'"),
     ],
 )
-def test_hosts_that_make_no_sense(hosts, message, tmp_path):
+def test_invalid_hosts(hosts, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         configuration.check(CollectConfig(out=tmp_path, hosts=hosts))
         configuration.check(RolloutConfig(out=tmp_path, hosts=hosts))

@@ -1,4 +1,4 @@
-"""Ray as the host of the workers: the same results as with local processes, also when an actor is killed."""
+"""Ray as the host of the workers: same results as local processes, also if an actor is killed."""
 
 import signal
 import sys
@@ -21,7 +21,7 @@ RAY = HostsConfig(backend="ray")
 
 @pytest.fixture(scope="module", autouse=True)
 def ray():
-    """One cluster of this machine for all tests, because starting one takes seconds."""
+    """One local cluster for all tests, because starting one takes seconds."""
     ray = pytest.importorskip("ray")
     before = signal.getsignal(signal.SIGTERM)
     cluster = Actors(RAY, size=2)
@@ -45,7 +45,7 @@ def test_a_rollout_gives_the_same_results_even_when_an_actor_is_killed(tmp_path)
     assert died.exists()
 
 
-def test_a_dataset_is_the_same_file_for_file(tmp_path):
+def test_a_dataset_has_the_same_files(tmp_path):
     values = {"episodes": 4, "workers": 2, "kwargs": {"die_on": [2]}}
     local = collect(config(tmp_path / "local", **values))
     ray = collect(config(tmp_path / "ray", hosts=RAY, **values))
@@ -59,7 +59,7 @@ def test_a_cluster_that_is_too_small(tmp_path):
     assert not (tmp_path / "r").exists()
 
 
-def test_another_version_of_the_package_is_told(tmp_path, monkeypatch):
+def test_another_version_of_the_package_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(ray_hosts, "__version__", "9.9")
     with pytest.raises(ConfigError, match=r"a Ray worker cannot start .*vla \d.* on .*, but 9.9 is needed"):
         rollout(settings(tmp_path / "r", n_envs=1, hosts=RAY), Slider())

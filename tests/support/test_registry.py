@@ -1,4 +1,4 @@
-"""Members by name, and modules of a user that add to them."""
+"""Registries, and plugins that register members."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from vla.errors import ConfigError
 from vla.support.registry import Registry
 
 
-def test_members_are_found_by_name_and_names_are_unique():
+def test_names_are_unique_and_unknown_names_suggest_the_nearest():
     colours: Registry[int] = Registry("colour")
     assert colours.register("red")(1) == 1
     assert colours.get("red") == 1 and list(colours) == ["red"]

@@ -1,4 +1,4 @@
-"""Run folders: who may write into one, with which settings, and that no file in it is ever half written."""
+"""Run folders: ownership, settings, and atomic writes."""
 
 import dataclasses
 import json
@@ -27,12 +27,14 @@ def holds(path, **files):
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_an_empty_folder_is_claimed_and_knows_its_settings(tmp_path, resume):
+def test_an_empty_folder_is_claimed_with_its_settings(tmp_path, resume):
     for path in (tmp_path / "made" / "here", holds(tmp_path / "empty")):
         folder = folder_of(path, episodes=7, resume=resume)
         folder.claim(resume)
         found = configuration.load(CollectConfig, path / "run.yaml")
-        assert found == dataclasses.replace(folder.config, resume=False)  # the next process need not say --resume
+        assert found == dataclasses.replace(
+            folder.config, resume=False
+        )  # `resume` is not stored, so it is not needed next time
 
 
 def test_checking_writes_nothing(tmp_path):
@@ -42,7 +44,7 @@ def test_checking_writes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_a_foreign_folder_is_refused_and_left_as_it_is(tmp_path, resume):
+def test_unrelated_folders_are_rejected_and_unchanged(tmp_path, resume):
     path = holds(tmp_path / "mine", thesis_txt="300 pages", notes_txt="")
     with pytest.raises(ConfigError, match=r"mine contains unrelated files \(notes.txt\). Choose another --out"):
         folder_of(path).claim(resume)
@@ -51,7 +53,7 @@ def test_a_foreign_folder_is_refused_and_left_as_it_is(tmp_path, resume):
         folder_of(path / "thesis.txt").claim(resume)
 
 
-def test_settings_of_another_job_do_not_pass_for_ones_own(tmp_path):
+def test_settings_of_another_job_are_rejected(tmp_path):
     holds(tmp_path)
     configuration.dump(RolloutConfig(), tmp_path / "run.yaml")
     with pytest.raises(ConfigError, match=r"does not fit this job: .*unknown key 'policy'.*\)\. Choose"):
@@ -59,7 +61,7 @@ def test_settings_of_another_job_do_not_pass_for_ones_own(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "episodes: [", "episodes: 0", "unheard_of: 1", "\x00"])
-def test_unreadable_settings_are_one_clear_message(tmp_path, text):
+def test_unreadable_settings_are_one_message(tmp_path, text):
     path = holds(tmp_path / "run", run_yaml=text)
     for resume in (False, True):
         with pytest.raises(ConfigError, match=r"unrelated files \(run.yaml does not fit this job: (.|\n)*--out"):
@@ -67,13 +69,13 @@ def test_unreadable_settings_are_one_clear_message(tmp_path, text):
     assert (path / "run.yaml").read_text() == text
 
 
-def test_settings_that_are_not_text_are_one_clear_message(tmp_path):
+def test_binary_settings_are_one_message(tmp_path):
     (tmp_path / "run.yaml").write_bytes(b"\xff\xfe\x80")
     with pytest.raises(ConfigError, match=r"unrelated files \(run.yaml does not fit this job"):
         folder_of(tmp_path).claim(resume=True)
 
 
-def test_an_earlier_run_is_continued_only_when_asked(tmp_path):
+def test_an_earlier_run_is_continued_only_with_resume(tmp_path):
     folder_of(tmp_path).claim(resume=False)
     with pytest.raises(ConfigError, match=r"already contains a run\. Continue it with --resume, or choose another"):
         folder_of(tmp_path).claim(resume=False)
@@ -111,7 +113,7 @@ def test_settings_without_results_may_be_replaced(tmp_path):
         folder.check(resume=False, has_results=False)
 
 
-def test_settings_may_lie_deeper_and_have_their_own_remedy(tmp_path):
+def test_settings_in_a_subfolder_with_another_hint(tmp_path):
     folder = dataclasses.replace(folder_of(tmp_path), settings=".partial/run.yaml", remedy="give --fresh")
     folder.begin()
     other = dataclasses.replace(folder, config=dataclasses.replace(folder.config, seed=9))
@@ -128,25 +130,25 @@ def test_settings_may_lie_deeper_and_have_their_own_remedy(tmp_path):
         ('{"interrupted":true}', False),
         ('{"note": "\\"interrupted\\": true"}', True),
         ('{"per_task": {"interrupted": true}}', True),
-        ("[]", True),  # not ours, or damaged: not to be replaced
+        ("[]", True),  # of another program, or damaged: must not be replaced
         ('{"interrupted": tr', True),
     ],
 )
-def test_what_is_finished(tmp_path, text, finished):
+def test_is_finished(tmp_path, text, finished):
     if text is not None:
         (tmp_path / "results.json").write_text(text)
     assert RunFolder(tmp_path).is_finished("results.json") is finished
 
 
 @pytest.mark.parametrize("text", [None, "", "[1]", '{"a": '])
-def test_json_that_cannot_be_read_is_named(tmp_path, text):
+def test_unreadable_json_is_named(tmp_path, text):
     if text is not None:
         (tmp_path / "facts.json").write_text(text)
     with pytest.raises(ConfigError, match=r"facts\.json"):
         RunFolder(tmp_path).read_json("facts.json")
 
 
-def test_json_is_strict_and_makes_its_folder(tmp_path):
+def test_json_is_strict_and_creates_its_folder(tmp_path):
     folder = RunFolder(tmp_path / "out")
     folder.write_json("facts.json", {"a": (1.5, math.nan), "b": {"c": -math.inf, "d": [True, None, "NaN"]}})
 
@@ -157,17 +159,17 @@ def test_json_is_strict_and_makes_its_folder(tmp_path):
     assert found == {"a": [1.5, None], "b": {"c": None, "d": [True, None, "NaN"]}} == folder.read_json("facts.json")
 
 
-def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+def test_a_failed_write_keeps_the_old_file(tmp_path):
     write_json(tmp_path / "a.json", {"old": 1})
     with pytest.raises(TypeError, match="not JSON serializable"):
         write_json(tmp_path / "a.json", {"new": object()})
-    with pytest.raises(UnicodeEncodeError):  # half of the text is encoded and written when the other half fails
+    with pytest.raises(UnicodeEncodeError):  # the first half is written before the second half fails to encode
         write_text(tmp_path / "a.json", "x" * 100_000 + "\ud800")
     assert json.loads((tmp_path / "a.json").read_text()) == {"old": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_a_process_killed_while_it_writes_leaves_the_old_file_and_a_folder_that_can_be_claimed(tmp_path):
+def test_a_process_killed_during_a_write_keeps_the_old_file(tmp_path):
     write_json(tmp_path / "a.json", {"old": 1})
     program = (
         "import pathlib, sys\n"
@@ -187,6 +189,6 @@ def test_a_process_killed_while_it_writes_leaves_the_old_file_and_a_folder_that_
         assert json.loads((tmp_path / "a.json").read_text()).keys() <= {"old", "new"}
     (tmp_path / "a.json").unlink()
     (tmp_path / ".a.json.part").write_text('{"ne')
-    (tmp_path / "run.partial").write_text("epi")  # of the settings
+    (tmp_path / "run.partial").write_text("epi")  # a leftover of writing the settings
     assert RunFolder(tmp_path).entries() == set()
     folder_of(tmp_path).claim(resume=False)

@@ -1,4 +1,4 @@
-"""Action tokenizers: round trip within half a bin, ids in range, OpenVLA's golden values."""
+"""Bins: round trips within half a bin, valid ids, and OpenVLA's published values."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def test_openvla_round_trip_within_half_a_bin(chunk):
 
 
 def test_openvla_golden_values():
-    """Values of the published tokenizer: vocabulary 32000, ids 31999 (a = -1) down to 31744 (a = 1), 0 at 31872."""
+    """Values of the published tokenizer: vocabulary 32000, ids 31999 (a = -1) to 31744 (a = 1), 0 at 31872."""
     tokenizer, begin = OpenVLABins(1, 4), 32000 - 256
     ids = tokenizer.encode(np.array([[-1.0, 0.0, 1.0, 2.0]])) + begin
     assert ids.tolist() == [31999, 31872, 31744, 31744]
@@ -51,7 +51,7 @@ def test_openvla_equals_its_published_formula_everywhere():
     np.testing.assert_allclose(tokenizer.decode(ids - 31744), expected, atol=1e-7)
 
 
-def test_inactive_dimensions_cost_no_tokens():
+def test_inactive_dimensions_have_no_tokens():
     tokenizer = UniformBins(2, 7, 63, active=[0, 1, 2, 6])
     chunk = np.random.default_rng(0).uniform(-1, 1, (2, 7))
     ids = tokenizer.encode(chunk)
@@ -60,12 +60,12 @@ def test_inactive_dimensions_cost_no_tokens():
     assert tokenizer.token_mask(ids, np.array([True, False])).tolist() == [True] * 4 + [False] * 4
 
 
-def test_odd_bins_hold_still_exactly():
+def test_an_odd_number_of_bins_represents_0_exactly():
     tokenizer = UniformBins(1, 3, 63)
     assert (tokenizer.decode(tokenizer.encode(np.zeros((1, 3)))) == 0).all()
 
 
-def test_quantile_bins_are_fine_where_actions_are_frequent():
+def test_quantile_bins_are_narrow_for_frequent_actions():
     rng = np.random.default_rng(0)
     values = np.clip(rng.normal(0, 0.1, (5000, 2)), -1, 1)
     tokenizer = QuantileBins.fit(values, horizon=1, n_bins=32)
@@ -86,7 +86,7 @@ def test_a_stored_tokenizer_is_rebuilt_equal(tokenizer):
     np.testing.assert_array_equal(again.decode(again.encode(chunk)), tokenizer.decode(tokenizer.encode(chunk)))
 
 
-def test_centres_are_what_ids_decode_to():
+def test_centres_are_the_decoded_values():
     tokenizer = OpenVLABins(1, 2)
     for row in (0, 17, 255):
         assert tokenizer.centres()[1, row] == tokenizer.decode(np.array([row, row]))[0, 1]

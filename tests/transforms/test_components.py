@@ -1,4 +1,4 @@
-"""Principal components: optimal patterns, sequences from coarse to fine, and decoding that stops at a deadline."""
+"""Principal components: optimal patterns, ordered sequences, and decoding with a deadline."""
 
 import dataclasses
 import time
@@ -19,7 +19,7 @@ H = 8
 
 @pytest.fixture(scope="module")
 def actions() -> np.ndarray:
-    """Slow sine waves in two dimensions, the third constant, and a little noise."""
+    """Slow sine waves in two dimensions with a little noise, and a constant third dimension."""
     rng, time = np.random.default_rng(0), np.arange(2000)[:, None]
     waves = np.sin(time / [7.0, 13.0, 1.0] + [0, 1, 2]) * [0.9, 0.4, 0.0]
     return np.clip(waves + rng.normal(0, 0.003, waves.shape), -1, 1)
@@ -34,7 +34,7 @@ def windows(actions: np.ndarray) -> np.ndarray:
     return np.stack([actions[i : i + H] for i in range(0, len(actions) - H, 11)])
 
 
-def test_patterns_are_the_singular_vectors_and_as_few_as_needed(actions, tokenizer):
+def test_patterns_are_the_first_singular_vectors(actions, tokenizer):
     steps = np.minimum(np.arange(len(actions))[:, None] + np.arange(H), len(actions) - 1)
     chunks = actions[steps][..., [0, 1]].reshape(-1, 2 * H)
     _, values, right = np.linalg.svd(chunks - chunks.mean(0), full_matrices=False)
@@ -50,13 +50,13 @@ def test_each_token_adds_detail(actions, tokenizer):
     errors = [np.mean((tokenizer.decode(ids[:, :n]) - chunks)[..., :2] ** 2) ** 0.5 for n in range(1, ids.shape[1] + 1)]
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.05 < 0.2 < errors[0]
     used = np.ptp(ids, axis=0)
-    assert used[0] > 2 * used[-1]  # one step for all coefficients: the later ones are smaller
+    assert used[0] > 2 * used[-1]  # all coefficients have the same step, and later ones are smaller
     for bad in (ids[:, :0], np.concatenate([ids, ids[:, :1]], axis=1)):
         with pytest.raises(ValueError, match="a chunk has"):
             tokenizer.decode(bad)
 
 
-def test_what_does_not_fit_is_refused(actions):
+def test_invalid_arguments_are_rejected(actions):
     with pytest.raises(ConfigError, match="odd number of bins, at least 3, got 254"):
         Components.fit(actions, H, 254)
     with pytest.raises(ValueError, match=r"chunks have 4 values, got a mean of \(3,\)"):
@@ -90,7 +90,7 @@ def test_the_first_tokens_give_a_whole_chunk(trained, observations, temperature)
 
 
 def test_decoding_stops_at_the_deadline(trained, observations, monkeypatch):
-    """A clock that advances 10 ms whenever somebody looks: at 45 ms, decoding stops; at 1 µs, after one token."""
+    """The clock advances 10 ms at each call. Decoding stops at 45 ms; with a deadline of 1 µs, after one token."""
     ticks = iter(range(10_000))
     monkeypatch.setattr(time, "time", lambda: next(ticks) / 100)
     whole = Policy(*trained).predict(observations(1), ["reach"])
@@ -102,6 +102,6 @@ def test_decoding_stops_at_the_deadline(trained, observations, monkeypatch):
 
 
 @pytest.mark.parametrize("values", [{"max_tokens": 3}, {"deadline_ms": 10.0}])
-def test_tokens_of_single_entries_have_no_deadline(nano, values):
+def test_other_tokenizers_have_no_deadline(nano, values):
     with pytest.raises(ConfigError, match="whole chunk, such as 'pca'; this policy has 'uniform'"):
         Policy(*nano, decoding=DecodingConfig(**values))

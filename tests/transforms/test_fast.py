@@ -1,4 +1,4 @@
-"""FAST: the published maths, and what no sequence of it can do."""
+"""FAST: the published transform, and valid sequences."""
 
 import numpy as np
 import pytest
@@ -32,8 +32,8 @@ def test_the_transform_is_the_published_one(horizon):
     assert_allclose(dct_matrix(horizon) @ dct_matrix(horizon).T, np.eye(horizon), atol=1e-12)
 
 
-def test_coefficients_come_lowest_frequency_first(tokenizer):
-    """Golden: one wave of the lowest frequency in one dimension is one coefficient that is not 0."""
+def test_coefficients_are_ordered_by_frequency(tokenizer):
+    """A wave with the lowest frequency in one dimension has one nonzero coefficient."""
     chunk = np.zeros((16, 3))
     chunk[:, 1] = 0.8
     ids = tokenizer.encode(chunk)
@@ -42,7 +42,7 @@ def test_coefficients_come_lowest_frequency_first(tokenizer):
     assert_allclose(tokenizer.decode(ids), chunk, atol=1e-6)
 
 
-def test_the_error_is_that_of_rounded_coefficients(tokenizer):
+def test_the_error_is_that_of_rounding_the_coefficients(tokenizer):
     chunks = smooth(np.random.default_rng(2), 200, 16)
     decoded = tokenizer.decode(tokenizer.encode(chunks))
     coefficients = np.rint(10 * dct_matrix(16) @ chunks) / 10
@@ -59,7 +59,7 @@ def test_smooth_chunks_are_short(tokenizer):
 def test_every_chunk_has_a_sequence_and_every_sequence_a_chunk(seed):
     rng = np.random.default_rng(seed)
     tokenizer = Fast.fit(rng.uniform(-1, 1, (60, 2)), 3, 60)
-    corners = rng.choice([-1.0, 1.0], (8, 3, 2))  # the largest coefficients
+    corners = rng.choice([-1.0, 1.0], (8, 3, 2))  # these have the largest coefficients
     assert np.abs(tokenizer.decode(tokenizer.encode(corners)) - corners).max() < 0.2
     ids = np.zeros((8, 0), np.int64)
     while ids.shape[1] < tokenizer.max_tokens:
@@ -68,7 +68,7 @@ def test_every_chunk_has_a_sequence_and_every_sequence_a_chunk(seed):
     assert np.isfinite(tokenizer.decode(ids)).all()
 
 
-def test_a_sequence_with_too_few_or_too_many_coefficients_is_refused(tokenizer):
+def test_sequences_with_too_few_or_too_many_coefficients_are_rejected(tokenizer):
     ids = tokenizer.encode(np.zeros((16, 3)))
     length = int((ids != tokenizer.end).sum())
     early = ids.copy()
@@ -79,7 +79,7 @@ def test_a_sequence_with_too_few_or_too_many_coefficients_is_refused(tokenizer):
         tokenizer.decode(np.concatenate([ids[:length], [0], ids[length + 1 :]]))
 
 
-def test_what_cannot_be_a_tokenizer():
+def test_invalid_arguments():
     values = Fast.fit(np.random.default_rng(0).uniform(-1, 1, (100, 2)), 4).to_dict()
     assert_array_equal(build(values).encode(np.full((4, 2), 0.3)), build(values).encode(np.full((4, 2), 0.3)))
     for change, message in (

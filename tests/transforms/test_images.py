@@ -1,4 +1,4 @@
-"""Resizing and augmentation: the pixels that training and serving share."""
+"""Resizing and augmentation of images."""
 
 import dataclasses
 
@@ -45,14 +45,14 @@ def test_every_transform_keeps_a_flat_image(name, shape):
 
 @pytest.mark.parametrize("shape", [(256, 256), (480, 640), (120, 200), (224, 300)])
 def test_lanczos_is_the_usual_filter(shape):
-    """Pillow computes the same filter in integers, and rounds between the two axes."""
+    """Pillow computes the same filter with integers, and rounds between the two axes."""
     image = picture(*shape) // 2 + 50
     theirs = np.asarray(PIL.Image.fromarray(image).resize((224, 224), PIL.Image.Resampling.LANCZOS))
     assert np.abs(lanczos(image, 224).astype(int) - theirs).max() <= 1
 
 
-def test_the_centre_crop_samples_the_corners_of_nine_tenths_of_the_area():
-    """As `tf.image.crop_and_resize` with the box of OpenVLA's evaluation, and its conversion to bytes."""
+def test_the_centre_crop_covers_90_percent_of_the_area():
+    """Equal to `tf.image.crop_and_resize` with the box of OpenVLA's evaluation, and its conversion to uint8."""
     image, size, half = picture(224, 224), 224, (1 - 0.9**0.5) / 2
     cropped = lanczos_crop(image, size)
     for row, column in ((0, 0), (0, 223), (100, 37), (223, 223)):
@@ -68,7 +68,7 @@ def test_no_augmentation_is_the_identity():
     np.testing.assert_array_equal(augment(images, NONE, np.random.default_rng(0)), images)
 
 
-def test_a_shift_moves_each_camera_by_itself_and_repeats_the_edge():
+def test_cameras_are_shifted_independently_with_repeated_edges():
     image = np.zeros((20, 20, 3), np.uint8)
     image[9:11, 9:11] = 255
     places = set()
@@ -76,7 +76,7 @@ def test_a_shift_moves_each_camera_by_itself_and_repeats_the_edge():
         shifted = augment(np.stack([image] * 2), dataclasses.replace(NONE, shift=0.1), np.random.default_rng(seed))
         rows, columns = zip(*(np.argwhere(camera[..., 0]).min(0) for camera in shifted), strict=True)
         assert max(abs(place - 9) for place in rows + columns) <= 2
-        assert (shifted > 0).sum() == 2 * 4 * 3  # nothing is lost or added
+        assert (shifted > 0).sum() == 2 * 4 * 3  # no pixel is lost or added
         places.add((rows[0], columns[0]) == (rows[1], columns[1]))
     assert False in places
 
@@ -85,7 +85,7 @@ def test_a_shift_moves_each_camera_by_itself_and_repeats_the_edge():
 def test_colour_jitter_is_one_map_for_all_cameras(name):
     config, change = dataclasses.replace(NONE, **{name: 0.3}), []
     for seed in range(8):
-        image = picture(12, 12, seed) // 2 + 60  # far from black and white, so that nothing is clipped
+        image = picture(12, 12, seed) // 2 + 60  # far from black and white, to avoid clipping
         first, second = augment(np.stack([image, image[::-1]]), config, np.random.default_rng(seed)).astype(float)
         np.testing.assert_array_equal(first, second[::-1])
         pixels = image.astype(float)

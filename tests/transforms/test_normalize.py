@@ -1,4 +1,4 @@
-"""Normalisation: exact statistics, mirror pair, dimensions that never or hardly ever move."""
+"""Normalisation: exact statistics, inverse functions, and dimensions that are constant or rarely move."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ def test_statistics_are_exact_quantiles():
     values = np.random.default_rng(0).normal(size=(997, 3))
     stats = compute_statistics(values)
     ordered = np.sort(values, axis=0)
-    position = 0.01 * (len(values) - 1)  # linear interpolation between order statistics, by hand
+    position = 0.01 * (len(values) - 1)  # linear interpolation between order statistics
     low = int(position)
     expected = ordered[low] + (position - low) * (ordered[low + 1] - ordered[low])
     np.testing.assert_allclose(stats["q01"], expected, rtol=1e-12)
@@ -42,7 +42,7 @@ def test_quantiles_map_to_minus_one_and_one():
     np.testing.assert_allclose(normalizer.normalize(quantiles), [[-1, -1], [1, 1]], atol=1e-6)
 
 
-def test_constant_dimension_costs_nothing_and_returns_its_constant():
+def test_a_constant_dimension_returns_its_constant():
     values = np.random.default_rng(0).normal(size=(100, 2))
     values[:, 1] = 0.3
     normalizer = Normalizer.from_statistics(compute_statistics(values))
@@ -51,16 +51,17 @@ def test_constant_dimension_costs_nothing_and_returns_its_constant():
     np.testing.assert_allclose(normalizer.unnormalize(np.array([[0.5, 0.9]]))[0, 1], 0.3, rtol=1e-6)
 
 
-def test_rarely_moving_dimension_does_not_blow_up():
-    """A dimension that moves in 0.5 % of the frames has q99 == q01; dividing by that is how policies explode."""
+def test_a_dimension_that_rarely_moves():
+    """If a dimension moves in 0.5 % of the frames, q99 equals q01. Dividing by their difference would give huge
+    values."""
     values = np.zeros((1000, 1))
     values[:5] = 1.0
     normalizer = Normalizer.from_statistics(compute_statistics(values))
     np.testing.assert_allclose(normalizer.normalize(np.array([[0.0], [1.0]])), [[-1], [1]])
 
 
-def test_a_constant_with_accidents_stays_constant():
-    """Entries that move in less than one frame of a thousand are left out of the tokens."""
+def test_a_dimension_that_almost_never_moves_is_constant():
+    """Dimensions that move in less than one of a thousand frames have no tokens."""
     values = np.full((5000, 1), 0.2)
     values[:3] = 1.0
     normalizer = Normalizer.from_statistics(compute_statistics(values))
@@ -87,7 +88,7 @@ def test_bad_values_are_named():
 
 
 def test_statistics_without_a_median_are_used_as_openvla_uses_them():
-    """Also where the quantiles nearly coincide: OpenVLA has no exception for such entries."""
+    """Also if the quantiles nearly coincide: OpenVLA has no exception for such entries."""
     theirs = {"q01": [-0.5, 0.0, 0.1, 0.0], "q99": [1.5, 1e-6, 0.1, 1.0], "mean": [0.0] * 4}
     normalizer = Normalizer.from_statistics(theirs, mask=[True, True, True, False])
     tokens = np.array([[-1.0] * 4, [0.5] * 4, [1.0] * 4])

@@ -1,4 +1,4 @@
-"""B-splines: the basis, and the curves that are kept exactly."""
+"""B-splines: the basis, and curves that are represented exactly."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def test_four_points_are_the_bernstein_polynomials():
     assert_allclose(basis(9, 4, DEGREE), expected, atol=1e-12)
 
 
-def test_a_cubic_motion_is_kept_and_begins_where_it_began():
+def test_a_cubic_motion_is_represented_exactly():
     time = np.linspace(0, 1, 16)[:, None]
     chunk = np.concatenate([0.7 - 1.2 * time + 0.9 * time**3, -0.4 + 0 * time], axis=1)
     tokenizer = Splines(16, 2, 255, 6)
@@ -35,15 +35,15 @@ def test_a_cubic_motion_is_kept_and_begins_where_it_began():
     assert np.abs(decoded[0] - chunk[0]).max() <= 1.5 / 255 + 1e-6
 
 
-def test_as_many_points_as_actions_lose_nothing_but_bins():
-    chunks = np.random.default_rng(0).uniform(-0.15, 0.15, (50, 5, 2))  # the control points stay inside
+def test_as_many_points_as_actions_have_only_the_error_of_bins():
+    chunks = np.random.default_rng(0).uniform(-0.15, 0.15, (50, 5, 2))  # the control points stay in range
     tokenizer = Splines(5, 2, 255, 5)
     assert np.abs(tokenizer.decode(tokenizer.encode(chunks)) - chunks).max() < 0.02
     with pytest.raises(ValueError, match="n_points must be between 1 and the horizon 5, got 6"):
         Splines(5, 2, 255, 6)
 
 
-def test_a_gripper_stays_a_switch():
+def test_a_gripper_is_piecewise_constant():
     rng = np.random.default_rng(0)
     actions = np.stack([np.sin(np.arange(400) / 9), np.repeat(rng.choice([-1.0, 1.0], 50), 8)], axis=1)
     tokenizer = Splines.fit(actions, 8)
