@@ -47,8 +47,8 @@ def at(controller: Controller, tick: int, do) -> None:
     """Call `do` once, at the control step `tick` or, if that was skipped, at the next one."""
     waiting = [do]
 
-    def listen(moment) -> None:
-        if moment.tick >= tick and waiting:
+    def listen(event) -> None:
+        if event.tick >= tick and waiting:
             waiting.pop()()
 
     controller.listeners.append(listen)
@@ -58,7 +58,7 @@ def at(controller: Controller, tick: int, do) -> None:
 def safe_and_on_time(record_property):
     """`safe_and_on_time(bench, policy, record, seconds)`: every command is finite and in range, and none is missing."""
 
-    def judge(bench: Bench, policy: Policy, record: dict, seconds: float) -> None:
+    def check(bench: Bench, policy: Policy, record: dict, seconds: float) -> None:
         for name in ("commands", "missed", "lateness_ms"):  # for scripts/bench_faults
             record_property(name, record[name])
         actions = np.stack([action for _, action in bench.commands])
@@ -69,4 +69,4 @@ def safe_and_on_time(record_property):
         # A busy machine may be late occasionally; the fault must not cause delays.
         assert record["commands"] >= 0.9 * seconds * HZ and record["missed"] <= 0.1 * seconds * HZ
 
-    return judge
+    return check

@@ -74,9 +74,9 @@ class Slide(gym.Env):
         return self._see(), float(info["is_success"]), self.stop and info["is_success"], False, info
 
     def _see(self):
-        picture = np.full((SIZE, SIZE, 3), 40, np.uint8)
-        picture[:, self.column] = 255
-        return {"pixels": {"front": picture}, "agent_pos": np.array([self.x], np.float32)}
+        image = np.full((SIZE, SIZE, 3), 40, np.uint8)
+        image[:, self.column] = 255
+        return {"pixels": {"front": image}, "agent_pos": np.array([self.x], np.float32)}
 
     def _say(self):
         reached = 0 if self.x > 0.05 else 1 if self.x < -0.05 else -1

@@ -65,7 +65,7 @@ def test_an_unknown_verb_suggests_the_nearest(capsys):
 @pytest.mark.parametrize(
     ("verb", "old", "new"), [("deploy", "--seam", "--transition"), ("train", "--committed", "--prefix")]
 )
-def test_a_renamed_flag_is_refused_with_its_new_name(verb, old, new, capsys):
+def test_a_renamed_flag_is_rejected_with_its_new_name(verb, old, new, capsys):
     assert main([verb, old, "1"]) == 2
     assert f"{old} is now called {new}." in capsys.readouterr().err
 
@@ -82,7 +82,7 @@ def test_a_renamed_flag_is_refused_with_its_new_name(verb, old, new, capsys):
         ("collect --keep al", "unknown keep 'al'. Did you mean 'all'?"),
     ],
 )
-def test_a_wrong_flag_or_choice_is_told_with_the_nearest(arguments, message, capsys):
+def test_a_wrong_flag_or_choice_suggests_the_nearest(arguments, message, capsys):
     assert main(arguments.split()) == 2
     assert message in capsys.readouterr().err
 

@@ -132,7 +132,7 @@ def test_encoded_chunks_are_permitted(name, seed, horizon, held):
     assert np.array_equal(learned.any(-1), valid.any(-1))
 
 
-def test_a_malformed_sequence_is_refused():
+def test_a_malformed_sequence_is_rejected():
     tokenizer = build({"name": "hold-last", "horizon": 2, "action_dim": 2, "n_bins": 3})
     assert tokenizer.decode(np.array([0, 2, 3, 3])).tolist() == [[-1, 1], [-1, 1]]
     for ids, place in (([3, 3, 3, 3], 0), ([0, 3, 3, 3], 1), ([0, 2, 3, 1], 3)):
@@ -372,7 +372,7 @@ def test_tokens_after_the_end_are_not_in_the_loss(held):
     assert len(_summarise(only, np.array([0]))["free_running_error"]["by_position"]) == 3
 
 
-def test_a_plugin_trains_and_its_checkpoint_names_what_it_needs(robot, dataset, tmp_path, start_vla, observations):
+def test_a_plugin_is_trained_and_its_checkpoint_names_it(robot, dataset, tmp_path, start_vla, observations):
     (tmp_path / "hold_last.py").write_text(HOLD_LAST)
     demos = dataset("squares", robot, episodes=3)
     flags = ["--data", demos, "--out", "run", "--backbone", "tiny-init", "--steps", 2]

@@ -36,13 +36,13 @@ def test_a_fault_leaves_the_last_seconds_on_disk(tmp_path):
     box.close()
     (path,) = box.files
     assert path.name.endswith("-stale-observation.zip") and path.parent == tmp_path / "box"
-    ticks, pictures = read(path)
+    ticks, images = read(path)
     assert [tick["tick"] for tick in ticks] == list(range(22, 52))  # three seconds at ten steps per second
     assert ticks[-1]["reasons"] == ["stale observation"] and ticks[-2]["decoding"]["ids"] == [4, 5]
     assert ticks[-1]["state"] == [51.0, 0.5] and ticks[-1]["command"] == pytest.approx([0.1, 51])
     for tick in ticks:
         for name in tick["images"].values():
-            assert abs(int(pictures[name][8, 8, 2]) - tick["tick"]) < 8  # the red channel of the recorded image
+            assert abs(int(images[name][8, 8, 2]) - tick["tick"]) < 8  # the red channel of the recorded image
 
 
 def test_no_file_without_a_fault(tmp_path):
@@ -85,8 +85,8 @@ def test_images_are_kept_as_long_as_their_steps(tmp_path):
         box.add(seen)
     box.add(step(60, ("missing camera",)))
     box.close()
-    ticks, pictures = read(box.files[0])  # reads every image that a step refers to
-    assert len(ticks) == 30 and len(pictures) == 59
+    ticks, images = read(box.files[0])  # reads every image that a step refers to
+    assert len(ticks) == 30 and len(images) == 59
 
 
 def test_errors_do_not_affect_later_recordings(tmp_path):

@@ -78,7 +78,7 @@ def test_steps_on_hold_do_not_age_a_chunk(policy, driver, monkeypatch, max_age_s
     """Chunks of four actions arrive 0.13 s after their image, while the robot moves or holds. A chunk is continued
     after the actions that were executed since its image; if the image is too old, at the action for the current
     step."""
-    real, count, moments = policy.predict, [0], []
+    real, count, events = policy.predict, [0], []
 
     def late(*arguments):
         prediction = real(*arguments)
@@ -92,16 +92,16 @@ def test_steps_on_hold_do_not_age_a_chunk(policy, driver, monkeypatch, max_age_s
     config = ControlConfig(hz=20.0, transition="switch", safety=SafetyConfig(max_age_s=max_age_s))
     with Controller(driver, policy, config) as controller:
         monkeypatch.setattr(policy, "predict", late)
-        controller.listeners.append(moments.append)
+        controller.listeners.append(events.append)
         record = controller.run("reach", seconds=2.0)
-    said = {moment.tick: int(np.rint(1000 * moment.command[0])) for moment in moments}
-    arrivals = [moment for moment in moments if moment.decoding]
+    sent = {event.tick: int(np.rint(1000 * event.command[0])) for event in events}
+    arrivals = [event for event in events if event.decoding]
     assert len(arrivals) >= 4 and record["interventions"]["no chunk yet"] >= 2
-    for number, moment in enumerate(arrivals, 1):
-        now, asked = moment.tick, moment.decoding["asked"]
+    for number, event in enumerate(arrivals, 1):
+        now, asked = event.tick, event.decoding["asked"]
         ticks = range(asked, now)
-        place = sum(said[tick] > 0 for tick in ticks if tick in said) if waits else len(ticks)
-        assert said[now] == (10 * number + place if place < 4 else 0)
+        place = sum(sent[tick] > 0 for tick in ticks if tick in sent) if waits else len(ticks)
+        assert sent[now] == (10 * number + place if place < 4 else 0)
 
 
 def handing_over(policy, driver, monkeypatch, pauses, fails_after=None):
@@ -123,22 +123,22 @@ def handing_over(policy, driver, monkeypatch, pauses, fails_after=None):
     monkeypatch.setattr(policy, "predict", predict)
 
 
-def said(moments) -> dict[int, int]:
+def executed(events) -> dict[int, int]:
     """The executed actions: control step -> 10 x the number of the chunk + the position of the action."""
-    return {moment.tick: int(np.rint(1000 * moment.command[0])) for moment in moments}
+    return {event.tick: int(np.rint(1000 * event.command[0])) for event in events}
 
 
 def test_actions_are_executed_while_the_chunk_is_decoded(policy, driver, monkeypatch):
     """Decoding takes 45 ms per action and 0.18 s per chunk. Each action is executed as soon as it is decoded, and uses
     the newest possible image."""
-    moments = []
+    events = []
     with Controller(driver, policy, ControlConfig(hz=10.0)) as controller:
         handing_over(policy, driver, monkeypatch, [0.045] * 4)
-        controller.listeners.append(moments.append)
+        controller.listeners.append(events.append)
         record = controller.run("reach", seconds=2.0)
-    whole = {moment.decoding["asked"]: moment.tick for moment in moments if moment.decoding}
+    whole = {event.decoding["asked"]: event.tick for event in events if event.decoding}
     assert len(whole) >= 4 and record["late_actions"] == 0 and record["errors"] == []
-    sent = said(moments)
+    sent = executed(events)
     for number, (asked, complete) in enumerate(whole.items(), 1):
         assert complete > asked  # the last action was decoded after others had been executed
         assert [sent[tick] for tick in range(asked, complete + 1)] == [
@@ -149,12 +149,12 @@ def test_actions_are_executed_while_the_chunk_is_decoded(policy, driver, monkeyp
 
 def test_an_aborted_chunk_leaves_the_previous_plan(policy, driver, monkeypatch):
     """The second chunk is aborted after its first action."""
-    policy.n_action_steps, moments = 2, []
+    policy.n_action_steps, events = 2, []
     with Controller(driver, policy, ControlConfig(hz=10.0)) as controller:
         handing_over(policy, driver, monkeypatch, [0.02, 0.09, 0.02, 0.02], fails_after=2)
-        controller.listeners.append(moments.append)
+        controller.listeners.append(events.append)
         record = controller.run("reach", seconds=1.5)
-    sent = list(said(moments).values())
+    sent = list(executed(events).values())
     assert len(record["errors"]) == 1 and "out of memory" in record["errors"][0]
     second = sent.index(20)
     assert sent[second - 2 : second + 2] == [10, 11, 20, 13]
@@ -165,13 +165,13 @@ def test_an_aborted_chunk_leaves_the_previous_plan(policy, driver, monkeypatch):
 def test_slowly_decoded_actions_are_all_executed(policy, driver, monkeypatch, max_age_s):
     """Decoding takes 0.25 s per action at 10 Hz. The robot holds in between and skips no action. The second chunk is
     requested when the last action of the first one is about to be executed, which is its own first action."""
-    moments = []
+    events = []
     config = ControlConfig(hz=10.0, safety=SafetyConfig(max_age_s=max_age_s))
     with Controller(driver, policy, config) as controller:
         handing_over(policy, driver, monkeypatch, [0.25] * 4)
-        controller.listeners.append(moments.append)
+        controller.listeners.append(events.append)
         controller.run("reach", seconds=2.5)
-    assert [action for action in said(moments).values() if action][:6] == [10, 11, 12, 13, 21, 22]
+    assert [action for action in executed(events).values() if action][:6] == [10, 11, 12, 13, 21, 22]
 
 
 @pytest.mark.parametrize(("taken", "asked"), [(0.003, 0.1), (0.03, 0.03)])
@@ -199,13 +199,13 @@ def test_an_image_is_used_as_soon_as_it_belongs_to_the_next_step(policy, driver,
 
 def test_actions_after_a_stall_are_not_executed(policy, driver, monkeypatch):
     """The first action arrives in time, the others 0.8 s later, when their image is too old."""
-    moments = []
+    events = []
     config = ControlConfig(hz=10.0, safety=SafetyConfig(max_age_s=0.4))
     with Controller(driver, policy, config) as controller:
         handing_over(policy, driver, monkeypatch, [0.02, 0.8, 0.0, 0.0])
-        controller.listeners.append(moments.append)
+        controller.listeners.append(events.append)
         controller.run("reach", seconds=3.0)
-    sent = [action for action in said(moments).values() if action]
+    sent = [action for action in executed(events).values() if action]
     assert len(sent) >= 2 and all(action % 10 == 0 for action in sent)
 
 
@@ -229,11 +229,11 @@ def test_a_chunk_completed_between_two_steps_does_not_delay_the_next_request(pol
 
 def test_a_policy_with_high_latency_is_asked_late(policy, driver):
     """It is called when the last action is about to be executed, not as soon as it has returned a chunk."""
-    policy.n_action_steps, moments = 3, []
+    policy.n_action_steps, events = 3, []
     with Controller(driver, policy, ControlConfig(hz=20.0, injected_latency_s=0.25)) as controller:
-        controller.listeners.append(moments.append)
+        controller.listeners.append(events.append)
         controller.run("reach", seconds=3.0)
-    answers = [(moment.decoding["asked"], moment.tick) for moment in moments if moment.decoding]
+    answers = [(event.decoding["asked"], event.tick) for event in events if event.decoding]
     assert len(answers) >= 4
     # The latency is not known at the first call, so the whole first chunk is executed.
     assert all(asked >= came + 2 for (_, came), (asked, _) in itertools.pairwise(answers))
@@ -242,7 +242,7 @@ def test_a_policy_with_high_latency_is_asked_late(policy, driver):
 def test_a_failed_request_is_repeated_at_once(policy, driver, monkeypatch):
     """The instruction changes just after a chunk, and the policy then raises an exception once. The next request
     follows at once, not when the old chunk has been executed."""
-    policy.n_action_steps, asked, moments, real = 4, [], [], policy.predict
+    policy.n_action_steps, asked, events, real = 4, [], [], policy.predict
 
     def predict(observations, instructions, *rest):
         asked.append(instructions[0])
@@ -259,16 +259,16 @@ def test_a_failed_request_is_repeated_at_once(policy, driver, monkeypatch):
             inference, "request", lambda tick, *rest: (ticks.setdefault(rest[1], []).append(tick), request(tick, *rest))
         )
 
-        def listen(moment):
-            moments.append(moment)
-            if moment.tick >= 5 and moment.decoding:
+        def listen(event):
+            events.append(event)
+            if event.tick >= 5 and event.decoding:
                 controller.instruction = "push"
 
         controller.listeners.append(listen)
         record = controller.run("reach", seconds=2.0)
     assert len(record["errors"]) == 1
     first, second = ticks["push"][:2]
-    assert sum(first <= moment.tick < second for moment in moments) <= 1
+    assert sum(first <= event.tick < second for event in events) <= 1
 
 
 @pytest.mark.parametrize("nonsense", ["far left", {"x": 1.0}, [[1.0], [2.0, 3.0]], np.zeros(2), np.full(7, np.nan)])
@@ -322,7 +322,7 @@ def test_an_image_is_used_only_once(policy, driver, monkeypatch):
                 driver.frozen_at = time.monotonic()
             return real(*asked)
 
-        def end(moment):
+        def end(event):
             if driver.frozen_at is not None and time.monotonic() > driver.frozen_at + 1.0:
                 controller.stop()
 

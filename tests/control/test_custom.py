@@ -101,7 +101,7 @@ def deploy(policy, *flags: object) -> int:
 
 @pytest.mark.realtime
 def test_the_example_in_the_docs(folder, policy):
-    assert sum(bool(line.strip()) for line in EXAMPLE.splitlines()) == 15  # as README says
+    assert sum(bool(line.strip()) for line in EXAMPLE.splitlines()) == 15  # blank lines excluded
     flags = ["--robot", "my_robot:Arm", "--robot-kwargs", "{port: /dev/null}", "--instruction", "reach the cup"]
     assert deploy(policy, *flags, "--episodes", 2, "--seconds", 0.8) == 0
     info = json.loads(Path("out/deploy.json").read_text())

@@ -196,7 +196,7 @@ def test_hold_and_resume_while_it_runs(bench, policy, monkeypatch):
     with Controller(bench, policy, ControlConfig(hz=HZ, injected_latency_s=0.1)) as controller:
         monkeypatch.setattr(policy, "predict", lambda o, i, m, *on: (drafts.append(m[0]), real(o, i, m, *on))[1])
         states = []
-        controller.listeners.append(lambda moment: states.append(controller.state.value))
+        controller.listeners.append(lambda event: states.append(controller.state.value))
         at(controller, 10, controller.hold)
         at(controller, 20, controller.resume)
         record = controller.run("reach", seconds=2.0)

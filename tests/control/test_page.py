@@ -124,12 +124,12 @@ def test_images_are_from_the_latest_reading(console, observations):
 
     first, second = observations(2)
     console.listen(step(0, first))
-    picture = console.jpeg("front")
-    assert console.jpeg("front") is picture
-    image = cv2.imdecode(np.frombuffer(picture, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
+    jpeg = console.jpeg("front")
+    assert console.jpeg("front") is jpeg
+    image = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
     assert image.shape == (96, 96, 3) and np.abs(image - first["pixels"]["front"].astype(int)).mean() < 20
     console.listen(step(1, second))
-    assert console.jpeg("front") is not picture
+    assert console.jpeg("front") is not jpeg
     console.listen(step(2, {"pixels": {"front": np.zeros((4, 0, 3))}, "agent_pos": np.array(["x"])}))
     assert console.jpeg("front") is None and console.jpeg("wrist") is None
     assert console.status()["robot"]["state"] == []

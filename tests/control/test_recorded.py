@@ -33,14 +33,14 @@ def test_it_returns_the_due_frame_and_ends(data, clock):
     robot.reset(1)
     clock[0] = 2000.0  # an episode starts with the first observation, because a controller may start slowly
     assert robot.instruction == "go to square 1" and robot.episodes == [0, 1, 2]
-    pictures = list(data.frames(1, "wrist"))
+    images = list(data.frames(1, "wrist"))
     rows = data.episodes[1].rows
     for k in (0, 1, 2, 7, 23):  # frames that are not requested are skipped
         clock[0] = 2000.0 + (k + 0.7) / data.fps if k else 2000.0
         reading = robot.observe()
         assert reading is robot.observe() and not reading.over
         assert reading.time == pytest.approx(2000.0 + k / data.fps)
-        np.testing.assert_array_equal(reading.observation["pixels"]["wrist"], pictures[k])
+        np.testing.assert_array_equal(reading.observation["pixels"]["wrist"], images[k])
         np.testing.assert_array_equal(reading.observation["agent_pos"], data.states[rows][k])
     clock[0] = 2000.0 + 24.1 / data.fps
     assert robot.observe().over and not robot.observe().success

@@ -35,17 +35,17 @@ TOPICS = {"cameras.front": "/front/image_raw", "cameras.wrist": "/wrist/image_ra
 JOINTS = [f"joint_{i}" for i in range(7)]
 
 
-def image(picture: np.ndarray, encoding: str = "rgb8", padding: int = 0) -> ros.Message:
-    height, width, channels = picture.shape
+def image(rgb: np.ndarray, encoding: str = "rgb8", padding: int = 0) -> ros.Message:
+    height, width, channels = rgb.shape
     step = width * channels + padding
     rows = np.full((height, step), 77, np.uint8)
-    rows[:, : width * channels] = picture.reshape(height, -1)
+    rows[:, : width * channels] = rgb.reshape(height, -1)
     data = array.array("B", rows.tobytes())
     return ros.Image(height=height, width=width, encoding=encoding, step=step, data=data)
 
 
-def compressed(picture: np.ndarray, kind: str = ".png") -> ros.Message:
-    data = cv2.imencode(kind, picture[..., ::-1])[1].tobytes()
+def compressed(rgb: np.ndarray, kind: str = ".png") -> ros.Message:
+    data = cv2.imencode(kind, rgb[..., ::-1])[1].tobytes()
     return ros.CompressedImage(format=f"rgb8; {kind[1:]} compressed bgr8", data=array.array("B", data))
 
 
@@ -76,11 +76,11 @@ class Drivers:
             self.speak()
 
     def speak(self) -> None:
-        picture = self._rng.integers(0, 256, (48, 64, 3), np.uint8)
+        rgb = self._rng.integers(0, 256, (48, 64, 3), np.uint8)
         shuffled = {name: self.at[name] for name in self._rng.permutation(list(self.at)).tolist()}
         for topic, message in (
-            ("/front/image_raw", image(picture[..., ::-1], "bgr8", padding=5)),
-            ("/wrist/image_raw/compressed", compressed(picture)),
+            ("/front/image_raw", image(rgb[..., ::-1], "bgr8", padding=5)),
+            ("/wrist/image_raw/compressed", compressed(rgb)),
             ("/joint_states", joints(shuffled)),
         ):
             if topic not in self.silent:
@@ -131,35 +131,35 @@ def active(node_of):
 
 @pytest.mark.parametrize("padding", [0, 13])
 def test_images_are_converted_to_rgb(padding):
-    picture = np.random.default_rng(0).integers(0, 256, (11, 17, 3), np.uint8)
-    alpha = np.concatenate([picture, picture[..., :1]], axis=-1)
+    rgb = np.random.default_rng(0).integers(0, 256, (11, 17, 3), np.uint8)
+    alpha = np.concatenate([rgb, rgb[..., :1]], axis=-1)
     for encoding, sent in (
-        ("rgb8", picture),
-        ("bgr8", picture[..., ::-1]),
+        ("rgb8", rgb),
+        ("bgr8", rgb[..., ::-1]),
         ("rgba8", alpha),
         ("bgra8", alpha[..., [2, 1, 0, 3]]),
     ):
         found = ros2_messages.decode_image(image(sent, encoding, padding))
-        np.testing.assert_array_equal(found, picture)
+        np.testing.assert_array_equal(found, rgb)
         assert found.flags.c_contiguous and found.flags.writeable
     np.testing.assert_array_equal(
-        ros2_messages.decode_image(image(picture[..., :1], "mono8", padding)), np.repeat(picture[..., :1], 3, axis=-1)
+        ros2_messages.decode_image(image(rgb[..., :1], "mono8", padding)), np.repeat(rgb[..., :1], 3, axis=-1)
     )
-    np.testing.assert_array_equal(ros2_messages.decode_compressed_image(compressed(picture)), picture)
-    smooth = cv2.resize(picture, (64, 48))
+    np.testing.assert_array_equal(ros2_messages.decode_compressed_image(compressed(rgb)), rgb)
+    smooth = cv2.resize(rgb, (64, 48))
     assert np.abs(ros2_messages.decode_compressed_image(compressed(smooth, ".jpg")).astype(int) - smooth).mean() < 12
 
 
 def test_unreadable_images_are_errors():
-    picture = np.zeros((8, 8, 3), np.uint8)
+    rgb = np.zeros((8, 8, 3), np.uint8)
     with pytest.raises(SpecError, match=r"unknown image encoding '16UC1'.*Valid: 'rgb8', 'bgr8'.*compressed"):
-        ros2_messages.decode_image(image(picture, "16UC1"))
-    short = image(picture)
+        ros2_messages.decode_image(image(rgb, "16UC1"))
+    short = image(rgb)
     short.data = short.data[:-1]
     with pytest.raises(SpecError, match="191 bytes are not an image of 8 x 8 rgb8, step 24"):
         ros2_messages.decode_image(short)
     with pytest.raises(SpecError, match="not an image of 8 x 8 rgb8, step 8"):
-        ros2_messages.decode_image(image(picture[..., :1], "rgb8"))
+        ros2_messages.decode_image(image(rgb[..., :1], "rgb8"))
     for data in (b"", b"no jpeg"):
         with pytest.raises(SpecError, match=r"'jpeg', \d bytes\) cannot be decoded"):
             ros2_messages.decode_compressed_image(ros.CompressedImage(format="jpeg", data=array.array("B", data)))
@@ -199,20 +199,20 @@ ARM = RobotSpec(
 def test_the_age_of_a_reading_is_that_of_its_oldest_part(monkeypatch, observations):
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    picture = observations(1)[0]["pixels"]["front"]
+    rgb = observations(1)[0]["pixels"]["front"]
     node, robot = robot_of(monkeypatch, ARM, cameras={"front": "/image"})
     assert robot.observe() is None and robot.awaited() == ["/image", "/joint_states"]
-    node.hear("/image", image(picture))
+    node.hear("/image", image(rgb))
     assert robot.observe() is None and robot.awaited() == ["/joint_states"]
     now[0] = 101.0
     node.hear("/joint_states", joints({"elbow": 0.2, "grip": 0.3, "shoulder": 0.1}))
     reading = robot.observe()
     assert reading.time == 100.0 and robot.observe() is reading
-    np.testing.assert_array_equal(reading.observation["pixels"]["front"], picture)
+    np.testing.assert_array_equal(reading.observation["pixels"]["front"], rgb)
     np.testing.assert_allclose(reading.observation["agent_pos"], [0.1, 0.2, 0.3])
     assert reading.observation["agent_pos"].dtype == np.float32
     now[0] = 102.0
-    node.hear("/image", image(picture))
+    node.hear("/image", image(rgb))
     assert robot.observe().time == 101.0  # now the joints are the oldest
     robot.close()
     assert node.subscriptions == [] and node.publishers == []
@@ -285,12 +285,12 @@ def test_position_control_begins_at_the_current_position(monkeypatch, observatio
     facts = DataFacts(ARM, statistics, {"arm": actions})
     network, processor = build_policy(ModelConfig(backbone="tiny-init", horizon=4, n_action_steps=4, bins=31), facts)
     node, robot = robot_of(monkeypatch, ARM, cameras={"front": "/image"}, command_topic="/go")
-    picture = image(observations(1)[0]["pixels"]["front"])
+    message = image(observations(1)[0]["pixels"]["front"])
     # The robot holds its position until the first actions arrive 0.15 s later.
     config = ControlConfig(injected_latency_s=0.15, safety=SafetyConfig(max_velocity={"shoulder": 0.5, "elbow": 0.5}))
     with Controller(robot, Policy(network.eval(), processor), config) as controller:
         for at in ([0.9, -0.8, 1.0], [-0.5, 0.7, -1.0]):
-            node.hear("/image", picture)
+            node.hear("/image", message)
             node.hear("/joint_states", joints(dict(zip(("shoulder", "elbow", "grip"), at, strict=True))))
             before = len(node.sent("/go"))
             controller.run("reach", seconds=0.4)

@@ -79,7 +79,7 @@ def test_properties_under_lerobots_names(tmp_path):
     assert (about["video.height"], about["video.width"], about["is_depth_map"]) == (32, 80, False)
 
 
-def test_frames_of_another_size_are_refused(tmp_path):
+def test_frames_of_another_size_are_rejected(tmp_path):
     with VideoWriter(tmp_path / "v.mp4", 32, 80, 10) as video:
         video.add(numbered(0))
         with pytest.raises(DataError, match=r"expected uint8 \[32, 80, 3\]"):

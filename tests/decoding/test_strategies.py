@@ -106,7 +106,7 @@ def nucleus(probabilities, top_p):
     return allowed
 
 
-def likeliest(probabilities, k):
+def most_likely(probabilities, k):
     return probabilities >= np.sort(probabilities)[-k]
 
 
@@ -116,12 +116,12 @@ def likeliest(probabilities, k):
         (DecodingConfig(temperature=1.0), softmax),
         (DecodingConfig(temperature=0.5), lambda z: softmax(z / 0.5)),
         (DecodingConfig(temperature=2.0), lambda z: softmax(z / 2)),
-        (DecodingConfig(temperature=1.0, top_k=2), lambda z: cut(softmax(z), likeliest(softmax(z), 2))),
+        (DecodingConfig(temperature=1.0, top_k=2), lambda z: cut(softmax(z), most_likely(softmax(z), 2))),
         (DecodingConfig(temperature=1.0, top_p=0.6), lambda z: cut(softmax(z), nucleus(softmax(z), 0.6))),
         (
             DecodingConfig(temperature=1.5, top_k=3, top_p=0.8),
             lambda z: cut(
-                p := cut(softmax(z / 1.5), likeliest(softmax(z), 3)),
+                p := cut(softmax(z / 1.5), most_likely(softmax(z), 3)),
                 nucleus(p, 0.8),
             ),
         ),

@@ -35,8 +35,8 @@ def test_observation_info_and_attributes(env_id: str) -> None:
     env = gym.make(env_id)
     observation, info = env.reset(seed=0)
     assert set(observation) == {"pixels", "agent_pos"}
-    for picture in observation["pixels"].values():
-        assert picture.shape == (96, 96, 3) and picture.dtype == np.uint8 and picture.std() > 5
+    for image in observation["pixels"].values():
+        assert image.shape == (96, 96, 3) and image.dtype == np.uint8 and image.std() > 5
     assert observation["agent_pos"].shape == (7,) and observation["agent_pos"].dtype == np.float32
     assert info["instruction"] == env.get_wrapper_attr("task_description") and info["is_success"] is False
     assert info["reached"] == -1
@@ -65,7 +65,7 @@ def test_only_the_time_limit_truncates() -> None:
 def test_camera_choice_and_size() -> None:
     env = gym.make("vla/PickUp-v0", cameras=["wrist"], image_size=64)
     observation, _ = env.reset(seed=0)
-    assert {name: picture.shape for name, picture in observation["pixels"].items()} == {"wrist": (64, 64, 3)}
+    assert {name: image.shape for name, image in observation["pixels"].items()} == {"wrist": (64, 64, 3)}
     env.close()
 
 

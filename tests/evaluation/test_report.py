@@ -266,9 +266,9 @@ def test_summary(tmp_path):
 
 def test_long_episodes_are_recorded_in_bounded_memory():
     recorder = Recorder()
-    picture = {"pixels": {"front": np.zeros((8, 8, 3), np.uint8), "wrist": np.zeros((16, 16, 3), np.uint8)}}
+    observation = {"pixels": {"front": np.zeros((8, 8, 3), np.uint8), "wrist": np.zeros((16, 16, 3), np.uint8)}}
     for _ in range(3 * MOST_FRAMES):
-        recorder.add(picture)
+        recorder.add(observation)
     assert len(recorder._frames) <= MOST_FRAMES
     assert recorder._frames[0].shape == (16, 32, 3)
     assert recorder._stride == 4

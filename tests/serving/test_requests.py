@@ -13,36 +13,36 @@ from vla.serving.requests import read
 NONE = KeysConfig()
 
 
-def picture(value: int) -> np.ndarray:
+def rgb(value: int) -> np.ndarray:
     return np.full((32, 40, 3), value, np.uint8)
 
 
 STATE = np.arange(7, dtype=np.float64)
 FORMS = {
-    "own": {"pixels": {"front": picture(1), "wrist": picture(2)}, "agent_pos": STATE, "prompt": "go"},
+    "own": {"pixels": {"front": rgb(1), "wrist": rgb(2)}, "agent_pos": STATE, "prompt": "go"},
     "LIBERO": {
-        "observation/image": picture(1),
-        "observation/wrist_image": picture(2),
+        "observation/image": rgb(1),
+        "observation/wrist_image": rgb(2),
         "observation/state": STATE,
         "prompt": "go",
     },
     "DROID": {
-        "observation/exterior_image_1_left": picture(1),
-        "observation/wrist_image_left": picture(2),
+        "observation/exterior_image_1_left": rgb(1),
+        "observation/wrist_image_left": rgb(2),
         "observation/joint_position": STATE[:6],
         "observation/gripper_position": STATE[6],
         "prompt": b"go",
     },
-    "OpenVLA": {"image": picture(1), "wrist_image": picture(2), "state": STATE, "instruction": "go"},
-    "OpenVLA-OFT": {"full_image": picture(1), "left_wrist_image": picture(2), "state": STATE, "instruction": "go"},
+    "OpenVLA": {"image": rgb(1), "wrist_image": rgb(2), "state": STATE, "instruction": "go"},
+    "OpenVLA-OFT": {"full_image": rgb(1), "left_wrist_image": rgb(2), "state": STATE, "instruction": "go"},
     "nested, channels first": {
-        "images": {"front": picture(1).transpose(2, 0, 1), "wrist": picture(2).transpose(2, 0, 1)},
+        "images": {"front": rgb(1).transpose(2, 0, 1), "wrist": rgb(2).transpose(2, 0, 1)},
         "state": STATE,
         "prompt": np.array("go"),
     },
     "floats": {
-        "observation/image": picture(1).astype(np.float32) / 255,
-        "observation/wrist_image": picture(2).astype(np.float64) / 255,
+        "observation/image": rgb(1).astype(np.float32) / 255,
+        "observation/wrist_image": rgb(2).astype(np.float64) / 255,
         "observation/state": list(STATE),
         "prompt": "go",
     },
@@ -50,35 +50,35 @@ FORMS = {
 
 
 def grey(value: int) -> np.ndarray:
-    return picture(value)[..., 0]
+    return rgb(value)[..., 0]
 
 
-#: Other forms in which clients send the uint8 image picture(1).
+#: Other forms in which clients send the uint8 image rgb(1).
 IMAGES = {
-    "channels first": picture(1).transpose(2, 0, 1),
-    "a batch of one": picture(1)[None],
-    "a batch of one, channels first": picture(1).transpose(2, 0, 1)[None],
-    "float32": picture(1).astype(np.float32) / 255,
-    "float64, a batch of one": picture(1)[None] / 255,
-    "half": (picture(1) / 255).astype(np.float16),
-    "big-endian floats": (picture(1) / 255).astype(">f4"),
-    "alpha": np.concatenate([picture(1), picture(9)[..., :1]], axis=-1),
+    "channels first": rgb(1).transpose(2, 0, 1),
+    "a batch of one": rgb(1)[None],
+    "a batch of one, channels first": rgb(1).transpose(2, 0, 1)[None],
+    "float32": rgb(1).astype(np.float32) / 255,
+    "float64, a batch of one": rgb(1)[None] / 255,
+    "half": (rgb(1) / 255).astype(np.float16),
+    "big-endian floats": (rgb(1) / 255).astype(">f4"),
+    "alpha": np.concatenate([rgb(1), rgb(9)[..., :1]], axis=-1),
     "grey": grey(1),
     "grey, one channel": grey(1)[..., None],
     "grey, channels first": grey(1)[None],
     "grey floats": grey(1) / 255,
-    "int64": picture(1).astype(np.int64),
-    "nested lists": picture(1).tolist(),
-    "nested lists of floats": (picture(1) / 255).tolist(),
-    "read-only, not contiguous": np.broadcast_to(picture(1)[:, ::-1], (32, 40, 3))[:, ::-1],
+    "int64": rgb(1).astype(np.int64),
+    "nested lists": rgb(1).tolist(),
+    "nested lists of floats": (rgb(1) / 255).tolist(),
+    "read-only, not contiguous": np.broadcast_to(rgb(1)[:, ::-1], (32, 40, 3))[:, ::-1],
 }
 
 
 @pytest.mark.parametrize("image", IMAGES.values(), ids=IMAGES)
 @pytest.mark.parametrize("key", ["image", "front", "observation/image"])
 def test_all_forms_of_an_image_are_equal(robot, image, key):
-    pixels = read(FORMS["own"] | {"pixels": {"wrist": picture(2)}, key: image}, robot, 4, NONE).observation["pixels"]
-    np.testing.assert_array_equal(pixels["front"], picture(1))
+    pixels = read(FORMS["own"] | {"pixels": {"wrist": rgb(2)}, key: image}, robot, 4, NONE).observation["pixels"]
+    np.testing.assert_array_equal(pixels["front"], rgb(1))
     assert pixels["front"].dtype == np.uint8 and pixels["front"].flags.c_contiguous
 
 
@@ -104,7 +104,7 @@ def test_all_forms_of_state_and_prompt_are_equal(robot, change, field):
     np.testing.assert_array_equal(request.observation["agent_pos"], STATE.astype(np.float32))
     assert request.observation["agent_pos"].dtype == np.float32
     assert (request.instruction, request.unnorm_key) == ("go", field)
-    np.testing.assert_array_equal(request.observation["pixels"]["front"], picture(1))
+    np.testing.assert_array_equal(request.observation["pixels"]["front"], rgb(1))
 
 
 def test_a_draft_with_numpy_scalars(robot):
@@ -125,16 +125,14 @@ def test_all_forms_of_a_request_are_equal(robot, form):
     request = read(form, robot, 4, NONE)
     assert request.instruction == "go"
     pixels = request.observation["pixels"]
-    np.testing.assert_array_equal(pixels["front"], picture(1))
-    np.testing.assert_array_equal(pixels["wrist"], picture(2))
+    np.testing.assert_array_equal(pixels["front"], rgb(1))
+    np.testing.assert_array_equal(pixels["wrist"], rgb(2))
     np.testing.assert_array_equal(request.observation["agent_pos"], STATE.astype(np.float32))
 
 
 def test_aloha_by_names_and_by_configuration(robot):
     aloha = {
-        "images": {
-            name: picture(i) for i, name in enumerate(["cam_high", "cam_low", "cam_left_wrist", "cam_right_wrist"])
-        },
+        "images": {name: rgb(i) for i, name in enumerate(["cam_high", "cam_low", "cam_left_wrist", "cam_right_wrist"])},
         "state": STATE,
         "prompt": "go",
     }
@@ -150,7 +148,7 @@ def test_aloha_by_names_and_by_configuration(robot):
 
 def test_an_image_only_client_and_an_image_only_policy(robot):
     spec = dataclasses.replace(robot, cameras=("front",), state_names=())
-    request = read({"image": picture(3), "instruction": "go", "unnorm_key": "bridge"}, spec, 4, NONE)
+    request = read({"image": rgb(3), "instruction": "go", "unnorm_key": "bridge"}, spec, 4, NONE)
     assert set(request.observation) == {"pixels"} and request.unnorm_key == "bridge"
 
 
@@ -161,20 +159,20 @@ def test_an_image_only_client_and_an_image_only_policy(robot):
             {"observation/image": None},
             "no image can be assigned to camera 'front'; the images of the request are 'observation/wrist",
         ),
-        ({"observation/image": picture(1)[..., :2]}, "expected 3 colour channels"),
-        ({"observation/image": picture(9).astype(np.float32)}, "must be in 0..1"),
+        ({"observation/image": rgb(1)[..., :2]}, "expected 3 colour channels"),
+        ({"observation/image": rgb(9).astype(np.float32)}, "must be in 0..1"),
         ({"observation/image": np.full((32, 32, 3), np.nan)}, "must be in 0..1"),
-        ({"observation/image": np.stack([picture(1)] * 2)}, "expected an image"),
-        ({"observation/image": picture(1).astype(np.uint16)}, "expected uint8"),
-        ({"observation/image": picture(1).astype(np.int64) - 2}, "expected uint8|must be in 0..255"),
-        ({"observation/image": picture(1)[:4]}, "too small|expected 3 colour channels"),
+        ({"observation/image": np.stack([rgb(1)] * 2)}, "expected an image"),
+        ({"observation/image": rgb(1).astype(np.uint16)}, "expected uint8"),
+        ({"observation/image": rgb(1).astype(np.int64) - 2}, "expected uint8|must be in 0..255"),
+        ({"observation/image": rgb(1)[:4]}, "too small|expected 3 colour channels"),
         ({"observation/image": [[[1, 2], [3]]]}, "no image can be assigned to camera 'front'"),
         ({"observation/image": b"\xff\xd8\xff\xe0..."}, "'observation/image' is a JPEG or PNG file: send its pixels"),
         ({"observation/image": "iVBORw0KGgo"}, "'observation/image' is a JPEG or PNG file: send its pixels"),
         ({"observation/state": np.stack([STATE] * 2)}, r"expected 7 entries .*got shape \(14,\)"),
         ({"prompt": ["go", "stop"]}, "'prompt' must be a string, got list"),
         ({"vla/draft": np.zeros((4, 7)), "vla/trust": np.float32(np.nan)}, "trust must be between 0 and 1"),
-        ({"observation/second_image": picture(1)}, "no image can be assigned to camera 'front'"),
+        ({"observation/second_image": rgb(1)}, "no image can be assigned to camera 'front'"),
         ({"observation/state": None}, "must be numbers|not finite|expected 7"),
         ({"observation/state": STATE[:3]}, "state: expected 7 entries"),
         ({"observation/state": STATE * np.nan}, "not finite"),

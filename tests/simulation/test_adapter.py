@@ -23,8 +23,8 @@ class Odd(gym.Env):
     def __init__(self, layout="nested", render_mode=None, info=True, fails="", **attributes):
         self.layout, self.render_mode, self.info, self.fails = layout, render_mode, info, fails
         self.action_space = gym.spaces.Box(-2.0, 2.0, (2,), np.float64)
-        self.picture = np.zeros((SIZE, SIZE, 3), np.uint8)
-        self.picture[0, 0, 0] = 255
+        self.image = np.zeros((SIZE, SIZE, 3), np.uint8)
+        self.image[0, 0, 0] = 255
         self.closed = False
         for name, value in attributes.items():
             setattr(self, name, value)
@@ -49,7 +49,7 @@ class Odd(gym.Env):
         )
 
     def render(self):
-        return None if self.render_mode is None else self.picture
+        return None if self.render_mode is None else self.image
 
     def close(self):
         self.closed = True
@@ -57,18 +57,18 @@ class Odd(gym.Env):
     def _see(self):
         match self.layout:
             case "nested":
-                sensors = {"cam": {"rgb": self.picture}, "joints": self.position, "load": 0.5}
-                return {"sensors": sensors, "observation.images.top": self.picture}
+                sensors = {"cam": {"rgb": self.image}, "joints": self.position, "load": 0.5}
+                return {"sensors": sensors, "observation.images.top": self.image}
             case "flat image":
-                return self.picture
+                return self.image
             case "goal":  # gymnasium-robotics
                 return {"observation": self.position, "achieved_goal": np.zeros(3), "desired_goal": np.ones(3)}
             case "own":  # gym-aloha, this package
-                return {"pixels": {"top": self.picture}, "agent_pos": self.position}
+                return {"pixels": {"top": self.image}, "agent_pos": self.position}
             case "one camera":  # gym-pusht
-                return {"pixels": self.picture, "agent_pos": self.position}
+                return {"pixels": self.image, "agent_pos": self.position}
             case "float image":
-                return {"pixels": {"top": self.picture / 255}, "agent_pos": self.position}
+                return {"pixels": {"top": self.image / 255}, "agent_pos": self.position}
 
 
 class Steps(Odd):
@@ -129,7 +129,7 @@ def test_a_flipped_image_is_rotated_by_180_degrees_and_copied():
     env = make("one camera", images={"top": "pixels", "same": "pixels"}, flip=("top",))
     image = env.reset(seed=0)[0]["pixels"]
     assert image["top"][-1, -1, 0] == 255 and image["top"][0, 0, 0] == 0 and image["same"][0, 0, 0] == 255
-    env.unwrapped.picture[:] = 7  # the environment reuses the memory of its image
+    env.unwrapped.image[:] = 7  # the environment reuses the memory of its image
     assert image["top"].max() == 255 and image["same"].max() == 255 and image["top"].flags["C_CONTIGUOUS"]
 
 
