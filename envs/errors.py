@@ -1,4 +1,4 @@
-"""Argument checks. Their messages state the invalid value, the valid ones and the remedy."""
+"""Argument checks. Messages state the invalid value, the valid values and the fix."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A one-dimensional environment for the tests of `vla rollout`: move a dot to the bright column. Registers
 "toy/Slide-v0".
 
-It is a separate module because environment processes import it. The arguments choose the seeds that fail, and how.
+It is a separate module because environment processes import it. The arguments define which seeds fail, and how.
 """
 
 from __future__ import annotations

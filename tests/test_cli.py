@@ -111,7 +111,7 @@ def test_a_wrong_flag_ends_the_process_with_2():
         ("replay --data {0}/squres", "no folder"),
         ("dagger --env vla/Rech-v0", "Did you mean 'vla/Reach-v0'"),
         ("analyze exposure --policy nowhere", "no policy at 'nowhere'"),
-        # The error ends here: that the list is empty without its invalid entry is not reported as well.
+        # The message must not also report that the list is empty without its invalid entry.
         ("analyze tokenizers --data {0}/squares --horizons 0", r"horizons\.0 must be at least 1, got 0\W*$"),
         ("benchmark metawrld", "unknown suite 'metawrld'. Did you mean 'metaworld'"),
         ("benchmark no_such:SUITE", "cannot import the suite 'no_such:SUITE' .*No module named 'no_such'"),

@@ -1,6 +1,6 @@
 """List of the tasks, and their registration with Gymnasium.
 
-Owns ids and episode lengths. Each task is defined in a file of its own in this folder.
+Owns ids and episode lengths. Each task is defined in its own file in this folder.
 """
 
 from __future__ import annotations

@@ -164,7 +164,7 @@ def test_an_aborted_chunk_leaves_the_previous_plan(policy, driver, monkeypatch):
 @pytest.mark.parametrize("max_age_s", [0.4, 3.0])  # the image becomes too old during decoding, or does not
 def test_slowly_decoded_actions_are_all_executed(policy, driver, monkeypatch, max_age_s):
     """Decoding takes 0.25 s per action at 10 Hz. The robot holds in between and skips no action. The second chunk is
-    requested when the last action of the first one is about to be executed, which is its own first action."""
+    requested when the last action of the first one is about to be executed."""
     events = []
     config = ControlConfig(hz=10.0, safety=SafetyConfig(max_age_s=max_age_s))
     with Controller(driver, policy, config) as controller:

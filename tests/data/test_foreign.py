@@ -93,7 +93,7 @@ def encode(path, times, fps=10, codec="libx264", pixels="yuv420p", container="mp
 @settings(max_examples=10)
 @given(data=st.data(), jitter=st.floats(-0.1, 0.1))
 def test_frames_removed_from_the_tables_but_not_from_the_video(tmp_path_factory, data, jitter):
-    """For any remaining rows and any jitter of the timestamps, each row has the image of its own time."""
+    """For any remaining rows and any jitter of the timestamps, each row has the image at its timestamp."""
     root = recorded(tmp_path_factory.mktemp("kept") / "set")
     keep = [data.draw(st.sets(st.integers(3, length - 1)).map(sorted)) for length in LENGTHS]
     keep = [[0, 1, 2, *some] for some in keep]
