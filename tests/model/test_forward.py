@@ -56,3 +56,33 @@ def test_logits_to_keep_and_return_dict(nano, batch):
         torch.testing.assert_close(network(**batch, logits_to_keep=kept).logits, expected, rtol=1e-4, atol=1e-5)
     (logits,) = network(**batch, return_dict=False)
     torch.testing.assert_close(logits, whole)
+
+
+@torch.no_grad()
+def test_soft_labels_replace_the_targets_of_action_tokens_in_training_only(nano, batch):
+    """The loss equals torch's cross-entropy with probabilities as targets; other words keep their one-hot labels."""
+    network = nano[0]
+    tokenizer, begin = network.action_tokenizer, network.config.action_token_begin
+    targets = torch.from_numpy(tokenizer.soft_targets(2.0))
+    labels = torch.randint(begin, begin + tokenizer.vocab_size, (2, 6), generator=torch.Generator().manual_seed(0))
+    labels[0, 4:], labels[1, 0] = -100, 7  # not learned; a word
+    ids = torch.cat([batch["input_ids"], labels.clamp(min=0)], 1)
+    mask = torch.cat([batch["attention_mask"], torch.ones_like(labels)], 1)
+    inputs = batch | {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    hard = network(**inputs)
+    network.soft_targets = targets
+    try:
+        assert torch.equal(network(**inputs).loss, hard.loss)  # validation
+        network.train()
+        soft = network(**inputs)
+    finally:
+        network.eval()
+        network.soft_targets = None
+    expected = torch.nn.functional.one_hot(labels.clamp(min=0), network.config.vocab_size).float()
+    action = labels >= begin
+    expected[action] = torch.nn.functional.pad(
+        targets[labels[action] - begin], (begin, network.config.vocab_size - begin - tokenizer.vocab_size)
+    )
+    each = torch.nn.functional.cross_entropy(soft.logits.mT, expected.mT, reduction="none")
+    torch.testing.assert_close(soft.loss, ((each[0, :4].mean() + each[1].mean()) / 2))
+    assert "soft_targets" not in network.state_dict()

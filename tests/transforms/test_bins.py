@@ -102,3 +102,13 @@ def test_errors_name_the_value():
         tokenizer.encode(np.array([[0.0, np.nan]]))
     with pytest.raises(ConfigError, match="Did you mean 'uniform'"):
         build({"name": "unifrom", "horizon": 1, "action_dim": 2, "n_bins": 8})
+
+
+@pytest.mark.parametrize("sigma", [0.5, 4.0])
+def test_soft_targets_are_gaussians_around_each_id(sigma):
+    targets = UniformBins(2, 3, 31).soft_targets(sigma).astype(np.float64)
+    assert targets.shape == (31, 31) and (targets.argmax(1) == np.arange(31)).all()
+    np.testing.assert_allclose(targets.sum(1), 1, rtol=1e-6)
+    np.testing.assert_allclose(targets[15, 15 + 2] / targets[15, 15], np.exp(-2 / sigma**2), rtol=1e-5)
+    if sigma == 4.0:  # far from the ends, the standard deviation is sigma
+        assert np.sqrt(targets[15] @ (np.arange(31) - 15.0) ** 2) == pytest.approx(sigma, rel=0.01)

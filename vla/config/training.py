@@ -158,6 +158,9 @@ class TrainConfig:
         grad_accum: batches per optimizer step.
         hard_frames: fraction of samples that are drawn in proportion to how badly a model that only sees the state
             predicts their action (`vla.data.state_only`); the remaining ones are drawn uniformly.
+        label_sigma: the label of an action token is a Gaussian over its neighbouring bins with this standard deviation
+            in bins, instead of one bin (HL-Gauss; Imani and White, 2018, arXiv:1806.04613). Needs a tokenizer of bins.
+            0: one bin.
         learning_rate: peak learning rate of AdamW; linear warm-up, then cosine decay.
         weight_decay: weight decay of AdamW.
         warmup_steps: optimizer steps of the warm-up.
@@ -193,6 +196,7 @@ class TrainConfig:
     augment: AugmentConfig = AugmentConfig()
     grad_accum: Count = 1
     hard_frames: Share = 0.0
+    label_sigma: NonNegative = 0.0
     weight_decay: NonNegative = 0.01
     warmup_steps: Natural = 50
     max_grad_norm: NonNegative = 1.0

@@ -129,6 +129,8 @@ def _prepare(cfg: TrainConfig, quiet: bool = False) -> tuple[trainer.VLATrainer,
             "augment.state_mask and augment.state_noise change the state, which this policy does not use (use_state "
             "false). Set them to 0."
         )
+    if cfg.label_sigma:
+        network.soft_targets = torch.from_numpy(processor.action_tokenizer.soft_targets(cfg.label_sigma))
     transform = network.config.image_transform
     sources = [ChunkSamples(demo, cameras, size, horizon, i, transform) for i, demo in enumerate(demos)]
     splits = [split_episodes(demo, cfg.val_fraction, cfg.seed) for demo in demos]

@@ -100,6 +100,9 @@ class VLAForActionPrediction(PreTrainedModel, GenerationMixin):
         self.tokens_per_image = vision.tokens_per_image(config.vision_configs, config.image_size)
         self.action_tokenizer: Any = config.make_action_tokenizer() if config.action_tokenizer else None
         self.latent: Any = self._make_latent() if config.latent != "none" else None
+        #: Target distribution of each action token during training, [n, n] for n action tokens; None: one-hot.
+        self.soft_targets: torch.Tensor | None
+        self.register_buffer("soft_targets", None, persistent=False)
         self.post_init()
 
     def _make_latent(self) -> Latent:
@@ -258,14 +261,24 @@ class VLAForActionPrediction(PreTrainedModel, GenerationMixin):
         logits = self.language_model.lm_head(hidden)
         loss = losses = None
         if labels is not None:
-            token_loss = F.cross_entropy(
-                logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="none"
-            ).view_as(labels)
+            token_loss = self._token_loss(logits.float(), labels)
             learned = (labels != -100).sum(-1)
             loss = (token_loss.sum(-1) / learned.clamp(min=1)).mean()
             if posterior:
                 loss, losses = self._free_loss(loss, posterior[0], learned)
         return VLAOutput(loss=loss, logits=logits, cache=outputs.cache, losses=losses)
+
+    def _token_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy [B, T] in nats, 0 for labels of -100. In training mode, the targets of action tokens are the
+        rows of `soft_targets`."""
+        loss = F.cross_entropy(logits.mT, labels, ignore_index=-100, reduction="none")
+        if self.soft_targets is None or not self.training:
+            return loss
+        begin, count = self.config.action_token_begin, len(self.soft_targets)
+        ids = labels - begin
+        targets = self.soft_targets[ids.clamp(0, count - 1)]
+        soft = -(targets * logits.log_softmax(-1)[..., begin : begin + count]).sum(-1)
+        return torch.where((ids >= 0) & (ids < count), soft, loss)
 
     def _shift(self, latent: torch.Tensor | None, past: int, embeds: torch.Tensor) -> torch.Tensor:
         """R of given codes at the positions of `embeds` [B, L, width], which follow `past` cached ones."""

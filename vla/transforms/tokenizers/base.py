@@ -122,6 +122,14 @@ class ActionTokenizer(ABC):
         """
         raise ConfigError(f"action tokenizer {self.name!r} does not support readout 'mean'; use readout 'mode'.")
 
+    def soft_targets(self, sigma: float) -> np.ndarray:
+        """Per id, the distribution over all ids that it stands for as a soft label, float32 [vocab_size, vocab_size]:
+        a Gaussian with a standard deviation of `sigma` ids. ConfigError if neighbouring ids are not similar actions."""
+        raise ConfigError(
+            f"label_sigma needs a tokenizer whose neighbouring ids are similar actions, such as 'uniform', not "
+            f"{self.name!r}. Set label_sigma to 0."
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The registered name and the constructor's arguments, as JSON values. Subclasses add their own arguments."""
         return {"name": self.name, "horizon": self.horizon, "action_dim": self.action_dim, "active": self.active}

@@ -53,6 +53,11 @@ class _Bins(ActionTokenizer):
         ids = np.broadcast_to(np.arange(self.vocab_size)[:, None], (self.vocab_size, len(self.active)))
         return self._to_values(ids).T.astype(np.float32)
 
+    def soft_targets(self, sigma: float) -> np.ndarray:
+        ids = np.arange(self.vocab_size)
+        weights = np.exp(-(((ids[:, None] - ids) / sigma) ** 2) / 2)
+        return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+
     @abstractmethod
     def _to_ids(self, values: np.ndarray) -> np.ndarray:
         """Clipped values [..., n active] -> ids of the same shape."""
