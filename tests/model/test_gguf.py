@@ -137,7 +137,7 @@ def test_quantised_trained_saved_and_decoded_without_the_file(tmp_path, robot, d
         ({"extra": {"llama.expert_count": 8}}, "llama.expert_count 8, which is not supported"),
         ({"extra": {"llama.attention.causal_window": 3}}, "llama.attention.causal_window 3"),
         ({"extra": {"llama.rope.scaling.type": "longrope"}}, "scaling.type 'longrope'"),
-        ({"factors": [1.0] * 7 + [3.0]}, "rope_freqs.weight that are not those of"),
+        ({"factors": [1.0] * 7 + [3.0]}, "rope_freqs.weight that differs from those of"),
         ({"without": "ffn_down"}, r"missing keys: model\.layers\.0\.mlp\.down_proj\.weight"),
         ({"without": "token_embd"}, "token_embd"),
     ],
