@@ -515,7 +515,7 @@ def test_mistakes_are_explained_before_anything_is_written(demos, unbroken, tmp_
         pretrain(small(data=[demos], out=unbroken))
     with pytest.raises(ConfigError, match=r"other settings: learning_rate = .*, not 0\.5"):
         pretrain(small(data=[demos], out=unbroken, resume=True, learning_rate=0.5))
-    with pytest.raises(ConfigError, match="holds no training run"):
+    with pytest.raises(ConfigError, match="contains no training run"):
         pretrain(small(data=[demos], out=tmp_path / "none", resume=True))
     with pytest.raises(ConfigError, match="Did you mean 'front'"):
         pretrain(small(data=[demos], out=tmp_path / "x", model={"cameras": ["fornt"]}))
@@ -524,7 +524,7 @@ def test_mistakes_are_explained_before_anything_is_written(demos, unbroken, tmp_
     with pytest.raises(ConfigError, match="no module named w_proj"):
         bad = small(data=[demos], out=tmp_path / "x", method="lora", lora={"targets": ["w_proj"]})
         train(bad)
-    with pytest.raises(ConfigError, match=r"state_mask.*which this policy does not use"):
+    with pytest.raises(ConfigError, match=r"state_mask.*this policy does not use the state"):
         train(small(data=[demos], out=tmp_path / "x", augment={"state_mask": 0.5}, model={"use_state": False}))
     for name, value in {"steps": 0, "batch_size": 0, "log_every": 0, "rollout_every": 5}.items():
         with pytest.raises(ConfigError, match=name):

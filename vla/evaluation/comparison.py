@@ -1,7 +1,7 @@
 """Comparison of two runs: which policy is better, and whether the difference is significant.
 
-Owns: pairing the episodes of two runs, and the difference with its interval and an exact test, in numbers and in words.
-It knows the results of runs (`vla.evaluation.results`), but not how episodes are run.
+Owns: pairing the episodes of two runs, and the difference of success rates with its interval, an exact test and a
+verdict in words. It does not know how episodes are run.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def compare(run_a: Mapping[str, Any] | str | Path, run_b: Mapping[str, Any] | st
 
 
 def common_environments(a: Iterable[str], b: Iterable[str]) -> list[str]:
-    """Environment ids, without their modules, that two runs have in common; DataError if there are none."""
+    """The environment ids, without modules, that two runs have in common. DataError if there are none."""
     of_b = {_bare(env_id) for env_id in b}
     common = [env_id for env_id in dict.fromkeys(map(_bare, a)) if env_id in of_b]
     if not common:
