@@ -410,7 +410,7 @@ def test_an_emergency_stop_in_the_middle_of_a_run(policy, driver):
         ({"action_names": tuple("abcdefg")}, "names differ"),
         ({"action_space": "ee_velocity"}, "ee_delta, the robot takes ee_velocity"),
         ({"state_names": ()}, "state has 7 entries"),
-        ({"control_hz": 30.0}, r"made for 20 .*runs at 30.*--hz 20"),
+        ({"control_hz": 30.0}, r"runs at 20 .* at 30.*--hz 20"),
     ],
 )
 def test_a_robot_that_does_not_fit_is_refused(policy, driver, change, message):
@@ -425,7 +425,7 @@ def test_a_rate_that_is_asked_for_is_meant(policy, driver):
     with Controller(driver, policy, ControlConfig(hz=20.0)) as controller:
         assert controller.hz == 20.0
     with (
-        pytest.warns(UserWarning, match="made for 20 .* runs at 25"),
+        pytest.warns(UserWarning, match="runs at 20 .* at 25"),
         Controller(driver, policy, ControlConfig(hz=25.0)),
     ):
         pass

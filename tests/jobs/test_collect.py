@@ -210,9 +210,9 @@ def test_values_that_make_no_sense(tmp_path, name, value):
 
 
 def test_values_that_an_expert_or_a_dataset_would_ignore(tmp_path):
-    with pytest.raises(ConfigError, match="noise applies to an environment's own expert only; 'random'"):
+    with pytest.raises(ConfigError, match="noise is only for an environment's own expert; 'random'"):
         collect(config(tmp_path / "set", noise=0.5, adapter=AdapterConfig(expert="random")))
-    with pytest.raises(ConfigError, match="instruction is blank"):
+    with pytest.raises(ConfigError, match="instruction is empty"):
         collect(config(tmp_path / "set", adapter=AdapterConfig(instruction=" ")))
 
 

@@ -323,8 +323,8 @@ def test_rollouts_that_are_all_over_before_anybody_was_asked(tmp_path):
         ({"rounds": 0}, "rounds must be at least 1"),
         ({"intervention": 0}, "intervention must be at least 1"),
         ({"target": 90.0}, "target must be above 0 and at most 1"),
-        ({"eval_seed": 10_001}, "eval_seed must be outside the training seeds, 0 to 29999"),
-        ({"train": {"data": ["datasets/mine"]}}, r"train\.data is set by `vla dagger` itself"),
+        ({"eval_seed": 10_001}, "eval_seed must not overlap the training seeds, 0 to 29999"),
+        ({"train": {"data": ["datasets/mine"]}}, r"`vla dagger` sets train\.data"),
     ],
 )
 def test_values_that_make_no_sense(tmp_path, values, message):

@@ -98,7 +98,7 @@ def test_a_module_from_the_command_line_completes_what_the_dataset_says(data, tm
 def test_another_environment_and_rate_are_told_and_another_action_space_is_refused(data, tmp_path, capsys):
     gym.register("test/Place-v0", PointWorld, max_episode_steps=60)
     slow = dataclasses.replace(adapter(), robot={"control_hz": 5})
-    with pytest.warns(UserWarning, match="made for 10 actions per second, .* runs at 5"):
+    with pytest.warns(UserWarning, match="runs at 10 actions per second, .* at 5"):
         replay(ReplayConfig(data=data, env="test/Place-v0", out=tmp_path, adapter=slow))
     printed = " ".join(capsys.readouterr().out.split())
     assert "recorded in 'test/Point-v0' and replayed in 'test/Place-v0'" in printed
