@@ -42,8 +42,8 @@ class ActionSpace(enum.StrEnum):
 
     @property
     def relative(self) -> bool:
-        """Whether actions are deltas or velocities. Then 0 holds the robot; positions hold it by repeating the last
-        command."""
+        """Whether actions are deltas or velocities (0 holds the robot) instead of positions (repeating the last command
+        holds it)."""
         return self in (self.JOINT_DELTA, self.JOINT_VELOCITY, self.EE_DELTA, self.EE_VELOCITY)
 
     @classmethod
@@ -237,8 +237,8 @@ class RobotSpec:
         """The hold command, float32 [D].
 
         Args:
-            last: the last command [D]; None: instead of its entries, use the state entries with the same names (in a
-                position space); otherwise, an open gripper and 0.
+            last: the last command [D]. None: instead of repeating its entries, use the state entries with the same
+                names in a position space, otherwise an open gripper and 0.
             state: `agent_pos` [S].
         """
         if last is None:

@@ -19,7 +19,7 @@ class AdapterConfig:
     The defaults are for this package's environments.
 
     Attributes:
-        module: module to import before `gymnasium.make`, because it registers the id (also set by "module:id").
+        module: module to import, which registers the environment; an alternative to the id "module:id".
         kwargs: keyword arguments of `gymnasium.make`, e.g. {image_size: 128}.
         images: camera name -> dotted path in the observation, e.g. {"top": "pixels"}; empty: all images in
             observation["pixels"]. A path may be an index ("0") into a tuple, "" for the whole observation, or

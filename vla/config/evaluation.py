@@ -86,7 +86,7 @@ class RolloutConfig:
         n_action_steps: actions executed per chunk; None: the checkpoint's value.
         unnorm_key: dataset whose statistics un-normalise the actions; needed only if the checkpoint has several.
         decoding: how action tokens are decoded; greedy by default.
-        videos: number of first episodes per environment to keep a video of, and the same number of failures.
+        videos: record videos of this many first episodes and this many failures per environment.
         rerun: the same for recordings for Rerun's viewer (images, state, actions, and the entropy of their tokens).
             Needs the extra `rerun`.
         out: report folder.
@@ -141,7 +141,7 @@ class BenchmarkConfig:
         n_action_steps: actions executed per chunk; None: the checkpoint's value.
         unnorm_key: dataset whose statistics un-normalise the actions; needed only if the checkpoint has several.
         decoding: how action tokens are decoded; greedy by default.
-        videos: number of first episodes per task to keep a video of, and the same number of failures.
+        videos: record videos of this many first episodes and this many failures per task.
         out: output folder, with one subfolder per task; None: runs/<name of the suite>-benchmark.
         device: torch device; "auto" chooses one.
         dtype: type of weights and computation. bfloat16 and float16 take half the memory.

@@ -81,7 +81,7 @@ def _type_rules(cls: Any) -> Any:
     """A tyro registry with four changes:
 
     * The help shows an empty list or mapping as "none".
-    * `config.check` instead of tyro rejects unknown choices, because it suggests the nearest valid choice.
+    * Unknown choices are rejected by `config.check` instead of tyro, because it suggests the nearest valid choice.
     * A `dict[str, Any]` field is a single flag that takes a YAML mapping.
     * Individual nested fields can keep their prefix.
     """

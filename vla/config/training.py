@@ -60,7 +60,7 @@ class AugmentConfig:
             images.
         state_noise: standard deviation of Gaussian noise on the normalised state.
         prefix: fraction of samples for prefix conditioning (`vla deploy --transition prefix`): their first actions
-            (one action to half a chunk) are the executed actions instead of the clean labels, without a loss.
+            (one action to half a chunk) are the executed actions instead of the clean labels, and are not learned.
     """
 
     __pydantic_config__ = STRICT

@@ -30,8 +30,7 @@ _WAITING = 100  # minimum capacity of the queue, in events
 
 
 class BlackBox:
-    """Keeps the last `seconds` in memory and writes them to `folder` after a fault. Faults within `seconds` of the last
-    file are written at the end.
+    """Keeps the last `seconds` in memory, and writes them to `folder` after a fault, at most once per `seconds`.
 
     Attributes:
         files: paths of the files written so far.
@@ -41,7 +40,7 @@ class BlackBox:
     def __init__(self, folder: Path, seconds: float, hz: float) -> None:
         self._folder, self._seconds = folder, seconds
         self._length = max(1, round(seconds * hz))
-        # The record of each step, and its images by file name, which steps without a new reading share.
+        # Each step's record, and its images by file name. Steps without a new reading share the images.
         self._ticks: collections.deque[tuple[dict[str, Any], dict[str, bytes]]] = collections.deque(maxlen=self._length)
         self._last_reading: tuple[Reading, dict[str, str], dict[str, bytes]] | None = None
         self._queue: queue.Queue[StepEvent | None] = queue.Queue(maxsize=max(self._length, _WAITING))
@@ -58,7 +57,7 @@ class BlackBox:
             self.problem = self.problem or "recording was too slow, so some control steps are missing"
 
     def end(self) -> None:
-        """End a run: write a pending recording in the background."""
+        """End a run: write a pending recording now, in the background."""
         self._queue.put(None)
 
     def close(self) -> None:

@@ -105,7 +105,7 @@ class OperatorConsole:
     # From the control loop ----------------------------------------------------------------------------------------
 
     def listen(self, step: StepEvent) -> None:
-        """Record the event of a control step. It is called in the control loop: it takes constant time, never waits."""
+        """Record the event of a control step. It is called in the control loop and must be fast."""
         now, decoding = time.monotonic(), step.decoding or {}
         self._number += 1
         self._reading = step.reading

@@ -123,7 +123,7 @@ class Controller:
 
         Returns:
             A dict with
-            success: of the task, as reported by the robot.
+            success: whether the robot reported success.
             commands, skipped, missed: number of commands, of skipped steps and of missed deadlines.
             lateness_ms: lateness of each command.
             first_action_ms, decode_ms: time to the first action and to the whole chunk, for each decoding.

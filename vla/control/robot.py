@@ -21,7 +21,7 @@ class Reading:
 
     Attributes:
         time: when the observation was taken, in seconds of `time.monotonic`.
-        over, success: whether the task has ended, and in success. Only simulations report this.
+        over, success: whether the task has ended, and whether it succeeded. Only simulations report this.
         info: other plain values, for display only.
     """
 

@@ -57,7 +57,7 @@ class SafetyFilter:
         self.stopped = False
 
     def emergency_stop(self) -> None:
-        """Press the emergency stop: from the next command on, the robot holds, until `release`."""
+        """Press the emergency stop: the robot holds from the next command on, until `release`."""
         self.stopped = True
 
     def release(self) -> None:

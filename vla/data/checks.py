@@ -20,11 +20,11 @@ STILL = 2e-3  # smaller changes, as a fraction of a dimension's range, count as 
 MANY_STILL = 0.25  # fraction of an episode's frames without motion
 LONG_PAUSE = 8  # frames without motion at the start or the end of an episode
 JUMP = 0.25  # a jump exceeds this fraction of a dimension's range
-JUMP_OVER_USUAL = 8.0  # and this multiple of the 99 % quantile of the dimension's frame-to-frame changes
+JUMP_OVER_USUAL = 8.0  # a jump also exceeds this multiple of the 99 % quantile of frame-to-frame changes
 MANY_DUPLICATES = 0.2  # fraction of images that repeat the previous one although the robot moved
-DARK, FLAT = 8.0, 3.0  # an image with a lower mean is black, with a lower standard deviation uniform (0..255)
-EXPLAINED = 0.4  # `StateOnly.explained`
-SEVERAL = 20  # episodes, to measure EXPLAINED
+DARK, FLAT = 8.0, 3.0  # maximum mean of a black image, and standard deviation of a uniform one (of 0..255)
+EXPLAINED = 0.4  # maximum of `StateOnly.explained`
+SEVERAL = 20  # minimum number of episodes to measure `StateOnly.explained`
 SHORT, LONG = 0.3, 3.0  # multiples of the median episode length
 
 

@@ -4,7 +4,7 @@ Owns: the conversion of staged episodes into the files of the format. All files 
 folder, and `meta` is moved out last: a folder without `meta` is not a dataset. If the process is killed before, the
 staged episodes are unchanged. It does not know how episodes are recorded (see `writer`).
 
-Each data file has one row group per episode, so that reading a single episode is cheap.
+Each data file has one row group per episode, so that reading a single episode is fast.
 """
 
 from __future__ import annotations

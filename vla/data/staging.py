@@ -33,7 +33,8 @@ def open_staging(root: Path, resume: bool) -> Path:
     staging = root / STAGING
     check_staging(root, resume)
     for leftover in staging.glob(".*"):  # unfinished episodes of a killed process
-        # Its workers may still be alive. Rename the folder before removing it, so that they never publish half of it.
+        # Its workers may still be alive. Rename the folder before removing it, so that they cannot publish a part of
+        # it.
         removed = leftover.with_name(f".removed-{uuid.uuid4().hex}")
         with contextlib.suppress(FileNotFoundError):
             leftover.rename(removed)

@@ -1,4 +1,4 @@
-"""Prefix conditioning: a chunk begins with the actions that execute while it is decoded, the action prefix.
+"""Prefix conditioning: a chunk begins with the actions that execute while it is decoded (the action prefix).
 
 Owns: the length of the action prefix in tokens, and its acceptance threshold. It does not know how chunks are decoded.
 

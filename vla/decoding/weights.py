@@ -129,7 +129,7 @@ class QueryKeyNorm:
 
     Attributes:
         widths: widths of queries, keys and values.
-        head_dim: width of a head; None: over all heads.
+        head_dim: width of a head; None: normalise over all heads.
     """
 
     query: RMSNorm

@@ -3,8 +3,8 @@
 Owns: the record of an episode and the contents of `eval_info.json` (LeRobot's names, and intervals). It does not know
 how episodes are run or compared, or how a report looks.
 
-An episode is a success if the task is solved at its last step. Success at any step ("ever") and the number of
-environment faults, which are failures, are also reported.
+An episode is a success if the task is solved at its last step. Environment faults are failures. Success at any step
+("ever") and the number of environment faults are also reported.
 """
 
 from __future__ import annotations

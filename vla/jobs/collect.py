@@ -40,10 +40,9 @@ FAILURES = "failures.jsonl"  # one line per attempt that was not kept
 FREE = ("episodes", "workers", "hosts")  # may change when a collection is resumed
 
 RETRY_SEED_OFFSET = 1_000_000  # added to an episode's seed per retry; larger than the number of episodes
-# Collecting stops after
-MAX_FAILURES_WITHOUT_SUCCESS = 50  # failed attempts in an environment without any success,
-MAX_ERRORS_WITHOUT_SUCCESS = 10  # or fewer, if all of them ended in an error,
-MAX_ATTEMPTS = 200  # or failed attempts at one episode.
+MAX_FAILURES_WITHOUT_SUCCESS = 50  # stop after this many failed attempts in an environment without a success
+MAX_ERRORS_WITHOUT_SUCCESS = 10  # the same, if all failed attempts ended in an error
+MAX_ATTEMPTS = 200  # stop after this many failed attempts at one episode
 
 _console = Console(stderr=True)
 
@@ -51,7 +50,7 @@ _console = Console(stderr=True)
 def attempt(config: CollectConfig, episode: int, turn: int) -> Attempt:
     """Attempt number `turn` at an episode of the dataset."""
     environment = episode % len(config.env)
-    index = episode // len(config.env)  # within its environment: all have the same share of noisy episodes
+    index = episode // len(config.env)  # within its environment, so that all have the same share of noise
     noisy = int((index + 1) * config.noise_share) > int(index * config.noise_share)
     return Attempt(
         episode=episode,

@@ -3,7 +3,7 @@
 Owns: the rounds, the stopping criterion, and labels and success per round. Round 0 is behaviour cloning. Every later
 round collects DAgger rollouts with the last policy and the expert (`vla.training.dagger_rollouts`), trains that policy
 further (or a new one) on the demonstrations of all rounds, and evaluates it. Every stage is a separate job; finished
-stages are not repeated. The output folder has
+stages are not repeated. The output folder:
 
     round-0/data, train, rollout     output of `vla collect`, `vla train` and `vla rollout`; likewise round-1, ...
     round-1/trials                   with `trials`: rollouts of the last policy without the expert
@@ -111,7 +111,7 @@ def _round(config: DaggerConfig, before: Sequence[dict[str, Any]]) -> dict[str, 
 
 
 def _failures(config: DaggerConfig, number: int, policy: str) -> list[int]:
-    """The policy's failures in this round's scenes, without the expert, per environment."""
+    """Number of failures per environment of the policy without the expert, in this round's scenes."""
     folder = config.out / f"round-{number}" / "trials"
     tried = _evaluate(config, policy, folder, config.trials, first_seed(config, number))["per_episode"]
     failed = [episode["env_id"] for episode in tried if not episode["success"]]

@@ -117,7 +117,7 @@ def _robot(config: DeployConfig) -> Robot | EpisodicRobot:
 
 
 def _controller(config: DeployConfig, robot: Robot, policy: ChunkPolicy) -> Controller:
-    """Create the controller, which closes the robot. If that fails, the robot is closed here."""
+    """Create the controller, and close the robot if that fails. Otherwise, the controller closes the robot."""
     try:
         if not is_episodic(robot) and not config.adapter.instruction:
             raise ConfigError(f"robot {config.robot!r} has no instruction. Set the task with --instruction.")

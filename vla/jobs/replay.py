@@ -63,7 +63,7 @@ class Replay:
 def replay(config: ReplayConfig) -> bool:
     """Replay the first `config.episodes` episodes, print the results, and return whether all outcomes are as recorded.
 
-    If nothing but `module` is set in the adapter, its other values are those of the dataset's collection.
+    If no adapter value except `module` is set, the values from the dataset's collection are used.
 
     Raises:
         DataError: the dataset cannot be read, or its environments are not recorded.

@@ -301,7 +301,7 @@ def _check(config: RolloutConfig) -> None:
     if foreign:
         raise folder.unrelated_files(min(foreign))
     if not (config.out / results.FILE).is_file():
-        folder.read_settings()  # from an interrupted rollout; an error if another job wrote the config.yaml
+        folder.read_settings()  # of an interrupted rollout; raises an error if another job wrote it
 
 
 def _prepare(config: RolloutConfig) -> None:

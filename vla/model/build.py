@@ -89,7 +89,7 @@ def _set_latent(network: VLAForActionPrediction, model: ModelConfig) -> None:
 
 
 def _make_room(config: VLAConfig) -> None:
-    """Raise an untrained network's limits to the number of cameras and the state dimension of the data."""
+    """Increase an untrained network's limits to the number of cameras and the state dimension of the data."""
     robot = config.robot_spec
     config.max_cameras = max(config.max_cameras, len(robot.cameras))
     if config.use_state:

@@ -35,7 +35,7 @@ class VLAConfig(PreTrainedConfig):
         vision_feature_layer: which hidden states of a tower are its features, as in `vla.model.vision.Tower.features`.
         image_mean, image_std: per tower, three values each, for images scaled to [0, 1].
         projector_layers: number of linear layers from vision to language width, with GELU in between.
-        projector_hidden: width between the layers, or a list with a width for each gap; None: the decoder's width.
+        projector_hidden: width between consecutive layers, or a list of these widths; None: the decoder's width.
         max_state_dim: width of the state input; shorter states are padded with zeros.
         max_cameras: number of camera embeddings.
 

@@ -90,7 +90,7 @@ class Latent(nn.Module):
         return codes, shift.to(logits.dtype)
 
     def shift(self, codes: torch.Tensor) -> torch.Tensor:
-        """R of codes, int64 [...], as [..., width]. The code -1 stands for no latent: R is 0."""
+        """R [..., width] for codes, int64 [...]. The code -1 means no latent (R = 0)."""
         if self.form == "one_hot":
             found = F.embedding(codes.clamp(min=0), self.injection)
         else:

@@ -30,7 +30,7 @@ def attach(network: VLAForActionPrediction, lora: LoraConfig) -> peft.PeftModel:
         # Name both modules: peft's list form silently skips a head that is not tied to the embedding, as here.
         rows = {"embed_tokens": ids, "lm_head": ids}
     saved = ["projector", "state_projector", "camera_embedding"] * lora.train_projector
-    saved += ["latent"] * (network.latent is not None)  # trained in full: it may be untrained
+    saved += ["latent"] * (network.latent is not None)  # it may be untrained, so train all of it
     # One entry per tower, because peft cannot wrap a list of modules.
     saved += [f"vision_towers.{i}" for i in range(len(network.vision_towers))] * lora.train_vision
     targets = "|".join(lora.targets)

@@ -45,7 +45,7 @@ class Projector(nn.Sequential):
     """Linear layers with GELU in between, from `vision_width` to `width`.
 
     Args:
-        hidden: width between the layers, or a list with a width for each gap.
+        hidden: width between consecutive layers, or a list of these widths.
     """
 
     def __init__(self, vision_width: int, hidden: int | Sequence[int], width: int, layers: int) -> None:

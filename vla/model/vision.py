@@ -21,7 +21,7 @@ class Tower:
     """A vision transformer: one token per patch of a square grid, preceded by class and register tokens.
 
     Attributes:
-        mean, std: image statistics of the family, for images scaled to [0, 1]; used if the weights come without.
+        mean, std: image statistics of the family, for images scaled to [0, 1]; the default for models without them.
         any_size: whether the tower accepts images of other sizes than its configuration's.
     """
 

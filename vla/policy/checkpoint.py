@@ -31,7 +31,7 @@ from vla.model.sources.shards import ADAPTER_CONFIG
 from vla.spec import RobotSpec
 from vla.support.locations import check_policy
 
-# In addition to `robot`, `statistics` and `action_tokenizer`, which VLAConfig itself requires.
+# Required fields of config.json. VLAConfig also requires `robot`, `statistics` and `action_tokenizer`.
 REQUIRED = ("normalization", "prompt", "layout", "image_size", "use_state", "horizon", "n_action_steps")
 
 
@@ -97,7 +97,7 @@ def load(name: str, dtype: torch.dtype | None = torch.float32) -> tuple[VLAForAc
 
 
 def _checked_config(folder: Path) -> VLAConfig:
-    """Read and check config.json. Fields that define the meaning of an action have no defaults, because defaults may
+    """Read and check config.json. Fields that define the meaning of an action must be present, because defaults may
     change between versions."""
     values = read_json(folder / "config.json")
     missing = [name for name in REQUIRED if name not in values]

@@ -83,7 +83,7 @@ class ChunkPolicy(abc.ABC):
 
     @property
     def streams(self) -> bool:
-        """Whether `predict` can stream the actions of a chunk, and this saves time."""
+        """Whether streaming actions (`on_action` of `predict`) is possible and saves time."""
         return False
 
     @abc.abstractmethod

@@ -125,7 +125,7 @@ class Policy(ChunkPolicy):
 
     @property
     def _final_by_token(self) -> bool:
-        """Whether later tokens leave the actions of earlier tokens unchanged."""
+        """Whether an action is final as soon as its tokens are decoded."""
         config = self.decoding
         return self._decoder.final_by_token and config.readout != "mean" and config.ensemble is None
 
@@ -201,8 +201,8 @@ class Policy(ChunkPolicy):
     def with_latent(
         self, batch: dict[str, torch.Tensor], drafts: Sequence[Draft | None] | None = None
     ) -> dict[str, torch.Tensor]:
-        """Add the latent codes of each episode's next chunk to `batch`. A batch with codes, or for a policy without a
-        latent, is unchanged.
+        """Add the latent codes of each episode's next chunk to `batch`. Nothing is added if the batch has codes or the
+        policy has no latent.
 
         Raises:
             ConfigError: given codes do not fit the latent.
@@ -215,7 +215,7 @@ class Policy(ChunkPolicy):
         return batch | {"latent": align(torch.from_numpy(codes), batch["input_ids"].shape[1], n_tokens)}
 
     def _codes(self, draw: LatentDraw) -> np.ndarray:
-        """The codes of a chunk, int64 [n_latents]: those of its episode, else of `decoding`, else drawn."""
+        """The codes of a chunk, int64 [n_latents]: those in `draw`, else those in `decoding`, else random codes."""
         config = self.network.config
         number = config.n_latents
         if given := draw.codes or self.decoding.latent:

@@ -83,7 +83,7 @@ class PolicyApp:
             await asyncio.sleep(0.01)
         self._refusals.flush()
 
-    # For protocols.
+    # Used by protocols.
 
     @property
     def too_large(self) -> str:
@@ -154,7 +154,7 @@ class PolicyApp:
         method = connection.scope.get("method", "websocket")
         return self._refusals.log(client, f"{method} {connection.url.path}", message)
 
-    # For all protocols.
+    # Not used by protocols.
 
     def _guarded(self, app: ASGIApp) -> ASGIApp:
         """`app`, restricted to authorised clients."""

@@ -4,10 +4,10 @@ Owns: the mapping from request keys to a policy's cameras, state and instruction
 (LIBERO, DROID and ALOHA), OpenVLA, OpenVLA-OFT and vla-eval, and `{"pixels": ..., "agent_pos": ..., "prompt": ...}`. It
 does not know the wire protocols.
 
-An image is assigned to the camera with the name of the last part of its key ("images/front": "front"). If then one
-image and one camera of the hand remain ("wrist" or "hand" in the name), they are matched; likewise one remaining image
-and camera without these words. All other assignments must be configured with `keys`. A batch of one observation is read
-as that observation.
+An image is assigned to the camera whose name is the last part of its key ("images/front": "front"). Then, if only one
+camera and one image with "wrist" or "hand" in their names remain, they are matched; the same applies to cameras and
+images without these words. All other assignments must be configured with `keys`. A batch of one observation is read as
+that observation.
 """
 
 from __future__ import annotations

@@ -31,8 +31,8 @@ LONGEST = 20_000  # maximum steps per episode in an environment without a step l
 
 
 class Expert(Protocol):
-    """A source of demonstrations. With noise, `act` returns a noisy action; the attribute `label` is then the clean
-    action for the same state."""
+    """A source of demonstrations. An expert with noise also has the attribute `label`: the clean action for the state
+    of the last `act`."""
 
     def act(self) -> np.ndarray: ...
 

@@ -56,7 +56,7 @@ class StepResult:
     """Result of executing a chunk, up to the end of the episode.
 
     Attributes:
-        observation: observation after the last action; without images if the episode ended early.
+        observation: observation after the last action; it may have no images if the episode ended early.
         rewards: one reward per executed action.
         success: whether the task is solved after the last action.
         ever: whether the task is solved after any of the actions.

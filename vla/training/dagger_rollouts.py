@@ -9,7 +9,7 @@ Episodes run in batches of `n_envs`, and an interrupted batch is repeated comple
 slightly on the batch size, so otherwise the dataset would depend on interruptions.
 
 A chunk's labels are the expert's actions in the visited states. While the policy controls the robot, only the first of
-them is part of the expert's plan from the current state. While the expert does, all executed actions are.
+them is part of the expert's plan from the current state. While the expert controls it, all executed actions are.
 """
 
 from __future__ import annotations

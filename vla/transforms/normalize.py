@@ -9,8 +9,8 @@ stores them in its config.json. It does not know tokens, datasets or models.
 
 There are two exceptions. A dimension that moves in less than 0.1 % of the frames is constant: it normalises to 0 and
 un-normalises to its median. If a dimension's quantile range is less than 1 % of its full range, q01_q99 uses min and
-max for it, because division by a vanishing q99 - q01 would give extreme values. Statistics of other packages, without
-`median` and `moving`, have no exceptions.
+max for it, because division by a vanishing q99 - q01 would give extreme values. These exceptions do not apply to
+statistics of other packages, which have no `median` and `moving`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""ROS 2 messages: images and joint states to arrays, actions to commands, and the QoS of both.
+"""Conversion of ROS 2 messages: images and joint states to arrays, and actions to commands.
 
-Owns: the encodings of messages. It does not know nodes or policies.
+Owns: the encodings of messages, and QoS profiles. It does not know nodes or policies.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ class Ros2Robot(Robot):
     def __init__(self, node: LifecycleNode, spec: RobotSpec, parameters: Parameters, hz: float) -> None:
         self.spec, self.faults = spec, dict[str, str]()
         self._node, self._wiring, self._period = node, parameters.completed(spec), 1.0 / hz
-        # Dimensions whose hold command is a position: before the first command, the measured one.
+        # Dimensions that hold a position. Before the first command, this is the measured position.
         repeated = [i for i in range(spec.action_dim) if not spec.hold or spec.hold[i] is None]
         self._positions = [i for i in repeated if i != self._gripper and not spec.action_space.relative]
         needed = [*self._wiring.state_joints, *(self._wiring.command_joints[i] for i in self._positions)]

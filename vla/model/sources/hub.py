@@ -1,8 +1,8 @@
 """Loading pretrained parts from folders and from the Hugging Face Hub: configurations, text tokenizers, weights and
 image normalisation.
 
-Owns: strict loading. Missing, damaged, quantised and pickled parts raise an error before training starts, and so do
-parts of the wrong kind. Weights are read from safetensors only. It does not know how parts become a policy.
+Owns: strict loading. Parts that are missing, damaged, quantised, pickled or of the wrong kind raise an error before
+training starts. It does not know how parts become a policy.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Idefics3 (arXiv:2408.12637) and SmolVLM (arXiv:2504.05299): a SigLIP tower, a linear connector and a LLaMA that were
 trained together.
 
-Owns: reusing the three parts. Each camera image is resized to the tower's size: it is not split into tiles, and no
-text surrounds its tokens, as these models do.
+Owns: reusing the three parts. Unlike in these models, a camera image is resized to the tower's size instead of being
+split into tiles, and no text surrounds its tokens.
 """
 
 from __future__ import annotations

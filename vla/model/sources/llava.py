@@ -18,7 +18,7 @@ from vla.model.sources.composed import Composed, causal_lm
 from vla.model.sources.hub import load_config, load_model, model_type
 from vla.model.sources.towers import HubTower
 
-# Fields of config.json with the only supported value.
+# Fields of config.json -> the only supported values.
 _SUPPORTED = {
     "projector_hidden_act": "gelu",
     "multimodal_projector_bias": True,

@@ -52,7 +52,7 @@ ARCHITECTURE = {
     "image_resize_strategy": "resize-naive",
     "n_action_bins": 256,
 }
-# timm's models as transformers configures them.
+# timm's models -> transformers' configurations.
 TIMM: dict[str, dict[str, Any]] = {
     "vit_large_patch14_reg4_dinov2.lvd142m": {
         "model_type": "dinov2_with_registers",
@@ -207,7 +207,7 @@ def read_config(folder: Path, statistics: Mapping[str, Any] | None = None) -> VL
         raise CheckpointError(f"{folder}/{FILE}: timm_model_ids must be DINOv2 and SigLIP, in this order, got {names}.")
     end = text["vocab_size"] - values.get("pad_to_multiple_of", PADDED_ROWS)
     found = _check_statistics(folder, values.get("norm_stats") if statistics is None else statistics)
-    ours = values.get("vla") or {}  # properties without a field of OpenVLA's, written by `openvla_export`
+    ours = values.get("vla") or {}  # written by `openvla_export`; OpenVLA has no such fields
     robot = RobotSpec.from_dict(ours["robot"]) if "robot" in ours else _ROBOT
     means, stds = _image_statistics(folder)
     width = sum(tower["hidden_size"] for tower in towers)
@@ -266,7 +266,7 @@ def _image_statistics(folder: Path) -> tuple[list[list[float]], list[list[float]
 
 
 def _tokenizer(folder: Path, config: VLAConfig) -> PreTrainedTokenizerBase:
-    """The text tokenizer in tokenizer.json. (transformers' LlamaTokenizer would not use it unchanged.)"""
+    """Load the text tokenizer exactly as in tokenizer.json; transformers' LlamaTokenizer would change it."""
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     except Exception as error:  # damaged files raise various errors

@@ -115,8 +115,8 @@ def _timm_name(tower: Any) -> str | None:
 def _their_statistics(config: VLAConfig, key: str) -> dict[str, Any]:
     """The statistics of a dataset for OpenVLA's code, which un-normalises x to (x + 1) / 2 (q99 - q01) + q01.
 
-    This package has more normalisation methods, and special rules for entries that hardly move. In statistics that it
-    computed, q01 and q99 are therefore replaced by the values that -1 and 1 un-normalise to.
+    This package has more normalisation methods, and special rules for entries that hardly move. In its own statistics,
+    q01 and q99 are therefore replaced by the values that -1 and 1 un-normalise to.
     """
     stored = config.statistics[key]
     if "moving" not in stored["action"]:

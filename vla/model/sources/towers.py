@@ -111,9 +111,8 @@ class EfficientNetTower(TowerSource):
 class NanoTower(TowerSource):
     """The vision tower of the embedded backbone.
 
-    It was trained with the word embeddings of the embedded language model as condition. With another language model,
-    the condition starts as that of an average instruction, independent of the embeddings. Train the tower
-    (`lora.train_vision`, or method "full") to condition it on the new embeddings.
+    It is conditioned on word embeddings of the embedded language model. With another language model, it ignores the
+    instruction until it is trained (`lora.train_vision`, or method "full").
     """
 
     def __init__(self, text: PreTrainedConfig) -> None:
