@@ -231,7 +231,7 @@ class _Run:
             )
         if len(here) >= MAX_FAILURES_WITHOUT_SUCCESS:
             raise SimulatorError(
-                f"the expert succeeded in none of the first {len(here)} attempts in environment {tried.env_id!r}. "
+                f"the expert failed in all of the first {len(here)} attempts in environment {tried.env_id!r}. "
                 f"Check that the environment's `info` has the success flag {self.config.adapter.success!r} "
                 "(adapter.success) and that adapter.max_steps is large enough. `--keep all` also keeps failed episodes."
             )

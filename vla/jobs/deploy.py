@@ -254,7 +254,7 @@ def _summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _print(info: dict[str, Any]) -> None:
     table = Table(show_header=False)
     low, high = (100 * limit for limit in info["interval"])
-    guided = f"; {info['n_guided']} episodes guided by the operator not counted" if info["n_guided"] else ""
+    guided = f"; without {info['n_guided']} episodes guided by the operator" if info["n_guided"] else ""
     rows = {
         "success": f"{info['successes']}/{info['n_episodes']} (95 % interval {low:.0f} to {high:.0f}){guided}",
         "control steps": f"{info['ticks']}, {100 * info['missed']:.2f} % of the deadlines missed",

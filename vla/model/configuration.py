@@ -217,8 +217,8 @@ class VLAConfig(PreTrainedConfig):
         value = getattr(self, field)
         if not value:
             raise CheckpointError(
-                f"config.json has no `{field}`, which the meaning of the actions depends on. Train or save the "
-                "checkpoint with this package, or add the value of the original training run."
+                f"config.json has no `{field}`, which is needed to interpret the actions. Train or save the checkpoint "
+                "with this package, or add the value of the original training run."
             )
         return value
 

@@ -106,8 +106,8 @@ def _checked_config(folder: Path) -> VLAConfig:
         missing += [f"robot.{field.name}" for field in dataclasses.fields(RobotSpec) if field.name not in robot]
     if missing:
         raise CheckpointError(
-            f"{folder}/config.json has no {', '.join(missing)}, which the meaning of the actions depends on. Add the "
-            "values of the original training run."
+            f"{folder}/config.json has no {', '.join(missing)}, needed to interpret the actions. Add the values of the "
+            "original training run."
         )
     config = read_config(folder)
     try:

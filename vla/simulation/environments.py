@@ -32,7 +32,7 @@ def resolve(env_id: str, adapter: AdapterConfig) -> str:
             ) from error
     if name in gym.registry:
         return name
-    fix = "For an environment of another package, set `adapter.module` or write the id as module:Id."
+    fix = "For an environment of another package, set `adapter.module`, or use the id module:Id."
     family = name.rpartition("/")[0]
     kin = [known for known in gym.registry if family and known.rpartition("/")[0] == family]
     if kin:

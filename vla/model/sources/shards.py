@@ -164,8 +164,8 @@ class Adapter:
             target = shapes.get(f"{weight}.weight")
             if target is None or len(target) != 2 or kind not in ("A.weight", "B.weight"):
                 raise CheckpointError(
-                    f"the adapter in {self.folder} was made for another model: no matrix of its base {self.base!r} "
-                    f"belongs to its key {key}."
+                    f"the adapter in {self.folder} was made for another model: its base {self.base!r} has no matrix "
+                    f"for the key {key}."
                 )
             expected = [self._rank, target[1]] if kind.startswith("A") else [target[0], self._rank]
             if list(shape) != expected:
