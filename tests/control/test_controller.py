@@ -408,7 +408,7 @@ def test_an_emergency_stop_in_the_middle_of_a_run(policy, driver):
         ({"cameras": ("top",)}, r"needs camera 'front', 'wrist', the robot has 'top'"),
         ({"gripper_open": -1.0, "gripper_closed": 1.0}, "opens its gripper with 1 and closes it with -1"),
         ({"action_names": tuple("abcdefg")}, "names differ"),
-        ({"action_space": "ee_velocity"}, "ee_delta, the robot takes ee_velocity"),
+        ({"action_space": "ee_velocity"}, "ee_delta, those of the robot are ee_velocity"),
         ({"state_names": ()}, "state has 7 entries"),
         ({"control_hz": 30.0}, r"runs at 20 .* at 30.*--hz 20"),
     ],

@@ -54,7 +54,7 @@ def test_what_a_policy_is_not_given_is_said(tmp_path, capsys):
     assert "These columns are not read: observation.joints." in printed
     assert "(depth not used: observation.images.depth)" in printed and "other splits: val" in printed
     page = (tmp_path / "report/index.html").read_text()
-    assert "width of one of 63 bins" in page  # as many as the embedded backbone has, by default
+    assert "bin width (63 bins)" in page  # as many as the embedded backbone has, by default
 
 
 def test_errors(tmp_path, data):
