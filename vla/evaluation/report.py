@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from vla.evaluation.results import OUTCOMES
+from vla.evaluation.results import OUTCOMES, short
 from vla.support.pages import templates
 from vla.support.run_folder import write_text
 from vla.support.statistics import percentiles
@@ -150,11 +150,6 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Row]) -> Table:
     for name, *rates in rows:
         table.add_row(str(name), *("" if rate is None else f"{rate:.1f}" for rate in rates))
     return table
-
-
-def short(env_id: str) -> str:
-    """The id without its module: "vla/PickUp-v0" for "envs:vla/PickUp-v0"."""
-    return env_id.rpartition(":")[2]
 
 
 def _videos(episodes: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[str, Any]]:

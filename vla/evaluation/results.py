@@ -171,9 +171,14 @@ def latency(forwards: Sequence[tuple[int, float]]) -> dict[str, Any]:
     }
 
 
+def short(env_id: str) -> str:
+    """The id without its module: "vla/PickUp-v0" for "envs:vla/PickUp-v0"."""
+    return env_id.rpartition(":")[2]
+
+
 def task_group(env_id: str) -> str:
     """The namespace of an environment id: "vla" for "envs:vla/PickUp-v0"."""
-    return env_id.rpartition(":")[2].rpartition("/")[0] or "gymnasium"
+    return short(env_id).rpartition("/")[0] or "gymnasium"
 
 
 def write(info: Mapping[str, Any], folder: Path) -> Path:

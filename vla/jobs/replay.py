@@ -24,6 +24,7 @@ from vla.config import AdapterConfig, CollectConfig, ReplayConfig
 from vla.data.format import PLAN
 from vla.data.reader import Demonstrations, Episode
 from vla.errors import DataError, SimulatorError
+from vla.evaluation.results import short
 from vla.simulation import adapter as simulator
 from vla.simulation.environments import OWN
 from vla.support.run_folder import RunFolder
@@ -87,8 +88,8 @@ def replay(config: ReplayConfig) -> bool:
                 env = simulator.make(env_id, adapter)
                 recorded = dataclasses.replace(demos.robot, cameras=())  # images are not compared
                 recorded.check_fits(env.robot, f"environment {env_id!r}", "the recording", ("names", "rate"))
-            if episode.env_id is not None and _bare(env_id) != _bare(episode.env_id):
-                recorded_in, replayed_in = _bare(episode.env_id), _bare(env_id)
+            if episode.env_id is not None and short(env_id) != short(episode.env_id):
+                recorded_in, replayed_in = short(episode.env_id), short(env_id)
                 notes[f"The demonstrations were recorded in {recorded_in!r} and replayed in {replayed_in!r}."] = None
             results.append(_replay(env, demos, episode))
     finally:
@@ -206,10 +207,6 @@ def _recorded_env(demos: Demonstrations, episode: Episode, adapter: AdapterConfi
             f"are not imported. If you trust the module, run `vla replay --data {demos.root} --module <module>`."
         )
     return name
-
-
-def _bare(env_id: str) -> str:
-    return env_id.rpartition(":")[2]
 
 
 def _as_recorded(result: Replay) -> bool:

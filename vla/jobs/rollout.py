@@ -342,7 +342,7 @@ def _save_clip(out: Path, episode: Episode, video: bytes) -> str:
 
 
 def _file_name(folder: str, episode: Episode, suffix: str) -> str:
-    name = episode.env_id.rpartition(":")[2].replace("/", "-")
+    name = results.short(episode.env_id).replace("/", "-")
     return f"{folder}/{name}-seed{episode.seed}-{episode.outcome}{suffix}"
 
 
