@@ -86,9 +86,9 @@ class RolloutConfig:
         n_action_steps: actions executed per chunk; None: the checkpoint's value.
         unnorm_key: dataset whose statistics un-normalise the actions; needed only if the checkpoint has several.
         decoding: how action tokens are decoded; greedy by default.
-        videos: record videos of this many first episodes and this many failures per environment.
-        rerun: the same for recordings for Rerun's viewer (images, state, actions, and the entropy of their tokens).
-            Needs the extra `rerun`.
+        videos: record videos of the first `videos` episodes of each environment, and of up to `videos` later failures.
+        rerun: record the first `rerun` episodes of each environment, and up to `rerun` later failures, for Rerun's
+            viewer (images, state, actions, token entropy). Needs the extra `rerun`.
         out: report folder.
         compare: another report folder to compare with.
         device: torch device; "auto" chooses one.
@@ -141,7 +141,7 @@ class BenchmarkConfig:
         n_action_steps: actions executed per chunk; None: the checkpoint's value.
         unnorm_key: dataset whose statistics un-normalise the actions; needed only if the checkpoint has several.
         decoding: how action tokens are decoded; greedy by default.
-        videos: record videos of this many first episodes and this many failures per task.
+        videos: record videos of the first `videos` episodes of each task, and of up to `videos` later failures.
         out: output folder, with one subfolder per task; None: runs/<name of the suite>-benchmark.
         device: torch device; "auto" chooses one.
         dtype: type of weights and computation. bfloat16 and float16 take half the memory.

@@ -119,7 +119,7 @@ class Controller:
         self._stopping = True
 
     def run(self, instruction: str, seconds: float) -> dict[str, Any]:
-        """Control the robot for `seconds`, until it reports the end of its task, or until `stop`. Ends with a hold.
+        """Control the robot for `seconds`, until it reports that its task has ended, or until `stop`. Ends with a hold.
 
         Returns:
             A dict with
@@ -160,7 +160,7 @@ class Controller:
         except BaseException:
             try:
                 self._end()
-            except Exception as problem:  # only report this error: the first one is raised
+            except Exception as problem:  # a warning only, because the original error is raised
                 warnings.warn(f"the hold command could not be sent: {problem}", stacklevel=2)
             raise
         self._end()
@@ -229,7 +229,7 @@ class Controller:
         return self._on_hold or self.safety.stopped
 
     def _first_reading(self) -> Reading:
-        """Wait for the first reading. For position commands, its state must be finite: the robot holds it at first."""
+        """Wait for the first reading. For position commands, its state must be finite, to hold the robot there."""
         spec, deadline = self._robot.spec, self._clock.monotonic() + self._config.safety.max_age_s + 5.0
         while True:
             reading = self._robot.observe()

@@ -93,7 +93,7 @@ class Planner:
     ) -> None:
         self._policy, self._inference, self._rate = policy, inference, rate
         self._config, self._buffer, self._record = config, buffer, record
-        self._session = Session()  # with the last request's instruction, and a draft from that request's step on
+        self._session = Session()  # the instruction of the last request, and a draft that begins at its step
         self._request: Request | None = None
         self._executed: int | None = None  # how many actions of the requested chunk to execute; None until they arrive
         self._commands: collections.deque[tuple[int, np.ndarray]] = collections.deque(maxlen=_HISTORY)
@@ -129,7 +129,7 @@ class Planner:
         return self._inference.busy_since is None
 
     def request(self, reading: Reading, instruction: str, step: int) -> None:
-        """Request a chunk for `reading`, which is executed from control step `step` on."""
+        """Request a chunk for `reading`, to be executed from control step `step` on."""
         if self._session.instruction != instruction:
             self._session = Session(instruction)  # the draft is for the previous task
             self._buffer.new_task()

@@ -163,7 +163,7 @@ class SafetyFilter:
         return self._with_motion(command, self._motion - change, self._motion + change)
 
     def _with_motion(self, command: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-        """Clip the motion per period of `command`. Other entries keep their exact values."""
+        """Clip the motion per period of `command`. Entries that are not clipped keep their exact values."""
         motion = self._moved(command)
         clipped = np.clip(motion, low, high)
         origin = np.zeros_like(command) if self._spec.action_space.relative or self._last is None else self._last

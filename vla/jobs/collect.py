@@ -50,7 +50,7 @@ _console = Console(stderr=True)
 def attempt(config: CollectConfig, episode: int, turn: int) -> Attempt:
     """Attempt number `turn` at an episode of the dataset."""
     environment = episode % len(config.env)
-    index = episode // len(config.env)  # within its environment, so that all have the same share of noise
+    index = episode // len(config.env)  # in its environment, so that all environments have the same share of noise
     noisy = int((index + 1) * config.noise_share) > int(index * config.noise_share)
     return Attempt(
         episode=episode,

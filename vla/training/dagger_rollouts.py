@@ -8,8 +8,8 @@ recorded; episodes that end before it are discarded. It does not know the result
 Episodes run in batches of `n_envs`, and an interrupted batch is repeated completely: the policy's outputs depend
 slightly on the batch size, so otherwise the dataset would depend on interruptions.
 
-A chunk's labels are the expert's actions in the visited states. While the policy controls the robot, only the first of
-them is part of the expert's plan from the current state. While the expert controls it, all executed actions are.
+A chunk's labels are the expert's actions in the visited states. If the expert controls the robot, they are its plan
+from the chunk's first state. If the policy controls the robot, only the first label is.
 """
 
 from __future__ import annotations

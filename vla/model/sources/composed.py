@@ -1,7 +1,7 @@
 """A LLaMA-architecture language model joined with separately trained vision towers.
 
-Owns: the check that the models fit together, and the ids of action tokens and placeholders. These are the last ids of
-the vocabulary, as in OpenVLA (arXiv:2406.09246), so embeddings are not resized.
+Owns: the check that the models fit together, and the ids of action tokens and placeholders. These ids are
+at the end of the vocabulary, as in OpenVLA (arXiv:2406.09246), so embeddings are not resized.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def causal_lm(config: PreTrainedConfig, model: Any, head: Any) -> Any:
 
 
 def untied(decoder: Any) -> Any:
-    """Untie a language model's head from its embedding: as inputs and as outputs, action tokens differ."""
+    """Untie a language model's head from its embedding, so that action tokens learn both separately."""
     head = decoder.lm_head
     if decoder.config.tie_word_embeddings:
         head.weight = torch.nn.Parameter(head.weight.detach().clone())

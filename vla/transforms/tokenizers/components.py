@@ -70,7 +70,7 @@ class Components(ActionTokenizer):
         if n_bins is not None and (n_bins < 3 or n_bins % 2 == 0):
             raise ConfigError(f"tokenizer 'pca' needs an odd number of bins, at least 3, got {n_bins}.")
         dims = list(range(actions.shape[-1])) if active is None else list(active)
-        # A few chunks cross the end of an episode.
+        # These include a few chunks that span two episodes.
         starts = np.unique(np.linspace(0, len(actions) - 1, min(len(actions), CHUNKS)).astype(int))
         steps = np.minimum(starts[:, None] + np.arange(horizon), len(actions) - 1)
         chunks = np.clip(actions[steps][..., dims], -1, 1).reshape(len(starts), -1).astype(np.float64)

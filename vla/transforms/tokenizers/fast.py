@@ -82,7 +82,7 @@ class Fast(ActionTokenizer):
                 f"tokenizer 'fast' needs at least {fewest} ids (`bins`) for chunks of {horizon} actions, got {rows}."
             )
         plain = cls(horizon, actions.shape[-1], SCALE, [], active)
-        # A few chunks cross the end of an episode.
+        # These include a few chunks that span two episodes.
         last = max(len(actions) - horizon, 0)
         starts = np.unique(np.linspace(0, last, min(last + 1, CHUNKS)).astype(int))
         steps = np.minimum(starts[:, None] + np.arange(horizon), len(actions) - 1)
