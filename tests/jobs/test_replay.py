@@ -104,7 +104,7 @@ def test_another_environment_and_rate_are_told_and_another_action_space_is_refus
     assert "recorded in 'test/Point-v0' and replayed in 'test/Place-v0'" in printed
     assert len(json.loads((tmp_path / "replay.json").read_text())["notes"]) == 1
     for other, message in (
-        ({"action_space": "ee_velocity"}, "the recording's actions are ee_delta, .* takes ee_velocity"),
+        ({"action_space": "ee_velocity"}, "the recording's actions are ee_delta, .* are ee_velocity"),
         ({"gripper_open": -1, "gripper_closed": 1}, "opens its gripper with 1 .* with -1"),
     ):
         with pytest.raises(SpecError, match=message):

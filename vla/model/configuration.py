@@ -131,7 +131,7 @@ class VLAConfig(PreTrainedConfig):
             return build(values)
         except ConfigError as error:  # an unknown name, or wrong values
             raise CheckpointError(
-                f"config.json: {error} If a module of your own registers it, import the module first."
+                f"config.json: {error} If it is registered in your own module, import the module first."
             ) from None
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"config.json: the action tokenizer {values} is not valid: {error}") from None
