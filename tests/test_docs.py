@@ -63,7 +63,7 @@ def test_the_api_reference_is_made_from_the_docstrings(tmp_path):
     main = runpy.run_path(str(DOCS.parent / "scripts" / "api"))["main"]
     main(["vla", "vla.policy", "vla.spec", "--out", str(tmp_path)])
     page = (tmp_path / "vla" / "policy.html").read_text()
-    assert "Chunks for a batch of observations" in page and (tmp_path / "vla" / "spec.html").is_file()
+    assert "Predict one chunk per observation" in page and (tmp_path / "vla" / "spec.html").is_file()
 
 
 def test_the_tutorial_prints_what_it_shows(capsys):

@@ -314,7 +314,7 @@ def test_a_policy_with_chunks_of_variable_length(held, observations):
 def test_options_that_need_tokens_for_each_action_are_rejected(held, observations):
     policy, words = Policy(*held), ["reach"]
     assert not policy.streams
-    with pytest.raises(ConfigError, match="can be streamed for one observation"):
+    with pytest.raises(ConfigError, match="streaming actions needs a batch of one observation"):
         policy.predict(observations(1), words, on_action=print)
     with pytest.raises(ConfigError, match="cannot be stopped early"):
         policy.predict(observations(1), words, stopping=StoppingCriteriaList([MaxLengthCriteria(50)]))

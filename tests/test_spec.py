@@ -94,11 +94,11 @@ def test_a_robot_fits_itself_and_one_with_fewer_properties():
         ({"state_names": ("grip", "x", "y")}, "The order differs"),
         ({"action_names": ("a", "b", "grip")}, "The names differ"),
         ({"state_names": ("x", "y", "force")}, "The names differ"),
-        ({"action_space": "ee_velocity"}, "actions are ee_delta, the arm takes ee_velocity"),
+        ({"action_space": "ee_velocity"}, "actions are ee_delta, those of the arm are ee_velocity"),
         ({"gripper_open": -1.0, "gripper_closed": 1.0}, "gripper with 1 and closes it with -1, the arm with -1 and 1"),
         ({"gripper_closed": 0.0}, "the arm with 1 and 0"),
         ({"gripper_index": 1}, "gripper is action entry 2, the arm's is entry 1"),
-        ({"control_hz": 20.0}, r"made for 10 actions per second, the arm runs at 20.*`vla deploy --hz 10`"),
+        ({"control_hz": 20.0}, r"runs at 10 actions per second, the arm at 20.*`vla deploy --hz 10`"),
     ],
 )  # fmt: skip
 def test_mismatches_are_rejected(robot, message):
@@ -108,7 +108,7 @@ def test_mismatches_are_rejected(robot, message):
 
 def test_only_other_names_and_rates_can_be_tolerated():
     other = changed(action_names=("a", "b", "c"), control_hz=20.0)
-    with pytest.warns(UserWarning, match="names differ"), pytest.warns(UserWarning, match="made for 10"):
+    with pytest.warns(UserWarning, match="names differ"), pytest.warns(UserWarning, match="runs at 10"):
         ARM.check_fits(other, tolerated=("names", "rate"))
     with pytest.raises(SpecError, match="order"):
         ARM.check_fits(changed(action_names=("dy", "dx", "grip")), tolerated=("names", "rate"))

@@ -14,7 +14,7 @@ __all__ = ["Policy", "RobotSpec", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import `Policy` and `RobotSpec` on first use: `vla --help` must not wait for torch."""
+    """Import `Policy` and `RobotSpec` on first use, so that `vla --help` does not wait for torch."""
     module = {"Policy": "vla.policy", "RobotSpec": "vla.spec"}.get(name)
     if module is None:
         raise AttributeError(f"module 'vla' has no attribute {name!r}")

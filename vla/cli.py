@@ -1,8 +1,8 @@
 """`vla <verb>`: the command line.
 
-Owns: the table of verbs, building a configuration from flags and `--config`, and turning errors into a message and an
-exit status. Each verb is implemented by a function in `vla.jobs`, which is imported only when the verb runs, so that
-`vla --help` and `vla doctor` start immediately.
+Owns: the table of verbs, building a configuration from flags and `--config`, and the message and exit status of an
+error. The functions of verbs are in `vla.jobs`. They are imported only when their verb runs, so that `vla --help` and
+`vla doctor` start immediately.
 
 Exit status: 0 success; 1 a check found problems, or a system error occurred (such as a full disk); 2 invalid request
 (a wrong flag, file, name or value); 130 stopped by Ctrl-C; 143 stopped by SIGTERM.
@@ -36,7 +36,7 @@ class Verb(NamedTuple):
         job: the function that runs it.
         summary: its line in `vla --help`.
         example: a typical call, in `vla <verb> --help`.
-        operand: the field that the word after the verb sets, if it is not a flag.
+        operand: the field that a word after the verb sets.
     """
 
     config: str
@@ -145,7 +145,7 @@ VERBS = {
 
 
 class Terminated(KeyboardInterrupt):
-    """Raised on SIGTERM. It is a KeyboardInterrupt, so that a job saves its work as on Ctrl-C."""
+    """Raised on SIGTERM. As a KeyboardInterrupt, it makes a job save its work, as after Ctrl-C."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -172,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         module, _, name = verb.job.partition(":")
         result = getattr(importlib.import_module(module), name)(config)
         return 1 if result is False else 0
-    except BrokenPipeError:  # the reader of the output has exited (`vla ... | head`): not an error
+    except BrokenPipeError:  # not an error: the reader of the output has exited (`vla ... | head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt as stop:
@@ -198,8 +198,8 @@ def _usage() -> str:
     return (
         "usage: vla [--plugin module ...] <verb> [--config values.yaml] [--flag value ...]\n\n"
         f"Action-token robot policies.\n\n{verbs}\n\n"
-        "`vla <verb> --help` lists the flags of a verb. Flags override the YAML file, which overrides the defaults.\n"
-        "--plugin imports a module that registers your own tokenizers, protocols, ...; it can be repeated.\n"
+        "`vla <verb> --help` lists the flags of a verb. Flags override values in the YAML file.\n"
+        "--plugin imports a module with your own tokenizers, protocols, ...; it can be repeated.\n"
         "VLA_DEBUG=1 shows the traceback of an error."
     )
 
@@ -218,7 +218,7 @@ def _import_plugins(arguments: list[str]) -> list[str]:
                 "module in the working directory."
             ) from error
     if not arguments:
-        raise VLAError("a verb must follow the plugins. `vla --help` lists the verbs.")
+        raise VLAError("there is no verb after --plugin. `vla --help` lists the verbs.")
     return arguments
 
 
@@ -257,13 +257,13 @@ def _parse(name: str, verb: Verb, arguments: Sequence[str]) -> Any:
 
 
 def _unknown_argument(name: str, cls: Any, argument: str) -> str:
-    """Message for an argument that does not belong to the verb."""
+    """Message for an unknown argument."""
     from vla import config
     from vla.config import flags
 
     help_ = f"`vla {name} --help` lists the flags."
     if not argument.startswith("-"):
-        return f"unexpected argument {argument!r}: a value must follow a flag. {help_}"
+        return f"unexpected argument {argument!r}: it does not follow a flag. {help_}"
     flag = argument.partition("=")[0].replace("_", "-")
     if (new := flags.renamed(cls).get(flag.removeprefix("--"))) is not None:
         return f"{flag} is now called --{new.replace('_', '-')}."
@@ -277,10 +277,10 @@ def _unknown_argument(name: str, cls: Any, argument: str) -> str:
 
 
 def _explain(error: Exception) -> tuple[str | None, int]:
-    """The message to print, or None for an unexpected error that needs its traceback; and the exit status."""
+    """The message to print (None for an unexpected error, which needs its traceback), and the exit status."""
     if isinstance(error, VLAError):
         return str(error), 2
-    # safetensors, PyAV and pyarrow wrap this error in their own types, but keep its text.
+    # safetensors, PyAV and pyarrow have their own error types, but keep the text.
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
         return f"the disk is full: {error}. Free some space, or choose another folder with --out.", 1
     if isinstance(error, PermissionError):
@@ -300,14 +300,14 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
 
 
 def _resend_signal(lost: sys.UnraisableHookArgs) -> None:
-    """Resend a stop signal that arrived during a `__del__`, where Python only prints the exception."""
+    """Resend a stop signal that arrived during a `__del__`, in which Python only prints exceptions."""
     if not issubclass(lost.exc_type, KeyboardInterrupt):
         sys.__unraisablehook__(lost)
         return
     signum = signal.SIGTERM if issubclass(lost.exc_type, Terminated) else signal.SIGINT
-    # An exception raised here would be lost as well, so send the signal later, from another thread.
+    # An exception raised here would also be lost, so send the signal later, from another thread.
     later = threading.Timer(0.05, os.kill, (os.getpid(), signum))
-    later.daemon = True  # do not delay the exit of a job that ends first
+    later.daemon = True  # do not delay the exit
     later.start()
 
 

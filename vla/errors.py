@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 
 class VLAError(Exception):
-    """Base class of all errors that this package raises on purpose."""
+    """Base class of this package's errors."""
 
 
 class ConfigError(VLAError):

@@ -1,8 +1,8 @@
-"""Fast checks that everything named in a configuration exists, before heavy imports.
+"""Fast checks before heavy imports: whether everything named in a configuration exists.
 
-Owns: the checks of datasets, cameras, policies, suites and this package's environments. A field name has the same
-meaning in every verb, so checks are selected by field name. A job that is called from Python raises the same errors
-when it opens the dataset, policy or environment.
+Owns: the checks of datasets, cameras, policies, suites and this package's environments. They are selected by field
+name, because a field name has the same meaning in every verb. A job called from Python raises the same errors when it
+opens the dataset, policy or environment.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vla.support.locations import check_policy
 
 
 def preflight(config: Any) -> None:
-    """Raise errors that the job would raise later, as far as possible without loading a network or environment."""
+    """Raise the errors of a job that can be found without loading a network or an environment."""
     configuration.check(config)
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     if "policy" in values:
@@ -46,7 +46,7 @@ def _check_datasets(folders: Iterable[Path], cameras: Iterable[str]) -> None:
 
 
 def _check_environment(env_id: str, adapter: configuration.AdapterConfig) -> None:
-    """Check this package's environments only: importing another package may take long."""
+    """Check this package's environments only, because importing another package may take long."""
     if env_id.removeprefix("envs:").startswith("vla") and adapter.module is None:
         from vla.simulation.environments import resolve
 

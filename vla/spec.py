@@ -1,11 +1,11 @@
 """RobotSpec: the observations, actions and conventions of a robot.
 
-Owns: the names and conventions of one robot (cameras, state and action entries, gripper polarity, control rate, hold
-command), validation of observations and actions, and the check that a policy for one robot is compatible with another.
-It does not know action tokens, policies or the source of observations.
+Owns: the names and conventions of a robot (cameras, state and action entries, gripper polarity, control rate, hold
+command), validation of observations and actions, and the compatibility check of two robots. It does not know action
+tokens, policies or the source of observations.
 
-Every *observation* follows the Gymnasium convention
-`{"pixels": {camera: uint8 [height, width, 3] RGB}, "agent_pos": float32 [S]}`; `agent_pos` is absent when S = 0.
+An observation is `{"pixels": {camera: uint8 [height, width, 3] RGB}, "agent_pos": float32 [S]}`, without `agent_pos` if
+S = 0.
 """
 
 from __future__ import annotations
@@ -25,26 +25,25 @@ Observation = Mapping[str, Any]
 
 
 class ActionSpace(enum.StrEnum):
-    """The meaning of an action's entries; their names are in `action_names`. Files store the member's value.
+    """The meaning of an action's entries.
 
-    Unambiguous spellings of other packages are accepted (`_SPELLINGS`): `ActionSpace("delta_ee")` is `EE_DELTA`. Any
-    other name raises a SpecError. A wrong guess would be dangerous: repeating a command holds a robot in a position
-    space, but moves it on in a relative space.
+    Unambiguous names of other packages are accepted (`_SPELLINGS`): `ActionSpace("delta_ee")` is `EE_DELTA`. All other
+    names raise SpecError, because a wrong guess would be dangerous: repeating a command holds a robot in a position
+    space, but keeps it moving in a relative space.
     """
 
     JOINT_POSITION = "joint_position"
     JOINT_DELTA = "joint_delta"
     JOINT_VELOCITY = "joint_velocity"
-    EE_POSITION = "ee_position"  # end-effector position, and orientation if there are entries for it
+    EE_POSITION = "ee_position"  # end-effector position, optionally with orientation
     EE_DELTA = "ee_delta"
     EE_VELOCITY = "ee_velocity"
     UNSPECIFIED = "unspecified"  # the robot must define its hold command
 
     @property
     def relative(self) -> bool:
-        """Whether actions are deltas or velocities, so that 0 holds the robot. Otherwise they are positions, and
-        repeating the last command holds it.
-        """
+        """Whether actions are deltas or velocities (0 holds the robot) instead of positions (repeating the last command
+        holds it)."""
         return self in (self.JOINT_DELTA, self.JOINT_VELOCITY, self.EE_DELTA, self.EE_VELOCITY)
 
     @classmethod
@@ -52,12 +51,12 @@ class ActionSpace(enum.StrEnum):
         for member, spellings in _SPELLINGS.items():
             if value in spellings:
                 return cls(member)
-        fix = 'If none of these applies, use "unspecified" and define the robot\'s `hold` command.'
+        fix = 'If none of these applies, use "unspecified", and define the robot\'s `hold` command.'
         raise SpecError(unknown("action space", value, cls, fix))
 
 
-#: Spellings used by other packages. Ambiguous names are left out on purpose: "eef_pos" (deltas in Open X-Embodiment,
-#: positions elsewhere) and names that do not distinguish delta from position ("ee", "joint", "osc_pose").
+#: Names in other packages. Ambiguous names are omitted: "eef_pos" (deltas in Open X-Embodiment, positions elsewhere),
+#: and names that do not distinguish delta from position ("ee", "joint", "osc_pose").
 _SPELLINGS: dict[str, tuple[str, ...]] = {
     "joint_position": ("joint_positions", "joint_pos", "pd_joint_pos", "absolute_joint_position"),
     "joint_delta": (
@@ -95,20 +94,20 @@ _SPELLINGS: dict[str, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class RobotSpec:
-    """The interface of a robot, shared by everything that controls it.
+    """The observations, actions and conventions of a robot.
 
     Attributes:
         cameras: camera names, in the order of the policy's inputs.
-        state_names: one name per entry of `agent_pos`; empty for a robot without proprioception.
+        state_names: one name per entry of `agent_pos`; empty without a state.
         action_names: one name per entry of an action.
         action_space: meaning of an action: "ee_delta" (end-effector deltas), "joint_position", ...; see `ActionSpace`.
-        gripper_index: action entry that drives the gripper; None without a gripper.
-        gripper_open: value of that entry that opens the gripper (robots differ in polarity).
-        gripper_closed: value of that entry that closes the gripper.
+        gripper_index: index of the gripper command in an action; None without a gripper.
+        gripper_open: gripper command that opens the gripper.
+        gripper_closed: gripper command that closes the gripper.
         control_hz: actions per second.
-        hold: the command that keeps the robot in place, one value per entry; None repeats that entry of the last
-            command. Empty: repeat the last command in a position space; 0 in a relative space, except for the gripper,
-            which repeats its last value.
+        hold: the command that keeps the robot in place, one value per entry; None repeats the entry of the last
+            command. Empty: in a position space, repeat the last command; in a relative space, 0, but repeat the gripper
+            command.
     """
 
     cameras: tuple[str, ...]
@@ -146,7 +145,7 @@ class RobotSpec:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RobotSpec:
-        """Inverse of `to_dict`; raises SpecError for unknown or missing keys."""
+        """Inverse of `to_dict`. SpecError if keys are unknown or missing."""
         valid = [field.name for field in dataclasses.fields(cls)]
         for key in values:
             if key not in valid:
@@ -168,13 +167,13 @@ class RobotSpec:
         ours: str = "the policy",
         tolerated: Collection[str] = (),
     ) -> None:
-        """Raise SpecError unless actions and observations have the same meaning on `robot`.
+        """Raise SpecError if actions or observations have another meaning on `robot`.
 
         Args:
-            robot: spec of the robot, environment or recording to use.
+            robot: RobotSpec of a robot, environment or recording.
             name: name of `robot` in messages.
-            ours: name in messages of what this RobotSpec belongs to, e.g. "the policy".
-            tolerated: differences that cause a warning instead: "names" (entries are matched by position), "rate".
+            ours: name of this RobotSpec's owner in messages.
+            tolerated: differences that only cause a warning: "names" (entries are matched by position), "rate".
         """
         for kind, message in self._differences(robot, name, ours):
             if kind not in tolerated:
@@ -207,17 +206,17 @@ class RobotSpec:
         if ActionSpace.UNSPECIFIED not in spaces and spaces[0] != spaces[1]:
             yield (
                 "action space",
-                f"{ours}'s actions are {spaces[0]}, {name} takes {spaces[1]}. Correct action_space in the robot's "
-                "RobotSpec (for an environment: adapter.robot).",
+                f"{ours}'s actions are {spaces[0]}, those of {name} are {spaces[1]}. Correct action_space in the "
+                "robot's RobotSpec (for an environment: adapter.robot).",
             )
         if self.gripper_index is not None and robot.gripper_index is not None:
             yield from self._gripper_differences(robot, name, ours)
         if not math.isclose(self.control_hz, robot.control_hz, rel_tol=0.01):  # 29.97 is 30
             yield (
                 "rate",
-                f"{ours} was made for {self.control_hz:g} actions per second, {name} runs at {robot.control_hz:g}: the "
-                f"same action may cause a different motion. Correct control_hz in the robot's RobotSpec (for an "
-                f"environment: adapter.robot), or run the control loop at {self.control_hz:g} Hz (`vla deploy --hz "
+                f"{ours} runs at {self.control_hz:g} actions per second, {name} at {robot.control_hz:g}, so an action "
+                f"may cause a different motion. Correct control_hz in the robot's RobotSpec (for an environment: "
+                f"adapter.robot), or run the control loop at {self.control_hz:g} Hz (`vla deploy --hz "
                 f"{self.control_hz:g}`).",
             )
 
@@ -238,8 +237,8 @@ class RobotSpec:
         """The hold command, float32 [D].
 
         Args:
-            last: the last command [D]. If None, an entry that would be repeated takes the state entry of the same name
-                in a position space. Without one, the gripper is open and any other entry is 0.
+            last: the last command [D]. None: instead of repeating its entries, use the state entries with the same
+                names in a position space, otherwise an open gripper and 0.
             state: `agent_pos` [S].
         """
         if last is None:
@@ -260,7 +259,7 @@ class RobotSpec:
         return np.array([repeat[i] if value is None else value for i, value in enumerate(hold)], np.float32)
 
     def check_observation(self, observation: Observation) -> None:
-        """Raise SpecError unless `observation` has all cameras as uint8 RGB [H, W, 3] and a finite state [S]."""
+        """Raise SpecError if `observation` lacks a camera (uint8 RGB [H, W, 3]) or a finite state [S]."""
         if not isinstance(observation, Mapping) or "pixels" not in observation:
             keys = sorted(observation) if isinstance(observation, Mapping) else type(observation).__name__
             raise SpecError(f'an observation must be {{"pixels": {{camera: image}}, "agent_pos": state}}, got {keys}.')
@@ -285,12 +284,12 @@ class RobotSpec:
             check_vector(state, self.state_names, "state")
 
     def check_action(self, action: np.ndarray) -> None:
-        """Raise SpecError unless `action` is a finite vector of `action_dim` entries."""
+        """Raise SpecError if `action` is not a finite vector of `action_dim` entries."""
         check_vector(action, self.action_names, "action")
 
 
 def check_image(image: Any, camera: str) -> None:
-    """Raise SpecError unless `image` is uint8 [height, width, 3], with a remedy for common mistakes."""
+    """Raise SpecError if `image` is not uint8 [height, width, 3] with at least 8 x 8 pixels."""
     shape, dtype = getattr(image, "shape", None), getattr(image, "dtype", None)
     if shape is None or len(shape) != 3:
         raise SpecError(f"camera {camera!r}: expected an image [height, width, 3], got shape {shape}.")
@@ -305,7 +304,7 @@ def check_image(image: Any, camera: str) -> None:
 
 
 def check_vector(vector: Any, names: Sequence[str], what: str) -> None:
-    """Raise SpecError unless `vector` has one finite number per name."""
+    """Raise SpecError if `vector` does not have one finite number per name."""
     values = np.asarray(vector)
     if values.shape != (len(names),):
         raise SpecError(f"{what}: expected {len(names)} entries ({', '.join(names)}), got shape {values.shape}.")

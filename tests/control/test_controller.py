@@ -409,9 +409,9 @@ def test_an_emergency_stop_in_the_middle_of_a_run(policy, driver):
         ({"cameras": ("top",)}, r"needs camera 'front', 'wrist', the robot has 'top'"),
         ({"gripper_open": -1.0, "gripper_closed": 1.0}, "opens its gripper with 1 and closes it with -1"),
         ({"action_names": tuple("abcdefg")}, "names differ"),
-        ({"action_space": "ee_velocity"}, "ee_delta, the robot takes ee_velocity"),
+        ({"action_space": "ee_velocity"}, "ee_delta, those of the robot are ee_velocity"),
         ({"state_names": ()}, "state has 7 entries"),
-        ({"control_hz": 30.0}, r"made for 20 .*runs at 30.*--hz 20"),
+        ({"control_hz": 30.0}, r"runs at 20 .* at 30.*--hz 20"),
     ],
 )
 def test_a_mismatched_robot_is_rejected(policy, driver, change, message):
@@ -426,7 +426,7 @@ def test_an_explicit_rate_is_used_with_a_warning(policy, driver):
     with Controller(driver, policy, ControlConfig(hz=20.0)) as controller:
         assert controller.hz == 20.0
     with (
-        pytest.warns(UserWarning, match="made for 20 .* runs at 25"),
+        pytest.warns(UserWarning, match="runs at 20 .* at 25"),
         Controller(driver, policy, ControlConfig(hz=25.0)),
     ):
         pass

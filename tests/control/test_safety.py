@@ -169,7 +169,7 @@ def test_hold_does_not_move_the_robot(space):
     safety.check(np.array([0.5, 0.5, 0.0]))
     safety.emergency_stop()
     told(safety.check(np.array([0.5, 0.5, 0.0])), 0, 0, 0)
-    with pytest.raises(ConfigError, match="repeats or sets y, which would keep it moving"):
+    with pytest.raises(ConfigError, match="would keep it moving: y must be 0"):
         SafetyFilter(dataclasses.replace(spec, hold=(0, None, None)), SafetyConfig(), LOW, HIGH)
 
 

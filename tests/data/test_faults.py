@@ -84,10 +84,10 @@ def test_other_versions(root, version, words):
         ({"fps": 20}, 'fps is 20, but "robot" has control_hz 10'),
         ({"features": [1]}, '"features" must map names to features'),
         ({"features": {"action": {"dtype": "float32", "shape": 2}}}, "must be a list of sizes, got 2"),
-        ({"features": {"action": {"dtype": "float32", "shape": [0]}}, "robot": None}, "nothing to learn"),
+        ({"features": {"action": {"dtype": "float32", "shape": [0]}}, "robot": None}, r"is empty \(shape \[0\]\)"),
         (
             {"data_path": "data/chunk-{episode_chunk:03d}/{episode_index}.parquet"},
-            "Was the conversion to v3.0 finished",
+            "conversion to v3.0 may be incomplete",
         ),
         ({"video_path": "videos/{0}/{video_key}.mp4"}, r"format v3\.0 has {video_key}, {chunk_index}, {file_index}"),
         ({"data_path": None}, "the path None cannot be filled in"),
@@ -237,7 +237,7 @@ def test_cameras_that_share_a_name_or_a_file(root):
         "observation.front",
     ]
     for key, path, words in (
-        ("observation.images.wrist", VIDEO, "is the same file for all cameras"),
+        ("observation.images.wrist", VIDEO, "gives the same file for all cameras"),
         ("observation.images.../../out", v3.VIDEO, "must not contain a slash"),
     ):
         change_info(root, features=info["features"] | {key: front}, video_path=path)

@@ -142,7 +142,7 @@ def test_tokens_equal_generate_under_the_same_latent(nano, observations, kind):
         assert torch.equal(engine.parallel(batch, draft).ids, expected)
         different.add(tuple(expected.flatten().tolist()))
     assert len(different) == 3  # the latent changes the tokens
-    with pytest.raises(ConfigError, match="has a latent, but the batch has no codes"):
+    with pytest.raises(ConfigError, match="has a latent, but the batch has no latent codes"):
         engine.stepwise(processor.observe(observations(1), WORDS[:1]))
 
 

@@ -374,7 +374,7 @@ def test_streaming_that_is_not_possible_is_rejected(nano, observations):
     for config in (DecodingConfig(num_beams=2), DecodingConfig(readout="mean"), DecodingConfig(ensemble=0.1)):
         policy = Policy(*nano, decoding=config)
         assert not policy.streams
-        with pytest.raises(ConfigError, match="can be streamed for one observation"):
+        with pytest.raises(ConfigError, match="streaming actions needs a batch of one observation"):
             policy.predict(observations(1), ["reach"], on_action=print)
     assert Policy(*nano, device="cpu").streams
 

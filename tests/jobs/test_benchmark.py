@@ -358,7 +358,7 @@ def test_a_suite_of_a_plugin_on_the_command_line(toy_policy, tmp_path, capsys, m
     command = ["benchmark", "toys", "--config", tmp_path / "toys.yaml", "--policy", toy_policy]
     command = [*map(str, command), "--n-envs", "2", "--out", str(tmp_path / "b")]
     assert cli.main(command) == 2
-    assert "unknown suite 'toys'. Valid: 'metaworld', 'libero'. If a module of your own" in capsys.readouterr().err
+    assert "unknown suite 'toys'. Valid: 'metaworld', 'libero'. If it is registered" in capsys.readouterr().err
     assert cli.main(["--plugin", "tests.toy_suite", *command, "--tasks", "all/easy"]) == 0
     found = json.loads((tmp_path / "b/benchmark.json").read_text())
     assert found["episode_average"]["n_episodes"] == 2 and found["config"]["suite"] == "toys"

@@ -134,7 +134,7 @@ def test_runs_without_any_success_end_with_one_error(tmp_path, monkeypatch):
     monkeypatch.setattr(collecting, "MAX_FAILURES_WITHOUT_SUCCESS", 4)
     monkeypatch.setattr(collecting, "MAX_ERRORS_WITHOUT_SUCCESS", 2)
     lost = {"unsolvable": [n + turn * 1_000_000 for n in range(2) for turn in range(9)]}
-    with pytest.raises(SimulatorError, match=r"succeeded in none of the first 4 attempts.*adapter\.success"):
+    with pytest.raises(SimulatorError, match=r"failed in all of the first 4 attempts.*adapter\.success"):
         collect(config(tmp_path / "a", 2, kwargs=lost))
     with pytest.raises(SimulatorError, match=r"all of the first 2 attempts .* ended in an error.*is unstable"):
         collect(config(tmp_path / "b", 2, kwargs={"raise_on": lost["unsolvable"]}))
@@ -210,9 +210,9 @@ def test_invalid_values(tmp_path, name, value):
 
 
 def test_options_without_effect_are_rejected(tmp_path):
-    with pytest.raises(ConfigError, match="noise applies to an environment's own expert only; 'random'"):
+    with pytest.raises(ConfigError, match="noise is only for an environment's own expert; 'random'"):
         collect(config(tmp_path / "set", noise=0.5, adapter=AdapterConfig(expert="random")))
-    with pytest.raises(ConfigError, match="instruction is blank"):
+    with pytest.raises(ConfigError, match="instruction is empty"):
         collect(config(tmp_path / "set", adapter=AdapterConfig(instruction=" ")))
 
 

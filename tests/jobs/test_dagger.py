@@ -323,8 +323,8 @@ def test_all_rollouts_end_before_their_intervention(tmp_path):
         ({"rounds": 0}, "rounds must be at least 1"),
         ({"intervention": 0}, "intervention must be at least 1"),
         ({"target": 90.0}, "target must be above 0 and at most 1"),
-        ({"eval_seed": 10_001}, "eval_seed must be outside the training seeds, 0 to 29999"),
-        ({"train": {"data": ["datasets/mine"]}}, r"train\.data is set by `vla dagger` itself"),
+        ({"eval_seed": 10_001}, "eval_seed must not overlap the training seeds, 0 to 29999"),
+        ({"train": {"data": ["datasets/mine"]}}, r"`vla dagger` sets train\.data"),
     ],
 )
 def test_invalid_values(tmp_path, values, message):

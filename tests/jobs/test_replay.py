@@ -98,13 +98,13 @@ def test_a_module_from_the_command_line_is_imported(data, tmp_path, monkeypatch,
 def test_other_environments_rates_and_action_spaces(data, tmp_path, capsys):
     gym.register("test/Place-v0", PointWorld, max_episode_steps=60)
     slow = dataclasses.replace(adapter(), robot={"control_hz": 5})
-    with pytest.warns(UserWarning, match="made for 10 actions per second, .* runs at 5"):
+    with pytest.warns(UserWarning, match="runs at 10 actions per second, .* at 5"):
         replay(ReplayConfig(data=data, env="test/Place-v0", out=tmp_path, adapter=slow))
     printed = " ".join(capsys.readouterr().out.split())
     assert "recorded in 'test/Point-v0' and replayed in 'test/Place-v0'" in printed
     assert len(json.loads((tmp_path / "replay.json").read_text())["notes"]) == 1
     for other, message in (
-        ({"action_space": "ee_velocity"}, "the recording's actions are ee_delta, .* takes ee_velocity"),
+        ({"action_space": "ee_velocity"}, "the recording's actions are ee_delta, .* are ee_velocity"),
         ({"gripper_open": -1, "gripper_closed": 1}, "opens its gripper with 1 .* with -1"),
     ):
         with pytest.raises(SpecError, match=message):

@@ -266,7 +266,7 @@ def test_opposite_grippers_are_rejected_and_other_rates_warn(tmp_path):
     adapter = AdapterConfig(module="tests.rollout_env", robot=grip)
     with pytest.raises(SpecError, match=r"opens its gripper with 0 and closes it with 1.*with 1 and -1"):
         rollout(settings(tmp_path / "r", adapter=adapter), flipped)
-    with pytest.warns(UserWarning, match="made for 5 actions per second"):
+    with pytest.warns(UserWarning, match="runs at 5 actions per second"):
         rollout(settings(tmp_path / "r", episodes=1), slow)
 
 

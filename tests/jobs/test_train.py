@@ -515,7 +515,7 @@ def test_invalid_arguments_are_rejected_before_writing(demos, unbroken, tmp_path
         pretrain(small(data=[demos], out=unbroken))
     with pytest.raises(ConfigError, match=r"other settings: learning_rate = .*, not 0\.5"):
         pretrain(small(data=[demos], out=unbroken, resume=True, learning_rate=0.5))
-    with pytest.raises(ConfigError, match="holds no training run"):
+    with pytest.raises(ConfigError, match="contains no training run"):
         pretrain(small(data=[demos], out=tmp_path / "none", resume=True))
     with pytest.raises(ConfigError, match="Did you mean 'front'"):
         pretrain(small(data=[demos], out=tmp_path / "x", model={"cameras": ["fornt"]}))
@@ -524,7 +524,7 @@ def test_invalid_arguments_are_rejected_before_writing(demos, unbroken, tmp_path
     with pytest.raises(ConfigError, match="no module named w_proj"):
         bad = small(data=[demos], out=tmp_path / "x", method="lora", lora={"targets": ["w_proj"]})
         train(bad)
-    with pytest.raises(ConfigError, match=r"state_mask.*which this policy does not use"):
+    with pytest.raises(ConfigError, match=r"state_mask.*this policy does not use the state"):
         train(small(data=[demos], out=tmp_path / "x", augment={"state_mask": 0.5}, model={"use_state": False}))
     with pytest.raises(ConfigError, match=r"label_sigma needs a tokenizer .* not 'fast'"):
         train(small(data=[demos], out=tmp_path / "x", label_sigma=2, model={"tokenizer": "fast", "bins": None}))

@@ -267,9 +267,9 @@ def test_new_networks_accept_any_number_of_cameras_and_states(parts, facts, came
 
 
 def test_a_trained_network_reports_its_limits(facts):
-    with pytest.raises(ConfigError, match=r"9 cameras.*'nano' takes at most 8.*`cameras`.*nano-init"):
+    with pytest.raises(ConfigError, match=r"9 cameras.*'nano' supports at most 8.*`cameras`.*nano-init"):
         build_policy(ModelConfig(), wide(facts, cameras=9))
-    with pytest.raises(ConfigError, match=r"33 entries; 'nano' takes at most 32.*use_state.*nano-init"):
+    with pytest.raises(ConfigError, match=r"33 entries; 'nano' supports at most 32.*use_state.*nano-init"):
         build_policy(ModelConfig(), wide(facts, states=33))
     data = wide(facts, states=48)
     network, processor = build_policy(ModelConfig(use_state=False), data)
@@ -329,7 +329,7 @@ def test_defaults_of_a_new_network(facts):
 
 
 def test_a_trained_tower_keeps_its_outputs(facts, tmp_path):
-    with pytest.raises(ConfigError, match="keypoints 32 does not fit 'nano'"):
+    with pytest.raises(ConfigError, match="keypoints 32 does not fit the existing vision tower of 'nano'"):
         build_policy(ModelConfig(keypoints=32), facts)
     values = {"keypoints": 8, "grid": False}
     checkpoint.save(*build_policy(ModelConfig(backbone="nano-init", **values), facts), tmp_path / "first")

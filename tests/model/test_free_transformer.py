@@ -223,7 +223,7 @@ def test_a_trained_latent_keeps_its_size(nano, facts, tmp_path):
     settings = {"backbone": str(tmp_path / "policy")}
     with pytest.raises(ConfigError, match="latent_bits of this checkpoint is 3 and cannot become 4"):
         build_policy(ModelConfig(**settings, latent_bits=4), facts)
-    with pytest.raises(ConfigError, match="cannot do without it"):
+    with pytest.raises(ConfigError, match="which cannot be removed"):
         build_policy(ModelConfig(**settings, latent="none"), facts)
     again, _ = build_policy(ModelConfig(**settings, latent="episode", latent_kappa=2.0), facts)
     assert (again.config.latent, again.config.latent_kappa, again.config.latent_bits) == ("episode", 2.0, 3)

@@ -389,7 +389,7 @@ def keep(count):
         ),
         ({}, lambda a: {key: value[:, :-1] for key, value in a.items()}, "for another model.*has the shape"),
         ({}, keep(1), r"incomplete: .*but no .*lora_B\.weight"),
-        ({"base_model_name_or_path": "/nowhere/base"}, None, "adapter for '/nowhere/base', which is no OpenVLA"),
+        ({"base_model_name_or_path": "/nowhere/base"}, None, "its base model '/nowhere/base' is not an OpenVLA"),
     ],
     ids=["dora", "rank", "keys", "shapes", "incomplete", "base"],
 )

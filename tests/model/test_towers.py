@@ -136,7 +136,7 @@ def test_composed_saved_and_decoded(llama, package, facts, observations, tmp_pat
 def test_invalid_sizes_and_names(llama, package, facts):
     for values, said in (
         ({"vision": ("efficientnet-lite0",), "image_size": 100}, "multiple of 32 for EfficientNet-Lite0, got 100"),
-        ({"vision": ("nano",), "image_size": 128}, "built for images of 96, not 128"),
+        ({"vision": ("nano",), "image_size": 128}, "needs images of 96 pixels, not 128"),
         ({"vision": ("efficientnet-lite1",)}, "Did you mean 'efficientnet-lite0'"),
         ({"backbone": "smolm2"}, "Did you mean 'smollm2'"),
     ):

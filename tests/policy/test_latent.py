@@ -65,7 +65,7 @@ def test_each_row_of_a_batch_has_its_own_latent(nano, observations):
 
 
 def test_invalid_codes(nano, observations):
-    with pytest.raises(ConfigError, match=r"codes \[1\] were given for the latent, but this policy has no latent"):
+    with pytest.raises(ConfigError, match=r"got latent codes \[1\], but this policy has no latent"):
         Policy(*nano, decoding=DecodingConfig(latent=(1,)))
     with pytest.raises(ConfigError, match=r"1 or 16 codes between 0 and 63, got \[64\]"):
         free(nano, "token", decoding=DecodingConfig(latent=(64,)))

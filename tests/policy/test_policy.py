@@ -230,7 +230,7 @@ def test_a_checkpoint_with_another_tokenizer_is_rejected(tiny, tmp_path):
     values = json.loads(path.read_text())
     values["action_tokenizer"]["horizon"] = 16
     path.write_text(json.dumps(values))
-    with pytest.raises(CheckpointError, match="another tokenizer"):
+    with pytest.raises(CheckpointError, match=r"tokenizer has chunks \[16, .*original config.json"):
         Policy.from_pretrained(str(tmp_path))
 
 
@@ -254,7 +254,7 @@ def test_several_statistics_require_a_choice(tiny):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.filterwarnings("ignore:this processor has no instructions")
+@pytest.mark.filterwarnings("ignore:this processor has no .* instructions")
 def test_reduced_precision(observations, dtype):
     policies = [Policy.from_pretrained("nano", device="cpu", dtype=name) for name in ("float32", dtype)]
     sizes = [sum(p.nbytes for p in policy.network.parameters()) for policy in policies]

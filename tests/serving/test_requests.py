@@ -116,7 +116,7 @@ def test_a_draft_with_numpy_scalars(robot):
 def test_a_latent_without_a_draft(robot):
     assert read(FORMS["own"] | {"vla/latent": [3, 1, 5]}, robot, 4, NONE).draft.latent == LatentDraw(3, 1, (5,))
     for wrong in ([3], [3, -1], "3", [3, 0.5]):
-        with pytest.raises(SpecError, match="vla/latent must be a seed, a chunk number"):
+        with pytest.raises(SpecError, match="vla/latent must be a list of a seed, a chunk index"):
             read(FORMS["own"] | {"vla/latent": wrong}, robot, 4, NONE)
 
 

@@ -31,7 +31,7 @@ def test_a_plugin_is_imported_before_the_verb_is_parsed(tmp_path, monkeypatch, c
         (["--plugin=absent_module", "doctor"], "cannot import the plugin 'absent_module' (ModuleNotFoundError"),
         (["--plugin", "broken", "doctor"], "cannot import the plugin 'broken' (ZeroDivisionError: division by zero)"),
         (["--plugin"], "cannot import the plugin ''"),
-        (["--plugin", "json"], "a verb must follow the plugins"),
+        (["--plugin", "json"], "there is no verb after --plugin"),
     ],
 )
 def test_a_plugin_that_fails_is_one_message(arguments, message, tmp_path, monkeypatch, capsys):

@@ -23,7 +23,7 @@ def test_round_trip():
 
 
 def test_invalid_arguments_are_rejected():
-    with pytest.raises(ConfigError, match="ten digits as ids, not 255"):
+    with pytest.raises(ConfigError, match="has 10 ids, not 255"):
         Digits.fit(np.zeros((3, 2)), 4, 255)
     with pytest.raises(ValueError, match="between 1 and 6, got 7"):
         Digits(1, 1, 7)

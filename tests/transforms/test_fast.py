@@ -84,7 +84,7 @@ def test_invalid_arguments():
     assert_array_equal(build(values).encode(np.full((4, 2), 0.3)), build(values).encode(np.full((4, 2), 0.3)))
     for change, message in (
         ({"scale": 0}, "scale must be positive"),
-        ({"merges": [[0, 900]]}, r"merge \(0, 900\) names a piece"),
+        ({"merges": [[0, 900]]}, r"merge \(0, 900\) refers to an id"),
         ({"merges": [[0, 1], [0, 1]]}, "same coefficients"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -1,8 +1,7 @@
 """Configuration: one frozen dataclass per job, read strictly from YAML, overridden by flags.
 
 Owns: the fields, types, limits and defaults of every job, and reading them from YAML (precedence: default < YAML <
-flag). It does not know how the jobs use the values. Whether a named file or environment exists is checked in
-`vla.preflight`.
+flag). It does not know how the jobs use the values. `vla.preflight` checks whether named files and environments exist.
 """
 
 from vla.config.data import AdapterConfig, CollectConfig, HostsConfig, InspectConfig, ReplayConfig

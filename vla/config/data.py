@@ -1,4 +1,4 @@
-"""Configuration of jobs on demonstrations (collect, inspect, replay), and of environments and where they run."""
+"""Configuration of jobs on demonstrations (collect, inspect, replay), of environments, and of their processes."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from vla.config.limits import Count, Natural, NonNegative, Seed, Share
 class AdapterConfig:
     """Where to find images, state, instruction and success in a Gymnasium environment.
 
-    The defaults fit this package's environments. These values are all that is needed to use another environment.
+    The defaults are for this package's environments.
 
     Attributes:
-        module: imported before `gymnasium.make`, so that it can register its ids (the "module" of "module:id").
+        module: module to import, which registers the environment; an alternative to the id "module:id".
         kwargs: keyword arguments of `gymnasium.make`, e.g. {image_size: 128}.
         images: camera name -> dotted path in the observation, e.g. {"top": "pixels"}; empty: all images in
-            observation["pixels"]. Use the index ("0") for a tuple item, "" for the whole observation and "render()"
-            for the image that `env.render()` returns.
-        flip: cameras whose images are upside down; they are rotated by 180 degrees.
-        state: dotted paths in the observation, concatenated; empty: a policy without proprioception.
+            observation["pixels"]. A path may be an index ("0") into a tuple, "" for the whole observation, or
+            "render()" for the result of `env.render()`.
+        flip: cameras to rotate by 180 degrees, because their images are upside down.
+        state: dotted paths in the observation, whose values are concatenated; empty: no state.
         instruction: a fixed instruction; None: info["instruction"] or, if absent, the attribute `task_description`.
-        success: dotted path in `info`; the task counts as solved while this value is true (>= 0.5). The value may be
-            absent until the episode ends.
+        success: dotted path in `info`. The task is solved while this value is true (>= 0.5). Until the end of the
+            episode, the value may be absent.
         expert: source of demonstrations: "env" (the environment's own `make_expert`), "random", or "module:callable".
             The callable receives (env, seed) and returns an object with `act() -> action`.
-        robot: RobotSpec properties that the environment does not define itself, e.g. {control_hz: 10,
+        robot: properties of the RobotSpec, which override those of the environment, e.g. {control_hz: 10,
             action_space: ee_delta}. Action spaces: joint_position, joint_delta, joint_velocity, ee_position, ee_delta
             and ee_velocity.
         max_steps: maximum steps per episode; None: the environment's registered limit.
@@ -52,12 +52,12 @@ class AdapterConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HostsConfig:
-    """Where worker processes run the environments. The results do not depend on it.
+    """Where environments run. Results do not depend on it.
 
     Attributes:
         backend: "local": processes on this machine. "ray": actors in a Ray cluster.
-        address: address of the Ray cluster: "auto" (the cluster that this machine belongs to), "host:port" or
-            "ray://host:port"; None: start a cluster on this machine.
+        address: address of the Ray cluster: "auto" (this machine's cluster), "host:port" or "ray://host:port"; None:
+            start a cluster on this machine.
     """
 
     __pydantic_config__ = STRICT
@@ -77,11 +77,11 @@ class CollectConfig:
     Attributes:
         env: environment ids; episodes are distributed evenly over them.
         out: dataset folder.
-        episodes: total number of successful episodes.
+        episodes: total number of episodes to write.
         seed: first environment seed; episode i uses seed + i.
-        noise: strength of the expert's noise (0: no noise); the recorded action is always the clean one.
+        noise: strength of the expert's noise; 0: no noise. The recorded action is always the clean one.
         noise_share: fraction of episodes with noise.
-        keep: episodes to write: "success" (successful episodes only) or "all".
+        keep: episodes to write: "success" (only successful ones) or "all".
         workers: number of workers; 0: one per core of this machine.
         resume: continue an interrupted collection in `out`.
     """
@@ -104,11 +104,11 @@ class CollectConfig:
             return "env must be one or more environment ids."
         if self.noise and self.adapter.expert != "env":
             return (
-                f"noise applies to an environment's own expert only; {self.adapter.expert!r} (adapter.expert) would "
-                "ignore it. Omit noise, and add noise in that expert instead."
+                f"noise is only for an environment's own expert; {self.adapter.expert!r} (adapter.expert) would ignore "
+                "it. Omit noise; that expert can add noise itself."
             )
         if self.adapter.instruction is not None and not self.adapter.instruction.strip():
-            return "adapter.instruction is blank; a demonstration needs an instruction."
+            return "adapter.instruction is empty, but a demonstration needs an instruction."
         return None
 
 
@@ -119,9 +119,9 @@ class InspectConfig:
     Attributes:
         data: dataset folder.
         out: folder for the plots and the HTML page; None: `<data>/inspect`.
-        bins: number of action bins; their edges are plotted. None: the number of the embedded backbone (63).
-        rerun: number of episodes, evenly spread over the dataset, to record for Rerun's viewer: cameras, state and
-            actions. Needs the extra `rerun`.
+        bins: number of action bins, for the plot of their edges; None: that of the embedded backbone (63).
+        rerun: number of episodes, evenly spaced in the dataset, to record for Rerun's viewer (cameras, state and
+            actions). Needs the extra `rerun`.
     """
 
     __pydantic_config__ = STRICT

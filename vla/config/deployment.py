@@ -16,19 +16,19 @@ from vla.config.limits import Count, Dtype, Finite, NonNegative, Port, Positive,
 class SafetyConfig:
     """Limits on commands, and requirements on observations.
 
-    Commands are also clipped to the range of the policy's training data.
+    In addition to these limits, commands are clipped to the action range that tokens can encode.
 
     Attributes:
         max_age_s: maximum age of an observation in seconds; if the last one is older, the robot holds.
-        max_frozen_s: hold if a camera repeats the same image for longer than this, in seconds; None: never. A real
-            camera is noisy and never repeats an image; a simulation at rest does.
+        max_frozen_s: hold if a camera repeats the same image for longer than this, in seconds; None: never. Not for
+            simulations, because their images do not change at rest.
         max_change: maximum change of an action dimension between two commands, as a fraction of its range; None: no
             limit. Does not apply to grippers.
         max_velocity: action name -> limit, in the unit of this dimension per second.
         max_acceleration: action name -> limit, in the unit of this dimension per second squared.
         workspace: action name -> (name of the state dimension that it moves, minimum, maximum).
-        max_entropy: hold while the mean entropy of the chunk's tokens is higher than this, in nats; None: never. If
-            token sequences vary in length, positions after the end of a sequence contribute an entropy of 0.
+        max_entropy: hold while the mean entropy of the chunk's tokens exceeds this value, in nats; None: never. After
+            the end of a sequence of variable length, the entropy is 0.
     """
 
     __pydantic_config__ = STRICT
@@ -47,16 +47,15 @@ class ControlConfig:
 
     Attributes:
         hz: commands per second; None: the robot's control rate.
-        transition: how a new chunk takes over: "switch" (replace the last chunk), "ensemble" (average overlapping
+        transition: how a new chunk replaces the last one: "switch" (replace it), "ensemble" (average overlapping
             chunks), or "prefix" (prefix conditioning: the new chunk continues the actions that are executed while it
             is decoded).
         prefix_threshold: acceptance threshold for "prefix". The action prefix ends before the first token whose
             probability is below this fraction of the most likely token's. 0: keep the whole prefix, even if the images
             contradict it.
-        injected_latency_s: extra latency added to each decoding, in seconds, to simulate a remote policy.
-        black_box_s: length of the recorded history (observations, tokens, commands, timings, interventions), in
-            seconds. It is written to the result folder after a fault (at most once per this interval) and at the end.
-            0: no black box.
+        injected_latency_s: latency added to each decoding, in seconds, to simulate a remote policy.
+        black_box_s: length of the black box recording (observations, tokens, commands, timings, interventions), in
+            seconds. It is written to the result folder after a fault, at most once per this interval. 0: no recording.
     """
 
     __pydantic_config__ = STRICT
@@ -77,7 +76,7 @@ class DeployConfig:
         policy: the embedded backbone "nano", a run folder, a checkpoint folder, or the address of a `vla serve`
             ("ws://host:8000").
         env: environment id of the simulated robot.
-        replay: dataset folder. Instead of simulating a robot, replay its episodes in real time and compare the policy's
+        replay: dataset folder. Replay its episodes in real time instead of simulating a robot, and compare the policy's
             commands with the demonstrated actions.
         robot: your own robot, as "module:callable", instead of a simulated one. The callable returns an object with the
             methods of `vla.control.robot.Robot` (docs/robots.md). Set its task with `--instruction`.
@@ -94,7 +93,7 @@ class DeployConfig:
         unnorm_key: dataset whose statistics un-normalise the actions; needed only if the checkpoint has several.
         device: torch device; "auto" chooses one.
         decoding: how action tokens are decoded; greedy by default. For overlapping chunks, see `control.transition`.
-        dtype: type of the weights and of the computation. bfloat16 and float16 take half the memory.
+        dtype: type of weights and computation. bfloat16 and float16 take half the memory.
     """
 
     __pydantic_config__ = STRICT
@@ -128,24 +127,19 @@ class DeployConfig:
         if self.robot is not None and self.replay is not None:
             return "--robot and --replay cannot be combined: choose the robot or the recorded demonstrations."
         if self.robot is None and self.robot_kwargs:
-            return "robot_kwargs are the arguments of `robot`: set robot as well, or omit robot_kwargs."
+            return "robot_kwargs are the arguments of `robot`: also set robot, or omit robot_kwargs."
         if self.decoding.ensemble is not None:
-            return (
-                "decoding.ensemble averages the tokens of one episode and is not used in real time: set "
-                "control.transition to 'ensemble' instead."
-            )
+            return "decoding.ensemble is not for real-time control: set control.transition to 'ensemble' instead."
         return None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KeysConfig:
-    """Names of the keys in clients' requests; needed only for keys that cannot be inferred.
-
-    Join the parts of a nested key with "/".
+    """Keys of clients' requests that cannot be inferred. Join the parts of a nested key with "/".
 
     Attributes:
         images: camera of the policy -> key of its image.
-        state: keys whose values are concatenated to form the state.
+        state: keys of the state; their values are concatenated.
         prompt: key of the instruction.
     """
 
@@ -157,32 +151,30 @@ class KeysConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServeConfig:
-    """`vla serve`: serve a policy over the protocols of OpenVLA (POST /act), openpi (websocket), vla-eval (websocket
+    """`vla serve`: serve a policy with the protocols of OpenVLA (POST /act), openpi (websocket), vla-eval (websocket
     /vla-eval) and plugins.
 
-    If the environment variable VLA_API_KEY is set, clients must send `Authorization: Api-Key <key>` (or Bearer,
-    or the key as the password of the URL, ws://any:<key>@host:8000).
+    If the environment variable VLA_API_KEY is set, clients must send `Authorization: Api-Key <key>`, the same with
+    Bearer, or the key as the password of the URL (ws://any:<key>@host:8000).
 
     Attributes:
         policy: the embedded backbone "nano", a run folder or a checkpoint folder.
-        host: address to listen on. By default, only clients on this machine can connect; "0.0.0.0" accepts connections
-            from the network.
+        host: network address to listen on. By default, only clients on this machine can connect; "0.0.0.0" accepts
+            connections from the network.
         port: port to listen on.
         n_action_steps: actions executed per chunk; None: the checkpoint's value.
         unnorm_key: dataset whose statistics un-normalise the actions; needed only if the checkpoint has several.
         device: torch device; "auto" chooses one.
-        dtype: type of the weights and of the computation. bfloat16 and float16 take half the memory.
+        dtype: type of weights and computation. bfloat16 and float16 take half the memory.
         decoding: how action tokens are decoded; greedy by default.
-        keys: names of the keys in clients' requests; needed only for keys that cannot be inferred.
-        max_batch: maximum number of observations per batch, from different clients.
+        keys: keys of clients' requests that cannot be inferred.
+        max_batch: maximum number of requests per batch.
         max_queue: maximum number of waiting requests; further requests are rejected.
         max_request_mb: maximum size of a request, in MB.
         patience_s: timeout for receiving a complete request, in seconds.
         certificate: PEM file; enables TLS together with `private_key`.
         private_key: PEM file.
-        tracebacks: send tracebacks to clients, as openpi's own server does; they reveal paths and code. By default, an
-            unmodified OpenVLA client receives only "error". With `?errors=plain` in the URL
-            (http://host:8000/act?errors=plain), it receives a status code and the reason. The server logs every error.
+        tracebacks: send tracebacks to clients, as openpi's own server does. They reveal paths and code.
     """
 
     __pydantic_config__ = STRICT
@@ -208,8 +200,8 @@ class ServeConfig:
             return "TLS needs both --certificate and --private-key."
         if self.decoding.ensemble is not None:
             return (
-                "decoding.ensemble cannot be used with `vla serve`: the server does not know when a client's episode "
-                "begins, so it cannot average chunks. Omit it."
+                "decoding.ensemble cannot be used with `vla serve`, because the server does not know when a client's "
+                "episode begins. Omit it."
             )
         return None
 
@@ -219,12 +211,12 @@ class ExportConfig:
     """`vla export`: write a policy in another format. The type of its weights does not change.
 
     Attributes:
-        policy: the embedded backbone "nano", a run folder, or a checkpoint folder or hub id of this package or of
-            OpenVLA. An adapter of OpenVLA's fine-tuning script is merged.
-        format: "vla", the checkpoint folder of this package, or "openvla", the layout that OpenVLA's code loads.
+        policy: the embedded backbone "nano", a run folder, or the folder or hub id of a checkpoint of this package or
+            OpenVLA. An adapter from OpenVLA's fine-tuning script is merged.
+        format: "vla" (this package's checkpoints) or "openvla" (the layout that OpenVLA's code loads).
         out: the new folder.
-        unnorm_key: keep the statistics of this dataset only; None: those of all datasets.
-        image_transform: how images are brought to the network's size, as in `vla train`; None: the policy's own.
+        unnorm_key: keep only the statistics of this dataset; None: keep all.
+        image_transform: how images are resized, as in `vla train`; None: the policy's own.
         overwrite: replace the checkpoint in `out`.
     """
 

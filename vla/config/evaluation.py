@@ -18,7 +18,7 @@ class DecodingConfig:
     """How action tokens are decoded. The default is greedy decoding.
 
     Attributes:
-        temperature: sampling temperature; the logits are divided by it. 0: take the most likely token.
+        temperature: sampling temperature, the divisor of the logits; 0: take the most likely token.
         top_k: sample from the k most likely tokens; 0: from all tokens.
         top_p: sample from the most likely tokens whose total probability reaches this value (nucleus sampling).
         num_beams: number of beams in beam search; 1: no beam search.
@@ -29,14 +29,14 @@ class DecodingConfig:
         readout: how an action value is computed from a token distribution: "mode" is the bin centre of the chosen
             token, "mean" is the probability-weighted mean of all bin centres.
         ensemble: coefficient of temporal ensembling. Overlapping chunks have the weights exp(-coefficient * i), with
-            i = 0 for the oldest. Requires n_action_steps less than the horizon to have an effect. None: no ensembling.
+            i = 0 for the oldest. It has an effect only if n_action_steps is less than the horizon. None: no ensembling.
         max_actions: number of actions to decode, from the start of each chunk; None: all.
-        max_tokens: number of tokens to decode; None: all. Requires a tokenizer whose first tokens give a whole chunk
-            ("pca").
-        deadline_ms: decoding stops this many milliseconds after the request, with the tokens decoded by then, at least
-            one; None: no deadline. Requires the same kind of tokenizer as max_tokens.
+        max_tokens: number of tokens to decode; None: all. Requires a tokenizer that decodes a whole chunk from its
+            first tokens ("pca").
+        deadline_ms: time in milliseconds after which decoding stops, with at least one token; None: no deadline.
+            Requires the same kind of tokenizer as max_tokens.
         sampling_seed: random seed for token sampling, and for the latents of a Free Transformer.
-        latent: codes of the latent of every chunk, for a Free Transformer; empty: drawn.
+        latent: codes of the latent of every chunk, for a Free Transformer; empty: random codes.
     """
 
     __pydantic_config__ = STRICT
@@ -86,13 +86,13 @@ class RolloutConfig:
         n_action_steps: actions executed per chunk; None: the checkpoint's value.
         unnorm_key: dataset whose statistics un-normalise the actions; needed only if the checkpoint has several.
         decoding: how action tokens are decoded; greedy by default.
-        videos: number of videos per environment: this many of the first episodes, and the same number of failures.
-        rerun: number of recordings per environment for Rerun's viewer, chosen in the same way: the images that the
-            policy received, state, actions, and the entropy of their tokens. Needs the extra `rerun`.
+        videos: record videos of the first `videos` episodes of each environment, and of up to `videos` later failures.
+        rerun: record the first `rerun` episodes of each environment, and up to `rerun` later failures, for Rerun's
+            viewer (images, state, actions, token entropy). Needs the extra `rerun`.
         out: report folder.
         compare: another report folder to compare with.
         device: torch device; "auto" chooses one.
-        dtype: type of the weights and of the computation. bfloat16 and float16 take half the memory.
+        dtype: type of weights and computation. bfloat16 and float16 take half the memory.
         overwrite: replace the results in `out`.
     """
 
@@ -125,10 +125,10 @@ class RolloutConfig:
 class BenchmarkConfig:
     """`vla benchmark <suite>`: evaluate a policy on a benchmark suite with the protocol of its published results.
 
-    Running again with the same `out` resumes the benchmark; only `n_envs`, `videos` and `hosts` may differ.
+    The same command resumes an interrupted benchmark; only `n_envs`, `videos` and `hosts` may differ.
 
     Attributes:
-        suite: "metaworld", "libero", a suite that a plugin registers, or "module:attribute" for a suite of your own
+        suite: "metaworld", "libero", a suite registered by a plugin, or "module:attribute" for your own suite
             (docs/environments.md).
         policy: the embedded backbone "nano", a run folder, a checkpoint folder, or the address of a `vla serve`
             ("ws://host:8000").
@@ -141,10 +141,10 @@ class BenchmarkConfig:
         n_action_steps: actions executed per chunk; None: the checkpoint's value.
         unnorm_key: dataset whose statistics un-normalise the actions; needed only if the checkpoint has several.
         decoding: how action tokens are decoded; greedy by default.
-        videos: number of videos per task: this many of the first episodes, and the same number of failures.
+        videos: record videos of the first `videos` episodes of each task, and of up to `videos` later failures.
         out: output folder, with one subfolder per task; None: runs/<name of the suite>-benchmark.
         device: torch device; "auto" chooses one.
-        dtype: type of the weights and of the computation. bfloat16 and float16 take half the memory.
+        dtype: type of weights and computation. bfloat16 and float16 take half the memory.
     """
 
     __pydantic_config__ = STRICT
@@ -167,14 +167,14 @@ class BenchmarkConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExposureConfig:
-    """`vla analyze exposure`: measure exposure bias, the accuracy lost if each token is conditioned on the policy's own
+    """`vla analyze exposure`: measure exposure bias, the loss of accuracy if tokens are conditioned on the policy's own
     earlier tokens instead of the demonstrated ones.
 
     Attributes:
         policy: the embedded backbone "nano", a run folder or a checkpoint folder.
         data: dataset folder; use demonstrations that the policy was not trained on.
         out: folder for the results and the plot.
-        frames: maximum number of frames, spaced evenly over all episodes.
+        frames: maximum number of frames, evenly spaced in the dataset.
         batch_size: frames per forward pass.
         unnorm_key: dataset whose statistics normalise the actions; needed only if the checkpoint has several.
         device: torch device; "auto" chooses one.
@@ -197,10 +197,10 @@ class TokenizersConfig:
     Attributes:
         data: dataset folder.
         tokenizers: names of tokenizers; empty: all, including those of plugins.
-        horizons: actions per chunk to compare the tokenizers at.
-        normalization: as in `ModelConfig`.
+        horizons: the compared numbers of actions per chunk.
+        normalization: "q01_q99", "min_max" or "mean_std".
         out: folder for the results and the plot.
-        frames: maximum number of chunks, spaced evenly over all episodes.
+        frames: maximum number of chunks, evenly spaced in the dataset.
     """
 
     __pydantic_config__ = STRICT
@@ -219,10 +219,10 @@ class LatentConfig:
     Attributes:
         policy: a run folder or a checkpoint folder.
         env: environment id.
-        codes: codes of the latent, each for all chunks of an episode; empty: the first eight.
+        codes: codes of the latent to compare, each used for whole episodes; empty: the first eight.
         episodes: episodes per code.
         seed: first environment seed.
-        axes: the two entries of the state whose path is drawn.
+        axes: the two state entries to plot.
         out: folder for the results and the figure.
         n_action_steps: actions executed per chunk; None: the checkpoint's value.
         unnorm_key: dataset whose statistics un-normalise the actions; needed only if the checkpoint has several.

@@ -1,6 +1,6 @@
 """Strict conversion between YAML files and configurations.
 
-Owns: reading and writing these files, and the errors for invalid files. It does not know the jobs.
+Owns: reading and writing YAML files, and the errors for invalid files. It does not know the jobs.
 """
 
 from __future__ import annotations
@@ -16,15 +16,12 @@ from vla.errors import ConfigError
 
 Config = TypeVar("Config")
 
-# Unknown keys are errors. "1e-4", which PyYAML reads as a string, is still converted to a number.
+# Unknown keys are errors. Strings are converted to numbers, because PyYAML reads "1e-4" as a string.
 STRICT = pydantic.ConfigDict(extra="forbid")
 
 
 def from_dict(cls: type[Config], values: dict[str, Any], where: str = "configuration") -> Config:
-    """Build `cls` from plain values.
-
-    Unknown keys, wrong types and values outside a field's limits raise a ConfigError that names the key.
-    """
+    """Build `cls` from plain values. ConfigError for unknown keys, wrong types and values outside a field's limits."""
     try:
         return pydantic.TypeAdapter(cls).validate_python(values)
     except pydantic.ValidationError as error:
@@ -46,7 +43,7 @@ def load(cls: type[Config], path: str | Path) -> Config:
 
 
 def dump(config: Any, path: str | Path) -> None:
-    """Write a configuration atomically as YAML. `load` returns an equal object."""
+    """Write a configuration as YAML, atomically. `load` returns an equal object."""
     scratch = Path(path).with_suffix(".partial")
     scratch.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
     scratch.replace(path)

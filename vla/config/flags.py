@@ -1,7 +1,7 @@
 """Command-line flags for the fields of configurations, parsed with tyro.
 
-Owns: the names of flags, and the changes to tyro that make flags and YAML files accept the same values. It does not
-know verbs.
+Owns: the names of flags, and the changes to tyro so that flags accept the same values as YAML files. It does not know
+verbs.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Annotated, Any, Literal, cast, get_type_hints
 def parse(default: Any, arguments: Sequence[str], prog: str, description: str) -> tuple[Any, list[str]]:
     """Parse flags into a configuration. Returns it and the remaining arguments.
 
-    The flags of nested fields have no prefix (`--backbone`), except for a nested field with the same name as a
-    top-level field (`--adapter.robot` of `vla deploy`). If two nested fields have the same name, for example because
-    the configuration of another job is nested, all flags use full names (`--train.model.backbone`).
+    The flags of nested fields have no prefix (`--backbone`), except if a top-level field has the same name
+    (`--adapter.robot` of `vla deploy`). If two nested fields have the same name, all flags use full names
+    (`--train.model.backbone` of `vla dagger`).
 
     Args:
         default: the configuration that the flags override.
@@ -39,7 +39,7 @@ def parse(default: Any, arguments: Sequence[str], prog: str, description: str) -
 
 @functools.cache
 def hints(cls: Any) -> dict[str, Any]:
-    """The types of a configuration's fields. Cached, because `get_type_hints` takes milliseconds."""
+    """The types of a configuration's fields. Cached, because `get_type_hints` is slow."""
     hints = get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
@@ -51,21 +51,21 @@ def renamed(cls: Any) -> dict[str, str]:
 
 
 def names(cls: Any) -> list[str]:
-    """The flags of a configuration, as `vla <verb> --help` spells them."""
+    """The flags of a configuration, as in `vla <verb> --help`."""
     full = _prefixed(cls) if _unprefixed(cls) else _fields(cls)
     found = [path if path in full else path.rpartition(".")[2] for path in _fields(cls)]
     return [f"--{name.replace('_', '-')}" for name in found]
 
 
 def _unprefixed(cls: Any) -> bool:
-    """Whether the flags of nested fields need no prefix, because no two nested fields have the same name."""
+    """Whether all nested fields have different names, so that their flags need no prefix."""
     prefixed = _prefixed(cls)
     names = [path.rpartition(".")[2] for path in _fields(cls) if path not in prefixed]
     return len(names) == len(set(names))
 
 
 def _prefixed(cls: Any) -> list[str]:
-    """Dotted names of the nested fields (one level deep) that have the same name as a top-level field."""
+    """Dotted names of the nested fields (one level deep) with the name of a top-level field."""
     return [path for path in _fields(cls) if path.count(".") == 1 and path.partition(".")[2] in hints(cls)]
 
 
@@ -81,7 +81,7 @@ def _type_rules(cls: Any) -> Any:
     """A tyro registry with four changes:
 
     * The help shows an empty list or mapping as "none".
-    * Unknown choices are rejected by `config.check`, not by tyro, because `check` suggests the nearest valid choice.
+    * Unknown choices are rejected by `config.check` instead of tyro, because it suggests the nearest valid choice.
     * A `dict[str, Any]` field is a single flag that takes a YAML mapping.
     * Individual nested fields can keep their prefix.
     """
@@ -100,7 +100,7 @@ def _type_rules(cls: Any) -> Any:
     def rule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
         if info.type_origin not in (tuple, dict, Literal) or info.type in asked:
             return None
-        asked.add(info.type)  # so that the next lookup uses tyro's own rule
+        asked.add(info.type)  # the next lookup then uses tyro's own rule
         usual = registry.get_primitive_spec(info)
         asked.remove(info.type)
         if info.type == dict[str, Any]:
@@ -152,8 +152,8 @@ def _flow(mapping: dict[str, Any]) -> list[str]:
 
 
 def _with_values(cls: Any, flags: Sequence[str]) -> list[str]:
-    """Replace `--x` by `--x True` and `--no-x` by `--x False` for fields of type `bool | None`, because tyro supports
-    such switches for `bool` only."""
+    """Replace `--x` by `--x True` and `--no-x` by `--x False` for fields of type `bool | None`. tyro has such switches
+    only for `bool`."""
     written: list[str] = []
     for index, flag in enumerate(flags):
         prefix, _, name = flag.removeprefix("--").replace("_", "-").rpartition(".")

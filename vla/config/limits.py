@@ -1,8 +1,7 @@
 """Types with limits, so that a field's valid range is part of its declaration.
 
 Owns: the types, and the messages for values outside their limits. A YAML file is checked when it is read
-(`files.load`). The whole configuration is checked before its job starts (`check`), with the same messages. This module
-is independent of the individual jobs.
+(`files.load`), and the whole configuration before its job starts (`check`). It does not know the jobs.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ Natural = Annotated[int, Ge(0)]
 Positive = Annotated[float, Gt(0), _Finite]
 NonNegative = Annotated[float, Ge(0), _Finite]
 Finite = Annotated[float, _Finite]
-Share = Annotated[float, Ge(0), Le(1)]  # 0 and 1 included
-Fraction = Annotated[float, Ge(0), Lt(1)]  # 1 excluded
-Quota = Annotated[float, Gt(0), Le(1)]  # 0 excluded
+Share = Annotated[float, Ge(0), Le(1)]  # includes 0 and 1
+Fraction = Annotated[float, Ge(0), Lt(1)]  # excludes 1
+Quota = Annotated[float, Gt(0), Le(1)]  # excludes 0
 Port = Annotated[int, Ge(0), Le(65_535)]
 Seed = Annotated[int, Ge(0), Le(2**32 - 1)]  # NumPy's limit
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -34,8 +33,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 def check(config: Any) -> None:
     """Raise ConfigError if a field of `config` or of a nested configuration is outside its limits, or if fields
-    contradict each other (as reported by a configuration's `contradiction() -> str | None`).
-    """
+    contradict each other (`contradiction() -> str | None` of a configuration)."""
     try:
         pydantic.TypeAdapter(type(config)).validate_python(dataclasses.asdict(config))
     except pydantic.ValidationError as error:
@@ -47,7 +45,7 @@ def check(config: Any) -> None:
 
 def explain(cls: Any, error: pydantic.ValidationError) -> list[str]:
     """One sentence per problem: the field, the valid values and the invalid value."""
-    # An invalid entry does not count, so pydantic also calls the list that contains it too short.
+    # pydantic does not count invalid entries, and therefore also reports that their list is too short.
     problems = [problem for problem in error.errors() if problem["type"] != "too_short" or not problem["input"]]
     return [_sentence(cls, problem) for problem in problems]
 

@@ -12,16 +12,16 @@ from vla.config.data import AdapterConfig, HostsConfig
 from vla.config.files import STRICT
 from vla.config.limits import Count, Fraction, Natural, NonNegative, Positive, Quota, Seed, Share
 
-ROUNDS_APART = 10_000  # distance between the first seeds of two DAgger rounds, so that no two episodes share a seed
+ROUNDS_APART = 10_000  # distance between the first seeds of two DAgger rounds, so that their seeds differ
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """LoRA (Hu et al., 2021), and which other weights `vla train` trains.
+    """LoRA (Hu et al., 2021), and the other weights to train with it.
 
     Attributes:
         rank: rank of the adapters.
-        alpha: scale; an adapter's output is multiplied by alpha / rank.
+        alpha: scale; the output of an adapter is multiplied by alpha / rank.
         dropout: dropout probability of an adapter's input.
         targets: names of the decoder modules to adapt, as in peft.
         train_action_rows: also train the embeddings and output rows of the action tokens.
@@ -49,19 +49,18 @@ class LoraConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Augmentation of training samples. All cameras of a sample have the same colour factors, but different shifts.
+    """Augmentation of training samples. The cameras of a sample have the same colour factors, but different shifts.
 
     Attributes:
         shift: maximum random translation, as a fraction of the image side.
         brightness: half-width of the range of the random brightness factor around 1.
         contrast: half-width of the range of the random contrast factor around 1.
         saturation: half-width of the range of the random saturation factor around 1.
-        state_mask: fraction of samples without a state: every normalised entry is 0. A policy that can tell the answer
-            from the state alone has to look at the images in these samples.
+        state_mask: fraction of samples with the normalised state replaced by zeros, so that the policy must use the
+            images.
         state_noise: standard deviation of Gaussian noise on the normalised state.
-        prefix: fraction of prefix-conditioned samples. In these, the first actions (one to half a chunk) are the
-            executed (noisy) actions instead of the clean labels, and they are masked out of the loss. Required for
-            prefix conditioning at deployment (`vla deploy --transition prefix`).
+        prefix: fraction of samples for prefix conditioning (`vla deploy --transition prefix`): their first actions
+            (one action to half a chunk) are the executed actions instead of the clean labels, and are not learned.
     """
 
     __pydantic_config__ = STRICT
@@ -77,40 +76,39 @@ class AugmentConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The policy to train. If a field is None, it has the value of the checkpoint that training starts from, else the
-    default.
+    """The policy to train. If a field is None, the value of the initial checkpoint, if any, or the default is used.
 
     Attributes:
         backbone: "nano" (the embedded backbone; default of `vla train`), "nano-init" (the same, untrained; default of
-            `vla pretrain`), "small-init" (a larger, untrained backbone for GPUs), a checkpoint of this package or of
-            OpenVLA, or a LLaMA-like causal language model: a folder, a hub id, a .gguf file, or "smollm2" (needs
-            `scripts/setup pretrained`).
-        vision: folders or hub ids of SigLIP/DINOv2/CLIP towers, "efficientnet-lite0" (needs `scripts/setup pretrained`)
-            or "nano" (the embedded backbone's). Their features are concatenated. Only valid if `backbone` is a language
-            model.
+            `vla pretrain`), "small-init" (a larger, untrained backbone for GPUs), a checkpoint of this package or
+            OpenVLA, a vision-language model (Idefics3, SmolVLM, LLaVA), or a LLaMA-like language model: a folder, a hub
+            id, a .gguf file, or "smollm2" (needs `scripts/setup pretrained`).
+        vision: vision towers for a language model: folders or hub ids of SigLIP, DINOv2 or CLIP, "efficientnet-lite0"
+            (needs `scripts/setup pretrained`) or "nano" (that of the embedded backbone). Features of several towers are
+            concatenated.
         cameras: cameras of the dataset to use, in this order; empty: all.
-        image_size: side of the square input image in pixels; None: the vision tower's or checkpoint's own size.
-        image_transform: how images are brought to this size: "area" (the default: averages areas), "lanczos" (the
-            default of OpenVLA's checkpoints) or "lanczos-crop" (for networks that OpenVLA's code trained with random
-            crops: the central 0.9 of the area, enlarged).
-        keypoints: expected image coordinates that each camera image adds to its tokens (spatial softmax); 0 by default.
-            Only valid for untrained backbones of this package.
-        grid: whether the vision tower has a token per image cell; true by default. Without them, each camera has one
-            token, made of its keypoints. Only valid for untrained backbones of this package.
+        image_size: side of the square input image in pixels; None: that of the checkpoint or the vision tower.
+        image_transform: how images are resized: "area" (averages areas; the default), "lanczos" (the default of
+            OpenVLA's checkpoints) or "lanczos-crop" (the central 0.9 of the area, for OpenVLA networks trained with
+            random crops).
+        keypoints: number of keypoints (spatial softmax) whose coordinates are added to the image tokens; 0 by default.
+            Only for untrained backbones of this package.
+        grid: whether the vision tower has a token per image cell; true by default. Otherwise, each camera has one token
+            made of its keypoints. Only for untrained backbones of this package.
         use_state: whether `agent_pos` is an input of the policy; true by default.
         horizon: actions per chunk, H; 8 by default.
         n_action_steps: actions executed before the next chunk is predicted; half the horizon by default.
         bins: bins per action dimension; 255 by default (256 for the tokenizer "openvla").
         tokenizer: action tokenizer (docs/tokenizers.md): "uniform" (the default), "quantile", "openvla", "digits",
-            "fast", "spline", "pca", or the name of a tokenizer that a plugin registers.
+            "fast", "spline", "pca", or a tokenizer registered by a plugin.
         normalization: "q01_q99" (the default), "min_max" or "mean_std".
         prompt: prompt template (see `vla.transforms.prompt`); "plain" by default.
-        latent: what has one latent of a Free Transformer (docs/free_transformer.md): every "token", every "chunk", or
-            every "episode"; "none" by default.
-        latent_bits: bits of a latent, 6 by default.
-        latent_form: "one_hot" (a vector for each of the 2^bits codes; the default) or "factored" (a vector for each
-            bit; needs less memory).
-        latent_kappa: bits of each latent that training may use without a penalty; 1 by default.
+        latent: train a Free Transformer (docs/free_transformer.md) with one latent per "token", "chunk" or "episode";
+            "none" by default.
+        latent_bits: number of bits of a latent; 6 by default.
+        latent_form: "one_hot" (an embedding for each of the 2^bits codes; the default) or "factored" (an embedding for
+            each bit, which needs less memory).
+        latent_kappa: number of bits per latent without a penalty in the loss; 1 by default.
         freeze_vision: do not train the vision tower.
     """
 
@@ -149,18 +147,18 @@ class TrainConfig:
     Attributes:
         data: dataset folders; several are sampled as a weighted mixture.
         weights: sampling weight of each dataset; empty: proportional to its number of frames.
-        unnorm_keys: name of the stored statistics of each dataset; empty: the folder names. Datasets with the same name
-            have pooled statistics.
+        unnorm_keys: a name for the statistics of each dataset; empty: the folder names. Datasets with the same name
+            share statistics.
         out: run folder.
-        method: "lora" trains adapters, action rows and projector; "full" trains all weights that are not frozen.
-        steps: optimizer steps.
+        method: "lora" (train adapters, action rows and projector) or "full" (train all weights that are not frozen).
+        steps: number of optimizer steps.
         batch_size: samples per forward pass and device; an optimizer step uses `batch_size * grad_accum` per device.
         grad_accum: batches per optimizer step.
-        hard_frames: fraction of samples that are drawn in proportion to how badly a model that only sees the state
-            predicts their action (`vla.data.state_only`); the remaining ones are drawn uniformly.
-        label_sigma: the label of an action token is a Gaussian over its neighbouring bins with this standard deviation
-            in bins, instead of one bin (HL-Gauss; Imani and White, 2018, arXiv:1806.04613). Needs a tokenizer of bins.
-            0: one bin.
+        hard_frames: fraction of samples drawn in proportion to the error of a state-only model
+            (`vla.data.state_only`); the others are drawn uniformly.
+        label_sigma: standard deviation, in bins, of Gaussian labels: the target of an action token is a distribution
+            over neighbouring bins (HL-Gauss; Imani and White, 2018, arXiv:1806.04613). 0: one-hot labels. Needs a
+            tokenizer of bins.
         learning_rate: peak learning rate of AdamW; linear warm-up, then cosine decay.
         weight_decay: weight decay of AdamW.
         warmup_steps: optimizer steps of the warm-up.
@@ -177,9 +175,9 @@ class TrainConfig:
         rollout_every: optimizer steps between closed-loop evaluations in `rollout_env` (through `adapter`); 0: none.
         rollout_env: environment ids of the closed-loop evaluation.
         rollout_episodes: episodes per environment of the closed-loop evaluation.
-        report_to: experiment tracker for the metrics, in addition to `metrics.jsonl`; it must be installed.
+        report_to: experiment tracker for the metrics, in addition to `metrics.jsonl`. It must be installed.
         resume: continue the run in `out` from its last checkpoint.
-        dry_run: check configuration, data, shapes and memory, take two steps, and write nothing.
+        dry_run: check configuration, data, shapes and memory in two steps, and write nothing.
     """
 
     __pydantic_config__ = STRICT
@@ -234,39 +232,38 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DaggerConfig:
-    """`vla dagger`: DAgger (Ross et al., 2011). Each round rolls out the policy, lets the expert label the visited
-    states, and trains on all data.
+    """`vla dagger`: DAgger (Ross et al., 2011). In each round, the policy is rolled out, the expert labels the visited
+    states, and the policy is trained on all data.
 
     Attributes:
-        env: environment ids that have an expert; episodes are distributed evenly over them.
+        env: ids of environments with an expert; episodes are distributed evenly over them.
         out: output folder; round k is in `round-k`.
         data: initial dataset folders; empty: round 0 collects `demonstrations`.
-        demonstrations: successful episodes of the expert in round 0.
+        demonstrations: number of successful episodes of the expert in round 0.
         noise: strength of the expert's noise in round 0, as in `vla collect`.
         noise_share: fraction of episodes with noise in round 0.
         rounds: maximum number of rounds after round 0.
-        trials: evaluation episodes per environment before each round, under the policy alone. The round's rollouts are
+        trials: episodes per environment of the policy without the expert, before each round. The round's rollouts are
             distributed over the environments in proportion to the failures. 0: no trials; distribute rollouts evenly.
-        episodes: rollouts per round; they are kept whether or not they succeed.
-        intervention: length of an intervention in control steps. The intervention begins at a random decision. The
-            expert then controls the robot and labels its steps, and the rollout ends. Earlier steps are not labelled.
-            With the same number of labels, short interventions cover many more scenes than whole episodes. None: the
-            expert labels every step.
+        episodes: number of rollouts per round; unsuccessful ones are also kept.
+        intervention: length of an intervention in control steps. It begins at a random decision; the expert then
+            controls the robot, and the rollout ends with the intervention. Only its steps are labelled, so the same
+            number of labels covers more scenes. None: the expert labels every step.
         intervention_after: mean number of decisions before an intervention. Rollouts that end earlier have no labels.
-        labels: maximum number of labelled frames; no round starts once it is reached. None: no limit.
+        labels: number of labelled frames after which no further round starts; None: no limit.
         target: success rate, 0 to 1, at which to stop.
         beta: in round k, the expert controls the robot with probability beta ** k. 0: never after round 0; 1: always.
-        mixture: when to choose between expert and policy: at every "decision" of the policy (one choice for all
-            executed actions of a chunk), at every "step", or once per "episode".
+        mixture: when to choose between expert and policy: at every "decision" (once per chunk), at every "step", or
+            once per "episode".
         seed: first environment seed of round 0; the rollouts of round k start at seed + 10000 * k.
         n_envs: number of environments that run in parallel.
         eval_episodes: episodes per environment of the closed-loop evaluation after each round.
         eval_seed: first environment seed of that evaluation.
         warm_start: start the training of each round from the last policy instead of the backbone.
         finetune_steps: optimizer steps of each round after round 0; None: `train.steps`.
-        compare_bc: finally, also train on demonstrations alone (behaviour cloning), with the same number of labels and
-            optimizer steps, and compare the two policies.
-        train: training configuration of each round. This job sets its datasets, folders and unnorm_keys.
+        compare_bc: after the last round, also train a policy on demonstrations only (behaviour cloning), with at least
+            as many labels and the same number of optimizer steps, and compare the two policies.
+        train: training configuration of each round, without datasets, folders and unnorm_keys.
         device: torch device for rollouts and evaluation; "auto" chooses one.
         resume: continue the run in `out`; rounds, labels, target, compare_bc and hosts may differ.
     """
@@ -306,25 +303,25 @@ class DaggerConfig:
         if not self.env:
             return "env must be one or more environment ids."
         if evaluated.start < seeds.stop and seeds.start < evaluated.stop:
-            return f"eval_seed must be outside the training seeds, {seeds[0]} to {seeds[-1]}; got {self.eval_seed}."
+            return f"eval_seed must not overlap the training seeds, {seeds[0]} to {seeds[-1]}; got {self.eval_seed}."
         for name in ("data", "weights", "unnorm_keys", "out", "resume", "dry_run"):
             if getattr(self.train, name) != getattr(TrainConfig(), name):
-                return f"train.{name} is set by `vla dagger` itself; omit it."
+                return f"`vla dagger` sets train.{name}; omit it."
         return None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuickstartConfig:
-    """`vla quickstart`: collect demonstrations of a task that is new to the embedded backbone, fine-tune it with LoRA,
-    and evaluate it before and after.
+    """`vla quickstart`: collect demonstrations of a new task, fine-tune the embedded backbone with LoRA, and evaluate
+    it before and after.
 
     Attributes:
         env: environment id of the task.
-        demonstrations: successful expert episodes to collect.
-        minutes: training time in minutes; the number of steps is derived from the measured speed of this machine.
-        min_steps: minimum number of optimizer steps, even on a slow machine.
-        episodes: rollouts on unseen seeds, before and after training.
-        out: output folder; stages that are finished in it are not repeated.
+        demonstrations: number of successful expert episodes to collect.
+        minutes: approximate training time in minutes, for a number of steps between `min_steps` and 4000.
+        min_steps: minimum number of optimizer steps.
+        episodes: number of rollouts on unseen seeds, before and after training.
+        out: output folder; finished stages are not repeated.
         fresh: repeat all stages.
     """
 

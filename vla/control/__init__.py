@@ -1,1 +1,1 @@
-"""The real-time controller: clock, robot, buffer of actions, the filter between policy and robot, and their loop."""
+"""The real-time controller: control loop, clock, action buffer, inference, safety filter and robots."""

@@ -1,8 +1,8 @@
 """The black box: a recording of the last seconds before a fault.
 
-Owns: the record of recent control steps, and the file written after a fault: a zip of `ticks.jsonl` (one line per step:
-times, command, reasons, state, completed decodings) and of the images `<camera>/<number>.jpg` that these lines refer
-to. Images are encoded and files are written in a background thread; the control loop only passes events on.
+Owns: the record of recent control steps, and the file written after a fault. This is a zip of `ticks.jsonl` (one line
+per step: times, command, reasons, state, completed decodings) and the images of these steps, `<camera>/<number>.jpg`.
+A background thread encodes images and writes files, so that the control loop is not delayed.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ import numpy as np
 from vla.control.events import StepEvent
 from vla.control.robot import Reading
 
-_AFTERMATH_S = 1.0  # recorded after a fault
+_AFTERMATH_S = 1.0  # length of the recording after a fault
 _WAITING = 100  # minimum capacity of the queue, in events
 
 
 class BlackBox:
-    """Keeps the last `seconds` and writes them to `folder` after a fault, at most once per `seconds` and at the end.
+    """Keeps the last `seconds` in memory, and writes them to `folder` after a fault, at most once per `seconds`.
 
     Attributes:
         files: paths of the files written so far.
@@ -40,7 +40,7 @@ class BlackBox:
     def __init__(self, folder: Path, seconds: float, hz: float) -> None:
         self._folder, self._seconds = folder, seconds
         self._length = max(1, round(seconds * hz))
-        # A step's record, and its images by file name; steps without a new reading share them.
+        # Each step's record, and its images by file name. Steps without a new reading share the images.
         self._ticks: collections.deque[tuple[dict[str, Any], dict[str, bytes]]] = collections.deque(maxlen=self._length)
         self._last_reading: tuple[Reading, dict[str, str], dict[str, bytes]] | None = None
         self._queue: queue.Queue[StepEvent | None] = queue.Queue(maxsize=max(self._length, _WAITING))
@@ -54,10 +54,10 @@ class BlackBox:
         try:
             self._queue.put_nowait(event)
         except queue.Full:
-            self.problem = self.problem or "some control steps were not recorded, because recording was too slow"
+            self.problem = self.problem or "recording was too slow, so some control steps are missing"
 
     def end(self) -> None:
-        """End a run: write a pending recording, in the background."""
+        """End a run: write a pending recording now, in the background."""
         self._queue.put(None)
 
     def close(self) -> None:
@@ -81,7 +81,7 @@ class BlackBox:
                 return
 
     def _guarded(self, job: Callable[[Any], None], about: Any) -> None:
-        """Run `job(about)`; an error (a full disk, a malformed image) loses only this item."""
+        """Run `job(about)`. An error (a full disk, a malformed image) is stored in `problem`."""
         try:
             job(about)
         except Exception as error:
@@ -110,7 +110,7 @@ class BlackBox:
         pixels = reading.observation.get("pixels")
         for camera, image in pixels.items() if isinstance(pixels, dict) else ():
             if getattr(image, "ndim", 0) != 3 or image.dtype != np.uint8 or image.shape[-1] != 3 or not image.size:
-                continue  # malformed, which the step's reasons report
+                continue  # malformed; the step's reasons report it
             names[camera] = f"{camera}/{self._number:06d}.jpg"
             images[names[camera]] = cv2.imencode(".jpg", image[..., ::-1])[1].tobytes()
         self._number += 1
@@ -130,7 +130,7 @@ class BlackBox:
 
 
 def _plain(state: Any) -> Any:
-    """A state as JSON values; text if it is not numeric."""
+    """A state as JSON values; its `repr` if it is not numeric."""
     try:
         return None if state is None else [float(value) for value in np.ravel(state)]
     except (TypeError, ValueError):

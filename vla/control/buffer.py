@@ -1,4 +1,4 @@
-"""Buffer of actions, indexed by tick.
+"""Buffer of actions, indexed by tick (control step).
 
 Owns: the action for each tick, and the chunk transition, which determines how a new chunk replaces the last one.
 Actions that arrive after their tick are dropped. It does not know clocks or how chunks are decoded.
@@ -21,9 +21,8 @@ class ChunkBuffer:
     """Chunks and the ticks of their actions.
 
     Args:
-        transition: "switch" and "prefix" execute the newest chunk that covers a tick (with "prefix", it was decoded as
-            a continuation of the previous chunk); "ensemble" averages all chunks that cover it (temporal ensembling),
-            except for the gripper, whose command is that of the newest chunk, because an average is not valid.
+        transition: "switch" and "prefix" execute the newest chunk that covers a tick. "ensemble" averages all chunks
+            that cover it (temporal ensembling); the gripper command is always that of the newest chunk.
         gripper: index of the gripper command in an action; None without a gripper.
 
     Attributes:
@@ -34,14 +33,14 @@ class ChunkBuffer:
         self.transition, self._gripper = transition, gripper
         self._chunks: list[tuple[int, int, np.ndarray]] = []  # task, first tick, actions [H, D]; oldest first
         self._task = 0  # number of the current task
-        self._begun = 0  # actions received of a chunk that is still being decoded; 0: none is
+        self._begun = 0  # number of actions of a chunk that is still being decoded; 0: no such chunk
         self.late = 0
 
     def put(self, chunk: np.ndarray, first: int, now: int, more: bool = False) -> None:
         """Add a chunk [H, D] whose action i is for tick first + i; `now` is the next tick to execute.
 
-        With `more`, the chunk is still being decoded: the next call passes the same chunk with more actions, and until
-        then the previous chunk provides the actions of the remaining ticks."""
+        With `more`, the chunk is still being decoded, and the next call passes the same chunk with more actions. Until
+        then, the previous chunk provides the remaining actions."""
         known = self._begun
         self.late += int(np.clip(now - first - known, 0, len(chunk) - known))
         past = self._chunks[:-1] if known else self._chunks
@@ -51,7 +50,7 @@ class ChunkBuffer:
         self._begun = len(chunk) if more else 0
 
     def new_task(self) -> None:
-        """Later chunks are for another task: earlier chunks are used only at ticks that no later chunk covers."""
+        """Begin another task. Chunks of earlier tasks are used only at ticks that no chunk of the new task covers."""
         self._task += 1
 
     def complete(self) -> None:

@@ -1,7 +1,7 @@
 """The control rate.
 
-Owns: absolute deadlines on a monotonic clock, and the lateness of commands. A late tick does not delay later ticks. If
-a step takes longer than a period, the missed ticks are skipped and counted, not caught up.
+Owns: absolute deadlines on a monotonic clock, and the lateness of commands. A late tick does not delay later ticks:
+missed ticks are skipped and counted.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Protocol
 
 
 class Clock(Protocol):
-    """A monotonic clock in seconds; the module `time` is one."""
+    """A monotonic clock in seconds, such as the module `time`."""
 
     def monotonic(self) -> float: ...
 
@@ -26,7 +26,7 @@ class Rate:
     Attributes:
         tick: index of the tick that `wait` last returned; -1 before the first.
         skipped: number of skipped ticks.
-        lateness: seconds from each tick's deadline to its command: the jitter of the command stream.
+        lateness: seconds from each tick's deadline to its command.
     """
 
     def __init__(self, hz: float, start: float | None = None, clock: Clock = time) -> None:

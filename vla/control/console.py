@@ -1,13 +1,11 @@
-"""The operator console: what the operator of a deployment sees and can do.
+"""The operator console: status and commands for the operator of a deployment.
 
-A scene is one episode of a deployment. Owns: the last seconds of a deployment as plain values (state, scene, commands,
-timings, safety events), the latest image of each camera, the numbers of scenes that ended in success, in failure or
-guided by the operator, and the operator's commands. It does not know how the operator is connected
-(`vla.control.page`) and does not run scenes: the job calls `begin` and `end`.
+Owns: the last seconds of a deployment as plain values (state, scene, commands, timings, safety events), the latest
+image of each camera, the outcomes of scenes, and the operator's commands. A scene is one episode of a deployment; the
+job calls `begin` and `end`. It does not know how the operator is connected (`vla.control.page`).
 
-The control loop only passes events on (`listen`); slow work is done in the thread that reads the status. The threads
-share deques of a fixed length. Appending to a deque and copying it are atomic in CPython, so no lock is needed, which
-could delay the loop.
+The control loop only stores events (`listen`); the thread that reads the status does the slow work. The threads share
+deques of a fixed length. Appending to a deque and copying it are atomic in CPython, so no lock can delay the loop.
 """
 
 from __future__ import annotations
@@ -32,12 +30,12 @@ _PLOTTED_S = 10.0
 _TIMED_S = 60.0  # window of the reported lateness
 _DECODINGS = 300
 _EVENTS = 40
-_SAME_EVENT_S = 1.0  # repetitions of a reason within this time are one event
+_SAME_EVENT_S = 1.0  # repetitions of a reason within this time count as one event
 _SHOWN_S = 1.5  # how long a success is shown before the next scene begins
 _USUAL = "no chunk yet"  # not an event, because every scene begins with it
-_LONGEST = 200  # characters of an instruction
-_WIDEST = 640  # maximum width of the images that are sent, in pixels
-#: The images are small, so chroma subsampling would be visible.
+_LONGEST = 200  # maximum length of an instruction, in characters
+_WIDEST = 640  # maximum width of images, in pixels
+#: Chroma subsampling would be visible in small images.
 _JPEG = (cv2.IMWRITE_JPEG_QUALITY, 90, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444)
 
 
@@ -49,7 +47,7 @@ class Refused(VLAError):
 class _Scene:
     number: int
     seed: int
-    instruction: str  # its own, which decides on success; the operator may give the policy another
+    instruction: str  # the scene's own, which defines success; the operator may give the policy another one
     begun: float
     ticks: int = 0
     orders: list[str] = dataclasses.field(default_factory=list)  # commands of the operator
@@ -75,12 +73,12 @@ class _Event:
 
 
 class OperatorConsole:
-    """Shows the events of `controller`, whose listeners must include `listen`. Methods can be called from any thread.
+    """The console of a `controller`. Add `listen` to the controller's listeners. Methods can be called from any thread.
 
     Args:
         spec: the robot's RobotSpec.
-        policy: the policy that the controller runs.
-        title: policy and robot, for display.
+        policy: the controller's policy.
+        title: names of policy and robot, for display.
     Attributes:
         cameras: names of the cameras.
     """
@@ -91,7 +89,7 @@ class OperatorConsole:
         self._start, self._wall = time.monotonic(), time.time()
         self._held = self._next = False
         self._scene: _Scene | None = None
-        self._last: _Scene | None = None  # the last scene that ended
+        self._last: _Scene | None = None  # the last completed scene
         self._outcomes: collections.deque[str] = collections.deque(maxlen=30)
         self._tally: collections.Counter[str] = collections.Counter()
         self._instructed: collections.deque[str] = collections.deque(maxlen=3)
@@ -107,11 +105,11 @@ class OperatorConsole:
     # From the control loop ----------------------------------------------------------------------------------------
 
     def listen(self, step: StepEvent) -> None:
-        """Record the event of a control step. Called in the control loop, so it takes constant time and never waits."""
+        """Record the event of a control step. It is called in the control loop and must be fast."""
         now, decoding = time.monotonic(), step.decoding or {}
         self._number += 1
         self._reading = step.reading
-        # The event itself is not kept, because it holds images.
+        # Do not keep the event itself, because it contains images.
         self._ticks.append(_Tick(self._number, now, step.command, step.reasons, "ids" in decoding))
         self._lateness.append(step.lateness_s)
         self._due += step.tick - self._tick
@@ -136,17 +134,17 @@ class OperatorConsole:
         event.count += 1
 
     def begin(self, seed: int, instruction: str) -> None:
-        """Begin a scene with its own instruction."""
+        """Begin a scene."""
         number = self._scene.number + 1 if self._scene else 1
         self._tick, self._next = -1, False
         self._reading = None  # the last reading is of the previous scene
         self._scene = _Scene(number, seed, instruction, time.monotonic(), orders=["hold"] if self._held else [])
 
     def end(self, success: bool) -> list[str]:
-        """End the scene. Returns the operator's commands during the scene; a scene with commands counts as guided."""
+        """End the scene and return the operator's commands in it. A scene with commands counts as guided."""
         scene = self._scene
         assert scene is not None, "call begin first"
-        if not scene.ticks:  # "New scene" was pressed just before this scene began, which stopped it
+        if not scene.ticks:  # pressing "New scene" just before this scene began has stopped it
             scene.orders.append("new scene")
         scene.success, scene.ended, self._last = success, time.monotonic(), scene
         outcome = "guided" if scene.orders else "success" if success else "failure"
@@ -164,7 +162,7 @@ class OperatorConsole:
     # Commands of the operator -------------------------------------------------------------------------------------
 
     def instruct(self, text: str) -> None:
-        """Give the policy another instruction until the scene ends."""
+        """Change the policy's instruction until the scene ends."""
         text, scene = " ".join(text.split()), self._scene
         if not text or len(text) > _LONGEST or not text.isprintable():
             raise Refused(f"an instruction must have 1 to {_LONGEST} printable characters.")
@@ -243,7 +241,7 @@ class OperatorConsole:
 
     def status(self, since: int = 0) -> dict[str, Any]:
         """The current status as JSON values, with the control steps after number `since`."""
-        # `begin` clears the reading before it sets the scene, so a scene that is read first has no older reading.
+        # Read the scene before the reading: `begin` sets them in the reverse order, so the reading is never older.
         now, scene, reading = time.monotonic(), self._scene, self._reading
         return {
             "now": round(now - self._start, 3),
@@ -262,7 +260,7 @@ class OperatorConsole:
         }
 
     def jpeg(self, camera: str) -> bytes | None:
-        """The latest image as JPEG; None without an image. Returns the same object until there is a newer image."""
+        """The latest image as JPEG; None without an image. Until a newer image arrives, the same object is returned."""
         reading = self._reading
         if reading is None:
             return None
@@ -345,7 +343,7 @@ def _outcome(scene: _Scene) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """`value` for JSON: floats are rounded; None for infinity and NaN, which JSON lacks."""
+    """`value` for JSON: floats are rounded; infinity and NaN become None."""
     return value if not isinstance(value, float) else round(value, 4) if math.isfinite(value) else None
 
 

@@ -2,7 +2,7 @@
 
 Owns: the order of a control step (observe, request, choose, check, command) and the states of a run. `clock` keeps the
 deadlines, `planner` manages the chunks, `inference` decodes them, and `safety` applies the limits. A step never waits
-for a chunk: it uses the actions that have arrived, and always sends a command.
+for a chunk, and always sends a command.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from vla.control.safety import SafetyFilter
 from vla.errors import SpecError
 from vla.policy import ChunkPolicy
 
-# Commands are sent at this fraction of the robot's control period, which begins with its observation. A large value
-# gives the policy more time to decode; the rest of the period is the margin for late commands.
+# When a command is sent, as a fraction of the control period after its observation. A large value gives the policy more
+# time to decode; the rest of the period is the margin for late commands.
 _PHASE = 0.8
 _EARLY = 0.1  # an observation may be this fraction of a period early
 _POLL_S = 0.001  # polling interval while waiting for an observation or a decoding
@@ -53,12 +53,13 @@ class _Run:
     planner: Planner
     monitor: ObservationMonitor
     record: RunRecord
-    decoding: dict[str, Any] | None = None  # decoding that ended since the last step, for its `StepEvent`
+    decoding: dict[str, Any] | None = None  # `StepEvent.decoding` of the next step, if a decoding has already ended
 
 
 class Controller:
-    """Drives `robot` with `policy`. Use it as a context manager. `run` can be called repeatedly, from one thread; the
-    other methods can be called from any thread.
+    """Drives `robot` with `policy`. Use it as a context manager.
+
+    `run` can be called repeatedly, always from the same thread. Other methods can be called from any thread.
 
     Args:
         clock: clock of the loop and of the robot's readings.
@@ -73,7 +74,7 @@ class Controller:
         check(config)
         ours, theirs = policy.robot, robot.spec
         self.hz = theirs.control_hz if config.hz is None else config.hz
-        # A configured rate may differ from the policy's.
+        # Only a rate from the configuration may differ from the policy's.
         ours.check_fits(dataclasses.replace(theirs, control_hz=self.hz), tolerated=("rate",) if config.hz else ())
         self._robot, self._policy, self._config, self._clock = robot, policy, config, clock
         self.safety = SafetyFilter(theirs, config.safety, *policy.action_limits, hz=self.hz)
@@ -81,8 +82,7 @@ class Controller:
         self._monitored = dataclasses.replace(theirs, cameras=ours.cameras)
         self.state, self.instruction = State.UNCONFIGURED, ""
         self.listeners: list[Callable[[StepEvent], None]] = []
-        # A limit on a chunk's entropy needs the whole chunk.
-        whole = config.safety.max_entropy is not None
+        whole = config.safety.max_entropy is not None  # the entropy is known when the chunk is complete
         self._inference = Inference(policy, whole, config.injected_latency_s, clock)
         self._on_hold = self._stopping = False
 
@@ -115,17 +115,22 @@ class Controller:
         self._on_hold = False
 
     def stop(self) -> None:
-        """End the current run (or, if none is running, the next run) at its next control step."""
+        """End the current run at its next control step; if none is running, end the next run."""
         self._stopping = True
 
     def run(self, instruction: str, seconds: float) -> dict[str, Any]:
-        """Control the robot for `seconds`, until it reports that its task is over, or until `stop`. Ends with a hold.
+        """Control the robot for `seconds`, until it reports that its task has ended, or until `stop`. Ends with a hold.
 
         Returns:
-            The record: success, number of commands, skipped steps, missed deadlines, lateness of each command in ms,
-            time to the first action and to the whole chunk of each decoding in ms, number of interventions by reason,
-            number of actions that arrived after their step, errors of the policy, and the mean absolute third
-            difference of the commands ("jerk").
+            A dict with
+            success: whether the robot reported success.
+            commands, skipped, missed: number of commands, of skipped steps and of missed deadlines.
+            lateness_ms: lateness of each command.
+            first_action_ms, decode_ms: time to the first action and to the whole chunk, for each decoding.
+            late_actions: number of actions that arrived after their step.
+            interventions: number of interventions by reason.
+            errors: errors of the policy.
+            jerk: mean absolute third difference of the commands.
         """
         self.instruction = instruction
         with _no_garbage_collection():
@@ -155,14 +160,14 @@ class Controller:
         except BaseException:
             try:
                 self._end()
-            except Exception as problem:  # the first error is raised, this one only reported
+            except Exception as problem:  # a warning only, because the original error is raised
                 warnings.warn(f"the hold command could not be sent: {problem}", stacklevel=2)
             raise
         self._end()
         return record.report(buffer.late) | {"interventions": dict(self.safety.interventions - before)}
 
     def _end(self) -> None:
-        """Hold, and wait for a decoding that is still running, so that the next run does not receive its answer."""
+        """Hold, and wait for a running decoding, so that the next run does not receive its answer."""
         self.state = State.HOLDING
         try:
             self._robot.command(self.safety.hold().action)
@@ -173,17 +178,16 @@ class Controller:
                 self._clock.sleep(_POLL_S)
 
     def _wait(self, run: _Run) -> None:
-        """Sleep until the next control step. If a chunk is due, request it during this sleep, as soon as the step's
-        observation has arrived and the previous decoding has ended. A request after the sleep would be answered later,
-        and its observation would be older. Observations that precede the last command belong to the previous step and
-        are not used."""
+        """Sleep until the next control step. If a chunk is due, request it as soon as the step's observation has
+        arrived and the previous decoding has ended, so that it is answered early. Observations from before the last
+        command belong to the previous step and are not used."""
         step = run.rate.tick + 1
         begins = run.rate.deadline(step) - (_PHASE + _EARLY) / self.hz
         while run.rate.remaining() > _POLL_S and not self._held and run.planner.due(step, self.instruction):
             if not run.planner.idle:
-                run.decoding = run.decoding or run.planner.receive(step)  # a StepEvent has at most one decoding
+                run.decoding = run.decoding or run.planner.receive(step)  # at most one per StepEvent
                 self._clock.sleep(_POLL_S)
-                continue  # the received actions may postpone the request
+                continue  # with the received actions, the request may no longer be due
             reading = self._robot.observe()
             early = reading is None or reading.time < begins or not run.planner.is_new(reading, self.instruction)
             if reading is None or early or run.monitor.fault(reading, self._clock.monotonic()) is not None:
@@ -214,7 +218,7 @@ class Controller:
         planner.sent(step, command.action, idle=action is None)
         run.record.sent(command.action)
         if step % max(1, round(self.hz)) == 0:
-            gc.collect(1)  # takes microseconds, because all older objects are frozen
+            gc.collect(1)  # takes microseconds, because older objects are frozen
         event = StepEvent(step, run.rate.lateness[-1], reading, command.action, command.reasons, decoding)
         for listener in self.listeners:
             listener(event)
@@ -225,7 +229,7 @@ class Controller:
         return self._on_hold or self.safety.stopped
 
     def _first_reading(self) -> Reading:
-        """Wait for the first reading. For position commands it must have a finite state, which the robot then holds."""
+        """Wait for the first reading. For position commands, its state must be finite, to hold the robot there."""
         spec, deadline = self._robot.spec, self._clock.monotonic() + self._config.safety.max_age_s + 5.0
         while True:
             reading = self._robot.observe()
@@ -240,7 +244,7 @@ class Controller:
 
 @contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """Disable automatic garbage collection: a full collection can delay a command. `_step` runs short ones."""
+    """Disable automatic garbage collection, because a full collection can delay a command. `_step` runs short ones."""
     gc.collect()
     gc.freeze()
     gc.disable()

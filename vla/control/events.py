@@ -1,7 +1,7 @@
 """The event of a control step.
 
-Owns: the record that the control loop passes to its listeners (black box, operator console, ROS 2 diagnostics), and
-which of its reasons are faults.
+Owns: the record that the control loop passes to its listeners (black box, operator console, ROS 2 diagnostics), and the
+definition of a fault.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from vla.control.robot import Reading
 
 #: Reasons to hold that are not faults.
 _EXPECTED = frozenset({"no chunk yet", "on hold"})
-#: Reasons for which a command is limited instead of replaced: they are counted, but are not faults either.
+#: Reasons to limit a command; they are not faults, either.
 _LIMITS = frozenset({"range", "jump", "velocity", "acceleration", "workspace"})
 
 
@@ -30,8 +30,7 @@ class StepEvent:
         command: the command sent to the robot, float32 [D].
         reasons: why `command` differs from the policy's action (empty if it does not).
         decoding: the chunk that was completed in this step, {asked, ms, ids, entropy} or {asked, ms, error}; None if
-            none was completed. `asked` is the step of its request, from which on its first actions may have been
-            executed.
+            none was completed. `asked` is the step of its request.
     """
 
     tick: int

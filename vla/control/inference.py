@@ -1,7 +1,7 @@
 """Inference in a background thread.
 
-Owns: the background decoding (at most one at a time), its actions as they are decoded, its result or error, and its
-latency. The control loop requests and polls; it never waits.
+Owns: the thread that decodes one chunk at a time, its latest actions or error, and its latency. The control loop
+requests and polls; it never waits.
 """
 
 from __future__ import annotations
@@ -19,17 +19,16 @@ from vla.policy import ChunkPolicy, Prediction
 from vla.policy.session import Draft
 from vla.spec import Observation
 
-_WINDOW = 100  # decodings that the latency is measured over
+_WINDOW = 100  # number of decodings over which latency is measured
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """Answer to the request that was made with the observation of control step `tick`.
+    """An answer to the request with the observation of control step `tick`.
 
     Attributes:
         first_s, seconds: time from the request to the first action, and to this answer.
-        actions: float32 [n, D], the first n actions while the rest is being decoded, then the whole chunk; None after
-            an error.
+        actions: float32 [n, D], the actions decoded so far; None after an error.
         prediction: the prediction, once the chunk is complete.
         error: why decoding failed; None without an error.
     """
@@ -51,9 +50,10 @@ class Inference:
     """Decodes in the background.
 
     Args:
-        whole: pass on complete chunks only; otherwise, if the policy `streams`, actions are passed on one by one.
-        injected_latency_s: latency added to every decoding, to simulate a network; chunks are streamed only if it is 0.
-        clock: clock of `busy_since`, of latencies and of the injected latency.
+        whole: pass on complete chunks only. Otherwise, actions are passed on one by one if the policy `streams`.
+        injected_latency_s: latency added to every decoding, to simulate a network. If it is not 0, chunks are passed on
+            as a whole.
+        clock: clock of `busy_since` and of all latencies.
     Attributes:
         busy_since: time of the running request; None if none is running.
         latency: 99th percentile of the time to the first action over the last decodings, in seconds.
@@ -122,7 +122,7 @@ class Inference:
         try:
             prediction = self._policy.predict(*request, hand_over) if self._streams else self._policy.predict(*request)
             actions = prediction.chunks[0]
-        except Exception as problem:  # no error may stop the control loop
+        except Exception as problem:  # an error must not stop the control loop
             error = "".join(traceback.format_exception_only(problem)).strip()
         if self._injected:
             self._clock.sleep(self._injected)

@@ -1,7 +1,7 @@
 """Detection of faulty observations.
 
-Owns: the faults of an observation (stale; a camera image missing, malformed, resized, dark or frozen; a state that is
-not finite) and the names under which they are counted. It does not know policies or commands.
+Owns: the faults of an observation and their names: stale observations; missing, malformed, resized, dark or frozen
+images; states that are not finite. It does not know policies or commands.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from vla.control.robot import Reading
 from vla.errors import SpecError
 from vla.spec import RobotSpec, check_image
 
-_DARK = 8  # of 255; in a lit room every image of a working camera has a brighter pixel
+_DARK = 8  # of 255; in a lit room, every image has a brighter pixel
 
 
 def state_of(reading: Reading, spec: RobotSpec) -> np.ndarray | None:
@@ -28,7 +28,7 @@ def state_of(reading: Reading, spec: RobotSpec) -> np.ndarray | None:
 
 
 class ObservationMonitor:
-    """Checks readings in order of arrival. The first one sets the size of each camera's images."""
+    """Checks readings in order of arrival. The size of a camera's images must not change after the first one."""
 
     def __init__(self, spec: RobotSpec, config: SafetyConfig) -> None:
         self._spec, self._config = spec, config
@@ -37,7 +37,7 @@ class ObservationMonitor:
         self._checked: tuple[Reading, str | None] | None = None  # the last reading, and its fault
 
     def fault(self, reading: Reading, now: float) -> str | None:
-        """The name of the fault of `reading` at time `now` (of `time.monotonic`); None without a fault."""
+        """The fault of `reading` at time `now`; None without a fault."""
         if now - reading.time > self._config.max_age_s:
             return "stale observation"
         if self._checked is None or self._checked[0] is not reading:

@@ -1,12 +1,12 @@
 """The live page: an `OperatorConsole` in a browser.
 
-Owns: the addresses of the page (`GET /`), of its live connection (websocket `/live`) and of the emergency stop
-(`POST /stop`, so that `curl -X POST` stops the robot too), their messages, and access control: every client that
-reaches the port has access, except pages of other web sites. It does not know robots or policies.
+Owns: the page (`GET /`), its live connection (websocket `/live`), the emergency stop (`POST /stop`, also for `curl`),
+the messages, and access control: every client that reaches the port has access, except pages of other web sites. It
+does not know robots or policies.
 
 Messages to the browser: `{"robot": ...}` once, `{"status": ...}` ten times per second, `{"error": ...}` if an operator
-command is rejected, and every new image as its camera's number (one byte) followed by a JPEG. Messages from the
-browser: `{"do": "start"}`, "hold", "stop" (the emergency stop), "release", "new_scene", or
+command is rejected, and every new image as the camera's index (one byte) followed by a JPEG. Messages from the browser:
+`{"do": command}`, where the command is "start", "hold", "stop" (the emergency stop), "release" or "new_scene"; and
 `{"do": "instruct", "text": ...}`.
 """
 
@@ -37,9 +37,9 @@ from vla.support.pages import templates
 from vla.support.sockets import listen
 
 _PERIOD_S = 0.05  # between checks for new images
-_STATUS_EVERY = 2  # checks
+_STATUS_EVERY = 2  # number of checks between status messages
 _LARGEST_COMMAND = 2**16  # bytes
-#: The page loads nothing from elsewhere, and no other page may embed it (clickjacking).
+#: The page loads nothing from other servers, and no other page may embed it (clickjacking).
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
     "img-src data:; connect-src 'self' ws: wss:; frame-ancestors 'none'",
@@ -48,8 +48,7 @@ _HEADERS = {
 
 
 def page(console: OperatorConsole, host: str = "127.0.0.1") -> Starlette:
-    """The application. `host` is the name that it is bound to; browsers may also use IP addresses and the name of this
-    machine."""
+    """The web application. Browsers may address it by `host`, an IP address, or the name of this machine."""
     html = templates().get_template("live.html").render()
 
     async def home(_: Request) -> Response:
@@ -103,7 +102,7 @@ def serve_in_thread(app: ASGIApp, host: str, port: int) -> Iterator[str]:
 
 
 async def _show(console: OperatorConsole, connection: WebSocket) -> None:
-    """Send status and images until cancelled. A slow connection skips intermediate ones."""
+    """Send status and images until cancelled. On a slow connection, some are skipped."""
     await connection.send_text(_message("robot", console.describe()))
     shown: dict[str, bytes] = {}
     number = check = 0
@@ -155,10 +154,10 @@ def _message(kind: str, content: object) -> str:
 
 
 class _OurPagesOnly:
-    """Rejects requests that a browser sends on behalf of other web sites.
+    """Rejects requests of other web sites.
 
-    A request's Origin must equal its Host (no cross-site requests), and its Host must be an IP address or a name of
-    this machine, because another site could make its own name resolve to this machine (DNS rebinding).
+    A request's Origin must equal its Host, against cross-site requests. Its Host must be an IP address or a name of
+    this machine, against DNS rebinding (another site's name that resolves to this machine).
     """
 
     def __init__(self, app: ASGIApp, host: str) -> None:
@@ -182,7 +181,7 @@ class _OurPagesOnly:
         except ValueError:
             return "the Host or Origin header is invalid."
         if name not in self._names and not _is_address(name):
-            return f"{name!r} is not a name of this robot: use its address, or deploy with --host {name}."
+            return f"{name!r} is not a name of this machine: use its IP address, or deploy with --host {name}."
         return "requests from pages of other web sites are not allowed." if foreign else None
 
 
@@ -195,7 +194,7 @@ def _is_address(name: str) -> bool:
 
 
 def _reachable(host: str) -> str:
-    """`host` for a URL. If it means all interfaces, the address of the interface with the default route."""
+    """`host` for a URL. For all interfaces, the address of the interface with the default route."""
     if host in ("0.0.0.0", "::"):
         host = "127.0.0.1"
         with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

@@ -3,10 +3,10 @@
 Owns: the latest request, the draft for the next request, and the received chunks. It does not know safety limits or the
 timing of the loop.
 
-If a chunk is requested with the observation of step k, its action i is for step k + i. Actions are decoded in order,
-and the first is usually ready in time for step k, so actions are executed while the rest of the chunk is decoded. If
-`ControlConfig.transition` is "prefix", the actions that are executed while a chunk is decoded are passed to the decoder
-as the chunk's first tokens (prefix conditioning, `vla.decoding.prefix`).
+If a chunk is requested with the observation of step k, its action i is for step k + i. Actions are executed while the
+rest of the chunk is being decoded. If `ControlConfig.transition` is "prefix", the actions that are executed before the
+first new action arrives are passed to the decoder as the chunk's first tokens (prefix conditioning,
+`vla.decoding.prefix`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vla.control.robot import Reading
 from vla.policy import ChunkPolicy
 from vla.policy.session import Session
 
-_HISTORY = 1000  # commands that are kept
+_HISTORY = 1000  # number of commands kept
 
 
 class RequestState(enum.Enum):
@@ -49,7 +49,7 @@ class Request:
         taken: time of its observation, in seconds of `time.monotonic`.
         heard: time at which actions last arrived; equal to `taken` before the first arrival.
         delay: the chunk's first action is for step `step + delay`.
-        stalled: whether actions ever took longer than `max_age_s` to arrive; `delay` no longer changes after that.
+        stalled: whether no action arrived for longer than `max_age_s`; `delay` then no longer changes.
     """
 
     step: int
@@ -61,13 +61,13 @@ class Request:
 
 
 def place_chunk(request: Request, heard: float, waited: int, max_age_s: float) -> Request:
-    """Update a request after more of its actions arrived at time `heard`, and choose the step of its first action.
+    """Update a request whose actions arrived at time `heard`: choose the control step of its first action.
 
     | while the chunk was decoded, the robot    | step of the chunk's first action                              |
     |-------------------------------------------|---------------------------------------------------------------|
     | executed earlier actions                  | the observation's step; late actions are dropped              |
     | held for `waited` steps without an action | the observation's step + `waited`: the robot has not moved    |
-    | got no actions for over `max_age_s`       | unchanged, because the scene may have changed                 |
+    | got no actions for over `max_age_s`       | not delayed further, because the scene may have changed       |
     """
     stalled = request.stalled or heard - request.heard > max_age_s
     delay = request.delay if stalled else waited
@@ -93,9 +93,9 @@ class Planner:
     ) -> None:
         self._policy, self._inference, self._rate = policy, inference, rate
         self._config, self._buffer, self._record = config, buffer, record
-        self._session = Session()  # has the last request's instruction; its draft starts at that request's step
+        self._session = Session()  # the instruction of the last request, and a draft that begins at its step
         self._request: Request | None = None
-        self._executed: int | None = None  # number of actions of the requested chunk to execute; None until they arrive
+        self._executed: int | None = None  # how many actions of the requested chunk to execute; None until they arrive
         self._commands: collections.deque[tuple[int, np.ndarray]] = collections.deque(maxlen=_HISTORY)
         self._idle: collections.deque[int] = collections.deque(maxlen=_HISTORY)  # steps that had no action
         self.begun, self.entropy = False, 0.0
@@ -105,10 +105,9 @@ class Planner:
         the last request, if the buffer would run out before the answer, if the last request failed, or if the
         instruction has changed.
 
-        If decoding takes longer than executing half a chunk, the request is delayed until the buffer has no action
-        after `step`. An earlier request would use a state that is outdated when the chunk arrives: with a delay of 6
-        steps, 39 of 40 episodes succeed if the buffer is empty at the time of the request, and 34 if it holds two or
-        four actions (docs/log.md).
+        If decoding takes longer than executing half a chunk, the request waits until the buffer has no action after
+        `step`, because the robot's state would be outdated when the chunk arrives. With a delay of 6 steps, 39 of 40
+        episodes succeed if the buffer is empty at the request, and 34 if it has two or four actions (docs/log.md).
         """
         request = self._request
         if request is None or request.state is RequestState.FAILED or self._session.instruction != instruction:
@@ -118,7 +117,7 @@ class Planner:
         return pace or self._buffer.ahead(step) <= (self._steps_to_answer if near else 1)
 
     def is_new(self, reading: Reading, instruction: str) -> bool:
-        """Whether the answer for this observation can differ from the last one."""
+        """Whether a request with this observation and instruction would differ from the last one."""
         request = self._request
         if request is None or request.state is RequestState.FAILED:
             return True
@@ -126,11 +125,11 @@ class Planner:
 
     @property
     def idle(self) -> bool:
-        """Whether no chunk is being decoded, so that a request can be made."""
+        """Whether no chunk is being decoded."""
         return self._inference.busy_since is None
 
     def request(self, reading: Reading, instruction: str, step: int) -> None:
-        """Request a chunk for `reading`; `step` is the next control step."""
+        """Request a chunk for `reading`, to be executed from control step `step` on."""
         if self._session.instruction != instruction:
             self._session = Session(instruction)  # the draft is for the previous task
             self._buffer.new_task()
@@ -169,7 +168,7 @@ class Planner:
         if answer.prediction is not None:
             self._record.decoded(answer.seconds, answer.first_s)
             self.entropy = float(answer.prediction.entropy.mean())
-        if self._request is not None and self._request.step == answer.tick:  # else `reset` has dropped it
+        if self._request is not None and self._request.step == answer.tick:  # otherwise, `reset` has dropped it
             self._accept(answer, self._request, step)
         if answer.prediction is None:
             return None
@@ -193,25 +192,25 @@ class Planner:
         return self._buffer.at(step)
 
     def sent(self, step: int, command: np.ndarray, idle: bool) -> None:
-        """Record that `command` was sent in `step`; `idle` if no action was available for the step."""
+        """Record that `command` was sent in `step`. `idle`: no action was available for the step."""
         self._commands.append((step, command))
         if idle:
             self._idle.append(step)
 
     def reset(self) -> None:
-        """Drop all chunks and the open request, so that planning starts anew after a hold."""
+        """Drop all chunks and the open request, to plan from scratch after a hold."""
         self._buffer.clear()
         self._session = Session(self._session.instruction)
         self._request, self.begun = None, False
 
     @property
     def _steps_to_answer(self) -> int:
-        """Largest number of control steps until the answer to a request can be executed."""
+        """Number of control steps until the answer to a request arrives, at the 99th percentile of latency."""
         return math.floor(self._inference.latency * self._rate.hz) + 1
 
     @property
     def _near(self) -> bool:
-        """Whether answers arrive within half a chunk, so that the robot does not have to wait for them."""
+        """Whether answers arrive within half a chunk."""
         return self._steps_to_answer <= self._policy.horizon // 2
 
     def _waited(self, first: int, end: int) -> int:
@@ -219,8 +218,8 @@ class Planner:
         return sum(first <= step < end for step in self._idle)
 
     def _expected(self, first: int, count: int, now: int) -> np.ndarray:
-        """The actions of the `count` steps that start at `first`, assuming that no other chunk arrives: past commands,
-        then buffered actions. Shape [n, D] with n <= count; `now` is the next step."""
+        """The actions of `count` steps from step `first` on, if no other chunk arrives: past commands, then buffered
+        actions. [n, D] with n <= count; `now` is the next step."""
         past = [command for step, command in self._commands if step >= first and step not in self._idle]
         ahead = [self._buffer.at(step) for step in range(now, first + count)]
         return np.array(past + [action for action in ahead if action is not None], np.float32)[:count]

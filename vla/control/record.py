@@ -17,7 +17,7 @@ _MAX_ERRORS = 1000
 
 
 class RunRecord:
-    """The record of a running control loop. Its memory is bounded, except for 8 bytes per timing measurement.
+    """The record of a running control loop. Its memory grows only by 8 bytes per timing measurement.
 
     Attributes:
         success: whether the task ended in success.

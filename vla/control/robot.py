@@ -21,7 +21,7 @@ class Reading:
 
     Attributes:
         time: when the observation was taken, in seconds of `time.monotonic`.
-        over: whether the task has ended (reported by simulations), with `success`.
+        over, success: whether the task has ended, and whether it succeeded. Only simulations report this.
         info: other plain values, for display only.
     """
 
@@ -33,38 +33,39 @@ class Reading:
 
 
 class Robot(Protocol):
-    """A driver: three methods and a `spec`. None of them may block for longer than a small part of a control period.
+    """A driver: a `spec` and three methods, which must return within a small part of a control period.
 
-    A driver may be a subclass, or any object that has the three methods.
+    A driver may be a subclass, or any object with these attributes.
     """
 
     spec: RobotSpec
 
     @abc.abstractmethod
     def observe(self) -> Reading | None:
-        """The latest reading; None before the first. It is called up to a thousand times per second, and must return
-        the same object until there is a new observation."""
+        """The latest reading; None before the first. Until there is a new observation, it must return the same object.
+        It is called up to a thousand times per second."""
 
     @abc.abstractmethod
     def command(self, action: np.ndarray) -> None:
-        """Execute `action`, float32 [D] in the units of `spec`, in the control period that begins now."""
+        """Execute `action`, float32 [D] in the units of `spec`, within the control period that begins now."""
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Disconnect. The controller has sent the hold command before."""
+        """Disconnect. The controller sends the hold command first."""
 
     def hold_reference(self) -> np.ndarray | None:
         """The action that a hold repeats before the first command, float32 [D]: the robot's current position in the
-        units of its commands. None (the default) takes it from the state, by name (`RobotSpec.hold_action`)."""
+        units of its commands. None (the default): use the state entries with the same names
+        (`RobotSpec.hold_action`)."""
         return None
 
 
 class EpisodicRobot(Robot, Protocol):
-    """A robot that can begin an episode by itself: a simulation, a recording, or a setup with a reset routine.
+    """A robot that can begin an episode: a simulation, a recording, or a setup with a reset routine.
 
     Attributes:
         instruction: instruction of the current episode.
-        episodes: the episodes that `reset` accepts, in order; None: it accepts any seed.
+        episodes: valid arguments of `reset`, in order; None: any seed.
     """
 
     instruction: str
@@ -72,7 +73,7 @@ class EpisodicRobot(Robot, Protocol):
 
     @abc.abstractmethod
     def reset(self, episode: int, /) -> object:
-        """Begin an episode. It depends on its number (or seed) only."""
+        """Begin the episode with this number or seed. Equal arguments give equal episodes."""
 
 
 def is_episodic(robot: object) -> TypeGuard[EpisodicRobot]:

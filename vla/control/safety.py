@@ -1,9 +1,8 @@
 """The safety filter between a policy and a robot.
 
-Owns: the limits of a command, the emergency stop, and the count of interventions by reason. Actions of the policy
-become commands that are finite, within the range and, if limits are set, without jumps; a stale observation gives a
-hold command. It does not know where actions come from, or how faults of observations are detected
-(`observation_monitor`).
+Owns: the limits of a command, the emergency stop, and the count of interventions by reason. Commands are finite and
+within the range and the configured limits; after a fault, the command is the hold command. It does not know where
+actions come from, or how faults of observations are detected (`observation_monitor`).
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ class SafetyFilter:
         hz: commands per second; None: `spec.control_hz`.
     Attributes:
         interventions: reason -> count.
-        stopped: whether the emergency stop is pressed; it stays pressed until `release`.
+        stopped: whether the emergency stop is pressed.
     """
 
     def __init__(
@@ -58,7 +57,7 @@ class SafetyFilter:
         self.stopped = False
 
     def emergency_stop(self) -> None:
-        """Press the emergency stop: from the next command on, the robot holds until `release`."""
+        """Press the emergency stop: the robot holds from the next command on, until `release`."""
         self.stopped = True
 
     def release(self) -> None:
@@ -66,7 +65,7 @@ class SafetyFilter:
         self.stopped = False
 
     def forget(self) -> None:
-        """Forget the last command, because the robot has been moved since (a simulation was reset)."""
+        """Forget the last command, because the robot was moved (a simulation was reset)."""
         self._last = None
 
     def begin(self, state: np.ndarray | None = None, reference: np.ndarray | None = None) -> None:
@@ -75,7 +74,7 @@ class SafetyFilter:
 
         Args:
             state: finite state [S].
-            reference: `Robot.hold_reference`, [D]; None: the position is taken from `state`.
+            reference: `Robot.hold_reference`, [D]; None: use the position in `state`.
         """
         self._reference = reference
         place, gripper = self._spec.hold_action(reference, state), self._spec.gripper_index
@@ -97,10 +96,10 @@ class SafetyFilter:
 
         Args:
             action: the policy's action [D]; None if no action is available for this step.
-            fault: name of the fault of the latest observation; None without a fault.
-            state: the robot's state [S], for the workspace.
+            fault: name of the latest observation's fault; None without a fault.
+            state: the robot's state [S], for the workspace limits.
             entropy: mean entropy of the chunk's tokens, in nats.
-            missing: the reason to report if `action` is None.
+            missing: the reason for the hold if `action` is None.
         """
         hold = "emergency stop" if self.stopped else fault or self._why_hold(action, entropy, missing)
         if hold is not None:
@@ -130,8 +129,8 @@ class SafetyFilter:
         return None
 
     def _limited(self, action: np.ndarray, state: np.ndarray | None) -> Command:
-        """Apply the limits. The range comes first, because all other limits move the command towards the last command
-        or towards a standstill, and so keep it within the range."""
+        """Apply the limits. The range comes first: all other limits move the command towards the last command or a
+        standstill, so it stays within the range."""
         reasons = []
         for reason, limit in (
             ("range", lambda command: np.clip(command, self._low, self._high)),
@@ -147,8 +146,8 @@ class SafetyFilter:
         return Command(action, tuple(reasons))
 
     def _without_jump(self, command: np.ndarray) -> np.ndarray:
-        """Limit the change from the last command to `max_change` times the range of each dimension. The gripper is
-        exempt: it opens and closes in one step."""
+        """Limit the change from the last command to `max_change` times the range of each dimension, except for the
+        gripper, which opens and closes in one step."""
         if self._last is None or self._config.max_change is None:
             return command
         step = self._config.max_change * (self._high - self._low)
@@ -164,7 +163,7 @@ class SafetyFilter:
         return self._with_motion(command, self._motion - change, self._motion + change)
 
     def _with_motion(self, command: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-        """`command` with its motion per period clipped; bitwise unchanged where nothing is clipped."""
+        """Clip the motion per period of `command`. Entries that are not clipped keep their exact values."""
         motion = self._moved(command)
         clipped = np.clip(motion, low, high)
         origin = np.zeros_like(command) if self._spec.action_space.relative or self._last is None else self._last
@@ -213,7 +212,7 @@ class SafetyFilter:
 
 
 def _check_hold(spec: RobotSpec) -> None:
-    """ConfigError if the robot's hold command is unknown or would move it."""
+    """Raise ConfigError if the robot's hold command is unknown or would move it."""
     if spec.action_space == "unspecified" and not spec.hold:
         raise ConfigError(
             "the robot's action_space is unspecified and it has no hold command, so it cannot be stopped. Set its "
@@ -223,6 +222,6 @@ def _check_hold(spec: RobotSpec) -> None:
     moving = [n for n, v in zip(spec.action_names, spec.hold, strict=False) if v != 0 and n != gripper]
     if spec.action_space.relative and moving:
         raise ConfigError(
-            f"the robot's actions are {spec.action_space}, but its hold command repeats or sets {', '.join(moving)}, "
-            "which would keep it moving. Set these to 0 in the hold command."
+            f"the robot's actions are {spec.action_space}, so its hold command would keep it moving: "
+            f"{', '.join(moving)} must be 0 in the hold command."
         )

@@ -1,7 +1,7 @@
 """Dataset checks: possible problems to review before training.
 
-Owns: the checks and their thresholds. They use arrays and images only. It does not know how findings are displayed. A
-finding is a suspected problem; it states what was measured and the usual cause.
+Owns: the checks and their thresholds. A finding states the measurement and its usual cause. It does not know how
+findings are displayed.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ import numpy as np
 from vla.data import state_only
 from vla.data.reader import Demonstrations, Episode
 
-STILL = 2e-3  # changes below this fraction of a dimension's range count as no motion
+# Thresholds.
+STILL = 2e-3  # smaller changes, as a fraction of a dimension's range, count as no motion
 MANY_STILL = 0.25  # fraction of an episode's frames without motion
 LONG_PAUSE = 8  # frames without motion at the start or the end of an episode
-JUMP = 0.25  # a jump is larger than this fraction of a dimension's range ...
-JUMP_OVER_USUAL = 8.0  # ... and than this multiple of the 99 % quantile of its frame-to-frame changes
+JUMP = 0.25  # a jump exceeds this fraction of a dimension's range
+JUMP_OVER_USUAL = 8.0  # a jump also exceeds this multiple of the 99 % quantile of frame-to-frame changes
 MANY_DUPLICATES = 0.2  # fraction of images that repeat the previous one although the robot moved
-DARK, FLAT = 8.0, 3.0  # mean and standard deviation (0..255) below which an image is black or uniform
-EXPLAINED = 0.4  # fraction of the actions' variance that the state alone explains
-SEVERAL = 20  # episodes that are enough to measure it
+DARK, FLAT = 8.0, 3.0  # maximum mean of a black image, and standard deviation of a uniform one (of 0..255)
+EXPLAINED = 0.4  # maximum of `StateOnly.explained`
+SEVERAL = 20  # minimum number of episodes to measure `StateOnly.explained`
 SHORT, LONG = 0.3, 3.0  # multiples of the median episode length
 
 
@@ -33,7 +34,7 @@ class Finding:
 
     Attributes:
         what: short name of the kind of finding.
-        detail: what was measured, and its usual cause.
+        detail: the measurement and its usual cause.
         episodes: indices of the affected episodes; empty if the finding concerns the whole dataset.
     """
 
@@ -88,8 +89,8 @@ def check_images(camera: str, episode: Episode, images: Sequence[np.ndarray], mo
 def moves(demos: Demonstrations) -> np.ndarray:
     """bool [N]: whether the robot moves between this frame and the next (True at the last frame of an episode).
 
-    Motion is a change of the state. Without a state it is a change of the action or, in a relative action space, an
-    action that is not zero.
+    Motion is a change of the state. In a dataset without a state, it is a change of the action or, in a relative action
+    space, a nonzero action.
     """
     moving = np.ones(demos.num_frames, bool)
     if demos.states is not None:
@@ -147,7 +148,7 @@ def _action_ranges(demos: Demonstrations) -> Iterator[Finding]:
     spread = np.ptp(demos.actions, axis=0)
     constant = spread <= 1e-6 * np.maximum(1.0, np.abs(demos.actions).max(0))
     if constant.all():
-        yield Finding("constant actions", "no action dimension ever changes. Was the right column recorded?")
+        yield Finding("constant actions", "no action dimension changes. Check that the right column was recorded.")
     elif constant.any():
         yield Finding(
             "constant entries", f"{', '.join(names[constant])} never change; a policy learns nothing from them."
@@ -183,7 +184,7 @@ def _gripper(demos: Demonstrations) -> Iterator[Finding]:
         yield Finding(
             "gripper range",
             f"{name} ranges from {values.min():.3g} to {values.max():.3g}, but open is {robot.gripper_open:g} and "
-            f"closed is {robot.gripper_closed:g}. Does the data use another convention (0 to 1, or -1 to 1)?",
+            f"closed is {robot.gripper_closed:g}. The data may use another convention (0 to 1, or -1 to 1).",
         )
     middle = (low + high) / 2
     opens = (values > middle) == (robot.gripper_open > middle)
@@ -191,30 +192,32 @@ def _gripper(demos: Demonstrations) -> Iterator[Finding]:
     if len(first) >= 5 and first.mean() < 0.2 and opens.any():
         yield Finding(
             "gripper polarity",
-            f"{1 - first.mean():.0%} of the episodes begin with a closed gripper ({name}) if open is "
-            f"{robot.gripper_open:g}. If the gripper was open, open and closed are swapped in meta/info.json.",
+            f"{1 - first.mean():.0%} of the episodes begin with a closed gripper ({name}), if open is "
+            f"{robot.gripper_open:g}. If it was open, swap open and closed in meta/info.json.",
         )
     still = tuple(episode.index for episode in demos.episodes if np.ptp(values[episode.rows]) < 0.05 * (high - low))
     if still and len(still) < len(demos.episodes):
-        yield Finding("gripper never moves", f"{name} does not change during the episode: was it recorded?", still)
+        yield Finding(
+            "gripper never moves", f"{name} does not change during the episode. Check that it was recorded.", still
+        )
     elif still:
         yield Finding(
             "gripper never moves",
-            f"{name} does not change in any episode. This is right only if no task needs the gripper.",
+            f"{name} does not change in any episode. This is correct only if no task needs the gripper.",
         )
 
 
 def _state_alone(demos: Demonstrations) -> Iterator[Finding]:
-    """Actions that can be predicted without looking at the images."""
+    """Actions that can be predicted without the images."""
     if demos.states is None or len(demos.episodes) < SEVERAL:
         return
     explained = state_only.of(demos).explained
     if explained > EXPLAINED:
         yield Finding(
             "state gives the answer away",
-            f"the state predicts {100 * explained:.0f} % of what the instruction leaves open about the actions, on "
-            "held-out episodes. A policy may continue a motion instead of looking at the images. Compare with a policy "
-            "without state (--no-use-state), or record demonstrations that start elsewhere (--noise, random starts).",
+            f"on held-out episodes, the state explains {100 * explained:.0f} % of the actions' variance that remains "
+            "given the instruction. A policy may continue a motion and ignore the images. Compare with a policy "
+            "without state (--no-use-state), or record demonstrations from other states (--noise, random starts).",
         )
 
 
@@ -229,11 +232,11 @@ def _lengths(episodes: Sequence[Episode]) -> Iterator[Finding]:
             found = tuple(int(episodes[i].index) for i in np.flatnonzero(odd).tolist())
             span = " to ".join(map(str, sorted({int(lengths[odd].min()), int(lengths[odd].max())}))) + " frames"
             span += f", the median is {median:.0f}"
-            yield Finding(what, f"{span}: {why}?", found)
+            yield Finding(what, f"{span}. The cause may be {why}.", found)
     failed = tuple(episode.index for episode in episodes if episode.success is False)
     if failed:
         yield Finding(
-            "failures", "recorded as failures. A policy also imitates failures; remove them before training.", failed
+            "failures", "recorded as failures. A policy would imitate them; remove them before training.", failed
         )
     mute = tuple(episode.index for episode in episodes if not episode.instruction.strip())
     if mute:
@@ -273,14 +276,14 @@ def _episode(
     spread = _range(demos.actions)
     jumps = (change > JUMP * spread) & (change > JUMP_OVER_USUAL * np.maximum(usual, 1e-9))
     if demos.robot.gripper_index is not None:
-        jumps[:, demos.robot.gripper_index] = False  # opening and closing are legitimate jumps
+        jumps[:, demos.robot.gripper_index] = False  # a gripper may jump
     if jumps.any():
         frame, entry = np.argwhere(jumps)[0]
         size = change[frame, entry] / spread[entry]
         yield (
             "jumps",
             f"{names[entry]} changes by {size:.0%} of its range at frame {frame + 1}. "
-            "Are frames missing, or does an angle wrap around?",
+            "Frames may be missing, or an angle may wrap around.",
         )
 
 

@@ -22,7 +22,7 @@ from vla.transforms.normalize import Normalizer
 MOMENTS = ("start", "25 %", "50 %", "75 %", "end")
 _BARS = 61
 _COLUMNS = 4
-_FEW = 40  # bins; with fewer bins, single edges are visible in a small chart
+_FEW = 40  # bins; with fewer bins, edges are drawn thicker
 _COMB = 6  # points; height of the bin-edge ticks below a chart
 
 
@@ -123,7 +123,7 @@ def _histogram(axis: Axes, name: str, values: np.ndarray, edges: np.ndarray) -> 
     axis.set_ylim(0.6, max(counts.max() * 1.7, 10))
     for edge in (first, last):
         axis.axvline(edge, color=INK, lw=0.9, ls=(0, (4, 3)))
-    # Bin edges are ticks below the bars. Their height is in points, so they end above the labels at any figure size.
+    # Draw bin edges as ticks below the bars. Their height in points is independent of the figure size.
     axis.plot(edges, np.zeros(len(edges)), ls="none", marker=TICKDOWN, ms=_COMB, color=SOFT, clip_on=False,
               mew=0.8 if len(edges) < _FEW else 0.25, transform=axis.get_xaxis_transform())  # fmt: skip
     axis.tick_params(axis="x", pad=_COMB + 3)

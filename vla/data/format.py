@@ -1,7 +1,7 @@
 """The LeRobotDataset v3 layout: file paths, `meta/info.json`, and the features that describe a robot.
 
-Owns: the paths, the `Info` record, the features of datasets that this package writes, and the RobotSpec of a dataset.
-It does not know how frames are encoded, or how a whole dataset is read or written.
+Owns: the paths, the `Info` record, the features of recorded datasets, and the RobotSpec of a dataset. It does not know
+how frames are encoded, or how a dataset is read or written.
 
     meta/info.json                                      features, frame rate, counts
     meta/stats.json                                     statistics over all frames
@@ -59,8 +59,9 @@ BOOKKEEPING = {
 class Info:
     """Contents of `meta/info.json`.
 
-    `features` maps a column or camera key to {"dtype", "shape", "names"}, and for videos also "info". `robot` is a
-    RobotSpec as plain values, added by this package; LeRobot ignores it.
+    Attributes:
+        features: column or camera key -> {"dtype", "shape", "names"} and, for videos, "info".
+        robot: a RobotSpec as plain values. Only this package writes it; LeRobot ignores it.
     """
 
     fps: float
@@ -86,7 +87,7 @@ class Info:
 
     @classmethod
     def load(cls, root: Path) -> Info:
-        """Read and validate the info of the dataset at `root`. Raises DataError if it is missing or invalid."""
+        """Read and validate the info of the dataset at `root`. DataError if it is missing or invalid."""
         path = root / INFO
         if not path.is_file():
             raise DataError(_no_dataset(root))
@@ -112,7 +113,7 @@ class Info:
             info.video_keys
         ):
             raise DataError(
-                f"{path}: video_path {info.video_path!r} is the same file for all cameras. Add {{video_key}} to it."
+                f"{path}: video_path {info.video_path!r} gives the same file for all cameras. Add {{video_key}} to it."
             )
         return info
 
@@ -142,7 +143,7 @@ class Info:
 
     @property
     def unread(self) -> list[str]:
-        """Numeric observations that are not passed to a policy, such as a state with a name other than STATE."""
+        """Feature keys of numeric observations that are not read, such as a state with another name than STATE."""
         return [
             key
             for key, feature in self.features.items()
@@ -153,7 +154,7 @@ class Info:
         ]
 
     def with_depth(self, keys: list[str]) -> Info:
-        """A copy in which the images of `keys` are also marked as depth."""
+        """A copy with the images `keys` marked as depth."""
         features = {key: {**self.features[key], "info": {"is_depth_map": True}} for key in keys}
         return dataclasses.replace(self, features=self.features | features)
 
@@ -175,12 +176,12 @@ class Info:
         return math.prod(shape) // max(height * width, 1)
 
     def describe_robot(self) -> RobotSpec:
-        """The recorded RobotSpec, or one built from the features' names. DataError if it contradicts the features."""
+        """The recorded RobotSpec, or else one from the features' names. DataError if it contradicts the features."""
         cameras = tuple(self.cameras)
         state = _names(self.features[STATE], "state") if STATE in self.features else ()
         action = _names(self.features[ACTION], "action")
         if not action:
-            raise DataError(f"{INFO}: feature {ACTION!r} has shape [0], so there is nothing to learn.")
+            raise DataError(f"{INFO}: feature {ACTION!r} is empty (shape [0]), but a policy needs actions to learn.")
         if self.robot is None:
             return RobotSpec(cameras, state, action, control_hz=float(self.fps))
         try:
@@ -238,14 +239,15 @@ def is_image(feature: Mapping[str, Any]) -> bool:
 
 
 def fill(root: Path, template: str, **place: Any) -> Path:
-    """The file for a path template of `meta/info.json`. DataError if the template has unknown fields or if the path is
-    outside `root`."""
+    """Fill in a path template of `meta/info.json`. DataError if it has unknown fields, or the path is outside
+    `root`."""
     try:
         path = template.format(**place)
     except (KeyError, IndexError, ValueError, AttributeError) as error:
         raise DataError(
             f"{root / INFO}: the path {template!r} cannot be filled in ({type(error).__name__}: {error}); format "
-            f"{VERSION} has {', '.join('{' + name + '}' for name in place)}. Was the conversion to {VERSION} finished?"
+            f"{VERSION} has {', '.join('{' + name + '}' for name in place)}. The conversion to {VERSION} may be "
+            "incomplete."
         ) from None
     return inside(root, path)
 
@@ -259,7 +261,7 @@ def inside(root: Path, path: str) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file. Raises DataError if that fails."""
+    """Read a JSON object from a file. DataError if that fails."""
     try:
         values = json.loads(path.read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -301,7 +303,8 @@ def _declares_depth(feature: Mapping[str, Any]) -> bool:
 
 
 def _names(feature: Mapping[str, Any], what: str) -> tuple[str, ...]:
-    """One name per dimension. LeRobot's recorders write a list, {"motors": [...]}, {name: position} or nothing."""
+    """One name per dimension, from any form that LeRobot's recorders write: a list, {"motors": [...]}, {name: position}
+    or nothing."""
     shape = list(feature["shape"]) or [1]
     if len(shape) != 1:
         raise DataError(f"{INFO}: {what} must be a vector; its shape is {shape}. Flatten it before training.")

@@ -1,4 +1,4 @@
-"""Reading the images of episodes, from videos or from data files.
+"""Reading the images of episodes from videos or data files.
 
 Owns: the mapping from an episode to its image files, and sequential decoding. If episodes are read in order, each file
 is decoded once. It does not know states, actions or instructions.
@@ -23,7 +23,7 @@ Row = Mapping[str, Any]  # a row of meta/episodes
 
 
 class FrameStore:
-    """The images of the dataset at `root`. For each camera, one open video or the images of one file are in memory."""
+    """The images of the dataset at `root`. Per camera, it keeps one video open, or the images of one file in memory."""
 
     def __init__(self, root: Path, info: v3.Info) -> None:
         self.root, self.info = root, info
@@ -38,7 +38,7 @@ class FrameStore:
         return sorted(paths)
 
     def frames(self, row: Row, camera: str, steps: np.ndarray) -> Iterator[np.ndarray]:
-        """An episode's images in order, uint8 RGB [height, width, 3]. DataError if the files do not contain them.
+        """An episode's images in order, uint8 RGB [height, width, 3]. DataError if images are missing or damaged.
 
         Args:
             steps: times of the frames [length], in frames since the start of the episode.
@@ -55,11 +55,11 @@ class FrameStore:
             yield image
 
     def check_span(self, row: Row, steps: np.ndarray) -> None:
-        """Raise DataError if the last frame of the episode is after the end of its video segment."""
+        """Raise DataError if the episode's timestamps exceed its video segment."""
         last = int(steps[-1])
         for key in self.info.video_keys:
             start, end = (row.get(f"videos/{key}/{name}") for name in ("from_timestamp", "to_timestamp"))
-            # Some recorders store the time of the last frame as the end, one frame too early.
+            # Some recorders store the time of the last frame as the end, which is one frame too early.
             if end is not None and last >= max(round((end - start) * self.info.fps), row["length"]):
                 raise DataError(
                     f"{self.root}: the last timestamp of episode {row['episode_index']} is {last / self.info.fps:.3f} "
@@ -132,7 +132,7 @@ class FrameStore:
             yield self._decode(stored.as_py(), what)
 
     def _decode(self, stored: Any, what: str) -> np.ndarray:
-        """Decode an image to uint8 RGB. The stored image may be RGBA, greyscale or have a palette."""
+        """Decode an image to uint8 RGB. It may be stored as RGB, RGBA, greyscale or with a palette."""
         data = np.frombuffer(self._bytes(stored, what), np.uint8)
         image = cv2.imdecode(data, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH)
         if image is not None and image.dtype != np.uint8:
@@ -152,7 +152,7 @@ class FrameStore:
             named = v3.inside(self.root, path)
             data = named.read_bytes() if named.is_file() else None
         if not data:
-            raise DataError(f"{what}: both the image and its file are missing. Copy the dataset again.")
+            raise DataError(f"{what}: the image is missing. Copy the dataset again.")
         if not isinstance(data, bytes):
             raise DataError(f"{what}: expected an encoded image (PNG, JPEG), got {type(data).__name__}.")
         return data

@@ -1,10 +1,10 @@
 """Packing the staged episodes of a recording into a LeRobotDataset v3, atomically.
 
 Owns: the conversion of staged episodes into the files of the format. All files are first written inside the staging
-folder. `meta` is moved out last, by one rename, and a folder without `meta` is not a dataset. If the process is killed
-before that rename, the staged episodes are unchanged. It does not know how episodes are recorded (see `writer`).
+folder, and `meta` is moved out last: a folder without `meta` is not a dataset. If the process is killed before, the
+staged episodes are unchanged. It does not know how episodes are recorded (see `writer`).
 
-Each data file has one row group per episode, so that reading a single episode is cheap.
+Each data file has one row group per episode, so that reading a single episode is fast.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def finalise(root: Path, numbers: Sequence[int] | None = None, robot_type: str |
     """Pack the episodes staged in `root` into a dataset, in ascending order and renumbered from 0.
 
     Args:
-        numbers: the episodes to include; None includes all.
-        robot_type: LeRobot's name for the robot, if it has one.
+        numbers: the episodes to include; None: all.
+        robot_type: LeRobot's name for the robot, if any.
     Raises:
         DataError: there are no episodes, or they were recorded with different robots or image sizes.
     """
@@ -156,7 +156,7 @@ class _Packing:
         return pa.table(columns)
 
     def _videos(self, camera: str) -> dict[str, Any]:
-        """Concatenate the episodes' videos into files of limited size. Returns the video properties."""
+        """Concatenate the episodes' videos to files of limited size. Returns the video properties."""
         key, fps = v3.IMAGES + camera, self.robot.control_hz
         parts = [folder / f"{camera}.mp4" for folder in self.folders]
         files = _Files(v3.Info.video_files_size_in_mb)
@@ -203,7 +203,7 @@ class _Packing:
         v3.write_json(self.out / v3.STATS, stats)
 
     def _tasks(self) -> None:
-        """Write the instructions as a table that pandas loads as a data frame with the index "task", as in LeRobot."""
+        """Write the instructions. As in LeRobot, pandas loads them as a data frame with the index "task"."""
         table = pa.table({"task_index": pa.array(range(len(self.tasks)), pa.int64()), "task": self.tasks})
         columns = [("task_index", "int64", "int64"), ("task", "unicode", "object")]
         pandas = {
@@ -252,8 +252,8 @@ def _numbers(table: pa.Table, key: str) -> np.ndarray:
 
 
 def _episode_schema(row: dict[str, Any]) -> pa.Schema:
-    """Column types of meta/episodes. They must not depend on the values, because seeds may be missing and statistics
-    may be whole numbers."""
+    """Column types of meta/episodes. They do not depend on the values: a seed may be missing, and statistics may be
+    integers."""
     fixed = {"env_id": pa.string(), "seed": pa.int64(), "success": pa.bool_(), "noise": pa.float64()}
     fields = []
     for key, value in row.items():

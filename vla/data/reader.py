@@ -1,7 +1,7 @@
 """Reading demonstrations from a LeRobotDataset v3, as arrays and image iterators.
 
-Owns: the validated view of a dataset that the rest of the package uses, independent of the recorder. It does not know
-how samples are drawn or used. Cameras have short names: "front" for `observation.images.front`.
+Owns: the validated contents of a dataset, independent of the recorder. It does not know how samples are drawn or used.
+Cameras have short names: "front" for `observation.images.front`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vla.data.frames import FrameStore
 from vla.errors import DataError, unknown
 from vla.spec import RobotSpec
 
-# Bytes hashed at each end of a file. They include the index of an mp4 and the footer of a parquet file.
+# Number of bytes hashed at each end of a file. They include the index of an mp4 and the footer of a parquet file.
 _HASHED = 1 << 16
 
 
@@ -32,7 +32,7 @@ class Episode:
         index: episode index in the dataset.
         length: number of frames.
         start: row of the first frame in the arrays of `Demonstrations`.
-        instructions: the instructions of its frames, in order of appearance (usually one).
+        instructions: the different instructions of its frames (usually one), in order of appearance.
         env_id, seed, success, noise: how the episode was recorded; None if unknown.
     """
 
@@ -61,7 +61,7 @@ class Demonstrations:
     Attributes:
         root: the dataset folder.
         info: `meta/info.json`.
-        robot: the robot that the dataset was recorded with.
+        robot: the recorded robot.
         fps: frames per second.
         tasks: the instructions.
         episodes: the episodes, in the order of the arrays.
@@ -69,10 +69,10 @@ class Demonstrations:
         executed_actions: float32 [N, D], the actions sent to the robot; None if they equal `actions`.
         states: float32 [N, S]; None without a state.
         task_index: int64 [N], index into `tasks`.
-        steps: int64 [N], time of each frame, in frames since the start of its episode. It exceeds the frame's position
-            in the episode if earlier frames were removed.
-        timing: the reason if the timestamps are unusable (images are then not looked up by time), else "".
-        renamed: episodes whose instructions differ between meta/episodes and meta/tasks.parquet.
+        steps: int64 [N], time of each frame, in frames since the start of its episode. It is the frame's index in the
+            episode unless earlier frames were removed.
+        timing: why the timestamps are unusable (images are then not looked up by time); "" if they are usable.
+        renamed: episodes with different instructions in meta/episodes and meta/tasks.parquet.
         unlisted: number of frames of episodes that meta/episodes does not list; they are ignored.
     Raises:
         DataError: there is no dataset, its version is not supported, files are missing or damaged, or values cannot be
@@ -139,9 +139,7 @@ class Demonstrations:
         return self.robot.cameras
 
     def frames(self, episode: int, camera: str) -> Iterator[np.ndarray]:
-        """All images of an episode in order, uint8 RGB [height, width, 3].
-
-        Reading episodes in order is fastest, because each video file is then decoded once.
+        """All images of an episode in order, uint8 RGB [height, width, 3]. It is fastest to read episodes in order.
 
         Args:
             episode: the episode index.
@@ -161,7 +159,7 @@ class Demonstrations:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash of all data that a policy can see. It changes whenever the data changes."""
+        """A hash of states, actions, instructions and metadata, and of the size and ends of every file."""
         digest = hashlib.blake2b(digest_size=16)
         starts = np.array([row[f"videos/{key}/from_timestamp"] for row in self._rows for key in self.info.video_keys])
         for array in (self.actions, self.executed_actions, self.states, self.task_index, self.steps, starts):
@@ -193,5 +191,5 @@ class Demonstrations:
 
 
 def _flag(value: object) -> bool | None:
-    """A recorded flag as a bool; None if it is neither a bool nor 0 or 1."""
+    """A recorded flag as a bool; None if it is not a bool, 0 or 1."""
     return bool(value) if isinstance(value, bool | int | float) and value in (0, 1) else None

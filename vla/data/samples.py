@@ -1,9 +1,8 @@
 """Raw training samples: the observation at one frame and the action chunk that follows.
 
-Owns: the cache of decoded and resized frames, the split into training and validation episodes, and the map from a draw
-number to a sample. A sample is a pure function of (seed, draw), and samplers are stateless. A resumed run therefore
-draws the same samples as an uninterrupted one, for any number of workers and devices. It does not know tokens or
-tensors.
+Owns: the cache of decoded and resized frames, the split into training and validation episodes, and the sample of each
+draw. A sample depends only on the seed and the draw number, so a resumed run draws the same samples as an uninterrupted
+one, for any number of workers and devices. It does not know tokens or tensors.
 """
 
 from __future__ import annotations
@@ -32,13 +31,13 @@ class Sample:
 
     Attributes:
         images: uint8 [C, S, S, 3], one image per camera.
-        state: float32 [S'], in the robot's units; empty without proprioception.
-        chunk: float32 [H, D], in the robot's units; the last action is repeated past the end of the episode.
-        valid: bool [H], the actions to learn. False past the end of the episode and in the action prefix.
+        state: float32 [S'], in the robot's units; empty if the dataset has no state.
+        chunk: float32 [H, D], in the robot's units; past the end of the episode, the last action is repeated.
+        valid: bool [H], the actions to learn: False past the end of the episode and in the action prefix.
         instruction: the instruction of the demonstration.
         source: index of the dataset in the mixture.
-        state_noise: float32 [S'], added to the normalised state.
-        state_masked: whether the normalised state is replaced by zeros.
+        state_noise: float32 [S'], to be added to the normalised state.
+        state_masked: whether to replace the normalised state by zeros.
     """
 
     images: np.ndarray
@@ -52,15 +51,15 @@ class Sample:
 
 
 def cached_frames(demos: Demonstrations, cameras: Sequence[str], size: int, transform: str = "area") -> np.ndarray:
-    """All frames of `cameras`, uint8 [N, C, size, size, 3], after the image transform `transform`. They are decoded on
-    the first call and cached.
+    """All frames of `cameras`, uint8 [N, C, size, size, 3], after the image transform `transform`. The first call
+    decodes them to a cache file; other processes wait for it.
 
-    The array is loaded into memory if the copies of all processes on this machine (LOCAL_WORLD_SIZE, set by `accelerate
-    launch`) fit into half of the available memory. Otherwise it is memory-mapped, which is slower, because random reads
-    from disk take longer than training (docs/log.md). One process decodes while all other processes wait for it.
+    The file is loaded into memory if the copies of all processes on this machine (LOCAL_WORLD_SIZE, set by `accelerate
+    launch`) fit into half of the available memory. Otherwise it is memory-mapped, and random reads from disk slow down
+    training (docs/log.md).
 
-    The cache is stored in `<dataset>/.cache`, or in the system's temporary folder if the dataset is not writable. Its
-    name contains the dataset's fingerprint. If the data change, the cache is therefore not used again.
+    The file is in `<dataset>/.cache`, or in the system's temporary folder if the dataset is not writable. Its name
+    contains the dataset's fingerprint, so that it is not used after the data change.
     """
     suffix = "" if transform == "area" else f"-{transform}"
     name = f"frames-{demos.fingerprint[:16]}-{'-'.join(cameras)}-{size}{suffix}.npy"
@@ -86,14 +85,14 @@ def _decode(
     transform: Callable[[np.ndarray, int], np.ndarray],
     path: Path,
 ) -> None:
-    """Write the cache file: a scratch file, then a rename."""
+    """Write the cache file atomically."""
     shape = (demos.num_frames, len(cameras), size, size, 3)
     with tempfile.NamedTemporaryFile(prefix=".frames-", suffix=".npy", dir=path.parent, delete=False) as file:
         scratch = Path(file.name)
     try:
         frames = np.lib.format.open_memmap(scratch, "w+", np.uint8, shape)
-        # Allocate the disk space first: if the disk fills up during a write to a mapped file, the process is killed
-        # without an error message.
+        # Allocate the disk space first: if the disk were full during a write to the mapped file, the process would be
+        # killed without a message.
         if hasattr(os, "posix_fallocate"):
             with scratch.open("r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, scratch.stat().st_size)
@@ -163,9 +162,9 @@ class ChunkSamples:
     def with_action_prefix(self, frame: int, rng: np.random.Generator) -> Sample:
         """A prefix-conditioned sample at `frame`, as when actions are executed while the next chunk is decoded.
 
-        The first k actions, with k uniform in 1..max(1, H // 2), are the executed ones and are masked out of the loss.
-        In noisy demonstrations the executed actions differ from the clean labels; the remaining labels are the
-        demonstrator's response to them. Source: training-time action conditioning (Black et al., arXiv:2512.05964).
+        The first k actions, with k uniform in 1..max(1, H // 2), are the executed actions (with noise, if the
+        demonstrator was noisy), and are masked out of the loss. Source: training-time action conditioning (Black et
+        al., arXiv:2512.05964).
         """
         sample, end = self[frame], int(self._ends[frame])
         count = int(rng.integers(1, max(1, self.horizon // 2) + 1))
@@ -177,17 +176,18 @@ class ChunkSamples:
 
 
 class Mixture:
-    """A weighted mixture of datasets, indexed by draw number (a map-style dataset of length `draws`).
+    """A weighted mixture of datasets, as a map-style dataset of `draws` samples, indexed by draw number.
 
     Args:
         sources: the datasets.
         frames: per dataset, the frame indices to draw from.
-        weights: per dataset, its relative sampling weight; None samples in proportion to the number of frames.
+        weights: relative sampling weight of each dataset; None: its number of frames.
         seed: random seed of the draws.
-        draws: the length of this dataset.
+        draws: number of samples.
         augmentation: augmentation of images and state, and prefix conditioning; None disables all of them.
-        hard_frames: fraction of the samples that are drawn in proportion to `errors` instead of uniformly.
-        errors: per dataset, one non-negative number per frame to draw from.
+        hard_frames: fraction of the samples drawn with probabilities in proportion to `errors`. The others are drawn
+            uniformly.
+        errors: per dataset, a non-negative number for each entry of `frames`.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The staging folder, which contains the finished episodes of an incomplete recording.
+"""The staging folder: finished episodes of a dataset that is not yet complete.
 
 Owns: `<dataset>/.partial`, the check whether a recording may use a folder, and the error for a full disk. It does not
 know the contents of an episode or the dataset format.
@@ -33,7 +33,8 @@ def open_staging(root: Path, resume: bool) -> Path:
     staging = root / STAGING
     check_staging(root, resume)
     for leftover in staging.glob(".*"):  # unfinished episodes of a killed process
-        # Its workers may still be alive and finish the episode: renamed first, it is either complete or gone for them.
+        # Its workers may still be alive. Rename the folder before removing it, so that they cannot publish a part of
+        # it.
         removed = leftover.with_name(f".removed-{uuid.uuid4().hex}")
         with contextlib.suppress(FileNotFoundError):
             leftover.rename(removed)
@@ -66,7 +67,7 @@ def drop_staging(root: Path) -> None:
 
 @contextlib.contextmanager
 def guard_disk(place: Path) -> Iterator[None]:
-    """Convert a disk-full error into a DataError that states which data are safe."""
+    """Convert a disk-full error to a DataError."""
     try:
         yield
     except OSError as error:

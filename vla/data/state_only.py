@@ -1,10 +1,9 @@
-"""How well the robot's state alone predicts the demonstrated actions.
+"""Prediction of the demonstrated actions from the robot's state alone.
 
-Owns: a state-only model and its error on episodes that it was not fitted to. If all demonstrations start in the same
-state, the state reveals the action: from the second frame on, the hand's position shows in which direction the
-demonstrator moves. A policy that sees the state then learns to continue this motion instead of locating the target in
-the images (causal confusion; de Haan et al., 2019, arXiv:1905.11979). The loss does not reveal this, not even on
-held-out demonstrations, because they start in the same way.
+Owns: a state-only model and its error on held-out episodes. If all demonstrations start in the same state, the hand's
+position at a later frame shows in which direction the demonstrator moves. A policy with the state as input may then
+learn to continue this motion instead of locating the target in the images (causal confusion; de Haan et al., 2019,
+arXiv:1905.11979). The validation loss does not detect this, because held-out demonstrations start in the same state.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ from vla.data.reader import Demonstrations
 from vla.errors import DataError
 
 FEATURES = 512  # random ReLU features of state and instruction
-INSTRUCTIONS = 200  # this many frequent instructions are distinguished; all others count as one
+INSTRUCTIONS = 200  # number of frequent instructions that are distinguished; all others count as one
 FOLDS = 5  # groups of episodes; each is predicted from the others
 RIDGE = 0.1  # regularisation per frame
-BLOCK = 4096  # frames that are processed at once
+BLOCK = 4096  # number of frames processed at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +29,9 @@ class StateOnly:
     """Errors of the state-only model on held-out episodes.
 
     Attributes:
-        errors: float64 [N], squared error of each frame's action: the sum over its standardised dimensions.
-        explained: reduction of the squared error by using the state in addition to the instruction, relative to the
-            error without it. At most 1; negative if the state increases the error.
+        errors: float64 [N], squared error of each frame's action, summed over standardised dimensions.
+        explained: 1 - squared error with state and instruction / squared error with the instruction only. At most 1;
+            negative if the state increases the error.
     """
 
     errors: np.ndarray
@@ -40,9 +39,9 @@ class StateOnly:
 
 
 def of(demos: Demonstrations) -> StateOnly:
-    """The state-only model of a dataset. DataError if the dataset has no state."""
+    """The errors of the state-only model of a dataset. DataError if the dataset has no state."""
     if demos.states is None:
-        raise DataError(f"{demos.root} has no state (observation.state), which hard_frames needs. Set it to 0.")
+        raise DataError(f"hard_frames needs a state, but {demos.root} has no observation.state. Set hard_frames to 0.")
     episodes = np.repeat(np.arange(len(demos.episodes)), [episode.length for episode in demos.episodes])
     return state_only(demos.states, demos.actions, demos.task_index, episodes)
 
@@ -58,7 +57,7 @@ def state_only(states: np.ndarray, actions: np.ndarray, instructions: np.ndarray
     """
     states, actions = _standardized(states), _standardized(actions)
     counts = np.bincount(instructions)
-    # All rare instructions share the last column, so that the cost does not depend on how many there are.
+    # All rare instructions share the last column, to limit the number of columns.
     column = np.full(len(counts), INSTRUCTIONS)
     frequent = np.sort(np.argsort(-counts, kind="stable")[:INSTRUCTIONS])
     column[frequent] = np.arange(len(frequent))
@@ -67,7 +66,7 @@ def state_only(states: np.ndarray, actions: np.ndarray, instructions: np.ndarray
     weights = np.random.default_rng(0).standard_normal((width, FEATURES)) * (3 / (states.shape[1] + 2)) ** 0.5
     folds = np.unique(episodes, return_inverse=True)[1] % FOLDS
 
-    def known(rows: slice) -> np.ndarray:  # without the state
+    def known(rows: slice) -> np.ndarray:  # features without the state
         return np.concatenate([np.ones((len(states[rows]), 1)), one_hot[instructions[rows]]], axis=1)
 
     def features(rows: slice) -> np.ndarray:
@@ -79,7 +78,7 @@ def state_only(states: np.ndarray, actions: np.ndarray, instructions: np.ndarray
 
 
 def _held_out_errors(features: Callable[[slice], np.ndarray], actions: np.ndarray, folds: np.ndarray) -> np.ndarray:
-    """Squared error [N] of a ridge regression that is fitted to the other folds."""
+    """Squared error [N] of a ridge regression; each fold is predicted from the others."""
     blocks = [slice(start, start + BLOCK) for start in range(0, len(actions), BLOCK)]
     squares: Any = 0.0  # X^T X per fold
     products: Any = 0.0  # X^T y per fold

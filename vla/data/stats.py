@@ -1,8 +1,7 @@
 """Feature statistics with LeRobot's names and shapes.
 
-Owns: min, max, mean, std, count and quantiles of vectors and images. It does not know files. The quantiles are exact,
-whereas LeRobot estimates those of a dataset from histograms and averages. Action normalisation does not use these
-statistics; it has its own in `vla.transforms.normalize`.
+Owns: min, max, mean, std, count and quantiles of vectors and images. Quantiles are exact, unlike LeRobot's estimates.
+Actions are normalised with the statistics of `vla.transforms.normalize` instead. It does not know files.
 """
 
 from __future__ import annotations
@@ -13,8 +12,7 @@ import numpy as np
 
 QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
 
-# Neighbouring pixels are similar: every fourth row and column of a few frames is a sufficient sample.
-STRIDE = 4
+STRIDE = 4  # image statistics use every fourth row and column, because neighbouring pixels are similar
 
 
 def vector_stats(values: np.ndarray) -> dict[str, list[Any]]:
@@ -32,19 +30,15 @@ def vector_stats(values: np.ndarray) -> dict[str, list[Any]]:
 
 
 def histogram(image: np.ndarray) -> np.ndarray:
-    """Histogram int64 [3, 256] of the values in each channel of `image`, uint8 [H, W, 3].
-
-    The sum of the histograms of several frames is their joint histogram. All statistics are computed from it exactly.
-    """
+    """Histogram int64 [3, 256] of the values in each channel of `image`, uint8 [H, W, 3]. Histograms of several frames
+    can be added."""
     pixels = image[::STRIDE, ::STRIDE].reshape(-1, 3).astype(np.int64)
     return np.bincount((pixels + np.arange(3) * 256).ravel(), minlength=3 * 256).reshape(3, 256)
 
 
 def image_stats(counts: np.ndarray, frames: int) -> dict[str, list[Any]]:
-    """Per-channel statistics in [0, 1] from a histogram [3, 256]; each has shape [3, 1, 1], as in LeRobot.
-
-    `frames` is the number of images in the histogram.
-    """
+    """Per-channel statistics in [0, 1] from the histogram [3, 256] of `frames` images. As in LeRobot, each has shape
+    [3, 1, 1]."""
     levels = np.arange(256) / 255.0
     total = counts.sum(1)
     mean = counts @ levels / total

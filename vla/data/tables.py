@@ -1,7 +1,7 @@
-"""Reading the parquet files of a LeRobotDataset v3 and checking that they are consistent.
+"""Reading and checking the parquet files of a LeRobotDataset v3.
 
-Owns: instructions, episode rows and frame columns, and the errors for missing, damaged or contradictory files and for
-values that cannot be used for training. It does not know images, or the use of the columns.
+Owns: instructions, episode rows and frame columns, and the errors for missing, damaged or contradictory files and
+invalid values. It does not know images, or the use of the columns.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from vla.errors import DataError
 TRUNCATED = "The recording was interrupted, or the copy is incomplete."
 
 TIME = "timestamp"
-OFF_GRID = 0.4  # frames; a timestamp that is farther than this from a multiple of 1 / fps is ambiguous
-OTHER_RATE = 1.25  # if the frame interval differs from 1 / fps by more than this factor, fps is wrong
+OFF_GRID = 0.4  # maximum distance of a timestamp from a multiple of 1 / fps, in frames
+OTHER_RATE = 1.25  # maximum factor between the frame interval and 1 / fps
 KEYS = ("episode_index", "frame_index", "task_index")
 
 Row = dict[str, Any]  # a row of meta/episodes without statistics; `start` is the episode's first row in the frame table
@@ -49,8 +49,8 @@ def read_tasks(root: Path) -> dict[int, str]:
 
 
 def _instruction_column(path: Path, table: pa.Table) -> str:
-    """Name of the column with the instructions, which are the index of a pandas data frame. It is the index in the
-    pandas metadata, else a column with one of the usual index names, else the only text column."""
+    """Name of the column with the instructions: the index in the pandas metadata, else a column with one of the usual
+    index names, else the only text column."""
     text = [field.name for field in table.schema if _is_text(field.type) and field.name != "task_index"]
     try:
         index = [name for name in table.schema.pandas_metadata["index_columns"] if name in text]
@@ -64,7 +64,7 @@ def _instruction_column(path: Path, table: pa.Table) -> str:
 
 
 def read_episodes(root: Path, info: v3.Info, video_keys: Sequence[str]) -> list[Row]:
-    """The rows of meta/episodes in ascending order. All fields that the reader needs are checked."""
+    """The checked rows of meta/episodes in ascending order."""
     folder = root / "meta/episodes"
     rows: list[Row] = []
     for path in sorted(folder.glob("*/*.parquet")):
@@ -90,7 +90,7 @@ def read_episodes(root: Path, info: v3.Info, video_keys: Sequence[str]) -> list[
                 raise DataError(f"{episode}: {name!r} must be {kind} >= 0, got {value!r}. Copy it again.")
             row[name] = int(value) if name in whole else float(value)
         if not row["length"]:
-            raise DataError(f"{episode} has length 0. Remove it from the list and lower the counts in {v3.INFO}.")
+            raise DataError(f"{episode} has length 0. Remove it from the list, and decrease the counts in {v3.INFO}.")
     rows.sort(key=lambda row: row["episode_index"])
     for before, after in itertools.pairwise(rows):
         if before["episode_index"] == after["episode_index"]:
@@ -110,8 +110,8 @@ class Frames:
 
     Attributes:
         task: int64 [N], the task index.
-        time: float64 [N], seconds since the start of the episode; None if any file lacks this column.
-        success: float64 [N], NaN if unknown; None if any file lacks this column.
+        time: float64 [N], seconds since the start of the episode; None if a file lacks this column.
+        success: float64 [N], NaN if unknown; None if a file lacks this column.
         vectors: column -> float32 [N, D].
         unlisted: number of rows of episodes that meta/episodes does not list.
     """
@@ -130,7 +130,7 @@ def read_frames(root: Path, paths: Sequence[Path], rows: Sequence[Row], wanted: 
         root: the dataset folder, for error messages.
         paths: the data files.
         rows: the rows of meta/episodes.
-        wanted: the vector columns to read: column -> names of its dimensions.
+        wanted: the vector columns to read, column -> names of its dimensions.
     Raises:
         DataError: a column is missing or has the wrong type, frames are missing, or values are not finite.
     """
@@ -165,7 +165,7 @@ def read_frames(root: Path, paths: Sequence[Path], rows: Sequence[Row], wanted: 
 
 
 def _rows_of(root: Path, rows: Sequence[Row], episode: np.ndarray, frame: np.ndarray) -> np.ndarray:
-    """Row indices of the listed episodes' frames, in order. DataError if an episode does not have its listed length."""
+    """Row indices of the listed episodes' frames, in order. DataError if an episode's length differs from the list."""
     order = np.lexsort((frame, episode))
     indices = np.array([row["episode_index"] for row in rows])
     first, last = (np.searchsorted(episode[order], indices, side) for side in ("left", "right"))
@@ -190,15 +190,14 @@ def _rows_of(root: Path, rows: Sequence[Row], episode: np.ndarray, frame: np.nda
 def frame_steps(rows: Sequence[Row], time: np.ndarray | None, fps: float) -> tuple[np.ndarray, str]:
     """Time of each frame, in frames since the start of its episode: int64 [N], ascending within an episode.
 
-    The steps are 0, 1, 2, ... unless frames were removed from the tables but not from the video.
+    The steps are 0, 1, 2, ... if the timestamps are unusable, or if no frames were removed from the tables.
 
     Args:
         rows: the rows of meta/episodes.
         time: seconds since the start of the episode [N]; None if there are no timestamps.
         fps: frames per second of the dataset.
     Returns:
-        The steps, and the reason if the timestamps are unusable, else "". Without usable timestamps, the steps are
-        0, 1, 2, ...
+        The steps, and the reason why the timestamps are unusable ("" if they are usable).
     Raises:
         DataError: the timestamps contradict `fps`.
     """
@@ -259,7 +258,7 @@ def numbers(path: Path, table: pa.Table, name: str, entries: Sequence[str], dtyp
 def _other_size(
     path: Path, table: pa.Table, name: str, entries: Sequence[str], lengths: np.ndarray, done: int, bad: int
 ) -> str:
-    """Error message for row `bad` of a chunk of lists that starts at row `done`: its length is not len(entries)."""
+    """Error message for a list of the wrong length: row `bad` of a chunk that starts at row `done`."""
     if (lengths == lengths[0]).all():
         return f"{path}: {name} has {lengths[0]} entries, but {v3.INFO} has {len(entries)}. Correct the shape there."
     at = f"row {done + bad}"
@@ -279,7 +278,7 @@ def _cast(path: Path, name: str, values: pa.Array, dtype: type) -> np.ndarray:
     elif not (pa.types.is_floating(kind) or pa.types.is_integer(kind)):
         nested = " Flatten it to one list per frame." if is_list(kind) else ""
         raise DataError(f"{path}: {name} contains values of type {kind}, not numbers.{nested}")
-    with np.errstate(over="ignore"):  # an overflow becomes inf, which is rejected later, by name
+    with np.errstate(over="ignore"):  # an overflow becomes inf, which `_check_finite` reports
         array: np.ndarray = values.to_numpy(zero_copy_only=False).astype(dtype)
     return array
 
@@ -317,7 +316,7 @@ def _check_finite(root: Path, rows: Sequence[Row], key: str, names: Sequence[str
 
 
 def locate(rows: Sequence[Row], row: int) -> str:
-    """Text that names the episode and frame of a row of the frame table."""
+    """The episode and frame of a row of the frame table, as text."""
     place = rows[bisect.bisect_right(rows, row, key=lambda place: place["start"]) - 1]
     return f"episode {place['episode_index']}, frame {row - place['start']}"
 

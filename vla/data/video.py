@@ -1,10 +1,10 @@
 """Frame-exact video encoding, concatenation and decoding.
 
-Owns: encoding with x264, concatenating videos without re-encoding, and reading frames by time from any codec. It does
-not know datasets or episodes. Frame `i` of a video at `fps` has the timestamp `i / fps` seconds.
+Owns: encoding with x264, concatenating videos without re-encoding, and reading frames by time from any codec. Frame `i`
+has the timestamp `i / fps` in seconds. It does not know datasets or episodes.
 
-Videos are encoded without B-frames, so packets are in frame order and concatenation only adds an offset to the
-timestamps. A key frame every few frames makes seeking cheap.
+Videos are encoded without B-frames, so that concatenation only adds an offset to the timestamps, and with frequent key
+frames, so that seeking is fast.
 """
 
 from __future__ import annotations
@@ -32,18 +32,17 @@ _OPTIONS = {
     "preset": PRESET,
     "g": str(KEY_FRAME_EVERY),
     "bf": "0",
-    # One thread: workers already run in parallel, and the same frames then give the same bytes.
+    # One thread, because workers run in parallel, and so that equal frames give equal bytes.
     "x264-params": "scenecut=0:threads=1",
 }
 # FFmpeg scaler flags: bicubic, accurate rounding, full chroma. The defaults darken every channel by one level.
 _ACCURATE = 0x4 | 0x40000 | 0x2000
 _SCALER_BT601 = 5
-_BT601, _STUDIO_RANGE = 6, 1  # stored in the stream; without them, decoders guess and may shift the colours
+_BT601, _STUDIO_RANGE = 6, 1  # stored in the stream; otherwise, decoders guess, and colours may shift
 
-# If the target frame is at most this many frames ahead, decoding up to it is cheaper than seeking.
-_NEAR = 2 * KEY_FRAME_EVERY
-_SAME = 1e-4  # seconds; timestamps closer than this are equal (LeRobot's tolerance)
-_ANOTHER = 0.4  # frames; a frame that is farther than this from the requested time is a different frame
+_NEAR = 2 * KEY_FRAME_EVERY  # up to this many frames ahead, decoding is faster than seeking
+_SAME = 1e-4  # tolerance for equal timestamps, in seconds (as in LeRobot)
+_ANOTHER = 0.4  # maximum distance of a frame from the requested time, in frames
 
 #: Marks a depth feature in `meta/info.json`.
 DEPTH_FLAG = '"info": {"is_depth_map": true}'
@@ -54,11 +53,11 @@ class VideoWriter:
 
     def __init__(self, path: Path, height: int, width: int, fps: float) -> None:
         self.path, self.shape, self.frames = path, (height, width, 3), 0
-        # 4:2:0 halves the chroma resolution, so both sides must be even.
+        # 4:2:0 chroma subsampling needs even sides.
         self._pixel_format = "yuv420p" if height % 2 == 0 and width % 2 == 0 else "yuv444p"
         self._time_base = 1 / _rate(fps)
-        self._reformatter = VideoReformatter()  # reused, because creating one takes ten times as long as a conversion
-        # PyAV's stubs type every stream as a union of all kinds; here it is always video.
+        self._reformatter = VideoReformatter()  # creating one takes ten times as long as a conversion
+        # In PyAV's stubs, a stream is a union of all kinds.
         self._container: Any = av.open(str(path), "w", format="mp4")
         stream: Any = self._container.add_stream(CODEC, rate=_rate(fps), options=_OPTIONS)
         stream.width, stream.height, stream.pix_fmt = width, height, self._pixel_format
@@ -131,7 +130,7 @@ class VideoReader:
 
     @functools.cached_property
     def is_depth(self) -> bool:
-        """Whether pixels have one channel with more than 8 bits, which is a distance and not a grey value."""
+        """Whether it is a depth video: pixels have one channel with more than 8 bits."""
         components = self._stream.codec_context.format.components
         return len(components) == 1 and components[0].bits > 8
 
@@ -146,7 +145,7 @@ class VideoReader:
             if sought:
                 self._seek(seconds)
             frame = self._nearest(seconds)
-            if sought and not self._fits(frame, seconds):  # the index of key frames can be wrong
+            if sought and not self._fits(frame, seconds):  # the file's index of key frames may be wrong
                 self._seek(0.0)
                 frame = self._nearest(seconds)
             if not self._fits(frame, seconds):
@@ -162,7 +161,7 @@ class VideoReader:
         self._container.close()
 
     def _reaches(self, seconds: float) -> bool:
-        """Whether that time is close enough ahead to decode up to it instead of seeking."""
+        """Whether to decode up to that time instead of seeking."""
         if self._last is None:
             return seconds <= _NEAR / self._fps
         first = self._last if self._before is None else self._before
@@ -192,11 +191,11 @@ class VideoReader:
         )
 
     def _as_displayed(self, frame: Any, image: np.ndarray) -> np.ndarray:
-        """The image as video players show it: rotated and mirrored by the file's display matrix, if it has one."""
+        """The image as displayed by video players: rotated and mirrored by the file's display matrix."""
         matrix = frame.side_data.get("DISPLAYMATRIX")
         if matrix is None:
             return image
-        # A pixel at (x, y) is shown at (a x + c y, b x + d y).
+        # A pixel at (x, y) is displayed at (a x + c y, b x + d y).
         a, b, _, c, d = (int(value) for value in np.frombuffer(bytes(matrix), np.int32)[:5])
         if a == d == 0 and b and c:
             image, across, down = image.transpose(1, 0, 2), c, b
@@ -209,7 +208,7 @@ class VideoReader:
         return np.ascontiguousarray(image[:: 1 if down > 0 else -1, :: 1 if across > 0 else -1])
 
     def _seek(self, seconds: float) -> None:
-        # Half a frame early, because timestamps in the container's units may be rounded up or down.
+        # Half a frame early, because timestamps in the container may be rounded up.
         early = Fraction(max(seconds - 0.5 / self._fps, 0))
         self._container.seek(int(early / self._stream.time_base), stream=self._stream)
         self._restart()
@@ -254,7 +253,7 @@ def header(stream: Any) -> tuple[Any, ...]:
 
 
 def describe(path: Path, fps: float) -> dict[str, Any]:
-    """Properties of a video written by this module, under LeRobot's names in `info.json`."""
+    """Properties of a video written by this module, with LeRobot's names."""
     with _errors(path), av.open(str(path)) as container:
         stream = container.streams.video[0]
         context = stream.codec_context
@@ -279,12 +278,12 @@ def _rate(fps: float) -> Fraction:
 
 @contextlib.contextmanager
 def _errors(path: Path) -> Iterator[None]:
-    """Convert FFmpeg's errors into a DataError that names the file and the likely reason."""
+    """Convert FFmpeg's errors to a DataError with the file and the likely cause."""
     try:
         yield
     except FileNotFoundError:
         raise DataError(f"{path} is missing. Copy the dataset again, with its videos.") from None
     except (av.FFmpegError, EOFError, IndexError) as error:
-        if getattr(error, "errno", None) == errno.ENOSPC:  # a full disk while writing: the input is fine
+        if getattr(error, "errno", None) == errno.ENOSPC:  # the disk is full; the input is not damaged
             raise
         raise DataError(f"{path} cannot be decoded ({error}): it is damaged or truncated. Copy it again.") from None

@@ -1,15 +1,14 @@
-"""Recording demonstrations. Finished episodes are never lost, and unfinished episodes are never read.
+"""Recording demonstrations.
 
-Owns: turning observations and actions into staged episodes. Each finished episode is one folder in the staging folder,
-published by a rename:
+Owns: converting observations and actions to staged episodes. Each finished episode is a folder in the staging folder:
 
     .partial/episode-000012/episode.json     instruction, environment, seed, success, robot, image histograms
     .partial/episode-000012/frames.parquet   states, actions, success per frame
     .partial/episode-000012/<camera>.mp4
 
-If the process is killed, the staging folder contains only complete episodes. `finalise` (see `packing`) packs them into
-a LeRobotDataset v3. Several processes may record in parallel. This module does not know the dataset format, or the
-source of the episodes.
+The folder gets this name when the episode is complete, so that finished episodes survive a killed process, and
+unfinished ones are never read. `finalise` (see `packing`) packs the episodes into a LeRobotDataset v3. Several
+processes may record in parallel. It does not know the dataset format, or the source of the episodes.
 """
 
 from __future__ import annotations
@@ -33,14 +32,13 @@ from vla.data.video import VideoWriter
 from vla.errors import DataError, SpecError
 from vla.spec import Observation, RobotSpec, check_image
 
-# Image statistics use every n-th frame of an episode, starting with the first.
-_COUNT_EVERY = 8
+_COUNT_EVERY = 8  # image statistics use every eighth frame of an episode, from the first on
 
 
 class DemonstrationWriter:
     """Records episodes into the folder `root`. Leaving the context without an error packs them into a dataset.
 
-    If the recording fails or the process is killed, the finished episodes stay in `root`, and `resume=True` continues.
+    After an error or a killed process, the finished episodes stay in `root`; continue with `resume=True`.
 
     >>> with DemonstrationWriter("datasets/mine", robot) as writer:                        # doctest: +SKIP
     ...     with writer.episode() as episode:
@@ -49,8 +47,8 @@ class DemonstrationWriter:
 
     Args:
         root: the dataset folder.
-        robot: the robot that is recorded.
-        executed_actions: store the executed action with every frame, in addition to `action`, the label to learn.
+        robot: the recorded robot.
+        executed_actions: store the executed action with every frame, in addition to the action to learn.
         resume: continue an unfinished recording.
     Raises:
         DataError: `root` contains unrelated files, a finished dataset or, without `resume`, an unfinished recording.
@@ -131,7 +129,8 @@ class EpisodeRecorder:
     def record(
         self, observation: Observation, action: np.ndarray, *, executed_action: np.ndarray | None = None
     ) -> None:
-        """Append a frame. Call it before executing the action: an environment may reuse the observation's arrays.
+        """Append a frame. Call it before executing the action, because an environment may reuse the observation's
+        arrays.
 
         Args:
             observation: the observation before the action.
@@ -172,7 +171,7 @@ class EpisodeRecorder:
         success: bool | None = None,
         noise: float = 0.0,
     ) -> int:
-        """Complete the episode and return its length. It is not lost if the process is killed later.
+        """Complete the episode and return its length.
 
         Args:
             instruction: the task instruction.
@@ -203,7 +202,7 @@ class EpisodeRecorder:
             "histograms": {camera: counts.tolist() for camera, counts in self._counts.items()},
         }
         with guard_disk(self._place):
-            with contextlib.suppress(FileNotFoundError):  # see below
+            with contextlib.suppress(FileNotFoundError):  # the check below reports missing files
                 for video in self._videos.values():
                     video.close()
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -220,13 +219,13 @@ class EpisodeRecorder:
             except OSError:
                 if not self._place.exists():
                     raise
-                shutil.rmtree(self._folder)  # finished earlier, or by another process: it is the same episode
+                shutil.rmtree(self._folder)  # this episode was already finished, possibly by another process
         return len(self)
 
     def discard(self) -> None:
         """Remove the recorded frames unless the episode was finished."""
         for video in self._videos.values():
-            with contextlib.suppress(Exception):  # the frames are discarded, so a full disk does not matter
+            with contextlib.suppress(Exception):  # the frames are discarded in any case
                 video.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 

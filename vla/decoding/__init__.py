@@ -1,1 +1,1 @@
-"""Decoding: a prefix becomes the tokens of one action chunk. It does not know robots or what tokens mean."""
+"""Decoding: from a prompt prefix to the tokens of an action chunk. It does not know robots or the meaning of tokens."""

@@ -1,8 +1,7 @@
-"""The ids that an action tokenizer allows, applied to logits.
+"""Constrained decoding: logits masked by the ids that an action tokenizer allows.
 
-Owns: masking logits over the action rows so that every sequence chosen from them is a valid chunk, and padding
-sequences of variable length. It does not know how tokens are chosen. If a tokenizer allows every id at every position,
-as the bin tokenizers do, the logits are not changed.
+Owns: masking logits so that every decoded sequence is a valid chunk, and padding sequences of variable length. Bin
+tokenizers allow every id at every position, so their logits do not change. It does not know how tokens are chosen.
 """
 
 from __future__ import annotations
@@ -28,20 +27,20 @@ def constrain(tokenizer: ActionTokenizer, logits: torch.Tensor, before: torch.Te
     allowed = tokenizer.allowed(before.cpu().numpy())
     assert allowed is not None
     allowed = allowed[:, -logits.shape[1] :]
-    # After ids that are not allowed, which a draft may contain, a position may have no allowed id. It keeps its logits,
-    # because minus infinity for all ids would give NaN.
+    # A draft may contain ids that are not allowed. After such an id, a position may have no allowed id. Its logits stay
+    # unmasked, because a softmax over minus infinity only would be NaN.
     ruled_out = torch.from_numpy(~allowed & allowed.any(axis=-1, keepdims=True))
     return logits.masked_fill(ruled_out.to(logits.device), -torch.inf)
 
 
 def all_ended(tokenizer: ActionTokenizer, ids: torch.Tensor) -> bool:
-    """Whether all sequences, the tokenizer's ids int64 [B, n], have ended. After `end`, only `end` is allowed."""
+    """Whether all sequences of tokenizer ids, int64 [B, n], have ended. After `end`, only `end` is allowed."""
     return tokenizer.end is not None and bool((ids[:, -1] == tokenizer.end).all())
 
 
 def completed(tokenizer: ActionTokenizer, begin: int, decoded: Decoded, n_tokens: int) -> Decoded:
-    """If all sequences have ended, pad them to `n_tokens` with `end`, whose probability there is 1. `begin` is the id
-    of the first action row."""
+    """If all sequences have ended, pad them to `n_tokens` with `end`, at a probability of 1. `begin` is the id of the
+    first action row."""
     missing = n_tokens - decoded.ids.shape[1]
     if not missing or not all_ended(tokenizer, decoded.ids - begin):
         return decoded
@@ -52,7 +51,7 @@ def completed(tokenizer: ActionTokenizer, begin: int, decoded: Decoded, n_tokens
 
 
 def most_likely(tokenizer: ActionTokenizer, logits: torch.Tensor) -> torch.Tensor:
-    """The most likely allowed token at each position of the logits [B, T, rows], int64 [B, T]."""
+    """The most likely allowed token at each position, int64 [B, T], from logits [B, T, rows]."""
     if not tokenizer.constrained:
         return logits.argmax(-1)
     ids = torch.zeros(len(logits), 0, dtype=torch.int64, device=logits.device)

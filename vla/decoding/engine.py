@@ -1,21 +1,20 @@
-"""The engine: fast greedy decoding of action tokens, without changing a token.
+"""The engine: fast greedy decoding of action tokens.
 
-Owns: the static key-value cache, the forward pass over plain matrices, and two decoding methods that give the same
-tokens as `generate`: stepwise, with one token per forward pass, and in parallel, where a forward pass verifies a draft
-of the chunk and the tokens up to the first wrong one are kept. It knows neither robots nor what tokens mean.
+Owns: the static key-value cache, the forward pass over plain matrices, and two decoding methods with the same tokens as
+`generate`. Stepwise decoding takes one forward pass per token. In parallel decoding, a forward pass verifies a draft of
+the chunk and keeps its tokens up to the first wrong one. The engine does not know robots or the meaning of tokens.
 
-Exact parallel decoding. Greedy decoding is the only fixed point of
+Parallel decoding is exact. Greedy decoding is the only fixed point of
 
     a_t = argmax_k p(k | x, a_<t),    t = 1..T,
 
 and one causal forward pass over a candidate a_1..a_T evaluates all T right-hand sides. If the first n of them agree
 with the candidate, the first n + 1 are the tokens of greedy decoding; the remaining right-hand sides are the next
 candidate (Jacobi iteration; Song et al., 2021; Santilli et al., 2023). Consecutive chunks overlap, so the first
-candidate is the previous chunk without its executed part, and the first verification is part of the prefill.
+candidate is the rest of the previous chunk. The first verification is part of the prefill.
 
-A tokenizer may exclude ids at a position, depending on the previous ids. The argmax at t is then over the ids that are
-allowed after a_<t of the candidate. It still depends on a_<t only, so the fixed point is the result of constrained
-greedy decoding, and the first wrong token is corrected to an allowed one.
+A tokenizer may exclude ids depending on the previous ids. The argmax at t is then over the ids allowed after a_<t. It
+still depends on a_<t only, so the fixed point is the result of constrained greedy decoding.
 """
 
 from __future__ import annotations
@@ -37,13 +36,13 @@ from vla.model.modeling import VLAForActionPrediction
 from vla.transforms.tokenizers.base import ActionTokenizer
 
 _ROUND = 32  # cache lengths are multiples of this
-WINDOW = 16  # maximum number of tokens per verification
-ROWS = 64  # the same for all observations of a batch together: beyond it, a forward pass takes longer
+WINDOW = 16  # maximum number of tokens per verification and observation
+ROWS = 64  # maximum number of tokens per verification for a whole batch; more make a forward pass slower
 
 
 class Engine:
-    """Decodes chunks of `network`, which must not change or move to another device while the engine is used. The engine
-    does not modify the network.
+    """Decodes chunks with `network`. The network is not modified; it must not change or move to another device while
+    the engine is in use.
 
     Args:
         window: maximum number of tokens per verification.
@@ -58,14 +57,13 @@ class Engine:
         self.window = window
         self._placeholders = torch.tensor([network.config.image_token_id, network.config.state_token_id])
         self._weights = weights.read(network)
-        self._room = 0  # positions of the tables and the cache
+        self._room = 0  # number of positions in the tables and the cache
         self._tables: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._causal = self._cache = torch.empty(0)
         self._cached: torch.Tensor | None = None  # prompts whose keys and values are in the cache
         self._graphs: dict[int, Captured] = {}  # by number of tokens
-        # On a GPU, a chunk consists of thousands of small kernels dominated by launch overhead, so fuse them.
-        if self.device.type == "cuda":
-            # Compiled once per shape, dtype and window; torch stops compiling after 8 by default.
+        if self.device.type == "cuda":  # fuse small kernels: launching them would dominate the time of a chunk
+            # These functions are compiled once per shape, dtype and window, but by default torch stops after 8 times.
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
             self._rotate, self._gate = torch.compile(_rotate), torch.compile(_gate)
         else:
@@ -73,8 +71,8 @@ class Engine:
 
     @property
     def reach(self) -> float:
-        """Maximum length of prompt prefix and chunk that the engine decodes exactly as the network: the size of the
-        attention window; infinite without sliding-window attention."""
+        """Maximum length of prompt prefix and chunk: the size of the attention window, or infinity without
+        sliding-window attention."""
         return self._weights.reach
 
     def fits(self, batch: dict[str, torch.Tensor]) -> bool:
@@ -90,10 +88,10 @@ class Engine:
         stopping: StoppingCriteriaList | None = None,
     ) -> Decoded:
         """Greedy decoding with one token per forward pass, until all sequences have ended. On CUDA, if the tokenizer
-        allows every id at every position, the whole chunk, from camera images to tokens, is one CUDA graph.
+        allows every id at every position, one CUDA graph computes the whole chunk, from images to tokens.
 
         Args:
-            batch: prompt prefix tensors from `VLAProcessor`, on the CPU; of a network with a latent, also `latent`, the
+            batch: prompt prefix tensors from `VLAProcessor`, on the CPU. For a network with a latent also `latent`, the
                 codes by position (`vla.model.free_transformer.align`).
             n_tokens: number of tokens to decode; None: a whole chunk.
             streamer: receives every token as soon as it is decoded.
@@ -122,8 +120,8 @@ class Engine:
         streamer: BaseStreamer | None = None,
         stopping: StoppingCriteriaList | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prompt prefix and chunk [B, P + T], and logits [B, T, rows]. It only synchronises with the device for a
-        streamer, stopping criteria or a constrained tokenizer."""
+        """Returns prompt prefix and chunk [B, P + T], and logits [B, T, rows]. Does not synchronise with the device
+        unless there is a streamer, stopping criteria or a constrained tokenizer."""
         hidden, offsets, shift = self._embed(inputs, start), inputs.get("offsets"), self._shift(inputs)
         length, ids, logits = start + hidden.shape[1], inputs["input_ids"], []
         for t in range(n_tokens):
@@ -153,11 +151,10 @@ class Engine:
 
         Args:
             batch: as in `stepwise`.
-            draft: int64 [B, T], ids of the model's vocabulary, one per token to decode. It may be wrong, but the better
-                it is, the fewer forward passes are needed.
+            draft: int64 [B, T], ids of the model's vocabulary, one per token to decode. Apart from an action prefix, it
+                affects only the number of forward passes.
             streamer: receives tokens as soon as they are final.
-            prefix: action prefix for prefix conditioning: the given first tokens of each draft, which the rest of the
-                chunk continues.
+            prefix: action prefix for prefix conditioning, the first tokens of each draft.
             stopping: as in `stepwise`.
         """
         inputs, start = self._start(batch)
@@ -212,16 +209,16 @@ class Engine:
         return completed(self.tokenizer, self.begin, decoded, total)
 
     def _start(self, batch: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], int]:
-        """Prepare the cache for the prompt prefix and its chunk. Returns the batch on the engine's device, with the
-        number of padding tokens before each row as `offsets` [B] if there are any, and the number of prefix tokens that
-        are already in the cache.
+        """Prepare the cache for the prompt prefix and its chunk.
 
-        If the prompt precedes the images, its keys and values stay in the cache until the prompt changes."""
+        Returns the batch on the engine's device and the number of prefix tokens that are already cached: if the prompt
+        precedes the images, its keys and values are reused until the prompt changes. If rows are padded, the batch has
+        `offsets` [B], the number of padding tokens before each row."""
         ids, w, start = batch["input_ids"], self._weights, 0
         rows, length = ids.shape
         if ("latent" in batch) != (w.injection is not None):
             has = "has no latent, but the batch has" if w.injection is None else "has a latent, but the batch has no"
-            raise ConfigError(f"this network {has} codes (`latent`).")
+            raise ConfigError(f"this network {has} latent codes.")
         if not self.fits(batch):
             raise ConfigError(
                 f"the attention window has {self.reach} positions, but a prompt prefix of {length} tokens and a chunk "
@@ -251,15 +248,15 @@ class Engine:
         return hidden[:, start:].to(self._weights.table.dtype)
 
     def _shift(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor | None:
-        """What the latent adds at every position, [B, P - 1 + T, width]; None without a latent."""
+        """The latent's additive embeddings, [B, P - 1 + T, width]; None without a latent."""
         injection = self._weights.injection
         return None if injection is None else injection.shift(inputs["latent"])
 
     def _forward(
         self, hidden: torch.Tensor, start: int, offsets: torch.Tensor | None, shift: torch.Tensor | None
     ) -> torch.Tensor:
-        """Run tokens [B, n, width] at cache positions start..start+n-1 through the decoder. Returns the final hidden
-        states."""
+        """Run embedded tokens [B, n, width] through the decoder, at cache positions start..start+n-1. Returns the final
+        hidden states."""
         w, (rows, n, _) = self._weights, hidden.shape
         end, heads, qkv_shape = start + n, w.heads, (w.heads + 2 * w.kv_heads, w.head_dim)
         positions: slice | torch.Tensor = slice(start, end)
@@ -291,8 +288,7 @@ class Engine:
         return w.norm(hidden)
 
     def _mask(self, start: int, end: int, offsets: torch.Tensor | None) -> torch.Tensor:
-        """The causal attention mask, [n, end] or [B, 1, n, end]: 0 where a token attends to a position, minus infinity
-        for later positions and padding."""
+        """The additive causal mask, [n, end] or [B, 1, n, end]: minus infinity for later positions and padding."""
         causal = self._causal[start:end, :end]
         if offsets is None:
             return causal
@@ -303,12 +299,12 @@ class Engine:
 
 
 def _rotate(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary positions: [B, n, heads, d] -> [B, heads, n, d]."""
+    """Apply the rotary embedding: [B, n, heads, d] -> [B, heads, n, d]."""
     return torch.addcmul(qkv * cos, qkv.roll(qkv.shape[-1] // 2, dims=-1), sin).transpose(1, 2)
 
 
 def _gate(gate_up: torch.Tensor, gelu: bool) -> torch.Tensor:
-    """The product of a gated network: [..., 2 m] -> [..., m]."""
+    """Activation of the gate times the up projection: [..., 2 m] -> [..., m]."""
     gate, up = gate_up.chunk(2, dim=-1)
     return (F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)) * up
 

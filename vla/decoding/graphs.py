@@ -1,8 +1,8 @@
 """CUDA graphs of tensor functions.
 
-Owns: capture and replay, with one graph per set of input shapes. A graph replaces thousands of kernel launches by one
-launch. Only the most recently used graphs are kept, and all of them share one memory pool, so that many prompt lengths
-do not fill the GPU. It does not know what the function computes.
+Owns: capture and replay, with one graph per set of input shapes. A graph replaces thousands of kernel launches by one.
+Only the most recently used graphs are kept, in a shared memory pool, which bounds their GPU memory. It does not know
+what the function computes.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-_WARM_UP = 3  # runs before a capture, in which libraries select kernels and allocate workspaces
-GRAPHS = 16  # graphs that are kept
+_WARM_UP = 3  # runs before a capture, so that libraries select kernels and allocate workspaces
+GRAPHS = 16  # number of graphs kept
 
 
 class _Graph(NamedTuple):
@@ -26,11 +26,11 @@ class _Graph(NamedTuple):
 class Captured:
     """Runs `function(**inputs)`, which maps tensors to a tuple of tensors, as one CUDA graph.
 
-    The function must not synchronise with the device, copy from the host, or depend on input values outside of kernels.
-    Graphs are replayed one at a time, because they share memory.
+    The function must not synchronise with the device, copy from the host, or branch on input values. Graphs must not
+    be replayed concurrently, because they share memory.
 
     Args:
-        keep: number of graphs, one per set of input shapes; the least recently used one is dropped for a new one.
+        keep: maximum number of graphs; a new graph replaces the least recently used one.
     """
 
     def __init__(self, function: Callable[..., tuple[torch.Tensor, ...]], keep: int = GRAPHS) -> None:

@@ -19,7 +19,7 @@ class Decoded:
     Attributes:
         ids: int64 [B, T], ids of the model's vocabulary; fewer than a whole chunk if decoding was stopped early.
         logits: [B, T, rows], the network's logits over the action rows for each token, given the previous tokens;
-            minus infinity for ids that the action tokenizer does not allow at that position.
+            minus infinity for ids that the action tokenizer does not allow there.
         forwards: number of forward passes of the decoder, the prefill included.
     """
 
@@ -39,7 +39,7 @@ class Decoded:
 
     @property
     def entropy(self) -> torch.Tensor:
-        """Entropy of each token's distribution in nats, float32 [B, T]: 0 is certain (as after the end of a sequence),
-        log(rows) is uniform."""
+        """Entropy of each token's distribution in nats, float32 [B, T], between 0 (certain; after the end of a
+        sequence) and log(rows) (uniform)."""
         finite = self.distribution.clamp(min=torch.finfo(torch.float32).min)  # 0 * -inf would be NaN
         return -(self.distribution.exp() * finite).sum(-1)

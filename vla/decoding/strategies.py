@@ -1,9 +1,8 @@
-"""Decoding strategies: greedy decoding through the engine, and all strategies through transformers' `generate`.
+"""Decoding strategies: greedy decoding through the engine, and every strategy through transformers' `generate`.
 
-Owns: the choice of a decoder for a `DecodingConfig`, the translation of that config into a call of `generate` (the
-reference that the engine must equal), the logits processors that transformers lacks, and the restriction to allowed
-action tokens. No strategy can produce a malformed chunk, because at each position only the action tokens that the
-tokenizer allows there can be chosen, and exactly as many as it needs. It does not know what the tokens mean.
+Owns: the choice of a decoder for a `DecodingConfig`, the call of `generate` (also the reference for the engine), and
+the logits processors that transformers lacks. No strategy can produce a malformed chunk, because every token is chosen
+from those that the tokenizer allows at its position. It does not know what the tokens mean.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ from vla.transforms.tokenizers.base import ActionTokenizer
 
 
 class OnlyAllowed(LogitsProcessor):
-    """Keeps the logits of the action tokens that the tokenizer allows next, and sets all other logits to minus
-    infinity. The chunk begins after `prompt` tokens."""
+    """Sets the logits of all tokens that the action tokenizer does not allow next to minus infinity. The chunk begins
+    after `prompt` tokens."""
 
     def __init__(self, tokenizer: ActionTokenizer, begin: int, prompt: int) -> None:
         self.tokenizer, self.rows, self.prompt = tokenizer, slice(begin, begin + tokenizer.vocab_size), prompt
@@ -68,8 +67,8 @@ class FrequencyAndPresencePenalty(LogitsProcessor):
 
 
 class GivenPrefix(LogitsProcessor):
-    """Forces the next token of the action prefix of a draft, int64 [B, T], if the row has followed the prefix so far
-    and accepts the token."""
+    """Prefix conditioning: forces the next token of the action prefix if it is accepted and no earlier one was
+    rejected. The prefix is the beginning of `draft`, int64 [B, T]."""
 
     def __init__(self, prompt: int, draft: torch.Tensor, prefix: Prefix) -> None:
         self.prompt, self.draft, self.prefix = prompt, draft, prefix
@@ -87,8 +86,7 @@ class GivenPrefix(LogitsProcessor):
 
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed the random generator of `device`, and restore its state afterwards. Unlike `torch.manual_seed`, this does
-    not affect the generators of other devices."""
+    """Seed the random generator of `device` only, and restore its state afterwards."""
     generator = _generator(device)
     before = generator.get_state()
     generator.manual_seed(seed)
@@ -124,10 +122,10 @@ def generate(
         seed: seed for sampling; the caller's random state is not changed.
         streamer: receives every token as soon as it is decoded (one observation, no beams).
         stopping: ends the chunk early when it is met for all observations.
-        prefix: a draft, int64 [B, T], and the action prefix that its first tokens form.
+        prefix: for prefix conditioning, a draft, int64 [B, T], and the lengths and thresholds of its action prefixes.
         options: passed to `generate`, such as cache_implementation.
     Returns:
-        The chosen ids, and the network's own logits, before temperature, penalties, top-k and top-p.
+        The chosen ids, and the network's logits before temperature, penalties, top-k and top-p.
     """
     tokenizer, begin, prompt = network.action_tokenizer, network.config.action_token_begin, batch["input_ids"].shape[1]
     end, n_tokens = begin + tokenizer.vocab_size, count_tokens(network, config)
@@ -171,7 +169,7 @@ def generate(
 
 @torch.inference_mode()
 def teacher_forced(network: VLAForActionPrediction, batch: dict[str, torch.Tensor], ids: torch.Tensor) -> Decoded:
-    """The logits of the tokens `ids`, int64 [B, T], from one forward pass over prompt prefix and chunk."""
+    """The logits of a given chunk `ids`, int64 [B, T], from one forward pass over prompt prefix and chunk."""
     tokenizer, begin = network.action_tokenizer, network.config.action_token_begin
     logits = teacher_forced_logits(network, batch, ids)[..., begin : begin + tokenizer.vocab_size]
     return Decoded(ids.to(logits.device), constrain(tokenizer, logits, ids[:, :-1] - begin), 1)
@@ -190,7 +188,7 @@ def teacher_forced_logits(
 
 
 def count_tokens(network: VLAForActionPrediction, config: DecodingConfig) -> int:
-    """Number of tokens to decode: those of a chunk or of its first `max_actions` actions, at most `max_tokens`."""
+    """Number of tokens to decode: the whole chunk, or at most `max_actions` actions or `max_tokens` tokens."""
     tokenizer = network.action_tokenizer
     if config.max_actions is None or tokenizer.tokens_per_action is None:
         return min(tokenizer.max_tokens, config.max_tokens or tokenizer.max_tokens)
@@ -220,7 +218,7 @@ class Decoder(Protocol):
     """A decoding strategy for one network.
 
     Attributes:
-        final_by_token: whether a decoded token is final, so that actions can be streamed.
+        final_by_token: whether a decoded token never changes, so that actions can be streamed.
     """
 
     final_by_token: bool
@@ -229,7 +227,7 @@ class Decoder(Protocol):
 
 
 class Generate:
-    """Any strategy, through `generate`. The seed of each batch is `sampling_seed` plus the number of the batch."""
+    """Any strategy, through `generate`. Batch n, counted from 1, is decoded with the seed `sampling_seed` + n."""
 
     def __init__(self, network: VLAForActionPrediction, config: DecodingConfig) -> None:
         self._network, self._config = network, config
@@ -243,8 +241,8 @@ class Generate:
 
 
 class Greedy:
-    """Greedy decoding through the engine: in parallel from a draft on the CPU, stepwise on other devices. Requests that
-    the engine does not support are decoded by `generate`."""
+    """Greedy decoding through the engine: in parallel on the CPU and with an action prefix, otherwise stepwise.
+    Requests that exceed the attention window are decoded by `generate`."""
 
     final_by_token = True
 
@@ -254,14 +252,12 @@ class Greedy:
 
     def __call__(self, request: Request) -> Decoded:
         prefix, streamer, stopping = request.prefix, request.streamer, request.stopping
-        fits = self.engine.fits(request.batch)
-        if not fits:
+        if not self.engine.fits(request.batch):
             warnings.warn(
                 f"decoding through transformers, which is slower: the attention window has {self.engine.reach} "
                 "positions, but this prompt and chunk need more.",
                 stacklevel=4,
             )
-        if not fits:
             return self._generate(request)
         if self.engine.device.type == "cpu" or prefix is not None:
             return self.engine.parallel(request.batch, request.draft[:, : self._n_tokens], streamer, prefix, stopping)

@@ -12,7 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 
 class ActionStreamer(BaseStreamer):
-    """Calls `on_action(index, ids)` with the ids [tokens_per_action] of each action after its last token is decoded."""
+    """Calls `on_action(index, ids)` as soon as an action is decoded, with its ids [tokens_per_action]."""
 
     def __init__(self, tokens_per_action: int, on_action: Callable[[int, list[int]], None]) -> None:
         self._size, self._on_action = tokens_per_action, on_action

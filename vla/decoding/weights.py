@@ -1,12 +1,12 @@
 """The weights of a decoder as plain matrices, laid out for decoding.
 
 Owns: reading the weights from transformers' modules, the fastest matrix product on the device, the rotary tables, and
-the check that a decoder has the supported architecture. Matrices with the same input are fused, and adapters are merged
-into the copies; the modules are not modified. It does not know how tokens are decoded.
+the check of a decoder's architecture. Matrices with the same input are fused, and adapters are merged into the copies;
+the modules are not modified. It does not know how tokens are decoded.
 
-A supported decoder is a LLaMA, up to these differences: biases; RMSNorm of queries and keys, per head (Qwen3, Gemma 3)
-or over all heads (OLMo 2); RMSNorm after a block instead of before it (OLMo 2), or also after it (Gemma 3); layers
-without rotary embeddings (SmolLM3), or with two kinds of them (Gemma 3); a scaled embedding and GELU (Gemma 3).
+A supported decoder is a LLaMA, possibly with biases; RMSNorm of queries and keys, per head (Qwen3, Gemma 3) or over all
+heads (OLMo 2); RMSNorm after a block instead of before it (OLMo 2), or before and after it (Gemma 3); layers without
+rotary embeddings (SmolLM3), or two kinds of rotary embeddings (Gemma 3); a scaled embedding and GELU (Gemma 3).
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ READ = {
     "tie_word_embeddings", "no_rope_layers", "query_pre_attn_scalar", "hidden_activation",
 }  # fmt: skip
 # Fields that do not affect the logits of a trained decoder: initialisation, training, output format, text, other heads,
-# and fields of other software that transformers ignores as well.
+# and fields of other software, which transformers ignores.
 IGNORED = {
     "architectures", "attention_dropout", "auto_map", "bos_token_id", "chunk_size_feed_forward", "dtype",
     "eos_token_id", "id2label", "initializer_range", "is_llama_config", "label2id", "max_position_embeddings",
     "max_sequence_length", "model_max_length", "name_or_path", "_name_or_path", "num_labels",
     "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp", "problem_type",
     "return_dict", "rope_interleaved", "tokenizer_class", "transformers.js_config", "transformers_version",
-    "no_rope_layer_interval", "_sliding_window_pattern",  # no_rope_layers and layer_types result from them
+    "no_rope_layer_interval", "_sliding_window_pattern",  # no_rope_layers and layer_types contain their effect
     "unsloth_fixed", "unsloth_version", "use_cache", "use_mrope",
 }  # fmt: skip
 # Types of rotary embeddings whose tables do not depend on the sequence length.
@@ -78,9 +78,9 @@ class Linear:
     """x -> x W^T + b, for W [out, in] in the layout that is fastest on this device.
 
     On CPUs, `F.linear` calls MKL. For two to sixty rows, MKL is three times slower than oneDNN with packed weights, and
-    a second thread does not make it faster. For a single row, a transposed matrix is fastest. Both were measured at
-    the sizes of the embedded backbone (docs/benchmarks.md). `_linear_pointwise` is the operation that torch.compile
-    emits on CPUs; torch has no public name for it.
+    does not gain from a second thread. For a single row, a transposed matrix is fastest (docs/benchmarks.md, at the
+    sizes of the embedded backbone). `_linear_pointwise` is the operation that torch.compile emits on CPUs; torch has no
+    public name for it.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
@@ -97,7 +97,7 @@ class Linear:
 
 
 def native(dtype: torch.dtype) -> bool:
-    """Whether oneDNN supports this type on this processor; its bfloat16 and float16 need AVX-512 or AVX-NE-CONVERT."""
+    """Whether oneDNN supports `dtype` on this processor. bfloat16 and float16 need AVX-512 or AVX-NE-CONVERT."""
     ops = torch.ops.mkldnn
     checks = {torch.bfloat16: ops._is_mkldnn_bf16_supported, torch.float16: ops._is_mkldnn_fp16_supported}
     return dtype not in checks or checks[dtype]()
@@ -106,8 +106,8 @@ def native(dtype: torch.dtype) -> bool:
 class RMSNorm:
     """x -> w x / sqrt(mean(x^2) + eps), over the last axis.
 
-    On CPUs it is computed as sqrt(n) w x / hypot(|x|, sqrt(n eps)). This is equal, but takes three operations instead
-    of the seven of `F.rms_norm`. A forward pass of the embedded backbone takes 12 % less time.
+    On CPUs it is computed as sqrt(n) w x / hypot(|x|, sqrt(n eps)), three operations instead of the seven of
+    `F.rms_norm`. This makes a forward pass of the embedded backbone 12 % faster.
     """
 
     def __init__(self, weight: torch.Tensor, eps: float) -> None:
@@ -129,7 +129,7 @@ class QueryKeyNorm:
 
     Attributes:
         widths: widths of queries, keys and values.
-        head_dim: width of a head; None: over all heads.
+        head_dim: width of a head; None: normalise over all heads.
     """
 
     query: RMSNorm
@@ -152,7 +152,7 @@ class Layer:
     gate_up [2 * intermediate, width], down [width, intermediate].
 
     Attributes:
-        rope: the kind of rotary embedding, a key of `rotary`.
+        rope: the kind of rotary embedding, a key of the tables of `rotary`.
     """
 
     attention_norm: RMSNorm | None
@@ -169,13 +169,14 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class Injection:
-    """Where the latent of a Free Transformer enters.
+    """The latent of a Free Transformer: in one block, an embedding of its codes is added to the input of keys and
+    values.
 
     Attributes:
-        layer: index of the block whose keys and values see the latent.
-        query: that block's projection to queries [heads * head_dim, width].
-        key_value: its projection to keys and values [2 kv_heads * head_dim, width].
-        shift: codes, int64 [B, n], -> what is added to the block's input for keys and values, [B, n, width].
+        layer: index of the block.
+        query: the block's projection to queries [heads * head_dim, width].
+        key_value: the block's projection to keys and values [2 kv_heads * head_dim, width].
+        shift: codes, int64 [B, n] -> their embedding [B, n, width].
     """
 
     layer: int
@@ -186,7 +187,7 @@ class Injection:
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """All weights that are needed to decode action tokens.
+    """All weights needed to decode action tokens.
 
     Attributes:
         layers: the decoder blocks.
@@ -197,8 +198,8 @@ class Decoder:
         head_dim: width of a head.
         scale: factor of the attention logits.
         gelu: whether the gate is GELU (tanh approximation) instead of SiLU.
-        reach: number of positions that attention covers; infinite without a sliding window.
-        injection: of the latent; None without a latent.
+        reach: size of the attention window in positions; infinite without a sliding window.
+        injection: the latent; None without a latent.
     """
 
     layers: tuple[Layer, ...]
@@ -215,7 +216,7 @@ class Decoder:
 
 
 def read(network: VLAForActionPrediction) -> Decoder:
-    """Read the decoder of `network`, which is not modified. ConfigError if the engine does not support the decoder."""
+    """Read the decoder of `network` without modifying it. ConfigError if the engine does not support the decoder."""
     model, config = network.language_model.model, network.language_model.config
     check_config(config)
     _check_modules(network.language_model, config.model_type)
@@ -243,7 +244,7 @@ def read(network: VLAForActionPrediction) -> Decoder:
 
 
 def check_config(config: Any) -> None:
-    """Raise ConfigError, naming the field, if the engine does not support a decoder's config.json."""
+    """Raise ConfigError if the engine does not support a field of the decoder's config.json."""
     if config.model_type not in ARCHITECTURES:
         raise ConfigError(f"decoder of type {config.model_type!r}; the engine supports {', '.join(ARCHITECTURES)}.")
     defaults = type(config)().to_dict()
@@ -283,8 +284,8 @@ def _check_modules(language_model: nn.Module, model_type: str) -> None:
 
 
 def rotary(network: VLAForActionPrediction, positions: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Rotary tables cos and sin [positions, heads + 2 kv_heads, head_dim] for concatenated queries, keys and values, by
-    kind of rotary embedding.
+    """For each kind of rotary embedding, tables cos and sin [positions, heads + 2 kv_heads, head_dim] for concatenated
+    queries, keys and values.
 
     Values are not rotated (cos = 1, sin = 0). The first half of sin is negated, so that the rotation is
 
@@ -359,8 +360,8 @@ def _norm(module: Any) -> RMSNorm:
 
 
 def _fused(*modules: Any) -> Linear:
-    """Fuse linear layers with the same input into one. Several layers are copied (on CPUs transposed in memory); a
-    single layer keeps its weight without a copy."""
+    """Fuse linear layers with the same input into one copy, transposed in memory on CPUs. A single layer is not
+    copied."""
     biases = [module.bias.detach() for module in modules if module.bias is not None]
     bias = torch.cat(biases) if biases else None
     if len(modules) == 1:
@@ -371,7 +372,7 @@ def _fused(*modules: Any) -> Linear:
 
 def _matrix(module: Any) -> torch.Tensor:
     """The weight of a linear layer, plus the update of an unmerged adapter."""
-    if hasattr(module, "token_adapter"):  # some rows are trained by peft
+    if hasattr(module, "token_adapter"):  # peft trains some of its rows
         return module.token_adapter.get_merged_weights(module.token_adapter.active_adapters).detach()
     if not hasattr(module, "get_delta_weight"):
         return module.weight.detach()

@@ -1,1 +1,1 @@
-"""Evaluation: results of rollouts, benchmark suites and their scores, comparison of runs, reports."""
+"""Evaluation: results of rollouts, benchmark suites and scores, comparison of runs, and reports."""

@@ -1,7 +1,7 @@
 """Comparison of two runs: which policy is better, and whether the difference is significant.
 
-Owns: pairing the episodes of two runs, and the difference with its interval and an exact test, in numbers and in words.
-It knows the results of runs (`vla.evaluation.results`), but not how episodes are run.
+Owns: pairing the episodes of two runs, and the difference of success rates with its interval, an exact test and a
+verdict in words. It does not know how episodes are run.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vla.errors import DataError
-from vla.evaluation.results import read
+from vla.evaluation.results import read, short
 from vla.support.statistics import difference, fisher, mcnemar, paired_difference
 
 Key = tuple[str, int]  # (environment id without the module prefix, seed)
@@ -57,9 +57,9 @@ def compare(run_a: Mapping[str, Any] | str | Path, run_b: Mapping[str, Any] | st
 
 
 def common_environments(a: Iterable[str], b: Iterable[str]) -> list[str]:
-    """Environment ids, without their modules, that two runs have in common; DataError if there are none."""
-    of_b = {_bare(env_id) for env_id in b}
-    common = [env_id for env_id in dict.fromkeys(map(_bare, a)) if env_id in of_b]
+    """The environment ids, without modules, that two runs have in common. DataError if there are none."""
+    of_b = {short(env_id) for env_id in b}
+    common = [env_id for env_id in dict.fromkeys(map(short, a)) if env_id in of_b]
     if not common:
         raise DataError("the two runs cannot be compared, because they have no environment in common.")
     return common
@@ -112,8 +112,4 @@ def _names(info_a: Mapping[str, Any], info_b: Mapping[str, Any]) -> tuple[str, s
 
 
 def _key(episode: Mapping[str, Any]) -> Key:
-    return _bare(episode["env_id"]), episode["seed"]
-
-
-def _bare(env_id: str) -> str:
-    return env_id.rpartition(":")[2]
+    return short(episode["env_id"]), episode["seed"]

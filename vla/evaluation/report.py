@@ -1,8 +1,7 @@
 """The report of a rollout or benchmark: one self-contained HTML file, and text for the terminal.
 
-Owns: the presentation of results. It reads `eval_info.json` and the video files named in it; it does not compute
-results. Pages contain their styles, charts (SVG) and videos (data URLs), work on phones, and follow the light or dark
-setting of the browser.
+Owns: the presentation of results, from the contents of `eval_info.json` and the video files. Pages contain their
+styles, charts (SVG) and videos (data URLs). It does not compute results.
 """
 
 from __future__ import annotations
@@ -15,23 +14,23 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from vla.evaluation.results import OUTCOMES
+from vla.evaluation.results import OUTCOMES, short
 from vla.support.pages import templates
 from vla.support.run_folder import write_text
 from vla.support.statistics import percentiles
 
 FILE = "report.html"
-MOST_EMBEDDED = 48 * 2**20  # bytes of video in one page
-Row = list[Any]  # a policy's name, and success rates in percent; None: unknown
+MOST_EMBEDDED = 48 * 2**20  # maximum number of bytes of embedded videos
+Row = list[Any]  # a policy's name, and success rates in percent (None: unknown)
 
 
 def write(info: Mapping[str, Any], folder: Path) -> Path:
-    """Write `report.html` for the results of a run whose videos are in `folder`."""
+    """Write `report.html` to the report folder of a run."""
     return write_text(folder / FILE, render(info, folder))
 
 
 def render(info: Mapping[str, Any], folder: Path) -> str:
-    """The page as text."""
+    """The HTML page."""
     environment = templates()
     environment.filters |= {"number": _number, "short": short}
     episodes = info["per_episode"]
@@ -91,7 +90,7 @@ def summary(info: Mapping[str, Any], folder: Path) -> str:
 
 
 def tables(summary: Mapping[str, Any], title: str) -> list[Table]:
-    """A benchmark's scores for the terminal, beside the published results if at least one tier is complete."""
+    """A benchmark's scores for the terminal. If at least one tier is complete, also the published results."""
     policy, average = summary["policy"]["path"], summary["tier_average"]
     scores = Table(title=f"{policy} on {title}, success in %")
     for column in ("", "tasks", "success", "95 % interval", "episodes"):
@@ -118,7 +117,7 @@ def tables(summary: Mapping[str, Any], title: str) -> list[Table]:
 
 
 def own_rates(benchmark: Mapping[str, Any]) -> list[float | None]:
-    """This policy's success per complete tier and its average in percent; None where a task has no results."""
+    """This policy's success in percent for each tier, and its average. None if results of a task are missing."""
     tiers = [
         tier["pc_success"] if tier["n_tasks"] == tier["n_tasks_of"] else None for tier in benchmark["tiers"].values()
     ]
@@ -126,7 +125,7 @@ def own_rates(benchmark: Mapping[str, Any]) -> list[float | None]:
 
 
 def variants(benchmark: Mapping[str, Any], this: str = "this policy") -> list[tuple[str, list[str], list[Row]]]:
-    """For each tier with results on a variant: its name, the columns, and rows of policy and success in percent."""
+    """A table for each tier with results on a variant: the tier's name, the columns, and rows of success in percent."""
     found = benchmark.get("variants") or {}
     tables = []
     for position, (tier, original) in enumerate(benchmark["tiers"].items()):
@@ -153,13 +152,8 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Row]) -> Table:
     return table
 
 
-def short(env_id: str) -> str:
-    """ "vla/PickUp-v0" of "envs:vla/PickUp-v0"."""
-    return env_id.rpartition(":")[2]
-
-
 def _videos(episodes: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[str, Any]]:
-    """Episodes with a video, each with its mp4 as a data URL; beyond `MOST_EMBEDDED`, a link to the file."""
+    """The episodes with a video, and each video as a data URL, or as a link beyond `MOST_EMBEDDED` bytes."""
     found, remaining = [], MOST_EMBEDDED
     for episode in episodes:
         path = folder / episode["video_path"] if episode["video_path"] else None
@@ -174,7 +168,7 @@ def _videos(episodes: Sequence[Mapping[str, Any]], folder: Path) -> list[dict[st
 
 
 def _lengths(episodes: Sequence[Mapping[str, Any]]) -> str:
-    """Histogram of episode lengths: successful episodes, with unsuccessful ones stacked on top."""
+    """Histogram of episode lengths, with unsuccessful episodes stacked on successful ones."""
     lengths = [episode["length"] for episode in episodes]
     if not lengths:
         return ""
@@ -185,7 +179,7 @@ def _lengths(episodes: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _histogram(edges: Sequence[float], counts: Sequence[int], above: Sequence[int] = ()) -> str:
-    """Bars [n] between edges [n + 1], with optional bars stacked above, as SVG in the colours of the page."""
+    """Bars [n] between edges [n + 1], with optional bars stacked above, as SVG."""
     width, height, foot, head = 480, 150, 22, 14
     above = list(above) or [0] * len(counts)
     tallest = max(1, *(a + b for a, b in zip(counts, above, strict=True)))
@@ -213,7 +207,7 @@ def _histogram(edges: Sequence[float], counts: Sequence[int], above: Sequence[in
 
 
 def _number(value: float | None, digits: int = 3) -> str:
-    """Three significant digits without an exponent; a dash for None."""
+    """`value` with `digits` significant digits and without an exponent; a dash for None."""
     if value is None:
         return "–"
     return f"{value:.0f}" if abs(value) >= 10 ** (digits - 1) else f"{value:.{digits}g}"

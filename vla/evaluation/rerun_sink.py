@@ -1,10 +1,10 @@
 """Recordings of episodes for Rerun (https://rerun.io): cameras, state, actions and the entropy of tokens over time.
 
-Owns: the contents and layout of the .rrd file of one episode, for rollouts and datasets. It does not know where
-episodes come from. Rerun is an optional dependency (170 MB), which is imported only if a recording is wanted.
+Owns: the contents and layout of the .rrd file of an episode, for rollouts and datasets. Rerun is an optional dependency
+(170 MB), imported only for recordings. It does not know where episodes come from.
 
-Entities: `cameras/<name>` (PNG, exactly the pixels of the observation), `state`, `action` and `entropy` (one series per
-entry or token), and `instruction`. Timelines: `step`, the control step, and `time`, in seconds.
+Entities: `cameras/<name>` (lossless images), `state`, `action` and `entropy` (one series per entry or token), and
+`instruction`. Timelines: `step` (the control step) and `time` (in seconds).
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _PLOTS = {"action": "action", "state": "state", "entropy": "entropy of the token
 
 
 class EpisodeRecording:
-    """The recording of one episode, in memory until it is saved.
+    """The recording of an episode, in memory until it is saved.
 
     Args:
         robot: names of the cameras, state and action entries, and the control rate.
         instruction: the task.
-        tokens: names of the tokens of one action (the action entries that they encode); empty if tokens do not belong
-            to single actions, or if it is not known.
+        tokens: names of the action entries that an action's tokens encode; empty if unknown, or if tokens span several
+            actions.
     Raises:
         ConfigError: Rerun is not installed.
     """
@@ -57,8 +57,8 @@ class EpisodeRecording:
         self._rows["action"].append((step, np.asarray(action)))
 
     def execute(self, step: int, prediction: Prediction, executed: int) -> None:
-        """Record the first `executed` actions of a prediction (a batch of one) from `step` on, and the entropies of
-        their tokens; without names of tokens, the mean entropy of the chunk at `step`."""
+        """Record the first `executed` actions of a prediction (a batch of one) from `step` on, with the entropies of
+        their tokens or, without token names, the mean entropy of the chunk."""
         chunk, entropy = prediction.chunks[0], prediction.entropy[0]
         for k in range(executed):
             self.act(step + k, chunk[k])
@@ -68,7 +68,7 @@ class EpisodeRecording:
             self._rows["entropy"].append((step, entropy.mean(keepdims=True)))
 
     def save(self, path: Path, title: str) -> None:
-        """Write the recording and create its folder; `title` is its name in Rerun's viewer."""
+        """Write the recording. `title` is its name in Rerun's viewer."""
         rr = self._rr
         path.parent.mkdir(parents=True, exist_ok=True)
         with rr.RecordingStream("vla") as stream:
@@ -109,11 +109,7 @@ class EpisodeRecording:
 
 
 def load_rerun() -> Any:
-    """The module `rerun`, set to raise an exception instead of a warning for data that it cannot record.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
+    """Import `rerun` in strict mode, which raises exceptions for invalid data. ConfigError if it is not installed."""
     try:
         rerun = importlib.import_module("rerun")
     except ImportError as error:

@@ -1,10 +1,10 @@
 """Results of a rollout, as data.
 
-Owns: the record of an episode and the contents of `eval_info.json` (LeRobot's names, with intervals). It does not know
-how episodes are run, how two runs are compared, or how a report looks.
+Owns: the record of an episode and the contents of `eval_info.json` (LeRobot's names, and intervals). It does not know
+how episodes are run or compared, or how a report looks.
 
-An episode is a success if the task is solved at its last step. Success at any step ("ever") is reported in addition. An
-environment fault counts as a failure, and is also counted separately.
+An episode is a success if the task is solved at its last step. Environment faults are failures. Success at any step
+("ever") and the number of environment faults are also reported.
 """
 
 from __future__ import annotations
@@ -81,13 +81,13 @@ class Episode:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Episode:
-        """Inverse of `to_dict`, except for `decode_ms`, of which only median and maximum are stored."""
+        """Inverse of `to_dict`, except for `decode_ms`, which `to_dict` summarises."""
         names = [field.name for field in dataclasses.fields(cls) if field.name != "decode_ms"]
-        return cls(**{name: values[name] for name in names if name in values})  # older files have fewer
+        return cls(**{name: values[name] for name in names if name in values})  # older files lack some values
 
 
 def evaluate(episodes: Sequence[Episode], seconds: float) -> dict[str, Any]:
-    """The part of eval_info.json computed from episodes: per episode, task and group, and overall."""
+    """The part of eval_info.json that is computed from episodes: per episode, task and group, and overall."""
     tasks, groups = collections.defaultdict(list), collections.defaultdict(list)
     for episode in episodes:
         tasks[episode.env_id].append(episode)
@@ -108,7 +108,7 @@ def evaluate(episodes: Sequence[Episode], seconds: float) -> dict[str, Any]:
 
 
 def merge(infos: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The results of several rollouts as those of one.
+    """Merge the results of several rollouts.
 
     Args:
         infos: folder of a rollout, relative to the common report folder -> its results.
@@ -123,7 +123,7 @@ def merge(infos: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         list(map(Episode.from_dict, records)), sum(info["overall"]["eval_s"] for info in infos.values())
     ) | {
         "per_episode": records,
-        # Percentiles of several runs cannot be merged; the report of each rollout has its own.
+        # Percentiles cannot be merged; each rollout's report has its own.
         "decode_latency": {"n_forwards": sum(info["decode_latency"]["n_forwards"] for info in infos.values())},
     }
 
@@ -147,8 +147,11 @@ def summarise(episodes: Sequence[Episode]) -> dict[str, Any]:
 
 
 def latency(forwards: Sequence[tuple[int, float]]) -> dict[str, Any]:
-    """Percentiles of the decoding time of a batch in ms, from (batch size, seconds) of each batch. The first batch, a
-    warm-up, is reported separately."""
+    """Percentiles of a batch's decoding time in ms. The first batch, a warm-up, is reported separately.
+
+    Args:
+        forwards: batch size and seconds of each batch.
+    """
     if not forwards:
         return {"n_forwards": 0}
     steady = forwards[1:] or forwards
@@ -168,9 +171,14 @@ def latency(forwards: Sequence[tuple[int, float]]) -> dict[str, Any]:
     }
 
 
+def short(env_id: str) -> str:
+    """The id without its module: "vla/PickUp-v0" for "envs:vla/PickUp-v0"."""
+    return env_id.rpartition(":")[2]
+
+
 def task_group(env_id: str) -> str:
-    """The namespace of an environment id: "vla" of "envs:vla/PickUp-v0"."""
-    return env_id.rpartition(":")[2].rpartition("/")[0] or "gymnasium"
+    """The namespace of an environment id: "vla" for "envs:vla/PickUp-v0"."""
+    return short(env_id).rpartition("/")[0] or "gymnasium"
 
 
 def write(info: Mapping[str, Any], folder: Path) -> Path:
@@ -179,12 +187,12 @@ def write(info: Mapping[str, Any], folder: Path) -> Path:
 
 
 def finished(folder: Path) -> dict[str, Any] | None:
-    """The results in `folder`; None if the folder has no results or the rollout was interrupted."""
+    """The results in `folder`; None if there are none or the rollout was interrupted."""
     return read(folder) if RunFolder(folder).is_finished(FILE) else None
 
 
 def read(run: str | Path) -> dict[str, Any]:
-    """The results in a report folder (or an `eval_info.json`). DataError without results."""
+    """The results in a report folder or an `eval_info.json`. DataError if there are none."""
     path = Path(run) / FILE if Path(run).is_dir() else Path(run)
     try:
         info = json.loads(path.read_text())

@@ -17,12 +17,14 @@ Counts = tuple[int, int]  # successes, episodes
 def score(counts: Mapping[str, Counts], suite: Suite) -> dict[str, Any]:
     """Success rates in percent, with 95 % intervals.
 
-    A tier pools the episodes of its tasks. "tier_average", which papers call Avg, is the unweighted mean over the
-    tiers; it is None while the results of a task are missing. "variants" contains the variants with results, per tier.
-    "episode_average" weights all episodes equally.
-
     Args:
         counts: environment id -> (successes, episodes).
+    Returns:
+        A dict with
+        tiers: success of each tier, over all episodes of its tasks.
+        variants: the same for each variant with results.
+        tier_average: unweighted mean over the tiers ("Avg" in papers); None while results of a task are missing.
+        episode_average: success over all episodes.
     """
     tiers = {name: (members, _pool(counts, members)) for name, members in suite.tier_sets.items()}
     average = None
@@ -49,7 +51,7 @@ def score(counts: Mapping[str, Counts], suite: Suite) -> dict[str, Any]:
 
 
 def _pool(counts: Mapping[str, Counts], members: Iterable[str]) -> Counts:
-    """Successes and episodes of those `members` that have results."""
+    """Total successes and episodes of the `members` with results."""
     finished = [counts[env_id] for env_id in members if env_id in counts]
     return sum(successes for successes, _ in finished), sum(episodes for _, episodes in finished)
 

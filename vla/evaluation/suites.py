@@ -1,10 +1,10 @@
 """Benchmark suites.
 
 Owns: the definition of a suite (tasks, task sets, tiers, protocol, published results), its validation, and the lookup
-by name. A suite is plain data that is stored with its environments; this module does not know any particular suite.
+by name. The data of a suite is stored with its environments. It does not know particular suites.
 
-Your own module adds a suite with `SUITES.register("my-suite")(Suite(...))`, or defines it as an attribute for
-`vla benchmark module:attribute`.
+To add a suite, define it as an attribute of a module, for `vla benchmark module:attribute`, or register it with
+`SUITES.register("my-suite")(Suite(...))`.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Published:
         policy: name of the policy.
         average: mean success over the tiers, in percent.
         tiers: success per tier in percent, in the order of the suite's tiers; None: not published.
-        note: restrictions of a comparison with this result.
+        note: differences to the suite's protocol.
         source: arXiv id ("arXiv:2506.01844") or URL of the publication.
-        variant: the suite's variant that was evaluated; empty: the tiers themselves.
+        variant: the evaluated variant of the suite; empty: the tiers themselves.
     """
 
     __pydantic_config__ = STRICT
@@ -55,10 +55,11 @@ class Suite:
         name: short name, for files and folders.
         title: name in reports.
         sets: task set -> environment ids.
-        whole: the set that published averages refer to; evaluated by default.
-        tiers: sets that partition `whole`; the average is their unweighted mean. Empty: `whole` is the only tier.
-        variants: name -> one set per tier, with changed versions of the tier's tasks, e.g. another instruction. Results
-            on them are reported beside those on the tiers.
+        whole: the set of the published averages, evaluated by default.
+        tiers: sets that partition `whole`; the average is the unweighted mean of their success rates. Empty: `whole` is
+            the only tier.
+        variants: name -> one set per tier, with changed versions of the tier's tasks (another instruction, for
+            example). Their results are reported beside those of the tiers.
         episodes: episodes per task.
         seed: first environment seed; episode i of every task uses seed + i.
         max_steps: task set -> maximum steps per episode; other tasks have their environment's limit.
@@ -96,7 +97,7 @@ class Suite:
         return next((steps for name, steps in self.max_steps.items() if env_id in self.sets[name]), None)
 
     def choose(self, names: Sequence[str]) -> list[str]:
-        """The environment ids, each once, of the task sets and ids in `names`. ConfigError for an unknown name."""
+        """The environment ids, without duplicates, of task sets and ids. ConfigError if a name is unknown."""
         chosen: dict[str, None] = {}
         for name in names:
             if name in self.sets:
@@ -112,7 +113,7 @@ class Suite:
         siblings = [env_id for env_id in self.tasks if env_id.rpartition("/")[0] == namespace]
         if siblings:
             return unknown("task", name, siblings)
-        return unknown("task set", name, self.sets, f"The id of a task is valid, too, such as {self.tasks[0]}.")
+        return unknown("task set", name, self.sets, f"Task ids, such as {self.tasks[0]}, are also valid.")
 
     def contradiction(self) -> str | None:
         changed = [name for sets in self.variants.values() for name in sets]
@@ -125,7 +126,7 @@ class Suite:
         if sorted(in_tiers) != sorted(set(self.sets[self.whole])):
             return f"suite {self.name!r}: the tiers must contain each task of {self.whole!r} once, and no other task."
         if len({env_id.rpartition("/")[2] for env_id in self.tasks}) < len(self.tasks):
-            return f"suite {self.name!r}: task ids must differ in their last part, which names the task's folder."
+            return f"suite {self.name!r}: task ids must differ in their last part, the name of the task's folder."
         for variant, sets in self.variants.items():
             if len(sets) != len(self.tier_sets):
                 return (
@@ -143,14 +144,14 @@ class Suite:
         return None
 
 
-#: A suite, or the "module:attribute" to read it from.
+#: Suites, or "module:attribute" to import a suite from.
 SUITES: Registry[Suite | str] = Registry("suite")
 SUITES.register("metaworld")("envs.metaworld_sets:SUITE")
 SUITES.register("libero")("envs.libero.suites:SUITE")
 
 
 def find(name: str) -> Suite:
-    """The suite of that name: a registered one, or the `Suite` or mapping of its fields at "module:attribute".
+    """The registered suite `name`, or the suite at "module:attribute" (a `Suite` or a mapping with its fields).
 
     Raises:
         ConfigError: the suite is unknown or invalid.

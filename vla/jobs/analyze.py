@@ -3,8 +3,8 @@
 
 Owns: the measurement, its table and its figure. In training, a token is predicted from the demonstrator's earlier
 tokens (teacher forcing); at run time, from the policy's own earlier tokens (free running). The difference of the two
-error rates shows how errors early in a chunk propagate within it. It also measures the probability of tokens that are
-not actions, which decoding excludes. It only sees demonstrations: closed-loop errors are measured by `vla rollout`.
+error rates shows how errors propagate within a chunk. The probability of tokens that are not actions is also measured.
+All measurements are on demonstrations; `vla rollout` measures closed-loop errors.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ class Tokens(NamedTuple):
     Attributes:
         forced: whether the token is wrong under teacher forcing.
         free: whether the token is wrong under free running.
-        outside: total probability of the tokens that are not actions.
-        learned: whether the token counts; False beyond the end of a demonstration.
+        outside: total probability of tokens that are not actions.
+        learned: False for tokens beyond the end of a demonstration, which do not count.
     """
 
     forced: np.ndarray

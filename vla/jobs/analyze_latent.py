@@ -1,6 +1,6 @@
-"""`vla analyze latent`: what each code of a policy's latent does (docs/free_transformer.md).
+"""`vla analyze latent`: rollouts of the same seeds under every code of a policy's latent (docs/free_transformer.md).
 
-Owns: the rollouts, of the same seeds under every code, their table and the figure of their paths, coloured by code.
+Owns: the rollouts, the table of success rates, and the figure of the paths by code.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def latent(config: LatentConfig) -> dict[str, Any]:
     """Roll out every code, print, and write `latent.json` and `latent.png`. Returns the contents of the JSON file.
 
     Raises:
-        VLAError: the policy has no latent or not such codes, or it does not fit the environment; raised before anything
-            is written.
+        VLAError: the policy has no latent, does not have the configured codes, or does not fit the environment; raised
+            before anything is written.
     """
     check(config)
     policy = Policy.from_pretrained(config.policy, config.device, config.unnorm_key, config.n_action_steps)
@@ -66,7 +66,7 @@ def _axis(names: tuple[str, ...], name: str) -> int:
 
 
 def _roll_out(env: SimulatedRobot, policy: Policy, seed: int, code: int, axes: list[int]) -> dict[str, Any]:
-    """One episode under one code: success at its end, and the path of two state entries, [steps + 1, 2]."""
+    """Run one episode. Returns `success` at its end and `path`, two state entries over time, [steps + 1, 2]."""
     observation, info = env.reset(seed=seed)
     session, over = Session(info["instruction"], LatentDraw(codes=(code,))), False
     path = [observation["agent_pos"][axes]]

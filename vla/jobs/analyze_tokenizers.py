@@ -1,8 +1,8 @@
 """`vla analyze tokenizers`: compare action tokenizers on a dataset.
 
 Owns: the measurement of each tokenizer at each horizon, its table and its figure. Tokenizers are fitted to the dataset
-and encode its chunks, normalised as in training. It needs no policy: how well a policy learns the tokens is measured by
-training one with each.
+and encode its chunks, normalised as in training. To find out how well a policy learns the tokens, train one with each
+tokenizer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vla.transforms.normalize import Normalizer, compute_statistics
 from vla.transforms.tokenizers.base import TOKENIZERS, ActionTokenizer
 
 FILE, FIGURE = "tokenizers.json", "tokenizers.png"
-RANDOM = 1000  # random sequences that are decoded
+RANDOM = 1000  # number of random sequences to decode
 
 
 def tokenizers(config: TokenizersConfig) -> dict[str, Any]:
@@ -73,11 +73,15 @@ def measure(tokenizer: ActionTokenizer, chunks: np.ndarray, normalizer: Normaliz
     """Properties of a tokenizer on normalised chunks [N, H, D].
 
     Returns:
-        tokens, max_tokens: mean and maximum tokens per chunk, without padding. used: share of the vocabulary that
-        occurs. bits: entropy of the frequencies of its ids, per token, in bits. mse: mean squared error of the
-        normalised entries that move. rmse, max_error: error per action dimension, in the robot's units. worst: the
-        dimension with the largest normalised error. undecodable: share of random sequences of allowed ids that cannot
-        be decoded.
+        A dict with
+        vocabulary: number of ids.
+        used: share of the ids that occur.
+        tokens, max_tokens: mean and maximum number of tokens per chunk, without padding.
+        bits: entropy of the distribution of ids, in bits per token.
+        mse: mean squared error of the normalised entries, without constant dimensions.
+        rmse, max_error: errors per action dimension, in the robot's units.
+        worst: index of the dimension with the largest normalised error.
+        undecodable: see `undecodable`.
     """
     ids = tokenizer.encode(chunks)
     real = ids[~tokenizer.ended(ids)[..., :-1]]
@@ -118,7 +122,7 @@ def undecodable(tokenizer: ActionTokenizer, count: int, seed: int = 0) -> float:
 
 
 def _windows(demos: Demonstrations, horizon: int, count: int) -> np.ndarray:
-    """Frame indices of `count` evenly spaced chunks, [n, horizon]. Past its end, an episode's last action repeats."""
+    """Frame indices of `count` evenly spaced chunks, [n, horizon]. At the end of an episode, the last frame repeats."""
     starts = np.linspace(0, demos.num_frames - 1, min(count, demos.num_frames)).round().astype(int)
     lasts = np.concatenate([np.full(e.length, e.start + e.length - 1) for e in demos.episodes])
     return np.minimum(starts[:, None] + np.arange(horizon), lasts[starts][:, None])

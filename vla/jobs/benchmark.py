@@ -1,10 +1,10 @@
 """`vla benchmark <suite>`: evaluate a policy on a benchmark suite with the protocol of its published results.
 
-Owns: running and resuming the tasks. Each task is a rollout (`vla.jobs.rollout`) in its own folder, so that an
-interrupted benchmark continues with its first unfinished task. Suites are defined in `vla.evaluation.suites`, averages
-are computed in `vla.evaluation.scores`, and the page is written in `vla.evaluation.report`.
+Owns: running and resuming the tasks. Each task is a rollout (`vla.jobs.rollout`) in its own folder; an interrupted
+benchmark continues with its first unfinished task. Suites are defined in `vla.evaluation.suites`, averages are computed
+in `vla.evaluation.scores`, and the page is written by `vla.evaluation.report`.
 
-The folder of a finished benchmark is also a rollout report: `vla rollout --compare` reads it.
+The folder of a benchmark is also a rollout report, which `vla rollout --compare` can read.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ _FREE = ("n_envs", "videos", "hosts")  # may change when a benchmark is resumed
 
 
 def benchmark(config: BenchmarkConfig, policy: ChunkPolicy | None = None) -> dict[str, Any]:
-    """Run the unfinished tasks, aggregate, and write `benchmark.json`, `eval_info.json` and the page.
-
-    Finished tasks are not repeated, except for tasks with an environment fault.
+    """Run the unfinished tasks and those with environment faults; write `benchmark.json`, `eval_info.json` and the
+    page.
 
     Args:
-        policy: None: `config.policy`, loaded once for all tasks.
+        policy: None: load `config.policy`, once for all tasks.
     Returns:
         The contents of `benchmark.json`.
     Raises:
-        ConfigError: the suite or a task is unknown, or the folder holds another policy, other settings or other files.
+        ConfigError: the suite or a task is unknown, or the folder has results of another policy or other settings, or
+            unrelated files.
         SimulatorError: the suite's module cannot be imported.
         VLAError: as for `rollout`.
         KeyboardInterrupt: the run was stopped. This exception and errors of a task are raised after the finished tasks
@@ -72,7 +72,7 @@ def benchmark(config: BenchmarkConfig, policy: ChunkPolicy | None = None) -> dic
             policy = policy or client.load(
                 config.policy, config.device, config.unnorm_key, config.n_action_steps, config.decoding, config.dtype
             )
-            shutil.rmtree(folder, ignore_errors=True)  # an unfinished task of a killed process
+            shutil.rmtree(folder, ignore_errors=True)  # left by a killed process, or has faults
             rollout(_of_task(config, suite, env_id, folder), policy)
     finally:
         summary = _conclude(suite, env_ids, header, out)
@@ -91,12 +91,12 @@ def _resolved(config: BenchmarkConfig, suite: Suite) -> BenchmarkConfig:
 
 
 def _claim(folder: RunFolder, header: Mapping[str, Any]) -> None:
-    """Start or continue a benchmark in `folder`. ConfigError if its results are of another policy or other settings."""
+    """Start or continue a benchmark in `folder`. ConfigError if it has results of another policy or other settings."""
     has_results = any((folder.path / TASKS).glob(f"*/{results.FILE}"))
     folder.check(resume=True, has_results=has_results)
     if has_results and folder.read_json(FILE).get("policy") != header["policy"]:
         raise ConfigError(
-            f"{folder.path} holds a benchmark of another policy, or the files of {header['policy']['path']} have "
+            f"{folder.path} contains a benchmark of another policy, or the files of {header['policy']['path']} have "
             "changed since. Choose another --out."
         )
     folder.begin()
@@ -105,7 +105,7 @@ def _claim(folder: RunFolder, header: Mapping[str, Any]) -> None:
 
 
 def _folder(env_id: str) -> Path:
-    """Folder of a task's rollout, relative to the benchmark's."""
+    """Folder of a task's rollout, relative to the benchmark's folder."""
     return Path(TASKS) / env_id.rpartition("/")[2]
 
 

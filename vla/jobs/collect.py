@@ -1,12 +1,11 @@
 """`vla collect`: run an expert in an environment and write its successful episodes as a dataset.
 
-Owns: the environment and seed of every episode, and what happens when attempts fail or the run is interrupted. It does
-not know the format on disk (`data.writer`), nor how an attempt runs (`simulation.experts`).
+Owns: the environment and seed of every episode, and the handling of failed attempts and interruptions. It does not know
+the format on disk (`data.writer`) or how an attempt runs (`simulation.experts`).
 
-Episode `n` depends on nothing but the configuration and `n`: neither the number of workers nor an interruption changes
-the dataset. An attempt that is not kept is retried with another seed, which depends only on `n` and the number of the
-attempt. If a worker dies, its attempt is repeated with the same seed once. Workers write finished episodes themselves,
-so frames never pass between processes.
+Episode `n` depends only on the configuration and `n`, not on the number of workers or on interruptions. If an attempt
+fails, the next one has another seed, which depends only on `n` and the number of the attempt. If a worker dies, its
+attempt is repeated once with the same seed.
 """
 
 from __future__ import annotations
@@ -41,17 +40,17 @@ FAILURES = "failures.jsonl"  # one line per attempt that was not kept
 FREE = ("episodes", "workers", "hosts")  # may change when a collection is resumed
 
 RETRY_SEED_OFFSET = 1_000_000  # added to an episode's seed per retry; larger than the number of episodes
-MAX_FAILURES_WITHOUT_SUCCESS = 50  # per environment; collecting then stops
-MAX_ERRORS_WITHOUT_SUCCESS = 10  # per environment, if every failure was an error; collecting then stops
-MAX_ATTEMPTS = 200  # per episode
+MAX_FAILURES_WITHOUT_SUCCESS = 50  # stop after this many failed attempts in an environment without a success
+MAX_ERRORS_WITHOUT_SUCCESS = 10  # the same, if all failed attempts ended in an error
+MAX_ATTEMPTS = 200  # stop after this many failed attempts at one episode
 
 _console = Console(stderr=True)
 
 
 def attempt(config: CollectConfig, episode: int, turn: int) -> Attempt:
-    """Attempt number `turn` at an episode of the dataset: a pure function of its arguments."""
+    """Attempt number `turn` at an episode of the dataset."""
     environment = episode % len(config.env)
-    index = episode // len(config.env)  # per environment: all have the same share of noisy episodes
+    index = episode // len(config.env)  # in its environment, so that all environments have the same share of noise
     noisy = int((index + 1) * config.noise_share) > int(index * config.noise_share)
     return Attempt(
         episode=episode,
@@ -66,14 +65,12 @@ def collect(config: CollectConfig) -> Path:
     """Collect `config.episodes` demonstrations into the dataset `config.out` and return its folder.
 
     Raises:
-        ConfigError, DataError: a value is invalid, or the folder cannot be used.
+        ConfigError, DataError: the configuration is invalid, or the folder is in use.
         SimulatorError: the environment cannot be created, or the expert never succeeds.
     """
     configuration.check(config)
     if config.resume and (config.out / INFO).is_file():
-        shutil.rmtree(
-            config.out / STAGING, ignore_errors=True
-        )  # left over if the process was killed after the last rename
+        shutil.rmtree(config.out / STAGING, ignore_errors=True)  # left by a process killed after the last rename
         RunFolder(config.out, config, PLAN, FREE).check_settings()
         existing = Info.load(config.out).total_episodes
         if existing < config.episodes:
@@ -218,7 +215,7 @@ class _Run:
         self.todo.insert(0, attempt(self.config, tried.episode, tried.turn + 1))
 
     def _check_failures(self, tried: Attempt, outcome: Outcome | Fault) -> None:
-        """SimulatorError if further attempts in this environment are unlikely to succeed."""
+        """Raise SimulatorError if further attempts in this environment are unlikely to succeed."""
         if any(attempt(self.config, number, 0).env_id == tried.env_id for number in self.done):
             if tried.turn + 1 < MAX_ATTEMPTS:
                 return
@@ -234,15 +231,14 @@ class _Run:
             )
         if len(here) >= MAX_FAILURES_WITHOUT_SUCCESS:
             raise SimulatorError(
-                f"the expert succeeded in none of the first {len(here)} attempts in environment {tried.env_id!r}. "
+                f"the expert failed in all of the first {len(here)} attempts in environment {tried.env_id!r}. "
                 f"Check that the environment's `info` has the success flag {self.config.adapter.success!r} "
                 "(adapter.success) and that adapter.max_steps is large enough. `--keep all` also keeps failed episodes."
             )
 
 
 def _shared_robot(config: CollectConfig) -> RobotSpec:
-    """The RobotSpec shared by all environments. Each environment is created once, so that errors are raised before
-    anything is written."""
+    """The RobotSpec of all environments. Creates each environment once, to raise errors before anything is written."""
     robots: dict[str, RobotSpec] = {}
     for env_id in dict.fromkeys(config.env):
         env = simulator.make(env_id, config.adapter)

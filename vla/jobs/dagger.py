@@ -1,12 +1,12 @@
-"""`vla dagger`: DAgger, which trains on expert labels for the states that the policy itself reaches (Ross et al. 2011).
+"""`vla dagger`: DAgger, training on expert labels for the states that the policy reaches (Ross et al., 2011).
 
 Owns: the rounds, the stopping criterion, and labels and success per round. Round 0 is behaviour cloning. Every later
 round collects DAgger rollouts with the last policy and the expert (`vla.training.dagger_rollouts`), trains that policy
 further (or a new one) on the demonstrations of all rounds, and evaluates it. Every stage is a separate job; finished
-stages are not repeated. It does not know how rollouts run, how policies are trained or how results are computed.
+stages are not repeated. The output folder:
 
     round-0/data, train, rollout     output of `vla collect`, `vla train` and `vla rollout`; likewise round-1, ...
-    round-1/trials                   rollouts of the last policy alone, if scenes are distributed by its failures
+    round-1/trials                   with `trials`: rollouts of the last policy without the expert
     bc-4/...                         behaviour cloning on the budget of rounds 0 to 4
     dagger.json, dagger.png          success against the number of labels
     dagger.yaml                      settings
@@ -45,7 +45,7 @@ from vla.training.dagger_rollouts import collect_rollouts, first_seed, scenes_of
 
 FILE, FIGURE, SETTINGS = "dagger.json", "dagger.png", "dagger.yaml"
 FREE = ("rounds", "labels", "target", "compare_bc", "device", "hosts")  # may change when a run is resumed
-KEY = "dagger"  # one unnorm_key, and so one set of statistics, for all rounds: action tokens keep their meaning
+KEY = "dagger"  # the unnorm_key of all rounds, so that they share statistics
 
 _console = Console()
 
@@ -55,7 +55,8 @@ def dagger(config: DaggerConfig) -> dict[str, Any]:
     round.
 
     Raises:
-        ConfigError, DataError, SimulatorError: a value is invalid, or a folder or an environment cannot be used.
+        ConfigError, DataError, SimulatorError: the configuration, a dataset, the output folder or an environment is
+            invalid.
     """
     _check(config)
     RunFolder(config.out, config, SETTINGS, FREE).claim(config.resume)
@@ -76,7 +77,7 @@ def dagger(config: DaggerConfig) -> dict[str, Any]:
 
 
 def _round(config: DaggerConfig, before: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """One round: demonstrations, training, evaluation. None if there is nothing to label."""
+    """Run one round: demonstrations, training, evaluation. None if there is nothing to label."""
     number = len(before)
     folder = config.out / f"round-{number}"
     title = f"the expert controls {config.beta**number:.0%} of the rollouts" if number else "behaviour cloning"
@@ -110,7 +111,7 @@ def _round(config: DaggerConfig, before: Sequence[dict[str, Any]]) -> dict[str, 
 
 
 def _failures(config: DaggerConfig, number: int, policy: str) -> list[int]:
-    """Failures of the policy alone per environment, in this round's scenes."""
+    """Number of failures per environment of the policy without the expert, in this round's scenes."""
     folder = config.out / f"round-{number}" / "trials"
     tried = _evaluate(config, policy, folder, config.trials, first_seed(config, number))["per_episode"]
     failed = [episode["env_id"] for episode in tried if not episode["success"]]
@@ -118,10 +119,11 @@ def _failures(config: DaggerConfig, number: int, policy: str) -> list[int]:
 
 
 def _behaviour_cloning(config: DaggerConfig, rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The baseline: behaviour cloning on the expert's demonstrations, with as many labels and optimizer steps.
+    """The baseline: behaviour cloning on the expert's demonstrations, with at least as many labels as DAgger and the
+    same number of optimizer steps.
 
-    It trains on all demonstrations from the start, whereas DAgger gets them round by round, and it has at least as many
-    labels, because it collects complete episodes. Any effect of these differences favours the baseline.
+    The remaining differences favour the baseline: it has all demonstrations from the start, and complete episodes may
+    give it more labels.
     """
     _console.print(Rule("behaviour cloning on the same budget", align="left"))
     first, last = rounds[0], rounds[-1]
@@ -137,7 +139,7 @@ def _behaviour_cloning(config: DaggerConfig, rounds: Sequence[dict[str, Any]]) -
 
 
 def _demonstrate(config: DaggerConfig, out: Path, episodes: int, seed: int) -> Path:
-    """Collect successful episodes of the expert alone."""
+    """Collect successful episodes of the expert."""
     if not (out / INFO).is_file():
         collect(
             CollectConfig(
@@ -171,7 +173,7 @@ def _learn(
 def _evaluate(
     config: DaggerConfig, policy: str, report: Path, episodes: int, seed: int, videos: int = 0
 ) -> dict[str, Any]:
-    """Results of a policy alone, with `episodes` per environment."""
+    """Results of a policy without the expert, with `episodes` per environment."""
     return results.finished(report) or rollout(
         RolloutConfig(
             policy=policy,
@@ -193,9 +195,9 @@ def _training(config: DaggerConfig, run: Path, data: Sequence[Path], backbone: s
     if not started:  # no folder, or an earlier process was killed while it wrote the first files
         shutil.rmtree(run, ignore_errors=True)
     model = config.train.model
-    if backbone is not None:  # a policy with its own vision tower; tokenizer and horizon stay as configured
+    if backbone is not None:  # a trained policy, which has a vision tower
         model = dataclasses.replace(model, backbone=backbone, vision=(), image_size=None)
-    # Keep the seed, which selects the validation episodes: those of earlier rounds must stay held out.
+    # The seed selects the validation episodes; with the same seed, those of earlier rounds stay held out.
     return dataclasses.replace(
         config.train,
         data=tuple(data),
@@ -208,7 +210,7 @@ def _training(config: DaggerConfig, run: Path, data: Sequence[Path], backbone: s
 
 
 def _enough(config: DaggerConfig, rounds: Sequence[dict[str, Any]]) -> str | None:
-    """The criterion that ends the run after these rounds; None if another round follows."""
+    """The stopping criterion that these rounds meet; None if another round follows."""
     if rounds[-1]["pc_success"] >= 100 * config.target:
         return "target"
     if config.labels is not None and rounds[-1]["labels"] >= config.labels:
@@ -217,7 +219,7 @@ def _enough(config: DaggerConfig, rounds: Sequence[dict[str, Any]]) -> str | Non
 
 
 def _check(config: DaggerConfig) -> None:
-    """Raise errors now that would otherwise occur in a later stage, hours into the run."""
+    """Raise errors that would otherwise occur hours into the run."""
     configuration.check(config)
     for folder in config.data:
         Info.load(folder)

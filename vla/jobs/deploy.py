@@ -43,7 +43,7 @@ from vla.support.statistics import percentiles, wilson
 
 FILE = "deploy.json"
 _NO_LIMIT = 2**31  # steps
-_MAX_RECORDS = 10_000  # only the records of the last episodes are kept: a deployment may last for weeks
+_MAX_RECORDS = 10_000  # records of earlier episodes are dropped, because a deployment may last for weeks
 
 
 def deploy(config: DeployConfig) -> dict[str, Any]:
@@ -64,8 +64,7 @@ def deploy(config: DeployConfig) -> dict[str, Any]:
         connect_s=config.connect_s,
     )
     records: deque[dict[str, Any]] = deque(maxlen=_MAX_RECORDS)
-    # Limits how long a thread waits for Python's global interpreter lock to less than the tolerable jitter.
-    sys.setswitchinterval(0.0005)
+    sys.setswitchinterval(0.0005)  # limits the time that a thread waits for the GIL
     robot = _robot(config)
     with (
         _controller(config, robot, policy) as controller,
@@ -118,7 +117,7 @@ def _robot(config: DeployConfig) -> Robot | EpisodicRobot:
 
 
 def _controller(config: DeployConfig, robot: Robot, policy: ChunkPolicy) -> Controller:
-    """Create the controller, which then owns the robot. If that fails, the robot is closed."""
+    """Create the controller, and close the robot if that fails. Otherwise, the controller closes the robot."""
     try:
         if not is_episodic(robot) and not config.adapter.instruction:
             raise ConfigError(f"robot {config.robot!r} has no instruction. Set the task with --instruction.")
@@ -134,8 +133,8 @@ def _instruction(config: DeployConfig, robot: Robot) -> str:
 
 
 def _adapter(config: DeployConfig) -> AdapterConfig:
-    """The adapter. If an operator is expected (a live page and no number of episodes), the environment's step limit is
-    disabled, and only `config.seconds` limits an episode."""
+    """The adapter. If an operator is expected (live page, unlimited episodes), it has no step limit, so that only
+    `config.seconds` limits an episode."""
     if config.ui and config.episodes is None and config.adapter.max_steps is None:
         return dataclasses.replace(config.adapter, max_steps=_NO_LIMIT)
     return config.adapter
@@ -162,7 +161,7 @@ def _black_box(config: DeployConfig, controller: Controller) -> Iterator[None]:
 def _live_page(
     config: DeployConfig, controller: Controller, spec: RobotSpec, policy: ChunkPolicy
 ) -> Iterator[OperatorConsole | None]:
-    """Serve the operator console, if `config.ui`."""
+    """Serve the operator console if `config.ui` is set."""
     if not config.ui:
         yield None
         return
@@ -178,10 +177,10 @@ def _live_page(
 
 @contextlib.contextmanager
 def _held_by_signals(controller: Controller) -> Iterator[Callable[[], None]]:
-    """On Ctrl-C or SIGTERM, end the run at its next control step with the hold command. The original handler runs when
-    the yielded function is called, or at once on a second signal.
+    """On Ctrl-C or SIGTERM, end the episode at its next control step with the hold command. The signal is raised again
+    when the yielded function is called, or at once on a second signal.
 
-    Ignored signals stay ignored: shells make background jobs of scripts (`vla deploy &`) ignore SIGINT."""
+    Ignored signals stay ignored: shells ignore SIGINT for background jobs of scripts (`vla deploy &`)."""
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
         return
@@ -206,7 +205,7 @@ def _held_by_signals(controller: Controller) -> Iterator[Callable[[], None]]:
 
     heard = [signum for signum in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(signum) is not signal.SIG_IGN]
     if signal.SIGINT not in heard:
-        print(f"SIGINT is ignored, as in background jobs. To stop, run `kill {os.getpid()}`.", flush=True)
+        print(f"SIGINT is ignored (background job). To stop, run `kill {os.getpid()}`.", flush=True)
     before = {signum: signal.signal(signum, stop) for signum in heard}
     try:
         yield check
@@ -227,7 +226,7 @@ def _line(record: dict[str, Any]) -> str:
 
 
 def _summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    # Episodes in which the operator intervened do not measure the policy.
+    # Episodes in which the operator intervened do not count for the success rate.
     alone = [record for record in records if not record.get("orders")]
     successes, total = sum(record["success"] for record in alone), len(alone)
     ticks = sum(record["commands"] + record["skipped"] for record in records)
@@ -255,7 +254,7 @@ def _summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _print(info: dict[str, Any]) -> None:
     table = Table(show_header=False)
     low, high = (100 * limit for limit in info["interval"])
-    guided = f"; {info['n_guided']} episodes guided by the operator not counted" if info["n_guided"] else ""
+    guided = f"; without {info['n_guided']} episodes guided by the operator" if info["n_guided"] else ""
     rows = {
         "success": f"{info['successes']}/{info['n_episodes']} (95 % interval {low:.0f} to {high:.0f}){guided}",
         "control steps": f"{info['ticks']}, {100 * info['missed']:.2f} % of the deadlines missed",

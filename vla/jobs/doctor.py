@@ -1,8 +1,7 @@
-"""`vla doctor`: find problems of this machine, with the commands that fix them.
+"""`vla doctor`: find problems of this machine and the commands that fix them.
 
-Owns: the assessment of what `vla.support.machine` and `vla.simulation.probes` report. Every finding is ok, warn (works,
-but slower or with limitations) or fail (something necessary does not work), with a fix if it is not ok. It knows no
-policies, data or environments.
+Owns: the assessment of the facts from `vla.support.machine` and `vla.simulation.probes`. A finding is ok, warn (works,
+but slower or with limitations) or fail (something necessary does not work).
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ STYLES: dict[Status, str] = {"ok": "green", "warn": "yellow", "fail": "bold red"
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One line of the report; `fix` is empty if nothing needs to be fixed."""
+    """One line of the report."""
 
     name: str
     status: Status
@@ -50,7 +49,7 @@ class Finding:
 
 
 def doctor(config: DoctorConfig) -> bool:
-    """Print the findings. Returns whether none of them is a failure."""
+    """Print the findings. Returns False if one of them is a failure."""
     findings = []
     console = Console(highlight=False, soft_wrap=True)
     for finding in examine(config.out):
@@ -67,7 +66,7 @@ def doctor(config: DoctorConfig) -> bool:
 
 
 def examine(folder: Path) -> Iterator[Finding]:
-    """All findings. The probes run in parallel while the quick checks are reported."""
+    """Yield all findings. Probes run in parallel while the quick checks are reported."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     with ThreadPoolExecutor(machine.cores()) as pool:  # more probes than cores would slow each other down
         torch = pool.submit(probe, "torch")
@@ -87,7 +86,7 @@ def examine(folder: Path) -> Iterator[Finding]:
 
 
 def probe(name: str, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Run one of `vla.simulation.probes`. Returns its result, or {"error": reason} if it failed."""
+    """Run one of `vla.simulation.probes` in a process. Returns its result, or {"error": reason} if it failed."""
     try:
         done = subprocess.run(
             [sys.executable, "-m", "vla.simulation.probes", name],
@@ -101,7 +100,7 @@ def probe(name: str, environment: Mapping[str, str] | None = None) -> dict[str, 
     if done.returncode < 0:
         return {"error": f"the process crashed (signal {-done.returncode})"}
     if done.returncode:
-        # Clean-up code may raise further errors, so the cause is the first exception's line.
+        # Clean-up code may raise further errors, so use the first exception.
         lines = [line for line in done.stderr.splitlines() if line and not line.startswith((" ", "Traceback"))]
         return {"error": lines[0] if lines else f"exit code {done.returncode}"}
     return json.loads(done.stdout.splitlines()[-1])
@@ -115,7 +114,7 @@ def python_version(version: tuple[int, ...]) -> Finding:
 
 
 def packages(requirements: list[str], installed: Any) -> Iterator[Finding]:
-    """Compare installed versions with this package's requirements, and find packages that conflict with it."""
+    """Compare installed versions with this package's requirements, and find conflicting packages."""
     found, wrong, pins = [], [], []
     for line in requirements:
         requirement = Requirement(line)
@@ -149,7 +148,7 @@ def packages(requirements: list[str], installed: Any) -> Iterator[Finding]:
 
 
 def suites(names: Iterable[str], installed: Any, requires: Any) -> Iterator[Finding]:
-    """Whether the installed ones of the optional benchmark packages `names` have what they require."""
+    """Check the requirements of the benchmark packages `names` that are installed."""
     for name in names:
         if not installed(name):
             continue
@@ -164,24 +163,24 @@ def suites(names: Iterable[str], installed: Any, requires: Any) -> Iterator[Find
             said = "; ".join(wrong)
             yield Finding("suites", "fail", f"{name} {installed(name)}: {said}", f"scripts/setup {SUITES[name]}")
         else:
-            yield Finding("suites", "ok", f"{name} {installed(name)} has what it requires")
+            yield Finding("suites", "ok", f"the requirements of {name} {installed(name)} are satisfied")
 
 
 def locked() -> list[Requirement]:
-    """The exact versions that the tests ran with, for this Python and platform, from `vla/locks`."""
+    """The versions in `vla/locks`, with which the tests ran, for this Python and platform."""
     lines = [line for path in sorted(LOCKS.glob("*.txt")) for line in path.read_text().splitlines()]
     found = [Requirement(line.removesuffix("\\")) for line in lines if line and not line.startswith(("#", " "))]
     return [requirement for requirement in found if requirement.marker is None or requirement.marker.evaluate()]
 
 
 def tested(locks: list[Requirement], installed: Any) -> Finding:
-    """Compare installed versions with those that the tests ran with."""
+    """Compare installed versions with the tested ones."""
     versions = {lock.name: installed(lock.name) for lock in locks}
     differing = [lock for lock in locks if versions[lock.name] and not lock.specifier.contains(versions[lock.name])]
     if not differing:
         return Finding("versions", "ok", "every package has the tested version")
     names = ", ".join(f"{lock.name} {versions[lock.name]} (tested {str(lock.specifier)[2:]})" for lock in differing)
-    # Only a warning: another version may be intended, such as a torch build for another device.
+    # Only a warning, because another version may be intended, such as a torch build for another device.
     return Finding(
         "versions",
         "warn",
@@ -191,15 +190,14 @@ def tested(locks: list[Requirement], installed: Any) -> Finding:
 
 
 def processor(cores: int, quota: float | None, load: float, threads: str | None) -> Finding:
-    """The number of cores, and whether one torch thread per core would be slow. If another program or a container limit
-    takes cores away, threads that wait for each other slow down far more than proportionally (12 times, measured on two
-    cores)."""
+    """The number of cores, and a warning if another program or a container limit takes some of them: with one torch
+    thread per core, threads then wait for each other (12 times slower, measured on two cores)."""
     says = f"{machine.cpu_model()}, {cores} cores" + (f", OMP_NUM_THREADS={threads}" if threads else "")
     if not threads and quota is not None and quota < cores:
         return Finding(
             "processor",
             "warn",
-            f"{says}, of which this container may use {quota:g}: torch is slow with one thread per core",
+            f"{says}, but this container may use only {quota:g}: torch is slow with one thread per core",
             f"export OMP_NUM_THREADS={max(1, int(quota))}",
         )
     if not threads and load > 0.5 * cores:
@@ -213,11 +211,13 @@ def processor(cores: int, quota: float | None, load: float, threads: str | None)
 
 
 def memory() -> Iterator[Finding]:
-    """Main memory, and the shared memory that data workers use (64 MiB in a container by default)."""
+    """Main memory, and the shared memory of data workers (64 MiB in a container by default)."""
     free = machine.free_memory()
     says = f"{free / GIB:.1f} GiB free"
     if free < 2 * GIB:
-        yield Finding("memory", "warn", f"{says}; training needs about 4", "use a smaller --batch-size and --workers 0")
+        yield Finding(
+            "memory", "warn", f"{says}; training needs about 4 GiB", "use a smaller --batch-size and --workers 0"
+        )
     else:
         yield Finding("memory", "ok", says)
     shared = Path("/dev/shm")
@@ -225,7 +225,7 @@ def memory() -> Iterator[Finding]:
         yield Finding(
             "shared mem",
             "warn",
-            f"/dev/shm has {size / 2**20:.0f} MiB: workers that load data can run out of it",
+            f"/dev/shm has {size / 2**20:.0f} MiB, which may be too small for data workers",
             "docker run --shm-size=2g ..., or --workers 0",
         )
 
@@ -246,7 +246,7 @@ def disk(folder: Path) -> Finding:
 
 
 def rendering(trials: Mapping[str, Mapping[str, Any]], environment: Mapping[str, str]) -> Finding:
-    """The GL backends that work; "fail" if the one that would be used does not."""
+    """The working GL backends; "fail" if the selected one does not work."""
     default = "glfw" if "glfw" in trials and environment.get("DISPLAY") else next(iter(trials))
     chosen = environment.get("MUJOCO_GL") or default
     working = [gl for gl, trial in trials.items() if "error" not in trial]

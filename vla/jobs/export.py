@@ -1,7 +1,6 @@
 """`vla export`: write a policy in another format.
 
-Owns: the formats, and the summary of what was written. The type of the weights is that of the policy's files, so that
-an export changes no bit of them.
+Owns: the formats, and the printed summary. Weights keep the data type of the policy's files.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ FORMATS: dict[str, Callable[[VLAForActionPrediction, VLAProcessor, Path], None]]
 
 
 def export(config: ExportConfig) -> Path:
-    """Export a policy and return its new folder, which appears once it is complete.
+    """Export a policy and return its new folder. The folder is written atomically.
 
     Raises:
         ConfigError, CheckpointError: the policy cannot be loaded or written in this format, or `out` is in use. Nothing
@@ -48,7 +47,7 @@ def export(config: ExportConfig) -> Path:
 
 
 def _check_output(config: ExportConfig) -> None:
-    """ConfigError if `out` contains anything, except for a checkpoint that is to be replaced."""
+    """Raise ConfigError if `out` is in use, unless it is a checkpoint and `overwrite` is set."""
     found = sorted(path.name for path in config.out.iterdir()) if config.out.is_dir() else []
     if config.out.is_file() or (found and "config.json" not in found):
         raise ConfigError(f"{config.out} is not a checkpoint folder. Choose another --out.")

@@ -1,7 +1,7 @@
 """`vla inspect`: show the contents of a dataset and its problems.
 
-Owns: the report of a dataset, which consists of tables on the terminal, figures, and one self-contained HTML page. The
-checks are in `data.checks`, the figures in `data.figures`. The dataset is not modified.
+Owns: the report of a dataset: tables on the terminal, figures, and a self-contained HTML page. The checks are in
+`data.checks`, the figures in `data.figures`. The dataset is not modified.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from vla.transforms.normalize import Normalizer, compute_statistics
 
 PAGE = "index.html"
 ROWS = 6  # episodes on a camera's contact sheet
-IMAGE_EPISODES, IMAGE_FRAMES = 60, 4000  # limits of the search for repeated or empty images, per camera
-LISTED = 12  # instructions and episode numbers that a list shows
+IMAGE_EPISODES, IMAGE_FRAMES = 60, 4000  # maximum number of episodes and frames to check for bad images, per camera
+LISTED = 12  # maximum length of printed lists of instructions and episodes
 
 
 def inspect(config: InspectConfig) -> Path:
@@ -86,7 +86,7 @@ def _record(demos: Demonstrations, episode: Episode, out: Path) -> Path:
 
 
 def embedded_bins() -> int:
-    """Number of bins of the embedded backbone, the default backbone of `vla train`."""
+    """Number of bins of the embedded backbone."""
     config = Path(__file__).parent.parent / "pretrained/nano/config.json"
     return int(json.loads(config.read_text())["action_tokenizer"]["n_bins"])
 
@@ -115,7 +115,7 @@ def _facts(demos: Demonstrations) -> dict[str, str]:
 def _entries(
     demos: Demonstrations, normalizer: Normalizer, statistics: dict[str, list[float]], bins: int
 ) -> list[dict[str, Any]]:
-    """Statistics of each action dimension, the share of its values that the bins clip, and its bin width."""
+    """For each action dimension: statistics, the share of values that are clipped, and the bin width."""
     low, high = (
         normalizer.unnormalize(-np.ones(len(normalizer.scale))),
         normalizer.unnormalize(np.ones(len(normalizer.scale))),
@@ -150,7 +150,7 @@ def _strip(demos: Demonstrations, camera: str) -> Any:
 
 
 def _image_findings(demos: Demonstrations) -> list[Finding]:
-    """Problems of the images in a selection of episodes, merged by camera and kind."""
+    """Problems in the images of a selection of episodes, merged by camera and kind."""
     moving = moves(demos)
     merged: dict[tuple[str, str], Finding] = {}
     for camera in demos.cameras:

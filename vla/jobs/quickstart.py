@@ -1,7 +1,7 @@
 """`vla quickstart`: from demonstrations to an evaluated policy in one command.
 
-Owns: the sequence collect -> rollout (zero-shot) -> train (LoRA) -> rollout, and its settings. Every step is the job of
-that name; finished steps are not repeated.
+Owns: the sequence collect -> rollout (zero-shot) -> train (LoRA) -> rollout, and its settings. Finished steps are not
+repeated.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SETTINGS = "quickstart.yaml"
 
 
 def quickstart(cfg: QuickstartConfig) -> Path:
-    """Run the whole job and return the path of the report."""
+    """Run all steps and return the path of the report."""
     config.check(cfg)
     start = time.monotonic()
     _claim(cfg)
@@ -68,7 +68,7 @@ def quickstart(cfg: QuickstartConfig) -> Path:
 
 
 def _claim(cfg: QuickstartConfig) -> None:
-    """Start or continue in `out`; with `fresh`, remove the results of an earlier quickstart first."""
+    """Start or continue a quickstart in `out`; with `fresh`, first remove the results of an earlier one."""
     remedy = "pass --fresh, or choose another --out"
     folder = RunFolder(cfg.out, dataclasses.replace(cfg, fresh=False), SETTINGS, remedy=remedy)
     if cfg.fresh and folder.settings_file.is_file():
@@ -86,16 +86,15 @@ def _training(cfg: QuickstartConfig, demos: Path, run: Path) -> TrainConfig:
         data=(demos,),
         out=run,
         model=ModelConfig(backbone="nano"),
-        # The embedded vision tower is small and was trained on few objects.
-        lora=LoraConfig(train_vision=True),
-        # The cameras are fixed: shifting images would only make the positions of objects inaccurate.
+        lora=LoraConfig(train_vision=True),  # the embedded vision tower was trained on few objects
+        # The cameras are fixed, so shifted images would only make object positions inaccurate.
         augment=AugmentConfig(shift=0.0),
         batch_size=32,
         save_every=200,
         eval_every=200,
     )
     steps = int(60 * cfg.minutes / seconds_per_step(training))
-    # More than 4000 steps bring no improvement; fewer than `min_steps` are not enough.
+    # More than 4000 steps do not improve the policy.
     return dataclasses.replace(training, steps=max(cfg.min_steps, min(steps, 4000)))
 
 

@@ -1,7 +1,7 @@
-"""`vla replay`: execute recorded actions in the environment that they were recorded in.
+"""`vla replay`: execute recorded actions in their environment.
 
-Owns: the check that the recording matches the environment and its action conventions. If the recorded actions no longer
-solve the task, neither will a policy that imitates them. It does not know policies.
+Owns: the check that a recording matches the environment and its action conventions. If the recorded actions do not
+solve the task, a policy that imitates them will not, either. It does not know policies.
 
 Datasets are not trusted: a module named by a dataset (in its environment ids or in `collect.yaml`) is never imported.
 Modules come only from the command line, from files named on the command line, and from this package.
@@ -24,12 +24,13 @@ from vla.config import AdapterConfig, CollectConfig, ReplayConfig
 from vla.data.format import PLAN
 from vla.data.reader import Demonstrations, Episode
 from vla.errors import DataError, SimulatorError
+from vla.evaluation.results import short
 from vla.simulation import adapter as simulator
 from vla.simulation.environments import OWN
 from vla.support.run_folder import RunFolder
 
 FILE = "replay.json"
-SAME = 1e-3  # states are equal if each dimension differs by at most this share of its range
+SAME = 1e-3  # tolerance for equal states, as a share of each dimension's range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,10 +41,10 @@ class Replay:
         success: success after the last action.
         recorded_success: success according to the dataset; None if it is not recorded.
         steps: number of executed actions.
-        drift: the largest difference between the replayed and the recorded states, as a share of the state dimension's
-            range over the dataset; None without states.
-        drift_at: the first frame at which the states differ by more than `SAME`; None if they never do.
-        drift_in: the state dimension with the largest difference.
+        drift: the largest difference between replayed and recorded states, as a share of the dimension's range in the
+            dataset; None without states.
+        drift_at: the first frame whose states differ by more than `SAME`; None if there is none.
+        drift_in: the state dimension with the largest difference; None without `drift_at`.
         early_end: whether the environment ended the episode before the end of the recording.
     """
 
@@ -63,10 +64,10 @@ class Replay:
 def replay(config: ReplayConfig) -> bool:
     """Replay the first `config.episodes` episodes, print the results, and return whether all outcomes are as recorded.
 
-    If at most `module` of the adapter is configured, its other values are those that the dataset was collected with.
+    If no adapter value except `module` is set, the values from the dataset's collection are used.
 
     Raises:
-        DataError: the dataset cannot be read, or does not name its environments.
+        DataError: the dataset cannot be read, or its environments are not recorded.
         SimulatorError: the environment cannot be created.
         SpecError: the environment's robot does not match the recorded robot.
     """
@@ -87,8 +88,8 @@ def replay(config: ReplayConfig) -> bool:
                 env = simulator.make(env_id, adapter)
                 recorded = dataclasses.replace(demos.robot, cameras=())  # images are not compared
                 recorded.check_fits(env.robot, f"environment {env_id!r}", "the recording", ("names", "rate"))
-            if episode.env_id is not None and _bare(env_id) != _bare(episode.env_id):
-                recorded_in, replayed_in = _bare(episode.env_id), _bare(env_id)
+            if episode.env_id is not None and short(env_id) != short(episode.env_id):
+                recorded_in, replayed_in = short(episode.env_id), short(env_id)
                 notes[f"The demonstrations were recorded in {recorded_in!r} and replayed in {replayed_in!r}."] = None
             results.append(_replay(env, demos, episode))
     finally:
@@ -128,9 +129,11 @@ def explain(results: Sequence[Replay]) -> str:
             "Demonstrations of a noisy expert can only be replayed if the dataset has `executed_action`."
         )
     if any(result.early_end for result in wrong):
-        return "The environment ends the episodes early. Is adapter.max_steps below the recorded lengths?"
+        return (
+            "The environment ends the episodes early. Check that adapter.max_steps is not below the recorded lengths."
+        )
     if all(result.drift is None for result in wrong):
-        return "The dataset has no states, so the frame at which the replay deviates from the recording is unknown."
+        return "The dataset has no states, so the first frame that differs from the recording is unknown."
     return (
         "The states agree, but the task is not solved. The definition of success has changed, success depends on "
         "something that the state does not contain, or adapter.success names the wrong entry of `info`."
@@ -142,7 +145,7 @@ def _replay(env: simulator.SimulatedRobot, demos: Demonstrations, episode: Episo
     states = None if demos.states is None else demos.states[episode.rows]
     seen: list[np.ndarray] = []
     steps, over = 0, False
-    # Without a recorded seed the scene differs, which the drift then shows.
+    # Without a recorded seed, the scene differs; the drift shows this.
     observation, info = env.reset(seed=episode.seed if episode.seed is not None else episode.index)
     success = info["is_success"]
     for action in recorded[episode.rows]:
@@ -189,7 +192,7 @@ def _adapter(given: AdapterConfig, collected: AdapterConfig) -> AdapterConfig:
 
 
 def _recorded_env(demos: Demonstrations, episode: Episode, adapter: AdapterConfig, collected_module: str | None) -> str:
-    """The environment id of the recording, without a module that only the dataset names."""
+    """The environment id of the recording. Modules named only by the dataset are removed."""
     if episode.env_id is None:
         raise DataError(
             f"{demos.root}: the environment of episode {episode.index} is not recorded. Set it with `--env <id>`."
@@ -201,13 +204,9 @@ def _recorded_env(demos: Demonstrations, episode: Episode, adapter: AdapterConfi
     if module and adapter.module is None and name not in gym.registry:
         raise SimulatorError(
             f"{demos.root} was recorded in {name!r} of the module {module!r}. For security, modules named by a dataset "
-            f"are not imported. If you trust it, pass it: `vla replay --data {demos.root} --module <module>`."
+            f"are not imported. If you trust the module, run `vla replay --data {demos.root} --module <module>`."
         )
     return name
-
-
-def _bare(env_id: str) -> str:
-    return env_id.rpartition(":")[2]
 
 
 def _as_recorded(result: Replay) -> bool:

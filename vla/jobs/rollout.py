@@ -1,14 +1,14 @@
 """`vla rollout`: evaluate a policy in closed loop, with every seed in every environment.
 
-Owns: the queue of episodes, the loop that decodes one batch for all environments that need a chunk, and the handling of
-faults and interruptions. Worker processes are managed by `vla.simulation.pool`, metrics are computed by
+Owns: the queue of episodes, the loop that decodes chunks for all environments as one batch, and the handling of faults
+and interruptions. Worker processes are managed by `vla.simulation.pool`, metrics are computed by
 `vla.evaluation.results`, and the report is written by `vla.evaluation.report`.
 
 The loop runs in rounds: fill free slots from the queue, decode one batch, execute `n_action_steps` of each chunk.
-Batches therefore do not depend on timing: the same seeds give the same results.
+Batches therefore do not depend on timing, and the same seeds give the same results.
 
 If the environment raises an exception, the episode ends as a fault. If the worker dies (crashes, hangs or is killed),
-its episode is the next to run, again from its seed; if the worker dies again, the episode ends as a fault.
+the episode is repeated from its seed; if the worker dies again, the episode ends as a fault.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def rollout(config: RolloutConfig, policy: ChunkPolicy | None = None) -> dict[st
     Raises:
         VLAError: configuration, policy and environments are incompatible (raised before the first episode), or every
             episode ended in an environment fault (raised after the results are written).
-        KeyboardInterrupt: the run was stopped. This exception and errors of the policy are raised after the finished
-            episodes are written with `"interrupted": true`.
+        KeyboardInterrupt: the run was stopped. Like errors of the policy, it is raised after the finished episodes are
+            written with `"interrupted": true`.
     """
     _check(config)
     baseline = results.read(config.compare) if config.compare else None
@@ -127,9 +127,10 @@ class _Run:
         self._running: dict[int, Episode] = {}  # by slot
         self._latest: dict[int, ResetResult | StepResult] = {}  # by slot: the last result from its environment
         self._sessions: dict[int, Session] = {}  # by slot
-        self._recordings: dict[int, EpisodeRecording] = {}  # by slot: of episodes that may be kept
+        self._recordings: dict[int, EpisodeRecording] = {}  # by slot
         self._retried: set[int] = set()  # `episode_ix` of the episodes whose worker died
-        self._failures: collections.Counter[tuple[str, str]] = collections.Counter()  # kept, by kind and environment id
+        # Number of kept failures, by "videos" or "rerun" and environment id.
+        self._failures: collections.Counter[tuple[str, str]] = collections.Counter()
         self._done: list[Episode] = []
         self._progress = Progress(len(episodes), "episodes")
         self.forwards: list[tuple[int, float]] = []
@@ -140,7 +141,7 @@ class _Run:
         return sorted(self._done, key=lambda episode: episode.episode_ix)
 
     def run(self) -> None:
-        """Run all episodes. Episodes that an exception interrupts are dropped."""
+        """Run all episodes. If an exception interrupts the run, unfinished episodes are dropped."""
         start = time.monotonic()
         try:
             with self._progress:
@@ -214,7 +215,8 @@ class _Run:
         self._finish(ended)
 
     def _retry(self, slot: int, fault: Fault) -> bool:
-        """Return the episode of this slot to the front of the queue if its worker died for the first time."""
+        """If the worker of this slot died for the first time in its episode, put the episode back at the front of the
+        queue and return True."""
         episode = self._running[slot]
         if fault.kind != "died" or episode.episode_ix in self._retried:
             return False
@@ -225,7 +227,7 @@ class _Run:
         return True
 
     def _finish(self, ended: dict[int, str | None]) -> None:
-        """Finish the episodes in `ended` (slot -> fault, or None), and keep their videos and recordings if wanted."""
+        """Finish the episodes in `ended` (slot -> fault, or None), and save the videos and recordings to keep."""
         clips = {}
         for slot, fault in ended.items():
             episode = self._running[slot]
@@ -249,11 +251,12 @@ class _Run:
             self._progress.advance(f"{sum(e.success for e in self._done) / len(self._done):.0%} success")
 
     def _may_want(self, kind: str, episode: Episode) -> bool:
-        """Whether this episode is one of the first, or would be kept as a failure; `kind` is "videos" or "rerun"."""
+        """Whether the video or recording of a running episode may be kept: it is one of the first, or could be one of
+        the first failures. `kind` is "videos" or "rerun"."""
         return self._is_first(kind, episode) or self._failures[kind, episode.env_id] < getattr(self._config, kind)
 
     def _wants(self, kind: str, episode: Episode) -> bool:
-        """Whether to keep this finished episode; counts the failures."""
+        """Whether to keep the video or recording of a finished episode. Counts kept failures."""
         if self._is_first(kind, episode):
             return True
         if episode.success or not self._may_want(kind, episode):
@@ -266,8 +269,8 @@ class _Run:
 
 
 def _token_names(policy: ChunkPolicy) -> tuple[str, ...]:
-    """The action entry that each token of an action encodes; empty if tokens do not encode single entries, or if the
-    policy is on a server, whose tokenizer is not known."""
+    """The name of the action entry that each token of an action encodes. Empty if tokens do not encode single entries,
+    or if the tokenizer is unknown because the policy is on a server."""
     processor = getattr(policy, "processor", None)
     tokenizer = processor and processor.action_tokenizer
     if tokenizer is None or tokenizer.tokens_per_action != len(tokenizer.active):
@@ -298,7 +301,7 @@ def _check(config: RolloutConfig) -> None:
     if foreign:
         raise folder.unrelated_files(min(foreign))
     if not (config.out / results.FILE).is_file():
-        folder.read_settings()  # from an interrupted rollout; an error if another job wrote the config.yaml
+        folder.read_settings()  # of an interrupted rollout; raises an error if another job wrote it
 
 
 def _prepare(config: RolloutConfig) -> None:
@@ -310,7 +313,7 @@ def _prepare(config: RolloutConfig) -> None:
 
 
 def _describe(pool: Pool, env_ids: Sequence[str]) -> dict[str, Description]:
-    """Create every environment once, in parallel, so that an unknown id is an error before the first episode."""
+    """Create every environment once, in parallel, to raise errors before the first episode."""
     descriptions: dict[str, Description] = {}
     for first in range(0, len(env_ids), len(pool)):
         batch = env_ids[first : first + len(pool)]
@@ -339,7 +342,7 @@ def _save_clip(out: Path, episode: Episode, video: bytes) -> str:
 
 
 def _file_name(folder: str, episode: Episode, suffix: str) -> str:
-    name = episode.env_id.rpartition(":")[2].replace("/", "-")
+    name = results.short(episode.env_id).replace("/", "-")
     return f"{folder}/{name}-seed{episode.seed}-{episode.outcome}{suffix}"
 
 

@@ -1,7 +1,7 @@
 """`vla train` and `vla pretrain`: train a policy on demonstrations.
 
-Owns: the steps of a training run, from checking its data to exporting the merged policy, and the layout of a run
-folder (config.yaml, metrics.jsonl, curves.png, checkpoint-N/, policy/, adapter/). The training loop is in
+Owns: the steps of a training run, from the checks of its data to the export of the merged policy, and the layout of a
+run folder (config.yaml, metrics.jsonl, curves.png, checkpoint-N/, policy/, adapter/). The training loop is in
 `vla.training.trainer`.
 """
 
@@ -42,20 +42,20 @@ from vla.transforms.normalize import compute_statistics
 
 VALIDATION_FRAMES = 512
 SETTINGS = "config.yaml"
-DATA = "data.json"  # fingerprints of the datasets that the run was started with
+DATA = "data.json"  # fingerprints of the datasets at the start of the run
 
 
 def pretrain(cfg: TrainConfig) -> Path:
-    """Train all weights: `train` with method "full", from an untrained network unless another backbone is named."""
+    """Train all weights: `train` with method "full" and the default backbone "nano-init"."""
     model = dataclasses.replace(cfg.model, backbone=cfg.model.backbone or "nano-init")
     return train(dataclasses.replace(cfg, method="full", model=model))
 
 
 def train(cfg: TrainConfig, conclude: bool = True) -> Path:
-    """Run one training job and return the run folder. The (merged) policy is in its `policy/`.
+    """Run one training job and return the run folder. The (merged) policy is in its subfolder `policy`.
 
     Args:
-        conclude: print the paths of the results and a command to continue with.
+        conclude: print the paths of the results and the next command.
     Raises:
         ConfigError, DataError, CheckpointError: the configuration, a dataset or the backbone is invalid; raised before
             anything is written.
@@ -86,11 +86,11 @@ def train(cfg: TrainConfig, conclude: bool = True) -> Path:
 
 
 def _leave(job: trainer.VLATrainer) -> None:
-    """End distributed training together: a process that exits early would abort the processes that still work."""
+    """End distributed training together: a process that exits early would abort the others."""
     job.accelerator.wait_for_everyone()
-    # Free the data-parallel wrapper before its process group. If the wrapper held the last reference to the group, gloo
-    # would join its threads without releasing the GIL, and deadlock with a thread that still frees the barrier above
-    # (torch 2.13, one exit in ten).
+    # Free the data-parallel wrapper before its process group. Otherwise, the wrapper may hold the last reference to the
+    # group. gloo then joins its threads without releasing the GIL, and deadlocks with a thread that still frees the
+    # barrier above (torch 2.13, one exit in ten).
     job.accelerator.free_memory()
     job.model_wrapped = job.model
     gc.collect()
@@ -98,12 +98,12 @@ def _leave(job: trainer.VLATrainer) -> None:
 
 
 def seconds_per_step(cfg: TrainConfig, steps: int = 2) -> float:
-    """Duration of an optimizer step of this job on this machine, measured over `steps` steps. Writes nothing."""
+    """Measure the duration of an optimizer step of this job, over `steps` steps. Writes nothing."""
     ends = _Ends()
     job, _ = _prepare(dataclasses.replace(cfg, steps=steps + 1, report_to="none", dry_run=True), quiet=True)
     job.add_callback(ends)
     job.train()
-    return (ends.times[-1] - ends.times[0]) / steps  # without the first step, which allocates and compiles
+    return (ends.times[-1] - ends.times[0]) / steps  # excludes the first step, which allocates and compiles
 
 
 def _prepare(cfg: TrainConfig, quiet: bool = False) -> tuple[trainer.VLATrainer, list[Demonstrations]]:
@@ -126,8 +126,8 @@ def _prepare(cfg: TrainConfig, quiet: bool = False) -> tuple[trainer.VLATrainer,
         )
     if (cfg.augment.state_mask or cfg.augment.state_noise) and not network.config.use_state:
         raise ConfigError(
-            "augment.state_mask and augment.state_noise change the state, which this policy does not use (use_state "
-            "false). Set them to 0."
+            "augment.state_mask and augment.state_noise have no effect, because this policy does not use the state "
+            "(use_state false). Set them to 0."
         )
     if cfg.label_sigma:
         network.soft_targets = torch.from_numpy(processor.action_tokenizer.soft_targets(cfg.label_sigma))
@@ -150,15 +150,15 @@ def _prepare(cfg: TrainConfig, quiet: bool = False) -> tuple[trainer.VLATrainer,
     if not quiet and arguments.process_index == 0:
         summary.show(cfg, demos, model, processor, bf16(cfg.precision))
     if arguments.n_gpu > 1:
-        # One process uses one device: torch's DataParallel would change the batch size.
+        # Otherwise, the Trainer would use DataParallel, which changes the batch size.
         print(f"using one of {arguments.n_gpu} GPUs; `accelerate launch -m vla.cli train ...` uses all of them.")
         arguments._n_gpu = 1
     if arguments.device.type == "cuda":
-        # The kernel that torch selects on Hopper gives NaN gradients for masked sequences of some lengths
+        # On Hopper GPUs, this kernel gives NaN gradients for masked sequences of some lengths
         # (https://github.com/pytorch/pytorch/issues/196678).
         torch.backends.cuda.enable_cudnn_sdp(False)
     if arguments.device.type == "cpu":
-        # For such short sequences, a plain softmax is 1.25 times faster than the fused kernel, backward pass included.
+        # For short sequences, plain softmax attention is 1.25 times faster than the fused kernel.
         network.set_attn_implementation("eager")
     callbacks: list[TrainerCallback] = []
     if not cfg.dry_run:
@@ -178,15 +178,14 @@ def _fingerprints(cfg: TrainConfig) -> dict[str, str]:
 
 
 def _check_output(folder: RunFolder) -> str | None:
-    """The checkpoint to resume from; None to start at step 0. ConfigError if the folder does not allow it."""
+    """The checkpoint to resume from; None to start at step 0. ConfigError if the folder cannot be used."""
     cfg, last = folder.config, trainer.last_checkpoint(folder.path)
     if cfg.resume and last is None and not folder.settings_file.is_file():
-        raise ConfigError(f"cannot resume {cfg.out}: the folder holds no training run.")
+        raise ConfigError(f"cannot resume {cfg.out}: the folder contains no training run.")
     folder.check(cfg.resume, has_results=last is not None)
     if last and (cfg.out / DATA).is_file() and folder.read_json(DATA) != _fingerprints(cfg):
         raise ConfigError(
-            f"cannot resume {cfg.out}: its datasets have changed since it was started. Start another run with another "
-            "--out."
+            f"cannot resume {cfg.out}: its datasets have changed since the start. Start a new run with another --out."
         )
     return last
 
@@ -227,7 +226,7 @@ def _facts(cfg: TrainConfig, demos: list[Demonstrations]) -> tuple[DataFacts, li
 
 
 def _validation(sources: list[ChunkSamples], frames: list[np.ndarray]) -> list[Any]:
-    """At most `VALIDATION_FRAMES` samples, spread evenly over the validation episodes of all datasets."""
+    """At most `VALIDATION_FRAMES` samples, evenly spaced in the validation episodes of all datasets."""
     pairs = [(source, int(frame)) for source, indices in zip(sources, frames, strict=True) for frame in indices]
     places = np.linspace(0, len(pairs) - 1, min(len(pairs), VALIDATION_FRAMES)).round().astype(int)
     return [source[frame] for source, frame in (pairs[place] for place in places)]
@@ -242,7 +241,7 @@ def _trainable(network: VLAForActionPrediction, cfg: TrainConfig) -> torch.nn.Mo
 
 
 def _static_length(cfg: TrainConfig, demos: list[Demonstrations], processor: VLAProcessor) -> int | None:
-    """The length to pad prefixes to for a compiled network, which needs a fixed sequence length; else None."""
+    """The fixed prefix length for a compiled network; None if the network is not compiled."""
     if not cfg.compile:
         return None
     return max(len(processor.prefix_ids(task)) for demo in demos for task in demo.tasks)
@@ -250,7 +249,7 @@ def _static_length(cfg: TrainConfig, demos: list[Demonstrations], processor: VLA
 
 def _arguments(cfg: TrainConfig, validate: bool) -> TrainingArguments:
     return TrainingArguments(
-        # The Trainer creates its folder at once; a dry run must not create one in `out`.
+        # The Trainer creates this folder, but a dry run must not create `out`.
         output_dir=tempfile.gettempdir() if cfg.dry_run else str(cfg.out),
         max_steps=cfg.steps,
         per_device_train_batch_size=cfg.batch_size,
@@ -284,7 +283,7 @@ def _arguments(cfg: TrainConfig, validate: bool) -> TrainingArguments:
 
 
 def bf16(precision: str) -> bool:
-    """Whether to compute in bfloat16; "auto": if the hardware supports it natively."""
+    """Whether to compute in bfloat16; with "auto", if the hardware supports it natively."""
     if precision != "auto":
         return precision == "bf16"
     if torch.cuda.is_available():
@@ -295,7 +294,7 @@ def bf16(precision: str) -> bool:
 def _dry_run(cfg: TrainConfig) -> Path:
     """Take two optimizer steps as in training. Writes nothing.
 
-    The peak of memory is in the second step, whose activations are beside the optimizer's state.
+    Memory peaks in the second step, because the optimizer's state exists only after the first.
     """
     job, _ = _prepare(dataclasses.replace(cfg, steps=2, log_every=1, report_to="none"))
     job.train()
@@ -313,7 +312,7 @@ def _dry_run(cfg: TrainConfig) -> Path:
 
 
 def _forget_start(run: Path) -> None:
-    """Remove the files of a run that failed before its first step, so that the corrected command can use the folder."""
+    """Remove the files of a run that failed before its first step, so that the folder can be used again."""
     for name in (SETTINGS, DATA, trainer.METRICS):
         (run / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # not empty
@@ -360,7 +359,7 @@ class _Rollouts(TrainerCallback):
         try:
             overall = self._evaluate(model, args, state.global_step)["overall"]
             print(f"step {state.global_step}: closed-loop success {overall['pc_success']:.0f} %", flush=True)
-        except Exception as error:  # no error of an environment, renderer or disk may end training
+        except Exception as error:  # an error of an environment, renderer or disk must not end training
             what = str(error) if isinstance(error, VLAError) else f"{type(error).__name__}: {error}"
             print(f"step {state.global_step}: the closed-loop evaluation failed: {what}", file=sys.stderr, flush=True)
         finally:

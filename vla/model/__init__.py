@@ -1,2 +1,2 @@
-"""The network: checkpoint configuration (configuration), observations to tensors (processing), tensors to logits
-(modeling), construction (build), sources of weights (sources) and adapters (lora). No datasets or environments."""
+"""The network: the checkpoint's configuration, conversion of observations to tensors, the model, its construction from
+sources of weights, and LoRA. It does not know datasets or environments."""

@@ -1,7 +1,7 @@
 """Building a policy network and its processor.
 
-Owns: what the data and a `ModelConfig` decide about a network from any source: robot, statistics, action tokenizer,
-horizon and prompt. It does not know training.
+Owns: the choice of the source of weights, and the fields of a checkpoint that depend on the data and the `ModelConfig`:
+robot, statistics, action tokenizer, horizon and prompt. It does not know training.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from vla.transforms.tokenizers.base import TOKENIZERS
 
 @dataclasses.dataclass(frozen=True)
 class DataFacts:
-    """The properties of the demonstrations that a policy depends on.
+    """Properties of the demonstrations that a policy needs.
 
     Attributes:
         robot: the RobotSpec, with all cameras of the dataset.
         statistics: unnorm_key -> {"action": ..., "state": ...}, from `compute_statistics`.
-        actions: unnorm_key -> float32 [N, D], all actions (quantile bins are fitted to them).
+        actions: unnorm_key -> float32 [N, D], all actions; the action tokenizer is fitted to them.
     """
 
     robot: RobotSpec
@@ -61,18 +61,18 @@ def build_policy(model: ModelConfig, facts: DataFacts) -> tuple[VLAForActionPred
 
 
 def _check_tower(config: VLAConfig, model: ModelConfig, backbone: str) -> None:
-    """Raise ConfigError if `model` asks for another vision tower than the backbone has."""
+    """Raise ConfigError if `keypoints` or `grid` in `model` differ from the backbone's vision tower."""
     for option in ("keypoints", "grid"):
         asked, has = getattr(model, option), {getattr(tower, option, None) for tower in config.vision_configs}
         if asked is not None and has != {asked}:
             raise ConfigError(
-                f"{option} {asked} does not fit {backbone!r}, whose vision tower is already there. Omit it, or start "
-                "from 'nano-init' or 'small-init'."
+                f"{option} {asked} does not fit the existing vision tower of {backbone!r}. Omit it, or start from "
+                "'nano-init' or 'small-init'."
             )
 
 
 def _set_latent(network: VLAForActionPrediction, model: ModelConfig) -> None:
-    """Give `network` the latent of `model`. A latent that it already has keeps its size and form, which are trained."""
+    """Give `network` the latent of `model`. The size and form of an existing latent cannot change."""
     config = network.config
     kind, kappa = model.latent or config.latent, model.latent_kappa or config.latent_kappa
     if config.latent == "none":
@@ -84,12 +84,12 @@ def _set_latent(network: VLAForActionPrediction, model: ModelConfig) -> None:
         if (value := getattr(model, name)) not in (None, trained):
             raise ConfigError(f"{name} of this checkpoint is {trained} and cannot become {value}; omit it.")
     if kind == "none":
-        raise ConfigError("this checkpoint was trained with a latent and cannot do without it; omit `latent`.")
+        raise ConfigError("this checkpoint was trained with a latent, which cannot be removed; omit `latent`.")
     config.latent, config.latent_kappa = kind, kappa
 
 
 def _make_room(config: VLAConfig) -> None:
-    """Increase the limits of an untrained network to the number of cameras and the state dimension of the data."""
+    """Increase an untrained network's limits to the number of cameras and the state dimension of the data."""
     robot = config.robot_spec
     config.max_cameras = max(config.max_cameras, len(robot.cameras))
     if config.use_state:
@@ -101,20 +101,20 @@ def check_room(config: VLAConfig, backbone: str) -> None:
     robot = config.robot_spec
     if len(robot.cameras) > config.max_cameras:
         raise ConfigError(
-            f"the data has {len(robot.cameras)} cameras ({', '.join(robot.cameras)}); {backbone!r} takes at most "
-            f"{config.max_cameras}. Select some with `cameras`, or start from 'nano-init', which takes any number."
+            f"the data has {len(robot.cameras)} cameras ({', '.join(robot.cameras)}); {backbone!r} supports at most "
+            f"{config.max_cameras}. Select some with `cameras`, or start from 'nano-init', which has no limit."
         )
     if config.use_state and robot.state_dim > config.max_state_dim:
         raise ConfigError(
-            f"the state has {robot.state_dim} entries; {backbone!r} takes at most {config.max_state_dim}. Disable the "
-            "state (use_state false), or start from 'nano-init', which takes any number."
+            f"the state has {robot.state_dim} entries; {backbone!r} supports at most {config.max_state_dim}. Disable "
+            "the state (use_state false), or start from 'nano-init', which has no limit."
         )
 
 
 def _set_policy(config: VLAConfig, model: ModelConfig, facts: DataFacts, robot: RobotSpec) -> None:
     """Write the policy fields into `config`: robot, statistics, tokenizer, horizon, prompt.
 
-    If a checkpoint is trained further, fields that are unset in `model` keep their values.
+    If `config` is that of a trained checkpoint, fields that are unset in `model` keep their values.
     """
     before = config.action_tokenizer or {}
     config.robot, config.statistics = robot.to_dict(), facts.statistics

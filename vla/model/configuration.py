@@ -1,7 +1,7 @@
 """VLAConfig: the complete description of a checkpoint, stored in one config.json.
 
-Owns: the fields, and the errors for missing or inconsistent ones. A checkpoint whose actions cannot be interpreted
-unambiguously does not load. It does not build networks or read data.
+Owns: the fields, and the errors for missing or inconsistent ones. A checkpoint whose actions are ambiguous does not
+load. It does not build networks or read data.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from vla.transforms.normalize import Normalizer
 from vla.transforms.prompt import check_template
 from vla.transforms.tokenizers.base import ActionTokenizer, build
 
-# Clip normalised states at 3, so that states slightly outside the range of the data do not saturate.
-STATE_LIMIT = 3.0
+STATE_LIMIT = 3.0  # normalised states are clipped at 3, not 1, because they may leave the range of the data
 LAYOUTS = ("instruction_first", "image_first")
 LATENTS = ("none", "token", "chunk", "episode")
-N_ACTION_ROWS = 256  # ids of the vocabulary that a new policy reserves for action tokens
+N_ACTION_ROWS = 256  # number of ids that a new policy reserves for action tokens
 
 
 @strict
@@ -33,10 +32,10 @@ class VLAConfig(PreTrainedConfig):
     Network:
         text_config: the decoder, a LLaMA-architecture causal language model.
         vision_configs: the vision towers. Features of several towers are concatenated per patch.
-        vision_feature_layer: index of the tower's hidden states; -1 is `last_hidden_state`, -2 the previous block.
+        vision_feature_layer: which hidden states of a tower are its features, as in `vla.model.vision.Tower.features`.
         image_mean, image_std: per tower, three values each, for images scaled to [0, 1].
         projector_layers: number of linear layers from vision to language width, with GELU in between.
-        projector_hidden: width between these layers, or one width for each; None uses the language model's width.
+        projector_hidden: width between consecutive layers, or a list of these widths; None: the decoder's width.
         max_state_dim: width of the state input; shorter states are padded with zeros.
         max_cameras: number of camera embeddings.
 
@@ -44,18 +43,18 @@ class VLAConfig(PreTrainedConfig):
         layout: "instruction_first" ([BOS] prompt, images, state) or "image_first" ([BOS] images, state, prompt).
         image_token_id, state_token_id: placeholder ids in `input_ids`, replaced by image and state features.
         action_token_begin: id of the first action token; the tokenizer's id k becomes `action_token_begin + k`.
-        n_action_rows: number of ids, and of rows of embedding and head, that are reserved for action tokens.
+        n_action_rows: number of ids reserved for action tokens.
 
     Latent of a Free Transformer:
-        latent: "none", or what has one latent: every "token", every "chunk", or every "episode".
+        latent: "none", or one latent per "token", "chunk" or "episode".
         latent_bits, latent_form: size and form, see `vla.model.free_transformer.Latent`.
-        latent_kappa: bits of each latent that the posterior may use without a penalty in the loss.
+        latent_kappa: bits per latent that are free in the loss.
 
     Policy (the meaning of an action):
         robot: RobotSpec as a dict: cameras in order, state and action names, gripper polarity, control rate, hold.
         image_size: side length of the square input images in pixels.
-        image_transform: how images are brought to this size; see `vla.transforms.images.TRANSFORMS`.
-        prompt_end: ids appended to the tokenised prompt, unless it already ends with them.
+        image_transform: how images are resized, a key of `vla.transforms.images.TRANSFORMS`.
+        prompt_end: ids that the tokenised prompt must end with; appended if it does not.
         use_state, horizon, n_action_steps, prompt, normalization: as in `vla.config.ModelConfig`.
         action_tokenizer: `ActionTokenizer.to_dict()`.
         statistics: unnorm_key -> {"action": {...}, "state": {...}}, see `vla.transforms.normalize`.
@@ -132,19 +131,19 @@ class VLAConfig(PreTrainedConfig):
             return build(values)
         except ConfigError as error:  # an unknown name, or wrong values
             raise CheckpointError(
-                f"config.json: {error} If a module of your own registers it, import the module first."
+                f"config.json: {error} If it is registered in your own module, import the module first."
             ) from None
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"config.json: the action tokenizer {values} is not valid: {error}") from None
 
     def unnorm_key(self, key: str | None = None) -> str:
-        """Validate `key`; None selects the only key. CheckpointError if the key is unknown or the choice ambiguous."""
+        """Validate `key`; None selects the only key. CheckpointError if the key is unknown, or None is ambiguous."""
         statistics = self._needed("statistics")
         if key is None:
             if len(statistics) != 1:
                 raise CheckpointError(
-                    f"this checkpoint was trained on {len(statistics)} datasets; set unnorm_key to the dataset whose "
-                    f"statistics un-normalise the policy's actions: {', '.join(statistics)}."
+                    f"this checkpoint has statistics of {len(statistics)} datasets; set unnorm_key to the one that "
+                    f"un-normalises the actions: {', '.join(statistics)}."
                 )
             return next(iter(statistics))
         if key not in statistics:
@@ -163,7 +162,7 @@ class VLAConfig(PreTrainedConfig):
         return Normalizer.from_statistics(statistics, self.normalization, limit=STATE_LIMIT)
 
     def check_policy(self) -> None:
-        """Raise CheckpointError unless all fields that define the meaning of an action are present and consistent."""
+        """Raise CheckpointError if a field that defines the meaning of an action is missing or inconsistent."""
         tokenizer, robot = self.make_action_tokenizer(), self.robot_spec
         check_template(self.prompt)
         if self.image_transform not in TRANSFORMS:
@@ -186,7 +185,7 @@ class VLAConfig(PreTrainedConfig):
         if (tokenizer.horizon, tokenizer.action_dim) != (self.horizon, robot.action_dim):
             raise CheckpointError(
                 f"the action tokenizer has chunks [{tokenizer.horizon}, {tokenizer.action_dim}], but the policy needs "
-                f"[{self.horizon}, {robot.action_dim}]. This checkpoint was saved with another tokenizer."
+                f"[{self.horizon}, {robot.action_dim}]. Restore the checkpoint's original config.json."
             )
         end = self.action_token_begin + tokenizer.vocab_size
         if tokenizer.vocab_size > self.n_action_rows or end > self.vocab_size:
@@ -196,7 +195,7 @@ class VLAConfig(PreTrainedConfig):
             )
 
     def _check_inputs(self, robot: RobotSpec) -> None:
-        """Raise CheckpointError unless the fields of prefix, images and state are consistent."""
+        """Raise CheckpointError if the fields of prefix, images and state are inconsistent."""
         if self.layout not in LAYOUTS:
             raise CheckpointError(unknown("layout", self.layout, LAYOUTS))
         if self.vision_feature_layer >= 0:
@@ -208,7 +207,7 @@ class VLAConfig(PreTrainedConfig):
         if len(set(placeholders)) < 2 or any(i in rows or not 0 <= i < self.vocab_size for i in placeholders):
             raise CheckpointError(
                 f"image_token_id {self.image_token_id} and state_token_id {self.state_token_id} must be different, "
-                f"below the vocabulary size {self.vocab_size}, and outside the ids that are reserved for action tokens."
+                f"below the vocabulary size {self.vocab_size}, and not reserved for action tokens."
             )
         for name, values in (("image_mean", self.image_mean), ("image_std", self.image_std)):
             if [len(tower) for tower in values or ()] != [3] * len(self.vision_configs):
@@ -218,8 +217,8 @@ class VLAConfig(PreTrainedConfig):
         value = getattr(self, field)
         if not value:
             raise CheckpointError(
-                f"config.json has no `{field}`: without it this checkpoint's actions cannot be interpreted. Train or "
-                "save the checkpoint with this package, or add the field from the original training run."
+                f"config.json has no `{field}`, which is needed to interpret the actions. Train or save the checkpoint "
+                "with this package, or add the value of the original training run."
             )
         return value
 
@@ -227,7 +226,6 @@ class VLAConfig(PreTrainedConfig):
 def _as_config(values: dict | PreTrainedConfig) -> PreTrainedConfig:
     if isinstance(values, PreTrainedConfig):
         return values
-    # The attention implementation is chosen for this machine. One that a checkpoint names is ignored, because it could
-    # download code.
+    # A checkpoint's attention implementation is ignored: it depends on the machine and could download code.
     arguments = {name: value for name, value in values.items() if name != "attn_implementation"}
     return AutoConfig.for_model(arguments.pop("model_type"), **arguments)

@@ -1,8 +1,8 @@
 """EfficientNet-Lite0 (Tan and Le, 2019, arXiv:1905.11946; the variant without squeeze-and-excitation, with ReLU6).
 
-Owns: its configuration, network, published weights and features. Batch normalisation is folded into the convolutions,
-so a batch never changes the network, in training either. The features of a 32 x 32 pixel cell are the 320 channels of
-the last block and the 4 x 112 of the four finer cells of the last block with stride 16.
+Owns: its configuration, network, published weights and features. Batch normalisation is folded into the convolutions
+and not updated in training. A token covers a cell of 32 x 32 pixels: the 320 channels of the last block, and the 112
+channels of the last stride-16 block at each of its 2 x 2 positions in the cell.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class EfficientNetLite0Config(PreTrainedConfig):
     """Configuration of `EfficientNetLite0Model`.
 
     Attributes:
-        image_size: side length of the square images in pixels that it was trained with; others are accepted.
+        image_size: default side length of the square images in pixels; other sizes are accepted.
         hidden_size: width of the output tokens.
     """
 
@@ -51,8 +51,8 @@ class EfficientNetLite0Config(PreTrainedConfig):
 
 
 class _Convolution(nn.Conv2d):
-    """A convolution with TensorFlow's "same" padding, for sides that are multiples of the stride: an odd pixel of
-    padding is at the bottom and right."""
+    """A convolution with TensorFlow's "same" padding, for sides that are multiples of the stride. An odd amount of
+    padding is larger by one pixel at the bottom and right."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int = 1, stride: int = 1, groups: int = 1) -> None:
         super().__init__(inputs, outputs, kernel, stride, groups=groups)
@@ -64,7 +64,7 @@ class _Convolution(nn.Conv2d):
 
 
 class _Block(nn.Module):
-    """Inverted residual (MobileNetV2): expand, filter each channel, project; added to the input if shapes permit."""
+    """Inverted residual block (MobileNetV2): expansion, depthwise convolution, projection, residual if shapes match."""
 
     def __init__(self, inputs: int, outputs: int, expansion: int, kernel: int, stride: int) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class EfficientNetLite0Model(PreTrainedModel):
 
     @torch.no_grad()
     def load_published(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Copy the published weights, whose classifier is left out. CheckpointError if they do not fit exactly."""
+        """Copy the published weights except the classifier. CheckpointError if they do not fit exactly."""
         remaining = {
             name: tensor
             for name, tensor in weights.items()

@@ -1,18 +1,18 @@
-"""The latent variable of a Free Transformer (Fleuret, arXiv:2510.17558): a decision that is taken once, then followed.
+"""The latent variable of a Free Transformer (Fleuret, arXiv:2510.17558).
 
-A plain decoder infers from the tokens so far which of several good actions a chunk follows. Here a random latent Z of
-`bits` bits enters the keys and values of the middle block, and the tokens follow it:
+If several actions are good, a plain decoder decides between them token by token. Here, a random latent Z of `bits` bits
+makes the decision in advance. It enters the keys and values of the middle block:
 
     X = blocks 1..L/2 of the input,    block L/2 + 1 has queries X, and keys and values X + R,    R = W y(Z).
 
-In training, Z is sampled from a posterior Q(Z | X): one block without causal mask, whose queries are one learned vector
-and whose keys and values are X, gives the logits of the bits. In decoding, Z is uniform and the posterior is not
-computed. W starts at zero, so a network that gets a latent first predicts exactly what it predicted before. The loss is
+In training, Z is sampled from a posterior Q(Z | X). Its logits are computed by a block without causal mask; the queries
+are one learned vector, the keys and values are X. In decoding, Z is uniform and the posterior is not computed. W starts
+at zero, so adding a latent to a trained network does not change its predictions. The loss is
 
     cross-entropy + (1 / T) sum_n max(0, KL(Q(Z_n | X) || U) - kappa),    T: number of learned tokens.
 
-Owns: the posterior, the mapping from bits to R and its gradient, the KL divergence, and the access to keys and values
-of a block. It does not know where a latent enters a sequence of images and actions.
+Owns: the posterior, the mapping from bits to R and its gradient, the KL divergence, and replacing the input of a
+block's keys and values. It does not know the sequence of images and actions.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Latent(nn.Module):
     Args:
         config: configuration of the decoder.
         bits: number of bits of a latent, H.
-        form: y(Z). "one_hot": the one-hot vector of the code, one row of W for each of 2^H codes (as in the paper);
-            "factored": the H bits as -1 and 1, one row for each bit.
+        form: "one_hot": y(Z) is the one-hot vector of the code, and W has a row for each of 2^H codes (as in the
+            paper); "factored": y(Z) is the H bits as -1 and 1, and W has a row for each bit.
     Raises:
         ConfigError: the decoder or `bits` is not supported.
     """
@@ -80,8 +80,8 @@ class Latent(nn.Module):
     def sample(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Sample Z from the posterior `logits` [..., bits]. Returns its codes, int64 [...], and R [..., width].
 
-        The gradient of R with respect to the logits is that of W E[y(Z)], whatever was sampled (pass-through):
-        in the one-hot form, E[y(Z)] has the probability of every code; in the factored form, the mean of every bit.
+        The gradient of R with respect to the logits is that of W E[y(Z)], independent of the sample (straight-through).
+        In the one-hot form, E[y(Z)] is the probability of every code; in the factored form, the mean of every bit.
         """
         with torch.autocast(logits.device.type, enabled=False):
             codes = to_codes(torch.rand_like(logits, dtype=torch.float32) < logits.float().sigmoid())
@@ -90,7 +90,7 @@ class Latent(nn.Module):
         return codes, shift.to(logits.dtype)
 
     def shift(self, codes: torch.Tensor) -> torch.Tensor:
-        """R of codes, int64 [...], as [..., width]. The code -1 stands for no latent: R is 0."""
+        """R [..., width] for codes, int64 [...]. The code -1 means no latent (R = 0)."""
         if self.form == "one_hot":
             found = F.embedding(codes.clamp(min=0), self.injection)
         else:
@@ -99,13 +99,13 @@ class Latent(nn.Module):
 
 
 def check(config: Any, bits: int, form: str) -> None:
-    """Raise ConfigError unless a decoder can have a latent of this size and form."""
+    """Raise ConfigError if a decoder cannot have a latent of this size and form."""
     if config.model_type != "llama":
         raise ConfigError(f"a latent needs a decoder of type 'llama', got {config.model_type!r}.")
     if config.num_hidden_layers % 2:
         raise ConfigError(
-            "a latent enters between the two halves of a decoder, so the number of layers must be even; this decoder "
-            f"has {config.num_hidden_layers}."
+            "a latent enters in the middle of the decoder, so the number of layers must be even; this decoder has "
+            f"{config.num_hidden_layers}."
         )
     if form not in FORMS:
         raise ConfigError(f"the form of a latent is one of {', '.join(FORMS)}; got {form!r}.")
@@ -115,8 +115,8 @@ def check(config: Any, bits: int, form: str) -> None:
 
 
 def align(codes: torch.Tensor, prefix: int, n_tokens: int) -> torch.Tensor:
-    """Codes by position, int64 [B, prefix - 1 + n_tokens], as the network and the engine need them. A position that
-    predicts a token of the chunk has that token's code; earlier positions have none (-1).
+    """Codes by position, int64 [B, prefix - 1 + n_tokens], as input of the network and the engine. A position has the
+    code of the token that it predicts, or -1 if that token is part of the prompt prefix.
 
     Args:
         codes: int64 [B, n_tokens], or [B, 1] for one code for all tokens.
@@ -136,14 +136,14 @@ def to_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def probabilities(logits: torch.Tensor) -> torch.Tensor:
-    """Probability of every code under independent bits with these logits: [..., H] -> float32 [..., 2^H]."""
+    """Probability of every code, float32 [..., 2^H], from the logits of its independent bits [..., H]."""
     codes = torch.arange(2 ** logits.shape[-1], device=logits.device)
     ones = to_bits(codes, logits.shape[-1]).float()
     return (logits.float() @ ones.T + F.logsigmoid(-logits.float()).sum(-1, keepdim=True)).exp()
 
 
 def kl_from_uniform(logits: torch.Tensor) -> torch.Tensor:
-    """KL(Q || U) of independent bits with these logits from uniform bits, in nats: [..., H] -> float32 [...]."""
+    """KL(Q || U) in nats, float32 [...], for independent bits with logits [..., H] and uniform bits U."""
     logits = logits.float()
     entropy = F.binary_cross_entropy_with_logits(logits, logits.sigmoid(), reduction="none")
     return (math.log(2) - entropy).sum(-1)
@@ -151,8 +151,8 @@ def kl_from_uniform(logits: torch.Tensor) -> torch.Tensor:
 
 @contextlib.contextmanager
 def keys_and_values(block: Any, source: torch.Tensor) -> Iterator[None]:
-    """Within the context, a decoder block computes keys and values from `source` [B, L, width], which is normalised,
-    and queries from its input."""
+    """Within the context, a decoder block computes keys and values from `source`, normalised [B, L, width], instead of
+    its input."""
     projections = (block.self_attn.k_proj, block.self_attn.v_proj)
     handles = [projection.register_forward_pre_hook(lambda module, args: (source,)) for projection in projections]
     try:

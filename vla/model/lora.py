@@ -1,7 +1,7 @@
 """LoRA adapters (Hu et al., arXiv:2106.09685) through peft: attach, load and merge.
 
-Owns: the choice of trained parts, and the merge. The merge is done in float32, so that the merged network decodes the
-same tokens. Only the rows of the action tokens in embedding and head are trained, and embeddings are never resized. It
+Owns: the choice of trained parts, and the merge. Merging is done in float32, so that the merged network decodes the
+same tokens. In embedding and head, only the rows of the action tokens are trained; embeddings are never resized. It
 does not know the training loop.
 """
 
@@ -18,7 +18,7 @@ from vla.model.modeling import VLAForActionPrediction
 
 
 def attach(network: VLAForActionPrediction, lora: LoraConfig) -> peft.PeftModel:
-    """Freeze `network` and add the trainable adapters that `lora` describes. ConfigError if a target does not exist."""
+    """Freeze `network` and add trainable adapters according to `lora`. ConfigError if a target does not exist."""
     names = {name.rsplit(".", 1)[-1] for name, _ in network.language_model.named_modules()}
     missing = [target for target in lora.targets if target not in names]
     if missing:
@@ -27,11 +27,10 @@ def attach(network: VLAForActionPrediction, lora: LoraConfig) -> peft.PeftModel:
     if lora.train_action_rows:
         begin = network.config.action_token_begin
         ids = list(range(begin, begin + network.config.make_action_tokenizer().vocab_size))
-        # Both modules are named, because peft's list form silently skips a head that is not tied to the embedding, and
-        # this head never is.
+        # Name both modules: peft's list form silently skips a head that is not tied to the embedding, as here.
         rows = {"embed_tokens": ids, "lm_head": ids}
     saved = ["projector", "state_projector", "camera_embedding"] * lora.train_projector
-    saved += ["latent"] * (network.latent is not None)  # it has no trained weights to adapt
+    saved += ["latent"] * (network.latent is not None)  # it may be untrained, so train all of it
     # One entry per tower, because peft cannot wrap a list of modules.
     saved += [f"vision_towers.{i}" for i in range(len(network.vision_towers))] * lora.train_vision
     targets = "|".join(lora.targets)

@@ -8,15 +8,14 @@ factorises
 
     p(a_1..a_T | x) = prod_t p(a_t | x, a_<t)
 
-and is trained by teacher forcing on the cross-entropy of the suffix alone,
+and is trained by teacher forcing on the cross-entropy of the suffix,
 
     L = - (1 / sum_t m_t) sum_t m_t log p(a_t | x, a_<t),    averaged over the samples of a batch,
 
-where m_t is 0 for tokens that are not learned, such as actions past the end of a demonstration. Every sample has the
-same weight, however many of its tokens are learned: a one-token answer to a question about the image counts as much as
-a whole action chunk. With a latent (`vla.model.free_transformer`), the loss is that of a Free Transformer, and a token
-is predicted given a code of the latent at the position that predicts it. This module does not know how observations
-become tensors (processing) or how chunks are decoded (decoding).
+where m_t is 0 for tokens that are not learned, such as actions past the end of a demonstration. All samples have the
+same weight: a one-token answer to a question about the image counts as much as an action chunk. With a latent, the loss
+is that of `vla.model.free_transformer`. This module does not know how observations become tensors (processing) or how
+chunks are decoded (decoding).
 """
 
 from __future__ import annotations
@@ -43,10 +42,10 @@ from vla.model.free_transformer import Latent
 
 
 class Projector(nn.Sequential):
-    """Vision width -> language width: `layers` linear maps with GELU in between.
+    """Linear layers with GELU in between, from `vision_width` to `width`.
 
     Args:
-        hidden: width between the layers, or one width for each.
+        hidden: width between consecutive layers, or a list of these widths.
     """
 
     def __init__(self, vision_width: int, hidden: int | Sequence[int], width: int, layers: int) -> None:
@@ -64,8 +63,8 @@ class VLAOutput(CausalLMOutputWithPast):
 
     Attributes:
         losses: terms of the loss by name; None without labels or latent. "cross_entropy" and "elbo" are in nats per
-            token, "kl" in bits per latent. The cross-entropy is computed given samples of the posterior, which has seen
-            the labels; only the evidence lower bound "elbo" can be compared with the log-likelihood of other networks.
+            token, "kl" in bits per latent. The posterior sees the labels, so the cross-entropy cannot be compared with
+            that of other networks; compare the evidence lower bound "elbo" with their log-likelihood.
     """
 
     losses: dict[str, torch.Tensor] | None = None
@@ -109,10 +108,10 @@ class VLAForActionPrediction(PreTrainedModel, GenerationMixin):
         return Latent(self.language_model.config, self.config.latent_bits, self.config.latent_form)
 
     def add_latent(self, latent: str, bits: int, form: str, kappa: float) -> None:
-        """Add an untrained latent, which changes no prediction. The arguments are those of `VLAConfig`.
+        """Add an untrained latent, which does not change predictions. The arguments are those of `VLAConfig`.
 
         Raises:
-            ConfigError: the decoder cannot have such a latent.
+            ConfigError: the decoder does not support this latent.
         """
         free_transformer.check(self.language_model.config, bits, form)
         self.config.latent, self.config.latent_bits, self.config.latent_form = latent, bits, form
@@ -127,14 +126,14 @@ class VLAForActionPrediction(PreTrainedModel, GenerationMixin):
             for layer in layers:
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
-            # Image and state tokens start at the scale of word embeddings. If they were fifty times larger, what
-            # attention adds to them, such as the colour that the instruction names, would be negligible.
+            # Image and state tokens start at the scale of word embeddings. The default scale is fifty times larger, and
+            # attention, which adds the instruction to them, would start with a negligible effect.
             scale = self.config.text_config.initializer_range
             nn.init.normal_(layers[-1].weight, std=scale / layers[-1].in_features ** 0.5)
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        """Alias of `is_activation_checkpointing` for peft, which uses this deprecated name."""
+        """Alias of `is_activation_checkpointing`, because peft uses this deprecated name."""
         return self.is_activation_checkpointing
 
     def get_input_embeddings(self) -> nn.Module:
@@ -151,14 +150,14 @@ class VLAForActionPrediction(PreTrainedModel, GenerationMixin):
 
         Args:
             pixel_values: uint8 [B, C, 3, S, S].
-            condition: [B, width], the conditioning vector for towers that are conditioned on the instruction.
+            condition: [B, width], needed by towers that are conditioned on the instruction.
         """
         batch, cameras = pixel_values.shape[:2]
         flat = pixel_values.flatten(0, 1)
         dtype = self.dtype
         features = []
         for index, tower in enumerate(self.vision_towers):
-            # Each channel with Python numbers, so that nothing is copied from the host during a CUDA graph capture.
+            # Python numbers per channel, because a CUDA graph must not copy a tensor of means from the host.
             normalize = zip(flat.unbind(1), self.config.image_mean[index], self.config.image_std[index], strict=True)
             images = torch.stack([(channel.float() / 255 - mean) / std for channel, mean, std in normalize], 1)
             images = images.to(dtype)
@@ -176,7 +175,7 @@ class VLAForActionPrediction(PreTrainedModel, GenerationMixin):
         return features[:, -self.tokens_per_image :]  # class and register tokens come first
 
     def _mean_word(self, input_ids: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
-        """Mean embedding [B, width] of each prompt's text tokens, without padding, placeholders and action tokens."""
+        """Mean embedding [B, width] of each prompt's text tokens."""
         config = self.config
         words = (input_ids < config.action_token_begin) & (input_ids != (config.text_config.pad_token_id or 0))
         words &= (input_ids != config.image_token_id) & (input_ids != config.state_token_id)
@@ -224,12 +223,12 @@ class VLAForActionPrediction(PreTrainedModel, GenerationMixin):
             state: float [B, max_state_dim], normalised.
             position_ids: int64 [B, L]; by default, positions start at 0 at each row's first token that is not padding.
             cache: keys and values of the tokens that precede `input_ids`, as in `generate`.
-            labels: int64 [B, T], ids of the suffix, -100 where m_t = 0. `input_ids` must end with the suffix. Only
-                the T logits that predict it are then returned.
+            labels: int64 [B, T], ids of the suffix, -100 where m_t = 0. `input_ids` must end with the suffix. With
+                labels, only the T logits of the suffix are returned.
             use_cache: whether to return a cache.
-            logits_to_keep: the number of last positions to compute logits for (0 for all), or their indices.
-            latent: int64 [B, cached + L], code of the latent at each position, -1 for none (`align`); missing
-                positions at the end have none. None: sampled from the posterior, which needs `labels`.
+            logits_to_keep: the number of last positions to compute logits for (0 for all), or indices of positions.
+            latent: int64 [B, cached + L], code of the latent at each position, -1 for none (`align`). If it is
+                shorter, later positions have none. None: sampled from the posterior, which needs `labels`.
             return_dict: False returns a tuple instead of an output object.
         """
         embeds = self.embed(input_ids, pixel_values, state)
@@ -281,7 +280,7 @@ class VLAForActionPrediction(PreTrainedModel, GenerationMixin):
         return torch.where((ids >= 0) & (ids < count), soft, loss)
 
     def _shift(self, latent: torch.Tensor | None, past: int, embeds: torch.Tensor) -> torch.Tensor:
-        """R of given codes at the positions of `embeds` [B, L, width], which follow `past` cached ones."""
+        """R for the positions of `embeds` [B, L, width], which follow `past` cached positions."""
         if self.latent is None or latent is None:
             reason = "has no latent, but codes were" if self.latent is None else "has a latent, but no codes were"
             raise ConfigError(f"this network {reason} given (argument `latent`).")
@@ -296,7 +295,7 @@ class VLAForActionPrediction(PreTrainedModel, GenerationMixin):
         n_tokens: int,
         posterior: list[torch.Tensor],
     ) -> Any:
-        """A function from X [B, L, width] to R, with Z sampled from the posterior, whose logits it puts into
+        """A function from X [B, L, width] to R. It samples Z from the posterior and appends the logits to
         `posterior`."""
         if self.is_activation_checkpointing:
             raise ConfigError("a network with a latent cannot be trained with gradient checkpointing.")
@@ -316,7 +315,7 @@ class VLAForActionPrediction(PreTrainedModel, GenerationMixin):
     def _free_loss(
         self, cross_entropy: torch.Tensor, logits: torch.Tensor, learned: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss of a Free Transformer and its terms. The free bits apply to each latent."""
+        """The loss of a Free Transformer and its terms."""
         kl, per_token = free_transformer.kl_from_uniform(logits), 1 / learned.clamp(min=1)
         penalty = F.relu(kl - self.config.latent_kappa * math.log(2)).sum(-1) * per_token
         losses = {

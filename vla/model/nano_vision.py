@@ -2,14 +2,13 @@
 
 Owns: its configuration and network. An overlapping patch convolution of stride 4 and a 3x3 convolution of stride 2
 reduce an image of 96 pixels to 12 x 12 cells. Residual blocks mix neighbouring cells, and a patch-merging convolution
-yields 4 x 4 = 16 tokens per camera. The token count is small because the sequence length dominates the run time: a
-token costs the decoder more than its receptive field costs the encoder. The early strides are large because, on a CPU,
-elementwise operations on large early feature maps cost more than all convolutions.
+yields 4 x 4 = 16 tokens per camera. The token count is small because the decoder dominates the run time. The early
+strides are large because, on a CPU, elementwise operations on large feature maps cost more than all convolutions.
 
 The residual blocks can be conditioned on a vector by feature-wise linear modulation (FiLM; Perez et al., 2018,
-arXiv:1709.07871), as in RT-1 (arXiv:2212.06817) and OpenVLA-OFT+ (arXiv:2502.19645). Conditioned on the mean word
-embedding of the instruction, the encoder itself selects the named object. Attention between words and image tokens,
-trained from scratch, needed ten times the data to learn this. It does not know cameras, words or actions.
+arXiv:1709.07871), as in RT-1 (arXiv:2212.06817) and OpenVLA-OFT+ (arXiv:2502.19645). The vector is the mean word
+embedding of the instruction. With it, a policy trained from scratch learned to select the object in the instruction
+from a tenth of the data that attention alone needed. It does not know cameras, words or actions.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ class NanoVisionConfig(PreTrainedConfig):
         merge: `merge` x `merge` cells become one token.
         hidden_size: width of the output tokens.
         condition_size: width of the conditioning vector; None disables conditioning.
-        keypoints: number of expected image coordinates that are added to every token; 0: none.
-        grid: one token per `merge` x `merge` cells; otherwise one token per image, made of its keypoints.
+        keypoints: number of keypoints (spatial softmax), whose coordinates are added to every token; 0: none.
+        grid: if False, an image has one token, made of its keypoints.
     """
 
     model_type = "vla_nano_vision"
@@ -82,8 +81,8 @@ class _Residual(nn.Module):
 
 
 class Keypoints(nn.Module):
-    """Spatial softmax (Levine et al., 2016, arXiv:1504.00702): each of `count` maps is a distribution over the cells;
-    its mean is a coordinate, in -1..1 per axis, with a resolution below the size of a cell."""
+    """Spatial softmax (Levine et al., 2016, arXiv:1504.00702): each of `count` maps is a distribution over the cells,
+    and the keypoint is its mean, with coordinates in -1..1."""
 
     def __init__(self, channels: int, count: int, width: int) -> None:
         super().__init__()
@@ -101,10 +100,8 @@ class Keypoints(nn.Module):
 
 
 class NanoVisionModel(PreTrainedModel):
-    """pixel_values [B, 3, S, S], condition [B, condition_size] -> last_hidden_state [B, tokens, hidden_size].
-
-    There are (S / patch_size)^2 tokens.
-    """
+    """pixel_values [B, 3, S, S], condition [B, condition_size] -> last_hidden_state [B, (S / patch_size)^2,
+    hidden_size]."""
 
     config_class = NanoVisionConfig
     base_model_prefix = "nano_vision"
@@ -129,16 +126,16 @@ class NanoVisionModel(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        # Convolutions keep torch's default initialisation, which suits training from scratch.
+        # Convolutions keep torch's default initialisation.
         if isinstance(module, NanoVisionModel):
-            # A standard deviation at the scale of the features. With the usual 0.02, tokens hardly encoded the position
-            # of objects, and the policy did not even learn to locate a single red object.
+            # The scale of the features. With the usual 0.02, tokens hardly encoded positions, and the policy did not
+            # learn to locate a single red object.
             nn.init.normal_(module.position_embedding, std=1.0)
 
     @torch.no_grad()
     def condition_on(self, width: int, typical: torch.Tensor) -> None:
-        """Replace the conditioning by an untrained one on vectors of another width. The features of all vectors are
-        those of the vector `typical`, [condition_size], until the tower is trained."""
+        """Replace the conditioning by an untrained one for vectors of another width. Until the tower is trained, every
+        vector acts like `typical`, [condition_size]."""
         assert self.condition_norm is not None
         typical = self.condition_norm(typical)
         for block in cast("list[Any]", self.blocks):

@@ -1,8 +1,8 @@
 """VLAProcessor: observations -> prefix tensors, action chunks -> target tokens, tokens -> actions.
 
 Owns: the only conversion between robot data and the model's tensors. Training, evaluation and deployment share it, so
-training and serving prefixes are identical, bit for bit. All settings come from VLAConfig, so no second file can
-contradict the checkpoint. It does not know files, datasets or decoding.
+training and serving prefixes are identical, bit for bit. All settings come from VLAConfig. It does not know files,
+datasets or decoding.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vla.transforms.prompt import build_prompt
 
 
 class VLAProcessor:
-    """Converts between robot data and the network's tensors, as a checkpoint's config specifies.
+    """Converts between robot data and the network's tensors according to a checkpoint's config.
 
     Args:
         config: the VLAConfig of the checkpoint; `check_policy` must pass.
@@ -43,9 +43,9 @@ class VLAProcessor:
         """Token ids of a prefix: [BOS], prompt, and placeholders for images and state, in the order of the layout."""
         if instruction not in self._prompts:
             text = self.tokenizer(build_prompt(instruction, self.config.prompt), add_special_tokens=False)["input_ids"]
-            # Placeholders and action tokens reuse ids of rare tokens of a pretrained vocabulary. These ids are removed
-            # from the text, or the network would read them as images or actions. Ids outside the embedding, which
-            # tokens added to a tokenizer may have, are removed as well.
+            # Placeholders and action tokens reuse ids of rare text tokens. Remove them from the text, or the network
+            # would read them as images or actions. Also remove ids outside the embedding, of tokens that were added to
+            # the tokenizer.
             begin, end = self.config.action_token_begin, self.config.action_token_begin + self.config.n_action_rows
             reserved = (self.config.image_token_id, self.config.state_token_id)
             size, first_id = self.config.vocab_size, self.tokenizer.bos_token_id
@@ -57,13 +57,13 @@ class VLAProcessor:
             images = [self.config.image_token_id] * (self.tokens_per_image * len(self.robot.cameras))
             state = [self.config.state_token_id] if self.config.use_state else []
             first = self.config.layout == "instruction_first"
-            if len(self._prompts) > 100_000:  # bounds the memory of servers; never reached in training
+            if len(self._prompts) > 100_000:  # bounds the memory of servers
                 self._prompts.clear()
             self._prompts[instruction] = bos + (text + images + state if first else images + state + text)
         return self._prompts[instruction]
 
     def images(self, observation: Observation) -> np.ndarray:
-        """The policy's camera images, uint8 [C, S, S, 3], in the policy's order and resized to its image size."""
+        """The camera images, uint8 [C, S, S, 3], in the policy's order and image size."""
         pixels = observation["pixels"]
         transform, size = TRANSFORMS[self.config.image_transform], self.config.image_size
         return np.stack([transform(np.asarray(pixels[name]), size) for name in self.robot.cameras])
@@ -91,7 +91,7 @@ class VLAProcessor:
             instructions: one per sample.
             states: float32 [B, max_state_dim], from `state`; ignored if the policy does not use the state.
             suffix: int64 [B, T], ids of the model's vocabulary to append (for training and scoring).
-            pad_to: pad prefixes to at least this length (for static shapes).
+            pad_to: minimum length of the padded prefixes (for static shapes).
         Returns:
             input_ids and attention_mask, int64 [B, L], padded on the left; pixel_values, uint8 [B, C, 3, S, S]; and
             state, float32 [B, max_state_dim], if the policy uses the state.
@@ -135,11 +135,16 @@ class VLAProcessor:
         return self.action_tokenizer.encode(normalized) + self.config.action_token_begin
 
     def token_mask(self, ids: np.ndarray, valid: np.ndarray) -> np.ndarray:
-        """The tokens to learn, bool [..., T], from `encode_actions` and the actions to learn, bool [..., H]."""
+        """The tokens to learn, bool [..., T].
+
+        Args:
+            ids: int64 [..., T], from `encode_actions`.
+            valid: bool [..., H], the actions to learn.
+        """
         return self.action_tokenizer.token_mask(ids - self.config.action_token_begin, valid)
 
     def decode_actions(self, ids: np.ndarray, unnorm_key: str | None = None) -> np.ndarray:
-        """Inverse of `encode_actions` up to the bin width: float32 [..., H, D] in the robot's units."""
+        """Inverse of `encode_actions`, up to quantisation: float32 [..., H, D] in the robot's units."""
         normalized = self.action_tokenizer.decode(np.asarray(ids) - self.config.action_token_begin)
         return self._actions[self.config.unnorm_key(unnorm_key)].unnormalize(normalized)
 

@@ -1,8 +1,8 @@
-"""Vision towers: adapters for each kind of tower.
+"""Vision towers: an adapter for each kind of tower.
 
-Owns: the number of tokens per image, the features of a tower, and the image statistics of its family. A kind of tower
-is an adapter, registered under the `model_type` of its transformers configuration; `vla --plugin MODULE` adds others. A
-tower without an adapter of its own is a vision transformer.
+Owns: the number of tokens per image, the features of a tower, and the image statistics of its family. Adapters are
+registered by the `model_type` of the tower's transformers configuration; `vla --plugin MODULE` adds others. A tower
+without an adapter is treated as a vision transformer (`Tower`).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class Tower:
     """A vision transformer: one token per patch of a square grid, preceded by class and register tokens.
 
     Attributes:
-        mean, std: image statistics of the family, for images scaled to [0, 1]; used if a folder has none.
-        any_size: whether the tower accepts images of another size than that in its configuration.
+        mean, std: image statistics of the family, for images scaled to [0, 1]; the default for models without them.
+        any_size: whether the tower accepts images of other sizes than its configuration's.
     """
 
     mean: ClassVar[tuple[float, float, float]] = (0.5, 0.5, 0.5)
@@ -31,7 +31,7 @@ class Tower:
 
     @classmethod
     def check(cls, name: str, config: PreTrainedConfig) -> None:
-        """ConfigError if a tower with this configuration cannot be used. `name` is used in the message."""
+        """Raise ConfigError if a tower with this configuration cannot be used. `name` is for the message."""
         if not isinstance(getattr(config, "patch_size", None), int):
             raise ConfigError(f"vision tower {name!r} ({config.model_type}) has no patch grid.")
         if not isinstance(getattr(config, "image_size", None), int):
@@ -42,7 +42,7 @@ class Tower:
 
     @classmethod
     def tokens_per_image(cls, config: Any, image_size: int) -> int:
-        """Number of tokens for an image with sides of `image_size` pixels."""
+        """Number of tokens for a square image with sides of `image_size` pixels."""
         return (image_size // config.patch_size) ** 2
 
     @classmethod
@@ -52,10 +52,10 @@ class Tower:
 
     @classmethod
     def features(cls, tower: nn.Module, images: torch.Tensor, layer: int) -> torch.Tensor:
-        """Features of normalised images [B, 3, S, S], [B, tokens, width]; the last `tokens_per_image` are used.
+        """Features [B, tokens, width] of normalised images [B, 3, S, S]; the network uses the last `tokens_per_image`.
 
         Args:
-            layer: -1 is the output of the tower, -2 the hidden states before its last block, etc.
+            layer: -1: the output of the tower; -2: the hidden states before its last block; and so on.
         """
         if layer == -1:
             return tower(pixel_values=images, return_dict=True).last_hidden_state
@@ -80,7 +80,7 @@ class CLIP(Tower):
 
 @TOWERS.register("dinov2")
 class DINOv2(Tower):
-    """DINOv2 (arXiv:2304.07193). It interpolates its position embeddings (it was trained on images of 518 pixels)."""
+    """DINOv2 (arXiv:2304.07193). Trained on images of 518 pixels; for others, it interpolates position embeddings."""
 
     mean = (0.485, 0.456, 0.406)
     std = (0.229, 0.224, 0.225)
@@ -94,7 +94,7 @@ class DINOv2WithRegisters(DINOv2):
 
 @TOWERS.register("idefics3_vision")
 class Idefics3(Tower):
-    """The tower of Idefics3 (arXiv:2408.12637): `scale_factor` x `scale_factor` patches are one token."""
+    """The tower of Idefics3 (arXiv:2408.12637). A token consists of `scale_factor` x `scale_factor` patches."""
 
     @classmethod
     def tokens_per_image(cls, config: Any, image_size: int) -> int:
@@ -106,10 +106,10 @@ class Idefics3(Tower):
 
     @classmethod
     def features(cls, tower: nn.Module, images: torch.Tensor, layer: int) -> torch.Tensor:
-        """As in `Tower.features`, of the last layer. The patches of a token are in reading order."""
+        """As in `Tower.features`, but always of the last layer. A token's patches are concatenated row by row."""
         module: Any = tower
         config, side = module.config, images.shape[-1] // module.config.patch_size
-        # Its own `forward` inspects the mask, which would synchronise with a GPU.
+        # Not `module.forward`: it inspects the mask, which synchronises with a GPU.
         whole = torch.ones(len(images), side, side, dtype=torch.bool, device=images.device)
         hidden = module.embeddings(pixel_values=images, patch_attention_mask=whole)
         patches = module.post_layernorm(module.encoder(inputs_embeds=hidden).last_hidden_state)
@@ -124,15 +124,15 @@ class SmolVLM(Idefics3):
 
 
 def adapter(config: Any) -> type[Tower]:
-    """The adapter for a tower's configuration."""
+    """The adapter for the tower with this configuration."""
     return TOWERS.get(config.model_type) if config.model_type in TOWERS else Tower
 
 
 def tokens_per_image(configs: Any, image_size: int) -> int:
-    """Tokens per camera image; the features of several towers are concatenated. ConfigError if their counts differ."""
+    """Tokens per camera image. ConfigError if the towers differ, because their features are concatenated per token."""
     counts = {adapter(config).tokens_per_image(config, image_size) for config in configs}
     if len(counts) != 1:
         raise ConfigError(
-            f"vision towers must have the same number of tokens for images of {image_size}, got {sorted(counts)}."
+            f"vision towers must have the same number of tokens per image of {image_size} pixels, got {sorted(counts)}."
         )
     return counts.pop()

@@ -1,4 +1,4 @@
-"""A policy: observations and instructions to action chunks, its session in an episode, and its checkpoints."""
+"""Policies: prediction of action chunks, the state within an episode, and checkpoints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["ChunkPolicy", "Policy", "Prediction"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import `Policy`, and with it torch, on first use: processes that run environments only import `session`."""
+    """Import on first use: `Policy` needs torch, but processes that run environments only need `session`."""
     if name not in __all__:
         raise AttributeError(f"module 'vla.policy' has no attribute {name!r}")
     if name == "Policy":

@@ -1,8 +1,7 @@
 """Checkpoints on disk: one folder with a complete policy.
 
-Owns: the folder layout (config.json, model.safetensors, text tokenizer, model card), atomic writing (a folder with its
-final name is always complete), and finding a checkpoint by name. It does not know training state, which the trainer
-stores separately, or how to decode.
+Owns: the folder layout (config.json, model.safetensors, text tokenizer, model card), atomic writing (a folder is
+complete before it gets its final name), and finding a checkpoint by name. The trainer stores training state separately.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from vla.model.sources.shards import ADAPTER_CONFIG
 from vla.spec import RobotSpec
 from vla.support.locations import check_policy
 
-# In addition to `robot`, `statistics` and `action_tokenizer`, which VLAConfig itself requires.
+# Required fields of config.json. VLAConfig also requires `robot`, `statistics` and `action_tokenizer`.
 REQUIRED = ("normalization", "prompt", "layout", "image_size", "use_state", "horizon", "n_action_steps")
 
 
@@ -40,7 +39,7 @@ REQUIRED = ("normalization", "prompt", "layout", "image_size", "use_state", "hor
 def atomic_folder(target: Path) -> Iterator[Path]:
     """A scratch folder that replaces `target` if the block ends without an error."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    for stale in target.parent.glob(f".{target.name}-*"):  # of a process that was killed
+    for stale in target.parent.glob(f".{target.name}-*"):  # left by a killed process
         shutil.rmtree(stale, ignore_errors=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
@@ -77,14 +76,14 @@ def write(network: VLAForActionPrediction, processor: VLAProcessor, folder: Path
 
 
 def load(name: str, dtype: torch.dtype | None = torch.float32) -> tuple[VLAForActionPrediction, VLAProcessor]:
-    """Load a policy: "nano", a run folder, a checkpoint folder or hub id of this package or of OpenVLA.
+    """Load a policy: "nano", a run folder, or the folder or hub id of a checkpoint of this package or OpenVLA.
 
     Args:
-        dtype: type of the weights; None: that of the files.
+        dtype: type of the weights; None: as stored.
     Raises:
-        CheckpointError: the policy does not exist, is not a policy that this package reads, or is incomplete.
+        CheckpointError: the policy does not exist, is incomplete, or has an unknown format.
     """
-    transformers_logging.disable_progress_bar()  # a policy loads in a second
+    transformers_logging.disable_progress_bar()
     if OpenVLA.probe(name):
         source = OpenVLA(name, ModelConfig(), dtype)
         config = source.config()
@@ -98,8 +97,8 @@ def load(name: str, dtype: torch.dtype | None = torch.float32) -> tuple[VLAForAc
 
 
 def _checked_config(folder: Path) -> VLAConfig:
-    """Read and check config.json. All fields that define the meaning of an action must be present, so that no value
-    depends on the defaults of this version."""
+    """Read and check config.json. Fields that define the meaning of an action must be present, because defaults may
+    change between versions."""
     values = read_json(folder / "config.json")
     missing = [name for name in REQUIRED if name not in values]
     robot = values.get("robot")
@@ -107,8 +106,8 @@ def _checked_config(folder: Path) -> VLAConfig:
         missing += [f"robot.{field.name}" for field in dataclasses.fields(RobotSpec) if field.name not in robot]
     if missing:
         raise CheckpointError(
-            f"{folder}/config.json has no {', '.join(missing)}, without which this checkpoint's actions cannot be "
-            "interpreted. Add the values of the original training run."
+            f"{folder}/config.json has no {', '.join(missing)}, needed to interpret the actions. Add the values of the "
+            "original training run."
         )
     config = read_config(folder)
     try:
@@ -127,9 +126,9 @@ def _from_hub(name: str) -> Path:
     if (Path(name) / ADAPTER_CONFIG).is_file():
         base = read_json(Path(name) / ADAPTER_CONFIG).get("base_model_name_or_path")
         raise CheckpointError(
-            f"{name} holds an adapter for {base!r}, which is no OpenVLA checkpoint here. Correct "
-            f"base_model_name_or_path in {ADAPTER_CONFIG} if the base has another folder on this machine; the policy "
-            "of a run of this package is in its `policy` folder, with the adapter merged."
+            f"{name} holds an adapter, but its base model {base!r} is not an OpenVLA checkpoint on this machine. If "
+            f"the base model is in another folder, correct base_model_name_or_path in {ADAPTER_CONFIG}. For a run of "
+            "this package, pass its `policy` folder, which contains the merged adapter."
         )
     if Path(name).exists():
         raise CheckpointError(

@@ -1,8 +1,8 @@
 """The interface of all policies.
 
-Owns: `ChunkPolicy`, observations and instructions in and action chunks out, and the `Prediction` that it returns.
-Prediction is stateless: the state that one chunk passes to the next is in `Prediction.next_draft`, and
-`vla.policy.session` keeps it during an episode. It does not know networks, environments, clocks or robot drivers.
+Owns: `ChunkPolicy`, which maps observations and instructions to action chunks, and its result, `Prediction`. Prediction
+is stateless: `Prediction.next_draft` holds the state for the next chunk, and `vla.policy.session` keeps it during an
+episode. It does not know networks, environments, clocks or robot drivers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Prediction:
             penalties, top-k and top-p. 0 after the end of a sequence of variable length.
         entropy: float32 [B, T], entropy of these distributions in nats; 0 after the end of a sequence.
         forwards: number of forward passes of the decoder.
-        next_draft: for each episode, the draft of its next chunk, before any action of this chunk is executed.
+        next_draft: the draft of each episode's next chunk, to be advanced with `Draft.after` by the executed actions.
     """
 
     chunks: np.ndarray
@@ -79,11 +79,11 @@ class ChunkPolicy(abc.ABC):
     @property
     @abc.abstractmethod
     def action_limits(self) -> tuple[np.ndarray, np.ndarray]:
-        """Lowest and highest value of each action dimension that tokens can encode, float [D], in the robot's units."""
+        """Lowest and highest encodable value of each action dimension, float [D], in the robot's units."""
 
     @property
     def streams(self) -> bool:
-        """Whether `predict` can pass on a chunk's actions one by one, and this saves time."""
+        """Whether streaming actions (`on_action` of `predict`) is possible and saves time."""
         return False
 
     @abc.abstractmethod
@@ -94,11 +94,11 @@ class ChunkPolicy(abc.ABC):
         drafts: Sequence[Draft | None] | None = None,
         on_action: Callable[[int, np.ndarray], None] | None = None,
     ) -> Prediction:
-        """Chunks for a batch of observations and their confidence. Stateless: nothing is kept for the next call.
+        """Predict one chunk per observation. No state is kept between calls.
 
         Args:
-            drafts: for each episode, `next_draft` of its last prediction, advanced by the executed actions
-                (`Draft.after`); None at the start of an episode.
+            drafts: `next_draft` of each episode's last prediction, advanced by the executed actions (`Draft.after`);
+                None at the start of an episode.
             on_action: called with (index, action [D], un-normalised) as soon as an action is decoded, while the rest of
                 the chunk is still being decoded. The batch must have one observation.
         Raises:
@@ -106,7 +106,7 @@ class ChunkPolicy(abc.ABC):
         """
 
     def reset(self, instruction: str, latent: LatentDraw | None = None) -> None:
-        """Start an episode, with the `latent` of `Session`."""
+        """Start an episode. See `Session` for `latent`."""
         self._session = Session(instruction, latent or LatentDraw())
 
     def act(self, observation: Observation) -> np.ndarray:

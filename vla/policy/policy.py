@@ -1,7 +1,7 @@
 """The policy with a network.
 
-Owns: `Policy`, which decodes a batch of action chunks according to its `DecodingConfig` and reports their likelihood,
-and the choice of device and data type. It does not know environments, clocks or robot drivers.
+Owns: `Policy`, which decodes batches of action chunks and reports their likelihood, and the choice of device and data
+type. It does not know environments, clocks or robot drivers.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Policy(ChunkPolicy):
     >>> policy.reset("pick up the red cube")
     >>> action = policy.act(observation)          # float32 [D], in the robot's units
 
-    Attributes: those of `ChunkPolicy`, and
-        decoding: the decoding strategy.
+    Attributes:
+        decoding: the decoding strategy. For the others, see `ChunkPolicy`.
     """
 
     def __init__(
@@ -69,8 +69,8 @@ class Policy(ChunkPolicy):
         tokenizer = self.processor.action_tokenizer
         if (decoding.max_tokens is not None or decoding.deadline_ms is not None) and not tokenizer.anytime:
             raise ConfigError(
-                "max_tokens and deadline_ms need a tokenizer whose first tokens give a whole chunk, such as 'pca'; "
-                f"this policy has {tokenizer.name!r}."
+                "max_tokens and deadline_ms need a tokenizer that can decode a whole chunk from its first tokens, such "
+                f"as 'pca'; this policy has {tokenizer.name!r}."
             )
         by_action = (decoding.readout == "mean", decoding.ensemble is not None, decoding.max_actions is not None)
         if tokenizer.tokens_per_action is None and any(by_action):
@@ -93,8 +93,8 @@ class Policy(ChunkPolicy):
         decoding: DecodingConfig = GREEDY,
         dtype: str = "float32",
     ) -> Policy:
-        """Load a policy: "nano" (the embedded backbone), a run folder, or a checkpoint folder or hub id of this package
-        or of OpenVLA.
+        """Load a policy: "nano" (the embedded backbone), a run folder, or the folder or hub id of a checkpoint of this
+        package or OpenVLA.
 
         Args:
             dtype: type of weights and computation, "float32", "bfloat16" or "float16".
@@ -107,27 +107,25 @@ class Policy(ChunkPolicy):
         network.requires_grad_(False)
         policy = cls(network, processor, device, unnorm_key, n_action_steps, decoding)
         if policy.device.type == "cpu":
-            for tower in network.vision_towers:  # makes oneDNN's convolutions 20 % faster
+            for tower in network.vision_towers:  # oneDNN's convolutions are 20 % faster in this format
                 tower.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return policy
 
     @property
     def action_limits(self) -> tuple[np.ndarray, np.ndarray]:
-        """Lowest and highest value of each action dimension that tokens can encode, float [D], in the robot's units."""
         ends = np.stack([-np.ones(self.robot.action_dim), np.ones(self.robot.action_dim)])
         low, high = self.processor.unnormalize(ends, self.unnorm_key)
         return np.minimum(low, high), np.maximum(low, high)
 
     @property
     def streams(self) -> bool:
-        """Whether `predict` can pass on a chunk's actions one by one, and this saves time. On CUDA it does not, because
-        a chunk is decoded by one CUDA graph."""
+        # On CUDA, one graph decodes the whole chunk.
         by_action = self.processor.action_tokenizer.tokens_per_action is not None
         return by_action and self._final_by_token and self.device.type != "cuda"
 
     @property
     def _final_by_token(self) -> bool:
-        """Whether a decoded token is final, so that later tokens do not change its action."""
+        """Whether an action is final as soon as its tokens are decoded."""
         config = self.decoding
         return self._decoder.final_by_token and config.readout != "mean" and config.ensemble is None
 
@@ -146,13 +144,13 @@ class Policy(ChunkPolicy):
         on_action: Callable[[int, np.ndarray], None] | None = None,
         stopping: StoppingCriteriaList | None = None,
     ) -> Prediction:
-        """Chunks for a batch of observations, as in `ChunkPolicy.predict`.
+        """Predict one chunk per observation, as in `ChunkPolicy.predict`.
 
         Args:
-            drafts: accelerate greedy decoding without changing a token, hold the earlier chunks of temporal
-                ensembling, and contain the action prefix of prefix conditioning.
-            stopping: transformers' criteria, evaluated after every token; chunks end with the last complete action, or
-                are coarser if the tokenizer is `anytime`.
+            drafts: used to accelerate greedy decoding (its tokens do not change), for temporal ensembling and for
+                prefix conditioning.
+            stopping: transformers' criteria, evaluated after every token. A stopped chunk ends with its last complete
+                action; if the tokenizer is `anytime`, it is complete but coarser.
         Raises:
             SpecError: an observation does not match the robot.
             ConfigError: the decoding strategy cannot stream actions; or early stopping or an action prefix is used
@@ -160,7 +158,7 @@ class Policy(ChunkPolicy):
         """
         criteria, tokenizer = StoppingCriteriaList(stopping or ()), self.processor.action_tokenizer
         if self.decoding.deadline_ms is not None:
-            criteria.append(MaxTimeCriteria(self.decoding.deadline_ms / 1e3))  # from now on
+            criteria.append(MaxTimeCriteria(self.decoding.deadline_ms / 1e3))  # starts its clock here
         size = tokenizer.tokens_per_action
         if criteria and size is None and not tokenizer.anytime:
             raise ConfigError("the tokens of this policy span several actions, so decoding cannot be stopped early.")
@@ -181,8 +179,8 @@ class Policy(ChunkPolicy):
         return prediction
 
     def score(self, observations: Sequence[Observation], instructions: Sequence[str], chunks: np.ndarray) -> Prediction:
-        """The likelihood of the chunks [B, H, D], computed in one forward pass. If the policy has a latent, the
-        likelihood is that given the latent of an episode's first chunk."""
+        """The likelihood of the chunks [B, H, D], computed in one forward pass. A policy with a latent uses the latent
+        of an episode's first chunk."""
         batch = self.with_latent(self.processor.observe(observations, instructions, self.unnorm_key))
         ids = torch.from_numpy(self.processor.encode_actions(np.asarray(chunks), self.unnorm_key))
         return self._describe(strategies.teacher_forced(self.network, batch, ids))
@@ -194,7 +192,7 @@ class Policy(ChunkPolicy):
         streamer: ActionStreamer | None = None,
         stopping: StoppingCriteriaList | None = None,
     ) -> Decoded:
-        """Decode the tokens for the prompt prefixes `batch`, tensors from the processor."""
+        """Decode the tokens for `batch`, the processor's tensors of the prompt prefixes."""
         drafts = [None] * len(batch["input_ids"]) if drafts is None else drafts
         batch = self.with_latent(batch, drafts)
         request = Request(batch, self.draft_ids(drafts), self._prefix(drafts), streamer, stopping)
@@ -203,8 +201,8 @@ class Policy(ChunkPolicy):
     def with_latent(
         self, batch: dict[str, torch.Tensor], drafts: Sequence[Draft | None] | None = None
     ) -> dict[str, torch.Tensor]:
-        """Prompt prefixes with the codes of the latent of each episode's next chunk. Unchanged if the policy has no
-        latent, or if `batch` has the codes.
+        """Add the latent codes of each episode's next chunk to `batch`. Nothing is added if the batch has codes or the
+        policy has no latent.
 
         Raises:
             ConfigError: given codes do not fit the latent.
@@ -217,7 +215,7 @@ class Policy(ChunkPolicy):
         return batch | {"latent": align(torch.from_numpy(codes), batch["input_ids"].shape[1], n_tokens)}
 
     def _codes(self, draw: LatentDraw) -> np.ndarray:
-        """The codes of a chunk, int64 [n_latents]: given by its episode or by `decoding`, or drawn."""
+        """The codes of a chunk, int64 [n_latents]: those in `draw`, else those in `decoding`, else random codes."""
         config = self.network.config
         number = config.n_latents
         if given := draw.codes or self.decoding.latent:
@@ -229,10 +227,10 @@ class Policy(ChunkPolicy):
         return rng.integers(2**config.latent_bits, size=number)
 
     def check_codes(self, codes: Sequence[int]) -> None:
-        """Raise ConfigError unless a chunk can be decoded given these codes."""
+        """Raise ConfigError if the codes do not fit the policy's latent."""
         number, size = self.network.config.n_latents, 2**self.network.config.latent_bits
         if not number:
-            raise ConfigError(f"codes {list(codes)} were given for the latent, but this policy has no latent.")
+            raise ConfigError(f"got latent codes {list(codes)}, but this policy has no latent.")
         if len(codes) not in (1, number) or not all(0 <= code < size for code in codes):
             raise ConfigError(
                 f"a latent of this policy has {'1 code' if number == 1 else f'1 or {number} codes'} between 0 and "
@@ -240,8 +238,8 @@ class Policy(ChunkPolicy):
             )
 
     def draft_ids(self, drafts: Sequence[Draft | None]) -> torch.Tensor:
-        """The drafts' tokens, int64 [B, T], ids of the model's vocabulary, each beginning with its action prefix; the
-        middle action row without a draft."""
+        """The drafts' tokens, int64 [B, T], ids of the model's vocabulary. Each draft begins with its action prefix; a
+        missing draft is the middle action token throughout."""
         tokenizer = self.processor.action_tokenizer
         middle = self.network.config.action_token_begin + tokenizer.vocab_size // 2
         ids = np.full((len(drafts), tokenizer.max_tokens), middle)
@@ -259,7 +257,7 @@ class Policy(ChunkPolicy):
         return self.processor.encode_actions(chunk, self.unnorm_key)
 
     def _prefix(self, drafts: Sequence[Draft | None]) -> Prefix | None:
-        """The length of each draft's action prefix in tokens, and its threshold; None if no draft has a prefix."""
+        """The token count and threshold of each draft's action prefix; None if no draft has a prefix."""
         size = self.processor.action_tokenizer.tokens_per_action
         lengths = [0 if draft is None or draft.prefix is None else len(draft.prefix) for draft in drafts]
         if not any(lengths):
@@ -284,7 +282,7 @@ class Policy(ChunkPolicy):
         )
 
     def _average(self, prediction: Prediction, decoded: Decoded, drafts: Sequence[Draft | None]) -> Prediction:
-        """Chunks from the token distributions: their expected values, their average over chunks, or both."""
+        """Compute the chunks from token distributions: expected actions (`readout`), temporal ensembling, or both."""
         probabilities, following = decoded.distribution.exp().cpu().numpy(), prediction.next_draft
         if self.decoding.ensemble is not None:
             by_action = probabilities.reshape(*prediction.chunks.shape[:2], -1, probabilities.shape[-1])
@@ -302,14 +300,14 @@ class Policy(ChunkPolicy):
         return dataclasses.replace(prediction, chunks=chunks, next_draft=following)
 
     def _streamer(self, on_action: Callable[[int, np.ndarray], None] | None, size: int) -> ActionStreamer | None:
-        """The streamer that passes on decoded actions. ConfigError if later tokens could still change them."""
+        """The streamer that calls `on_action`. ConfigError if later tokens could change decoded actions."""
         if on_action is None:
             return None
         tokens = self.processor.action_tokenizer.tokens_per_action
         if tokens is None or size > 1 or not self._final_by_token:
             raise ConfigError(
-                "actions can be streamed for one observation only, with tokens for each action, and without beams, "
-                "readout 'mean' and temporal ensembling."
+                "streaming actions needs a batch of one observation and tokens for each action, without beams, readout "
+                "'mean' or temporal ensembling."
             )
 
         def forward(index: int, ids: list[int]) -> None:
@@ -337,7 +335,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
         raise ConfigError(f"dtype {name!r} is not supported by the device {str(device)!r} ({reason}).") from None
     if device.type == "cpu" and not native(dtype):
         warnings.warn(
-            f"this processor has no instructions for {name}: it takes half the memory of float32, but is several times "
+            f"this processor has no {name} instructions: {name} takes half the memory of float32, but is several times "
             "slower.",
             stacklevel=3,
         )

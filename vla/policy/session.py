@@ -1,7 +1,7 @@
 """The state of a policy within one episode.
 
-Owns: the `Draft` that one chunk passes to the next, and the `Session`, which keeps it during an episode together with
-the instruction and the queue of actions to execute. It does not know how chunks are decoded.
+Owns: `Draft`, which one chunk passes to the next, and `Session`, which holds the draft, the instruction and the action
+queue of an episode. It does not know how chunks are decoded.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class LatentDraw:
 
     Attributes:
         seed: seed of the episode. Episodes with the same seed have the same latents.
-        chunk: number of the chunk in its episode. A latent per episode is the same for all chunks.
-        codes: codes to use instead of drawn ones; one for all tokens of a chunk, or one per token.
+        chunk: index of the chunk in its episode; ignored by a policy with one latent per episode.
+        codes: codes to use instead of random ones; one for all tokens of a chunk, or one per token.
     """
 
     seed: int = 0
@@ -45,13 +45,13 @@ class Draft:
     """State that one chunk passes to the next chunk of its episode.
 
     Attributes:
-        steps: guess of the next chunk, one row per action: its tokens, int64 [n, tokens_per_action], ids of the model's
-            vocabulary; or the action itself, float32 [n, D] in the robot's units, if no tokenizer is available (in a
+        steps: guess of the next chunk, one row per action. The rows are tokens, int64 [n, tokens_per_action], ids of
+            the model's vocabulary; or actions, float32 [n, D] in the robot's units, if no tokenizer is available (in a
             client) or tokens span several actions.
-        prefix: action prefix for prefix conditioning, float32 [k, D] in the robot's units: the actions that execute
-            while the next chunk is decoded, and with which that chunk begins; None: no prefix.
-        threshold: acceptance threshold of the prefix: the chunk follows it while the probability of each of its tokens
-            is at least this share of the best token's probability.
+        prefix: action prefix for prefix conditioning, float32 [k, D] in the robot's units: the first k actions of the
+            next chunk, which execute while that chunk is decoded; None: no prefix.
+        threshold: acceptance threshold of the prefix. The prefix ends before the first token whose probability is below
+            this fraction of the most likely token's.
         past: distributions of earlier chunks for temporal ensembling, oldest first, each [remaining actions,
             tokens_per_action, rows].
         latent: the latent of the next chunk.
@@ -67,13 +67,13 @@ class Draft:
         return len(self.steps)
 
     def after(self, executed: int) -> Draft:
-        """The draft after `executed` more actions; its last action is repeated."""
+        """The draft after `executed` more actions, padded by repeating its last action."""
         steps = remainder(self.steps, min(executed, len(self)))
         past = tuple(chunk[executed:] for chunk in self.past if len(chunk) > executed)
         return Draft(steps, past=past, latent=self.latent)
 
     def given(self, prefix: np.ndarray, threshold: float = 0.0) -> Draft:
-        """The same draft with an action prefix [k, D], k < n."""
+        """A copy of the draft with an action prefix [k, D], k < n."""
         assert len(prefix) < len(self)
         return dataclasses.replace(self, prefix=prefix, threshold=threshold)
 
@@ -82,10 +82,10 @@ class Session:
     """The state of one episode.
 
     Args:
-        latent: seed of the episode's latents, or given codes, for a policy that has a latent.
+        latent: seed or codes of the episode's latents, for a policy with a latent.
     Attributes:
         instruction: the task; None before it is set.
-        draft: draft of the next chunk, without steps at the start of an episode.
+        draft: draft of the next chunk; empty at the start of an episode.
     """
 
     def __init__(self, instruction: str | None = None, latent: LatentDraw = LatentDraw()) -> None:
@@ -98,7 +98,7 @@ class Session:
         self.draft = self.draft.after(executed)
 
     def act(self, policy: ChunkPolicy, observation: Observation) -> np.ndarray:
-        """The next action, float32 [D]. Predicts a new chunk after `n_action_steps` actions of the last chunk."""
+        """The next action, float32 [D]. Predicts a new chunk if the queue is empty."""
         if self.needs_chunk:
             self.put(predict(policy, [self], [observation]), policy.n_action_steps)
         return self.take()
@@ -109,18 +109,18 @@ class Session:
         return not self._queue
 
     def put(self, prediction: Prediction, n_action_steps: int) -> None:
-        """Queue the first `n_action_steps` actions of a prediction for this episode (a batch of one)."""
+        """Queue the first `n_action_steps` actions of a prediction, a batch of one."""
         self._queue.extend(prediction.chunks[0][:n_action_steps])
         self.draft = prediction.next_draft[0]
 
     def take(self) -> np.ndarray:
-        """Remove the next action, float32 [D], from the queue."""
+        """Remove and return the next action of the queue, float32 [D]."""
         self.advance(1)
         return self._queue.popleft()
 
 
 def predict(policy: ChunkPolicy, sessions: Sequence[Session], observations: Sequence[Observation]) -> Prediction:
-    """Predict one chunk for each of several episodes as one batch, and store the next draft in each session."""
+    """Predict the next chunk of several episodes as one batch, and store the new draft in each session."""
     instructions = [session.instruction or "" for session in sessions]
     prediction = policy.predict(observations, instructions, [session.draft for session in sessions])
     for session, draft in zip(sessions, prediction.next_draft, strict=True):

@@ -1,12 +1,11 @@
-"""The application behind `vla serve`: all wire protocols on one port, health and metrics.
+"""The application of `vla serve`: all wire protocols on one port, health and metrics.
 
-Owns: what protocols share: API keys and origins, size and time limits, draining, the log, and the error texts that
-clients receive. It does not know the messages of a protocol (`vla.serving.protocols`), how a batch is decoded
-(`vla.serving.batcher`) or what the keys of a request mean (`vla.serving.requests`).
+Owns: the common parts of all protocols: API keys and origins, size and time limits, draining, the log, and error texts
+for clients. It does not know the messages of a protocol (`vla.serving.protocols`), how a batch is decoded
+(`vla.serving.batcher`) or the keys of a request (`vla.serving.requests`).
 
-In every protocol, a request that is too large, too slow or unauthorised, or that exceeds the queue, is rejected by HTTP
-status. The log has a line for each kind of rejection (`vla.serving.refusals`). Clients receive a traceback only with
-`--tracebacks`.
+HTTP requests that are too large, too slow or unauthorised are rejected by status in every protocol. Rejections are
+logged (`vla.serving.refusals`). Clients receive tracebacks only with `--tracebacks`.
 """
 
 from __future__ import annotations
@@ -49,10 +48,10 @@ class PolicyApp:
     """The ASGI application `asgi`, which serves the batcher's policy in all registered protocols.
 
     Attributes:
-        config: limits, and keys of clients' requests.
+        config: the limits, and the names of request keys.
         policy: the policy.
         metadata: the description of the policy for clients.
-        metrics: the metrics that `/metrics` reports.
+        metrics: the metrics at `/metrics`.
         draining: whether the server is shutting down and rejects new requests.
     """
 
@@ -77,14 +76,14 @@ class PolicyApp:
         )
 
     async def drain(self, patience_s: float = 30.0) -> None:
-        """Reject new requests, and wait up to `patience_s` seconds until the pending requests are answered."""
+        """Reject new requests, and wait up to `patience_s` seconds for the replies to pending requests."""
         self.draining = True
         deadline = time.monotonic() + patience_s
         while self._active and time.monotonic() < deadline:
             await asyncio.sleep(0.01)
         self._refusals.flush()
 
-    # For protocols.
+    # Used by protocols.
 
     @property
     def too_large(self) -> str:
@@ -113,9 +112,9 @@ class PolicyApp:
         """Answer a decoded request.
 
         Args:
-            values: the request, in one of the forms that `vla.serving.requests` reads.
+            values: the request, as in `vla.serving.requests`.
             receive: waits for the client's next message. If it is a disconnect, the request is cancelled.
-            draft: draft of the next chunk of the client's episode, unless the request has its own.
+            draft: draft of the chunk, if the request has none.
             size: bytes of the request; large requests are read in a thread.
         Raises:
             ServerError: the request queue is full, or the server is shutting down.
@@ -155,10 +154,10 @@ class PolicyApp:
         method = connection.scope.get("method", "websocket")
         return self._refusals.log(client, f"{method} {connection.url.path}", message)
 
-    # The same for all protocols.
+    # Not used by protocols.
 
     def _guarded(self, app: ASGIApp) -> ASGIApp:
-        """`app` for authorised clients; unauthorised clients are rejected by status."""
+        """`app`, restricted to authorised clients."""
 
         async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
             connection = HTTPConnection(scope)
@@ -182,15 +181,15 @@ class PolicyApp:
         return guarded
 
     def _authorise(self, connection: HTTPConnection) -> tuple[int, str] | None:
-        """Status and error text if the client is not authorised: the API key is missing or wrong or, if the server has
-        no key, the request comes from a page of another web site (only browsers send an origin)."""
+        """Status and error text if the client is not authorised, else None. With an API key, the request must have it.
+        Without one, requests from pages of other web sites (recognised by their origin) are rejected."""
         headers = connection.headers
         if self._key is None:
             origin = headers.get("origin")
             foreign = origin is not None and origin.lower().partition("://")[2] != headers.get("host", "").lower()
             return (403, "requests from pages of other web sites are not allowed.") if foreign else None
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "basic":  # from a URL with a password, for clients that have no other way to send a key
+        if scheme.lower() == "basic":  # for clients that can send a key only as a password in the URL
             key = _password(key)
         known = scheme.lower() in ("api-key", "bearer", "basic")
         allowed = known and hmac.compare_digest(key.encode(), self._key.encode())
@@ -205,7 +204,7 @@ class PolicyApp:
             self._active -= 1
 
     async def _refused(self, request: Request, error: Exception) -> Response:
-        """The reply to an HTTPException, raised by `body`, or by Starlette for an unknown address or method."""
+        """The reply to an HTTPException from `body`, or from Starlette for an unknown address or method."""
         assert isinstance(error, HTTPException)
         offer = f"; this server has {self._offer}." if error.status_code in (404, 405) else ""
         return self._refuse(request, error.status_code, error.detail + offer, error.headers)
@@ -224,7 +223,7 @@ class PolicyApp:
 
 
 def _password(credentials: str) -> str:
-    """The password of an Authorization header of the scheme Basic; "" if it is invalid."""
+    """The password in the credentials of the Authorization scheme Basic; "" if they are invalid."""
     with contextlib.suppress(ValueError):
         return base64.b64decode(credentials, validate=True).decode().partition(":")[2]
     return ""
@@ -241,7 +240,7 @@ def _offer(routes: list[Route | WebSocketRoute]) -> str:
 
 
 async def _disconnected(connection: Any, error: Exception) -> Any:
-    """The response if the client has disconnected: a status for the log; None on a websocket."""
+    """The response after a disconnect: status 499; None on a websocket."""
     return Response(status_code=499) if connection.scope["type"] == "http" else None
 
 

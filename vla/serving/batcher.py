@@ -1,6 +1,6 @@
 """Batching of concurrent requests.
 
-Owns: the request queue and the decoding thread. Requests that are queued when the thread becomes idle form one batch.
+Owns: the request queue and the decoding thread. When the thread becomes idle, the queued requests form the next batch.
 It does not know protocols.
 """
 
@@ -62,7 +62,7 @@ class Batcher:
         Raises:
             ServerError: the queue is full.
             VLAError: the request is invalid.
-            Exception: the error that the policy raised.
+            Exception: the policy failed.
         """
         if self.waiting >= self._max_queue:
             raise ServerError(f"the request queue is full ({self.waiting} waiting); try again later.")
@@ -108,7 +108,7 @@ class Batcher:
                 [request.draft for request in requests],
             )
         except Exception as error:
-            if len(jobs) > 1:  # decode one by one, so that only the request that fails gets the error
+            if len(jobs) > 1:  # decode one by one, so that only the failing request gets the error
                 for job in jobs:
                     self._decode(policy, [job])
                 return

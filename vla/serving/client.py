@@ -28,9 +28,9 @@ from vla.spec import Observation, RobotSpec
 from vla.transforms.chunks import completed
 
 _RETRY_S = 0.05
-#: Metadata that must be the same after a reconnection, so that an episode never continues with another policy.
+#: Metadata that must not change between connections, so that an episode never continues with another policy.
 _IDENTITY = ("robot", "horizon", "image_size", "tokenizer_sha256", "unnorm_keys", "action_limits", "weights")
-_UNAVAILABLE = 503  # status of a server that is shutting down; it may be restarted, so connecting is retried
+_UNAVAILABLE = 503  # the server is shutting down; it may be restarted, so retry
 
 
 def load(
@@ -42,7 +42,7 @@ def load(
     dtype: Dtype = "float32",
     connect_s: float = 30.0,
 ) -> ChunkPolicy:
-    """Load the policy `name` on this machine, or connect to a server if it is an address ("ws://host:8000").
+    """Load the policy `name`, or connect to a server if `name` is an address ("ws://host:8000").
 
     Args:
         device, unnorm_key, n_action_steps, decoding, dtype: as in `Policy.from_pretrained`.
@@ -51,10 +51,10 @@ def load(
     if name.startswith(("ws://", "wss://")):
         if decoding != GREEDY:
             raise ConfigError(
-                "decoding options of a served policy are set on the server, as in `vla serve --temperature ...`."
+                "decoding options of a served policy are set on the server: `vla serve --temperature ...`."
             )
         if dtype != "float32":
-            raise ConfigError(f"the dtype of a served policy is set on the server, as in `vla serve --dtype {dtype}`.")
+            raise ConfigError(f"the dtype of a served policy is set on the server: `vla serve --dtype {dtype}`.")
         print(f"connecting to {name}", file=sys.stderr, flush=True)
         return RemotePolicy(
             name, patience_s=connect_s, unnorm_key=unnorm_key, n_action_steps=n_action_steps, on_wait=_print_reason
@@ -71,13 +71,12 @@ class RemotePolicy(ChunkPolicy):
 
     Args:
         address: "ws://host:port", or "wss://..." with TLS.
-        deadline_s: timeout of every call in seconds, reconnections included.
+        deadline_s: timeout of every call, including reconnections, in seconds.
         patience_s: timeout of the first connection in seconds.
         api_key: None: the environment variable VLA_API_KEY.
         on_wait: called once, with the reason and the remaining seconds, if the first attempt to connect fails.
-    Raises:
-        ServerError: the server cannot be reached in time, rejects the request or replies with an error. Every call can
-            raise it.
+    Raises (also all methods):
+        ServerError: the server cannot be reached in time, rejects the request or replies with an error.
     """
 
     def __init__(
@@ -119,10 +118,7 @@ class RemotePolicy(ChunkPolicy):
         drafts: Sequence[Draft | None] | None = None,
         on_action: Callable[[int, np.ndarray], None] | None = None,
     ) -> Prediction:
-        """Send the observations in sequence, one request each. The server batches requests of different clients.
-
-        Drafts are sent as actions in the robot's units, because a client has no tokenizer.
-        """
+        """Send one request per observation, in sequence. The server batches requests of different clients."""
         if on_action is not None:
             raise ConfigError("actions of a served policy cannot be streamed: the server replies with whole chunks.")
         drafts = [None] * len(observations) if drafts is None else drafts
@@ -165,8 +161,7 @@ class RemotePolicy(ChunkPolicy):
         return answer
 
     def _exchange(self, request: bytes) -> dict[str, Any]:
-        """Send a request and wait for the reply; reconnect and resend until the deadline. Requests are idempotent, so
-        resending one is safe."""
+        """Send a request and wait for the reply; reconnect and resend until the deadline. Requests are idempotent."""
         deadline = time.monotonic() + self._deadline_s
         while True:
             try:
@@ -177,7 +172,7 @@ class RemotePolicy(ChunkPolicy):
                     self._socket.send(request)
                 return _map(self._socket.recv(timeout=max(0.0, deadline - time.monotonic())))
             except (OSError, websockets.WebSocketException):
-                self.close()  # a late reply must not be mistaken for the reply to the next request
+                self.close()  # otherwise, a late reply would be mistaken for the reply to the next request
                 if time.monotonic() >= deadline:
                     raise ServerError(f"{self._address} did not reply within {self._deadline_s:g} s.") from None
                 time.sleep(_RETRY_S)
@@ -229,7 +224,7 @@ class RemotePolicy(ChunkPolicy):
 
 @contextlib.contextmanager
 def _cut_at(deadline: float, connection: ClientConnection) -> Iterator[None]:
-    """Shut down a connection that is still sending at the deadline, because `send` has no timeout."""
+    """Shut down `connection` if the block does not end by the deadline, because `send` has no timeout."""
 
     def cut() -> None:
         with contextlib.suppress(OSError):

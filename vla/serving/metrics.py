@@ -1,4 +1,4 @@
-"""Prometheus metrics of the server. Does not know particular protocols or policies."""
+"""Prometheus metrics of the server."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Metrics:
         Gauge("vla_queue", "Queued requests.", registry=self.registry).set_function(waiting)
 
     def answered(self, protocol: str, seconds: float, inference_seconds: float | None) -> None:
-        """Record a reply: its latency, and the decoding time of its batch; None if its chunk was already decoded."""
+        """Record a reply: its latency, and the decoding time of its batch (None if the reply needed no decoding)."""
         self._latency.labels(protocol).observe(seconds)
         if inference_seconds is not None:
             self._inference.observe(inference_seconds)

@@ -1,7 +1,7 @@
 """The log of rejected and failed requests.
 
 Owns: one line per rejection (client, requested address, reason), and a limit on the number of lines, so that a faulty
-client that sends fifty requests per second does not fill the disk. It does not know protocols.
+client does not fill the disk. It does not know protocols.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ log = logging.getLogger("vla.serve")
 
 PERIOD_S = 60.0
 MOST = 20  # maximum number of lines per period
-_LONGEST = 300  # maximum characters of an address or reason, which may quote the request
+_LONGEST = 300  # maximum number of characters of an address or reason; both may quote the request
 
 
 class Refusals:
-    """Logs each distinct rejection once per period, and the number of suppressed lines at the end of the period."""
+    """Logs each distinct rejection once per period, and then the number of suppressed lines."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now, self._since = now, now()
@@ -46,7 +46,7 @@ class Refusals:
 
 
 def _line(text: str) -> str:
-    """One printable line of limited length, so that clients cannot forge log lines."""
+    """`text` as one printable line of limited length, so that clients cannot forge log lines."""
     text = " ".join(text.split())
     text = "".join(character if character.isprintable() else "?" for character in text)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."

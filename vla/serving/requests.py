@@ -1,12 +1,13 @@
 """Conversion of requests to observations.
 
-Owns: the mapping from the keys of existing clients (openpi's LIBERO, DROID and ALOHA forms, OpenVLA's and
-OpenVLA-OFT's, vla-eval's, and this package's own `{"pixels": ..., "agent_pos": ..., "prompt": ...}`) to the cameras,
-the state and the instruction of a policy. It does not know the wire protocols.
+Owns: the mapping from request keys to a policy's cameras, state and instruction. Supported are the keys of openpi
+(LIBERO, DROID and ALOHA), OpenVLA, OpenVLA-OFT and vla-eval, and `{"pixels": ..., "agent_pos": ..., "prompt": ...}`. It
+does not know the wire protocols.
 
-An image is assigned to the camera named by the last part of its key ("images/front": "front"). If exactly one camera
-and one image remain among the hand cameras ("wrist" or "hand" in the name), or among all other cameras, they are
-matched. All other assignments must be configured with `keys`. A batch of one observation is read as that observation.
+An image is assigned to the camera whose name is the last part of its key ("images/front": "front"). Then, if only one
+camera and one image with "wrist" or "hand" in their names remain, they are matched; the same applies to cameras and
+images without these words. All other assignments must be configured with `keys`. A batch of one observation is read as
+that observation.
 """
 
 from __future__ import annotations
@@ -32,9 +33,8 @@ _STATES = (
     ("states",),
 )
 _PROMPTS = ("prompt", "instruction", "task", "language_instruction", "task_description")
-_SMALLEST = 8  # pixels on a side of an image
-# Limits far above the needs of real clients: errors list the keys, and the longest instruction determines the decoding
-# time of a batch.
+_SMALLEST = 8  # minimum side of an image, in pixels
+# Limits, far above the needs of real clients: errors list the keys, and a long instruction delays its batch.
 _DEEPEST, _KEYS, _LONGEST_KEY, _LONGEST_PROMPT = 4, 256, 200, 1000
 
 
@@ -43,7 +43,7 @@ class Request:
     """A request for one action chunk.
 
     Attributes:
-        draft: draft of this chunk, from the previous chunk of the client's episode; None at its start.
+        draft: draft of this chunk, from the previous chunk of the client's episode; None at the start of an episode.
     """
 
     observation: Observation
@@ -53,7 +53,7 @@ class Request:
 
 
 def read(values: Any, robot: RobotSpec, horizon: int, keys: KeysConfig, draft: Draft | None = None) -> Request:
-    """Read a decoded request. SpecError names the missing or ambiguous keys, and lists the keys of the request.
+    """Read a decoded request. SpecError if keys are missing or ambiguous, or values are invalid.
 
     Args:
         draft: the draft to use if the request has none.
@@ -104,7 +104,7 @@ def _images(flat: dict[str, Any], robot: RobotSpec, keys: KeysConfig) -> dict[st
         elif cameras:
             raise SpecError(
                 f"no image can be assigned to camera {cameras[0]!r}; the images of the request are "
-                f"{', '.join(map(repr, found)) or '(none; an image is an array with three axes)'}. "
+                f"{', '.join(map(repr, found)) or '(none; an image must be an array with three axes)'}. "
                 + (_encoded(flat) or f"Assign one with `vla serve --images {cameras[0]} KEY`.")
             )
     missing = [key for key in chosen.values() if key not in found]
@@ -115,13 +115,12 @@ def _images(flat: dict[str, Any], robot: RobotSpec, keys: KeysConfig) -> dict[st
 
 
 def _coloured_first(found: dict[str, np.ndarray], keys: list[str]) -> list[str]:
-    """The keys of arrays with three axes; if there are none, all keys, whose arrays have two axes (grey images, depth
-    maps or matrices)."""
+    """The keys of arrays with three axes. If there are none, all keys: their arrays may be greyscale images."""
     return [key for key in keys if found[key].ndim > 2] or keys
 
 
 def _array(value: Any) -> np.ndarray | None:
-    """`value` as an array if it may be an image: an array, nested lists (plain JSON), or a batch of one image."""
+    """`value` as an array if it may be an image or a batch of one image; None otherwise."""
     if isinstance(value, list) and value and isinstance(value[0], list):
         try:
             value = np.asarray(value)
@@ -136,7 +135,7 @@ def _array(value: Any) -> np.ndarray | None:
 
 
 def _encoded(flat: dict[str, Any]) -> str:
-    """The remedy if an image was sent as an encoded file; "" otherwise."""
+    """The remedy if an image was sent as a file; "" otherwise."""
     for key, value in flat.items():
         if isinstance(value, bytes | str) and value[:4] in (
             b"\xff\xd8\xff\xe0",
@@ -180,11 +179,9 @@ def _prompt(flat: dict[str, Any], keys: KeysConfig) -> str:
 
 
 def _draft(values: Mapping[Any, Any], horizon: int, action_dim: int) -> Draft | None:
-    """The draft in a request: actions in the robot's units, because a client has no tokenizer.
-
-    "vla/committed" is the length of the action prefix, "vla/trust" its acceptance threshold (`Draft`). "vla/latent" is
-    the seed, the chunk and the codes of the latent (`LatentDraw`).
-    """
+    """The draft in a request: actions in the robot's units ("vla/draft"), the length of the action prefix
+    ("vla/committed"), its acceptance threshold ("vla/trust"), and seed, chunk and codes of the latent
+    ("vla/latent")."""
     draft, committed, trust = (values.get(f"vla/{name}", 0) for name in ("draft", "committed", "trust"))
     latent = _latent(values["vla/latent"]) if "vla/latent" in values else None
     if "vla/draft" not in values:
@@ -206,6 +203,7 @@ def _latent(values: Any) -> LatentDraw:
     integers = isinstance(values, list) and all(isinstance(value, int) and 0 <= value < 2**32 for value in values)
     if not integers or not 2 <= len(values) <= 2 + _LONGEST_PROMPT:
         raise SpecError(
-            f"vla/latent must be a seed, a chunk number and any codes, from 0 to {2**32 - 1}, got {values!r:.100}."
+            f"vla/latent must be a list of a seed, a chunk index and codes, each from 0 to {2**32 - 1}, got "
+            f"{values!r:.100}."
         )
     return LatentDraw(values[0], values[1], tuple(values[2:]))

@@ -1,7 +1,4 @@
-"""The HTTP server of `vla serve`: uvicorn's settings, a graceful stop, and the metadata that clients receive.
-
-It does not know the protocols (`vla.serving.protocols`).
-"""
+"""The HTTP server of `vla serve`: uvicorn's settings, a graceful stop, and the policy's metadata for clients."""
 
 from __future__ import annotations
 
@@ -22,8 +19,8 @@ from vla.policy import Policy
 from vla.serving.app import PolicyApp
 from vla.support.sockets import BACKLOG
 
-#: A client that has not answered a ping for so long has left. vla-eval's client cannot answer while it resets a
-#: simulator, which takes a minute on a slow machine; uvicorn's default, 20 s, ends its episodes.
+#: Timeout for a client's answer to a ping. With uvicorn's default of 20 s, episodes of vla-eval would end: its client
+#: does not answer while it resets a simulator, which takes a minute on a slow machine.
 PING_TIMEOUT_S = 600.0
 
 
@@ -47,7 +44,7 @@ def describe(policy: Policy) -> dict[str, Any]:
 
 
 def _fingerprint(network: torch.nn.Module) -> str:
-    """sha256 over about 64 numbers of every tensor: enough to detect other weights, faster than hashing everything."""
+    """sha256 over about 64 numbers of every tensor, which is fast and detects other weights."""
     digest = hashlib.sha256()
     for name, tensor in network.state_dict().items():
         few = tensor.flatten()[:: max(1, tensor.numel() // 64)]
@@ -56,7 +53,7 @@ def _fingerprint(network: torch.nn.Module) -> str:
 
 
 def settings(app: PolicyApp, config: ServeConfig) -> uvicorn.Config:
-    """uvicorn's settings: large websocket messages, no compression, and the timeouts of `config`."""
+    """uvicorn's settings."""
     return uvicorn.Config(
         app.asgi,
         http=_with_header_timeout(config.patience_s),
@@ -89,10 +86,8 @@ class Server(uvicorn.Server):
 
 
 def _with_header_timeout(patience_s: float) -> type[H11Protocol]:
-    """uvicorn's HTTP protocol with a timeout for the headers of a request, against slowloris attacks.
-
-    uvicorn itself waits for headers indefinitely, and has no setting or hook for a timeout.
-    """
+    """uvicorn's HTTP protocol with a timeout for request headers, against slowloris attacks. uvicorn has no setting or
+    hook for it."""
 
     class WithHeaderTimeout(H11Protocol):
         def connection_made(self, transport: Any) -> None:
@@ -104,8 +99,8 @@ def _with_header_timeout(patience_s: float) -> type[H11Protocol]:
             super().on_response_complete()  # may begin the next request
 
         def _close_if_idle(self, last: Any) -> None:
-            """Close the connection if no request has begun since `last`. A websocket has changed its protocol by then
-            and stays open."""
+            """Close the connection if no request has begun since `last`. Websockets have another protocol object by
+            then and stay open."""
             if self.cycle is last and not self.transport.is_closing() and self.transport.get_protocol() is self:
                 self.transport.close()
 

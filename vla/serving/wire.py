@@ -1,8 +1,8 @@
-"""The two array encodings that robot clients use.
+"""Array encodings of robot clients.
 
-Owns: json-numpy (OpenVLA: base64 in JSON objects) and openpi's msgpack-numpy, in both directions, and the checks of
-arrays for other encodings. The bytes are identical to those of the original packages. Only plain numeric arrays whose
-size matches their data are accepted, and decoding never executes code. It does not know what the values mean.
+Owns: json-numpy (OpenVLA: base64 in JSON objects) and openpi's msgpack-numpy, and the checks of arrays for other
+encodings. The bytes are identical to those of the original packages. Arrays must be numeric and match the size of their
+data, and decoding never executes code. It does not know what the values mean.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class WireError(VLAError):
 
 
 def to_json(value: Any) -> str:
-    """`value` as JSON; arrays and numpy scalars as json-numpy writes them."""
+    """`value` as JSON, with arrays and numpy scalars as in json-numpy."""
     return json.dumps(value, default=_encode_json)
 
 
@@ -38,7 +38,7 @@ def from_json(text: str | bytes) -> Any:
 
 
 def to_msgpack(value: Any) -> bytes:
-    """`value` as msgpack; arrays and numpy scalars as openpi writes them."""
+    """`value` as msgpack, with arrays and numpy scalars as in openpi."""
     return msgpack.packb(value, default=_encode_msgpack, use_bin_type=True)
 
 
@@ -46,7 +46,7 @@ def from_msgpack(data: bytes, hook: Callable[[dict[Any, Any]], Any] | None = Non
     """Inverse of `to_msgpack`; arrays are read-only views of the bytes.
 
     Args:
-        hook: decodes every map, if arrays are encoded in another way than openpi's.
+        hook: decodes a map, for other array encodings than openpi's.
     """
     try:
         return msgpack.unpackb(data, object_hook=hook or _decode_msgpack, raw=False, strict_map_key=False)
@@ -99,7 +99,7 @@ def _decode_msgpack(entry: dict[Any, Any]) -> Any:
 
 
 def to_array(data: Any, dtype: Any, shape: Any) -> np.ndarray:
-    """The array of a dtype ("<f4") and a shape as a read-only view of its bytes. WireError if they do not match."""
+    """The array with a dtype ("<f4") and a shape, as a read-only view of `data`. WireError if they do not match."""
     kind = _dtype(dtype)
     if not isinstance(data, bytes) or not isinstance(shape, list | tuple):
         raise WireError("an array needs its data as bytes and its shape as a list.")

@@ -1,9 +1,8 @@
 """Adapter from any Gymnasium environment to the package's conventions.
 
-Owns: creating an environment by id, and the wrapper that converts its observations and infos into an `Observation`, an
-instruction, a success flag and a `RobotSpec`, as configured by an `AdapterConfig`. Every job that runs an environment
-(collect, replay, rollout, ...) uses this module. It does not know particular environments (it finds them in Gymnasium's
-registry) or policies.
+Owns: creating an environment by id, and the wrapper that converts its observations and infos to an `Observation`, an
+instruction, a success flag and a `RobotSpec`, according to an `AdapterConfig`. It does not know particular environments
+or policies.
 """
 
 from __future__ import annotations
@@ -32,7 +31,8 @@ LONGEST = 20_000  # maximum steps per episode in an environment without a step l
 
 
 class Expert(Protocol):
-    """A source of demonstrations. Its optional `label` is the clean action for the state of the last `act`."""
+    """A source of demonstrations. An expert with noise also has the attribute `label`: the clean action for the state
+    of the last `act`."""
 
     def act(self) -> np.ndarray: ...
 
@@ -42,13 +42,13 @@ def make(env_id: str, adapter: AdapterConfig | None = None, render: bool = False
 
     Args:
         adapter: where to find images, state, ...; None: the defaults for this package's environments.
-        render: also enable `render()`, which then returns an RGB image (for videos).
+        render: also enable `render()`, which then returns an RGB image.
     Raises:
-        SimulatorError: the id is unknown, the environment cannot start, or an entry that the adapter names is missing.
-        SpecError: an entry that the adapter names is not a valid image, state or robot description.
+        SimulatorError: the id is unknown, the environment cannot start, or an entry named in the adapter is missing.
+        SpecError: an entry named in the adapter is not a valid image, state or robot description.
     """
     adapter = adapter or AdapterConfig()
-    # MuJoCo reads this variable when it is first imported; without a display only EGL and OSMesa work.
+    # MuJoCo reads this variable on its first import. Without a display, only EGL and OSMesa work.
     if not os.environ.get("DISPLAY") and sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")
     full_id = resolve(env_id, adapter)
@@ -74,15 +74,15 @@ def make(env_id: str, adapter: AdapterConfig | None = None, render: bool = False
 
 
 class SimulatedRobot(gym.Wrapper):
-    """An environment whose observations follow the package's convention.
+    """An environment with observations in the package's convention.
 
     The infos of `reset` and `step` always contain "instruction" (str) and "is_success" (bool).
 
-    An environment with a writable attribute `observe_images` may omit images from its observations while it is False,
-    to save the time of rendering. `step(action, images=False)` sets it for that step.
+    An environment may have a writable attribute `observe_images`. While it is False, the environment need not render
+    images for its observations. `step(action, images=False)` sets it for one step.
 
     Attributes:
-        env_id: the id that the environment was created with.
+        env_id: the id of the environment, as passed to `make`.
         robot: the RobotSpec of the environment.
     Raises (all methods):
         SimulatorError, SpecError: a value from the environment is invalid, or its shape or type has changed.
@@ -114,8 +114,8 @@ class SimulatedRobot(gym.Wrapper):
         return self._adapt(observation), info
 
     def step(self, action: np.ndarray, images: bool = True) -> tuple[dict, float, bool, bool, dict]:
-        """Execute one action. With `images=False`, the observation's "pixels" are empty, and are not rendered if the
-        environment supports that."""
+        """Execute one action. With `images=False`, the observation's "pixels" are empty; an environment with
+        `observe_images` does not render them."""
         self.robot.check_action(action)
         if self._omits_images:
             self.env.unwrapped.observe_images = images  # type: ignore[attr-defined]
@@ -134,7 +134,7 @@ class SimulatedRobot(gym.Wrapper):
         return self._adapt(observation, images), self._number("the reward", reward), terminated, truncated, info
 
     def check_length(self, steps: int) -> None:
-        """Raise SimulatorError after `LONGEST` steps in an environment without a step limit."""
+        """Raise SimulatorError if an environment without a step limit reaches `LONGEST` steps."""
         limit = self.env.spec.max_episode_steps if self.env.spec is not None else None
         if steps >= LONGEST and limit is None:
             raise SimulatorError(
@@ -142,10 +142,8 @@ class SimulatedRobot(gym.Wrapper):
             )
 
     def make_expert(self, noise: float = 0.0, seed: int = 0) -> Expert:
-        """Create the adapter's expert, for the current and all later episodes of this environment.
-
-        `noise` is only used by an environment's own expert.
-        """
+        """Create the adapter's expert, for the current and later episodes. `noise` is only for an environment's own
+        expert."""
         source = self.adapter.expert
         if source == "random":
             return RandomExpert(self.env.action_space, seed)
@@ -203,7 +201,6 @@ class SimulatedRobot(gym.Wrapper):
         return adapted
 
     def _image(self, observation: Any, camera: str, path: str) -> np.ndarray:
-        """A copy of the image, because the environment may reuse its memory for the next image."""
         value = self._render(camera) if path == "render()" else self._read(observation, path, "images")
         image = self._array(value, "images", path)
         if camera not in self._formats:
@@ -274,10 +271,8 @@ class SimulatedRobot(gym.Wrapper):
         return said
 
     def _success(self, info: Mapping[str, Any], over: bool) -> bool:
-        """The success last reported in this episode; False until it is reported.
-
-        Many environments report success only in the last step. It is an error if even that step does not report it.
-        """
+        """The last success reported in this episode; False before the first. Many environments report success only at
+        the end; SimulatorError if it is not reported at all."""
         path = self.adapter.success
         try:
             value = look_up(info, path)
@@ -287,14 +282,15 @@ class SimulatedRobot(gym.Wrapper):
             flags = self._array(value, "success", path)
             if flags.dtype.kind not in "biuf" or not flags.size or np.isnan(flags).any():
                 raise SimulatorError(
-                    f"environment {self.env_id!r}, adapter.success: {path!r} must be a flag or a number (success: at "
-                    f"least 0.5), got {value!r}. Choose another entry, or convert it in a wrapper."
+                    f"environment {self.env_id!r}, adapter.success: {path!r} must be a boolean or a number (success: "
+                    f"at least 0.5), got {value!r}. Choose another entry, or convert it in a wrapper."
                 )
             self._solved = bool(np.all(flags >= 0.5))
         if over and self._solved is None:
             message = unknown("path into the info of a step", path, dict(leaves(info)))
             raise SimulatorError(
-                f"environment {self.env_id!r}, adapter.success: {message} No step of the episode had this entry."
+                f"environment {self.env_id!r}, adapter.success: {message} This entry was missing in all steps of the "
+                "episode."
             )
         return bool(self._solved)
 
@@ -303,7 +299,7 @@ class SimulatedRobot(gym.Wrapper):
         if array.size != 1 or array.dtype.kind not in "biuf":
             batch = " Vector environments are not supported; use a single one." if array.size > 1 else ""
             raise SimulatorError(
-                f"environment {self.env_id!r}: {what} must be one number or flag, got {value!r}.{batch}"
+                f"environment {self.env_id!r}: {what} must be one number or boolean, got {value!r}.{batch}"
             )
         return float(array.item())
 
@@ -321,7 +317,7 @@ class SimulatedRobot(gym.Wrapper):
         }
         described |= {key: [f"{key.removesuffix('_names')}_{i}" for i in range(size)] for key, size in dims.items()}
         stated = self.env.get_wrapper_attr("robot") if self.env.has_wrapper_attr("robot") else None
-        if isinstance(stated, Mapping):  # otherwise an unrelated attribute of this name
+        if isinstance(stated, Mapping):  # otherwise, it is an unrelated attribute
             described |= {key: value for key, value in stated.items() if key != "cameras"}
         if len(described["state_names"]) != dims["state_names"]:  # the adapter selects different entries
             described["state_names"] = [f"state_{i}" for i in range(dims["state_names"])]
@@ -329,7 +325,7 @@ class SimulatedRobot(gym.Wrapper):
         for key, size in dims.items():
             if len(described[key]) != size:
                 raise SimulatorError(
-                    f"environment {self.env_id!r}: {key} lists {len(described[key])} names "
+                    f"environment {self.env_id!r}: {key} has {len(described[key])} names "
                     f"({', '.join(map(str, described[key]))}) for {size} entries. Correct it in adapter.robot."
                 )
         return RobotSpec.from_dict(described)
@@ -362,16 +358,16 @@ def _cameras(observation: Any, env_id: str) -> list[str]:
 def _remedy(space: gym.Space) -> str:
     """Remedy for an action space that is not a vector."""
     if isinstance(space, spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
-        return "Discrete actions have no order or size; wrap the environment so that it takes a Box."
+        return "Discrete actions are not supported; wrap the environment so that it takes a Box."
     if isinstance(space, spaces.Dict | spaces.Tuple):
         return "Flatten it with gymnasium.wrappers.TransformAction, spaces.unflatten and spaces.flatten_space."
     if isinstance(space, spaces.Box) and len(space.shape) == 2:
-        return "Use a single environment, not a vector one; else flatten it with gymnasium.wrappers.TransformAction."
+        return "Use a single environment, not a vector one, or flatten it with gymnasium.wrappers.TransformAction."
     return "Wrap the environment so that it takes a one-dimensional Box."
 
 
 def _bounds(env: gym.Env, path: str) -> tuple[float, float] | None:
-    """Lowest and highest value of the observation space at `path`; None if it is not a Box of floats."""
+    """Lowest and highest value of the observation space at `path`; None if it is not a float Box."""
     try:
         space = look_up(env.observation_space, path)
     except (AttributeError, KeyError):  # no space, no such entry, or an image from `render()`

@@ -1,8 +1,7 @@
 """Short video clips of episodes for reports.
 
-Owns: recording the frames of one episode and encoding them, in memory, as a small H.264 mp4 that every browser plays.
-It does not know policies or pages. Videos of datasets need exact frames and fast random access; they are in
-`vla.data.video`.
+Owns: recording the frames of an episode and encoding them, in memory, as a small H.264 mp4 for browsers. The videos of
+datasets are in `vla.data.video`. It does not know policies or pages.
 """
 
 from __future__ import annotations
@@ -16,14 +15,14 @@ import numpy as np
 
 from vla.spec import Observation
 
-HEIGHT = 288  # pixels; observations are scaled up for display
+HEIGHT = 288  # height of the clip in pixels
 MOST_FRAMES = 1200
 
 
 class Recorder:
-    """Records the policy's camera images in one episode, next to each other in one frame.
+    """Records the camera images of one episode side by side.
 
-    Memory is bounded: beyond `MOST_FRAMES` frames, every second one is dropped and the recording rate is halved.
+    To limit memory, beyond `MOST_FRAMES` frames every second frame is dropped, and the recording rate is halved.
     """
 
     def __init__(self) -> None:
@@ -42,7 +41,7 @@ class Recorder:
             self._frames, self._stride = self._frames[::2], self._stride * 2
 
     def mp4(self, fps: float) -> bytes:
-        """The episode so far as mp4 bytes, in real time at `fps` observations per second; empty without frames."""
+        """The episode so far as mp4 bytes, playing `fps` observations per second; empty without frames."""
         return encode(self._frames, fps / self._stride) if self._frames else b""
 
 
@@ -71,5 +70,5 @@ def _scale(image: np.ndarray, height: int) -> np.ndarray:
 
 
 def _even(image: np.ndarray) -> np.ndarray:
-    """Crop to even sides, which yuv420p requires because it stores colour at half the resolution."""
+    """Crop to even sides, as required by yuv420p."""
     return np.ascontiguousarray(image[: image.shape[0] // 2 * 2, : image.shape[1] // 2 * 2])

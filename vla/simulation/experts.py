@@ -1,7 +1,7 @@
 """Experts that collect demonstrations in workers.
 
 Owns: an attempt at an episode, from the reset to the recorded episode. Workers write finished episodes themselves, so
-frames are never sent between processes. It does not know which attempts make up a dataset, or when collecting stops.
+that frames are not sent between processes. It does not know which attempts make up a dataset, or when collecting stops.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from vla.errors import SimulatorError
 from vla.simulation import adapter as simulator
 from vla.simulation.pool import EnvServer, check_shared
 
-EXPERT_SEED = 1_000_000_000  # offset, so that the expert's noise is independent of the scene layout
+EXPERT_SEED = 1_000_000_000  # added to the seed, so that the expert's noise is independent of the scene layout
 PATIENCE_S = 900.0  # timeout per episode
 
 
 @dataclasses.dataclass(frozen=True)
 class Attempt:
-    """One attempt at one episode of the dataset."""
+    """One attempt at an episode of the dataset; `turn` counts the attempts."""
 
     episode: int
     turn: int
@@ -35,11 +35,11 @@ class Attempt:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """Result of an attempt that ran to the end of its episode.
+    """Result of an attempt that reached the end of its episode.
 
     Attributes:
         kind: "kept": the episode was written. "failed": the expert did not solve the task.
-        message: why the episode was not kept.
+        message: the reason for "failed".
         frames, success: number of frames and success of a kept episode.
     """
 
@@ -51,7 +51,7 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Recording:
-    """How workers record.
+    """Options of the recording.
 
     Attributes:
         staging: absolute path of the staging folder.
@@ -68,7 +68,7 @@ class ExpertServer(EnvServer):
     """A worker that runs an environment's expert and records its episodes."""
 
     def attempt(self, tried: Attempt, recording: Recording) -> Outcome:
-        """Run the expert for one episode; write it if it succeeds or if all episodes are kept."""
+        """Run the expert for one episode, and write the episode if the expert succeeds or all episodes are kept."""
         check_shared(recording.staging)
         executed_actions = recording.executed_actions
         env = self._ready(tried.env_id)
@@ -94,13 +94,13 @@ class ExpertServer(EnvServer):
 
 
 def consult(expert: simulator.Expert, space: spaces.Space) -> tuple[np.ndarray, np.ndarray]:
-    """The expert's action, and its clean action for the same state. Call once per step: an expert may count calls."""
+    """The expert's action, and its clean action for the same state. Call it once per step: experts may have state."""
     executed = executable(expert.act(), space)
     return executed, executable(getattr(expert, "label", executed), space)
 
 
 def executable(action: Any, space: spaces.Space) -> np.ndarray:
-    """`action` clipped to the environment's limits, float32 [D], as it is executed and stored."""
+    """`action` clipped to the limits of `space`, float32 [D]."""
     assert isinstance(space, spaces.Box)
     action = np.asarray(action, np.float32)
     if action.shape != space.shape:

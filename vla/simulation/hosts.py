@@ -1,8 +1,7 @@
 """Worker processes, and the backends that start them.
 
-Owns: the message protocol, a process with its pipe, and the `Fault` for a worker that crashed, hung or was killed. A
-request is `(method, *arguments)`; its reply is a value or a `Fault`. This module does not know environments or the
-methods of requests.
+Owns: the message protocol, and processes with a pipe. A request is `(method, *arguments)`; its reply is a value, or a
+`Fault` if the request failed or the worker died. It does not know environments or the methods of requests.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ class Fault:
 
     Attributes:
         kind: "error": the request raised an exception. "died": the worker crashed, hung or was killed.
-        error: the exception, if it is an error of this package, whose message needs no traceback.
-        step: number of steps started in the episode that raised the exception; None for "died".
+        error: the exception, if it is a VLAError.
+        step: the step of the episode in which the exception was raised; None for "died".
     """
 
     message: str
@@ -44,7 +43,7 @@ class Fault:
 
 
 class Server(Protocol):
-    """What a worker runs. `answer` executes a request; it returns a `Fault` instead of raising."""
+    """The object in a worker that executes requests. `answer` returns a `Fault` instead of raising an exception."""
 
     def answer(self, request: tuple[Any, ...]) -> Any: ...
 
@@ -70,13 +69,13 @@ class Backend(Protocol):
         """Start a worker that runs `make_server(*arguments)`."""
 
     def ready(self, workers: Sequence[Any], timeout: float) -> list[Any]:
-        """Wait up to `timeout` seconds until a worker has a reply or is dead. Returns the workers that do or are."""
+        """Wait up to `timeout` seconds for a reply or the death of a worker. Returns the workers that can `receive`."""
 
     def close(self, idle: Sequence[Any]) -> None:
-        """Let idle workers exit by themselves, and release the backend's resources."""
+        """End idle workers, and release the backend's resources."""
 
 
-#: Backends by name. Each is called with its configuration and the number of workers that run at the same time.
+#: Backends by name, called with the configuration and the number of workers.
 BACKENDS: Registry[Callable[[HostsConfig, int], Backend]] = Registry("backend")
 
 
@@ -88,8 +87,8 @@ class Process:
     """
 
     def __init__(self, target: Callable[..., None], *arguments: Any, name: str) -> None:
-        # A plain fork would copy GL contexts and locks of this process, and hang. A fork server is a clean,
-        # single-threaded process that imports the modules once.
+        # A plain fork could hang, because it copies GL contexts and locks. A fork server is single-threaded, and
+        # imports the modules once.
         method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
         context: Any = multiprocessing.get_context(method)
         if method == "forkserver":
@@ -100,7 +99,7 @@ class Process:
         theirs.close()
 
     def send(self, request: tuple[Any, ...]) -> None:
-        with contextlib.suppress(OSError):  # `receive` detects a dead process and reports how it died
+        with contextlib.suppress(OSError):  # `receive` reports a dead process
             self.pipe.send(request)
 
     def poll(self, timeout: float = 0.0) -> bool:
@@ -126,15 +125,15 @@ class Process:
         self._process.join()
 
     def close(self, patience_s: float = 2.0) -> None:
-        """Close the pipe, so that the process exits by itself; kill it if it does not within `patience_s` seconds."""
+        """Close the pipe, so that the process exits; kill it after `patience_s` seconds."""
         self.pipe.close()
         self._process.join(patience_s)
         self.kill()
 
 
 def _run(target: Callable[..., None], pipe: Connection, *arguments: Any) -> None:
-    """The main function of a process, which runs until the caller closes the pipe."""
-    for signum in (signal.SIGINT, signal.SIGTERM):  # sent to the whole process group, but handled by the caller
+    """The main function of a process. It runs until the caller closes the pipe."""
+    for signum in (signal.SIGINT, signal.SIGTERM):  # these reach the whole process group, but the caller handles them
         signal.signal(signum, signal.SIG_IGN)
     with contextlib.suppress(EOFError, OSError):
         target(pipe, *arguments)
@@ -152,7 +151,7 @@ def _serve(pipe: Connection, make_server: Callable[..., Server], *arguments: Any
 
 @BACKENDS.register("local")
 class Processes:
-    """Workers in processes on this machine. They need no configuration."""
+    """Workers in processes on this machine."""
 
     def __init__(self, config: HostsConfig, size: int) -> None: ...
 

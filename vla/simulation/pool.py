@@ -1,11 +1,11 @@
 """A pool of environments, each in a separate worker.
 
-Owns: the requests that a worker answers (`EnvServer`), and waiting for replies. A worker that crashes, hangs or is
-killed is replaced, and the reply to its request is a `Fault`; all other workers continue. This module does not know
-policies, the order of episodes or results, or where workers run (`hosts`).
+Owns: the requests to a worker (`EnvServer`), and waiting for replies. A worker that crashes, hangs or is killed is
+replaced; the reply to its request is a `Fault`, and all other workers continue. It does not know policies, the order of
+episodes, results, or where workers run (`hosts`).
 
-`Pool.exchange` waits for the replies of all workers, so that results do not depend on their relative speed.
-`Pool.completed` returns replies as they arrive, for independent requests.
+`Pool.exchange` waits for all replies, so that results do not depend on the speed of workers. `Pool.completed` returns
+replies as they arrive.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from vla.simulation.hosts import BACKENDS, Fault
 from vla.spec import Observation
 from vla.support import machine
 
-PATIENCE_S = 300.0  # timeout per request, after which the worker counts as hung
+PATIENCE_S = 300.0  # timeout per request
 
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """An environment's RobotSpec as a dict, and the GL implementation that renders it."""
+    """An environment's RobotSpec as a dict, and its GL implementation."""
 
     robot: dict[str, Any]
     gl: dict[str, Any]
@@ -44,7 +44,7 @@ class Description:
 
 @dataclasses.dataclass(frozen=True)
 class ResetResult:
-    """Result of a reset. Compare `image_hash` to check whether two machines render the same images."""
+    """Result of a reset. Two machines with the same `image_hash` render the same images."""
 
     observation: Observation
     instruction: str
@@ -56,12 +56,12 @@ class StepResult:
     """Result of executing a chunk, up to the end of the episode.
 
     Attributes:
-        observation: observation after the last action; it may lack images if that action ended the episode.
+        observation: observation after the last action; it may have no images if the episode ended early.
         rewards: one reward per executed action.
         success: whether the task is solved after the last action.
         ever: whether the task is solved after any of the actions.
-        reached: the last candidate acted on (info["reached"]); None if it is not reported.
-        target: the candidate that the instruction names (info["target"]); None if it is not reported.
+        reached: the object that the robot acted on last (info["reached"]); None if it is not reported.
+        target: the object in the instruction (info["target"]); None if it is not reported.
     """
 
     observation: Observation
@@ -76,12 +76,12 @@ class StepResult:
 
 
 class Pool:
-    """A pool of `size` workers. Use it as a context manager, which ends all workers on exit.
+    """A pool of `size` workers, as a context manager that ends them on exit.
 
     Args:
         adapter: adapter of the environments.
         hosts: where the workers run.
-        server: class that answers requests in a worker; a subclass of `EnvServer` can add requests.
+        server: subclass of `EnvServer` with additional requests; None: `EnvServer`.
         patience_s: timeout per request in seconds.
     Raises:
         ConfigError: the backend does not exist or cannot be reached.
@@ -99,7 +99,7 @@ class Pool:
         hosts = hosts or HostsConfig()
         self._backend = BACKENDS.get(hosts.backend)(hosts, size)
         self._workers = [self._backend.start(self._server, adapter) for _ in range(size)]
-        self._deadlines: dict[int, float] = {}  # by slot: of the requests without a reply
+        self._deadlines: dict[int, float] = {}  # by slot: deadlines of the requests without a reply
 
     def __len__(self) -> int:
         return len(self._workers)
@@ -118,10 +118,10 @@ class Pool:
         return [slot for slot in range(len(self)) if slot not in self._deadlines]
 
     def exchange(self, requests: Mapping[int, tuple[Any, ...]]) -> dict[int, Any]:
-        """Send each worker its request and wait for all replies; the reply of a failed worker is a `Fault`.
+        """Send each worker its request and wait for all replies.
 
         Requests and their replies: ("make", env_id) -> Description; ("reset", env_id, seed, record) -> ResetResult;
-        ("run", actions [n, D]) -> StepResult; ("clip", fps) -> mp4 bytes.
+        ("run", actions [n, D]) -> StepResult; ("clip", fps) -> mp4 bytes. The reply to a failed request is a `Fault`.
         """
         for slot, request in requests.items():
             self.submit(slot, request)
@@ -136,7 +136,7 @@ class Pool:
         self._deadlines[slot] = time.monotonic() + self._patience_s
 
     def completed(self, timeout: float = 1.0) -> dict[int, Any]:
-        """Wait up to `timeout` seconds until a worker replies. Returns the replies by slot, which may be empty."""
+        """Wait up to `timeout` seconds until a worker replies. Returns the replies (possibly none) by slot."""
         waiting = {slot: self._workers[slot] for slot in self._deadlines}
         remaining = min(self._deadlines.values(), default=0.0) - time.monotonic()
         ready = self._backend.ready(list(waiting.values()), max(0.0, min(timeout, remaining)))
@@ -145,7 +145,7 @@ class Pool:
             if worker in ready:
                 replies[slot] = worker.receive()
             elif time.monotonic() > self._deadlines[slot]:
-                replies[slot] = Fault("the environment did not respond in time; its process was killed", "died")
+                replies[slot] = Fault("the environment did not respond in time, so its process was killed", "died")
         for slot, reply in replies.items():
             del self._deadlines[slot]
             if isinstance(reply, Fault) and reply.kind == "died":
@@ -155,7 +155,7 @@ class Pool:
 
 
 class EnvServer:
-    """A worker's environment, and the recording of its episode. The methods implement the requests.
+    """A worker's environment, and the recording of its episode. Its methods are the requests.
 
     Attributes:
         env: the current environment; None before the first one and after a failure.
@@ -169,7 +169,8 @@ class EnvServer:
         self.steps = 0
 
     def answer(self, request: tuple[Any, ...]) -> Any:
-        """The reply to `(method, *arguments)`. If the method raises, a `Fault`; the environment is then discarded."""
+        """The reply to `(method, *arguments)`. If the method raises an exception, the environment is discarded, and the
+        reply is a `Fault`."""
         method, *arguments = request
         try:
             return getattr(self, method)(*arguments)
@@ -178,7 +179,7 @@ class EnvServer:
             return Fault.of(error, self.steps)
 
     def make(self, env_id: str) -> Description:
-        env = self._ready(env_id)  # creating it has rendered an image, so the GL context can report its name
+        env = self._ready(env_id)  # renders an image, so that the GL implementation is known
         return Description(env.robot.to_dict(), machine.gl())
 
     def reset(self, env_id: str, seed: int, record: bool) -> ResetResult:
@@ -198,7 +199,7 @@ class EnvServer:
         ever, reached = False, None
         for number, action in enumerate(actions, 1):
             self.steps += 1
-            # The policy looks only after the last action; a video shows every step.
+            # The policy only needs the images after the last action; a video needs all.
             images = number == len(actions) or self._recorder is not None
             observation, reward, terminated, truncated, info = env.step(action, images)
             if not math.isfinite(reward):
@@ -228,7 +229,7 @@ class EnvServer:
         return self._recorder.mp4(fps) if self._recorder else b""
 
     def abandon(self) -> None:
-        """Discard an environment that failed; errors from closing it are ignored."""
+        """Discard the environment, and ignore errors from closing it."""
         env, self.env = self.env, None
         with contextlib.suppress(Exception):
             if env is not None:
@@ -242,15 +243,15 @@ class EnvServer:
 
 
 def check_shared(folder: Path) -> None:
-    """DataError if this worker's machine cannot access the folder that the caller has created."""
+    """Raise DataError if this worker's machine cannot access a folder of the caller."""
     if not folder.is_dir():
         raise DataError(
-            f"a worker on {platform.node()} cannot access {folder}, but must write into it. Choose an --out in a "
-            "folder that all machines of the cluster share."
+            f"a worker on {platform.node()} must write to {folder}, but cannot access it. Choose an --out in a folder "
+            "that all machines of the cluster share."
         )
 
 
 def _label(value: Any) -> int | str | None:
-    """`value` if it is the number or name of a candidate, else None."""
+    """`value` if it is an integer or a string, else None."""
     value = value.item() if isinstance(value, np.generic) else value
     return value if isinstance(value, int | str) and not isinstance(value, bool) else None

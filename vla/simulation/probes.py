@@ -1,8 +1,7 @@
 """Probes of rendering, torch and video encoding: `python -m vla.simulation.probes <name>`.
 
 Owns: the checks of `vla doctor` that may crash their process (a GL driver, a mismatched binary) or need heavy imports.
-Each probe runs in a separate process and prints one JSON object; any other outcome is a failure. `vla.jobs.doctor`
-interprets the results.
+Each probe runs in a separate process and prints one JSON object. `vla.jobs.doctor` interprets the results.
 """
 
 from __future__ import annotations
@@ -27,8 +26,7 @@ SCENE = """
 
 
 def render() -> dict[str, Any]:
-    """Render a small MuJoCo scene with the backend MUJOCO_GL. Returns the renderer's name, and frames of 96 pixels per
-    second."""
+    """Render a small MuJoCo scene with the backend MUJOCO_GL. Returns the GL implementation and the frame rate."""
     import mujoco
 
     from vla.support import machine
@@ -75,7 +73,7 @@ def torch() -> dict[str, Any]:
 
 
 def video() -> dict[str, Any]:
-    """Encode a short clip with x264 through PyAV. Returns its size in bytes, and frames per second."""
+    """Encode a short clip with x264 through PyAV. Returns its size in bytes and the frame rate."""
     import numpy as np
 
     from vla.simulation.clips import encode

@@ -1,4 +1,4 @@
-"""An expert that acts at random, for testing the pipeline on an environment without an expert."""
+"""An expert with random actions, for testing the pipeline in an environment without an expert."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Workers as actors of a Ray cluster (https://docs.ray.io), on one or several machines.
 
-Owns: the connection to the cluster, the actors, and the conversion of Ray's errors into a `Fault` or a ConfigError. Ray
-is an optional dependency, which is imported only if this backend is used.
+Owns: the connection to the cluster, the actors, and the conversion of Ray's errors to a `Fault` or a ConfigError. Ray
+is an optional dependency, imported only if this backend is used.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ CONNECT_S = 5.0  # timeout for the connection to a cluster's address
 
 @BACKENDS.register("ray")
 class Actors:
-    """Workers in a Ray cluster, one CPU each. Without an address, a cluster is started on this machine, and shut down
-    at the end.
+    """Workers in a Ray cluster, with one CPU each. Without an address, a cluster is started on this machine, and shut
+    down at the end.
 
     Raises:
-        ConfigError: Ray is not installed, no cluster runs at the address, or it has fewer CPUs than workers.
+        ConfigError: Ray is not installed, there is no cluster at the address, or it has fewer CPUs than workers.
     """
 
     def __init__(self, config: HostsConfig, size: int) -> None:
@@ -80,16 +80,16 @@ class Actors:
             else:
                 _check_port(address)
                 self._ray.init(address, logging_level="warning")
-        except Exception as error:  # Ray has no common type for this
+        except Exception as error:  # Ray has no common error type
             reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
             where = "on this machine" if address is None else f"at {address!r}"
             raise ConfigError(
-                f"cannot use a Ray cluster {where} ({reason}). `ray start --head` starts a cluster and prints its "
-                "address; without --address, a cluster is started on this machine. For a cluster with token "
-                "authentication, set RAY_AUTH_MODE=token."
+                f"cannot use a Ray cluster {where} ({reason}). Start a cluster with `ray start --head`, which prints "
+                "its address, or omit --address to start one on this machine. For a cluster with token authentication, "
+                "set RAY_AUTH_MODE=token."
             ) from error
         finally:
-            with contextlib.suppress(ValueError):  # not in the main thread, where Ray sets no handler
+            with contextlib.suppress(ValueError):  # not the main thread, so Ray has not changed the handler
                 signal.signal(signal.SIGTERM, handler)
 
 
@@ -105,7 +105,7 @@ class _RayWorker:
 
     def receive(self) -> Any:
         try:
-            return copy.deepcopy(self._ray.get(self.reply))  # the arrays of Ray's own copy are read-only
+            return copy.deepcopy(self._ray.get(self.reply))  # Ray's arrays are read-only
         except self._ray.exceptions.RayError as error:
             last = str(error).strip().splitlines()[-1].strip()
             if getattr(error, "actor_init_failed", False):
@@ -122,10 +122,10 @@ class _RayWorker:
 
 
 class _Actor:
-    """Runs a server in a process of the cluster, under the same conditions as in a process of the caller's machine.
+    """Runs a server in a process of the cluster, with the caller's working directory and GL backend.
 
     Args:
-        place: version of this package, working directory and GL backend of the caller.
+        place: the caller's version of this package, working directory and GL backend.
     """
 
     def __init__(
@@ -134,18 +134,18 @@ class _Actor:
         version, folder, gl = place
         if version != __version__:
             raise ConfigError(f"vla {__version__} is installed on {platform.node()}, but {version} is needed.")
-        with contextlib.suppress(OSError):  # if the folder does not exist here, no module in it is needed
+        with contextlib.suppress(OSError):  # the folder may not exist on this machine
             os.chdir(folder)
         if gl is not None:
             os.environ["MUJOCO_GL"] = gl  # before an environment imports MuJoCo
         self._server = make_server(*arguments)
 
     def answer(self, request: tuple[Any, ...]) -> Any:
-        return self._server.answer(copy.deepcopy(request))  # read-only arrays, as above
+        return self._server.answer(copy.deepcopy(request))  # Ray's arrays are read-only
 
 
 def _check_port(address: str) -> None:
-    """OSError if nothing accepts connections at "host:port". Ray itself waits for minutes, and may end the process."""
+    """Raise OSError if "host:port" does not accept connections. Ray would wait for minutes, and may end the process."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if port.isdigit():
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()

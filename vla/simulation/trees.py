@@ -1,6 +1,6 @@
-"""Nested observations: mappings, tuples and lists of arrays, and the Gymnasium spaces that describe them.
+"""Nested observations (mappings, tuples and lists of arrays) and their Gymnasium spaces.
 
-Owns: their entries by dotted path ("robot.hand.position", "images.0").
+Owns: the lookup of entries by dotted path ("robot.hand.position", "images.0").
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def children(tree: Any) -> Iterator[tuple[str, Any]]:
 
 
 def look_up(tree: Any, path: str) -> Any:
-    """The entry of `tree` at a dotted path ("": all of it); KeyError if it does not exist. Keys may contain dots."""
+    """The entry of `tree` at a dotted path; "" is `tree` itself. KeyError if it does not exist. Keys may have dots."""
     if not path:
         return tree
     for name, child in children(tree):
@@ -36,14 +36,14 @@ def look_up(tree: Any, path: str) -> Any:
 
 
 def is_nested(tree: Any) -> bool:
-    """Whether `tree` is a mapping, or a tuple or list that contains arrays or nested values (not just numbers)."""
+    """Whether `tree` is a mapping, or a tuple or list that contains arrays or nested values."""
     if isinstance(tree, tuple | list):
         return any(getattr(child, "ndim", 0) or is_nested(child) for child in tree)
     return isinstance(tree, Mapping)
 
 
 def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Pairs (dotted path, value) of all leaves of nested mappings, tuples and lists; '' if `tree` is a leaf."""
+    """Pairs (dotted path, value) of all leaves. If `tree` itself is a leaf, its path is ""."""
     if not is_nested(tree):
         yield path, tree
         return

@@ -1,1 +1,1 @@
-"""Small utilities that are independent of robots and models."""
+"""Utilities that are independent of robots and models."""

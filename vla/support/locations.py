@@ -1,4 +1,4 @@
-"""Classification of policy and model names as folders, hub ids or server addresses. Loads nothing."""
+"""Classification of policy and model names as folders, hub ids or server addresses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def is_address(policy: str) -> bool:
 
 
 def missing_folder(name: str) -> str | None:
-    """Error message if `name` must be a folder but does not exist; None if it exists or may be a hub id."""
+    """Error message if `name` is a path that does not exist; None if it exists or may be a hub id."""
     path = Path(name).expanduser()
     known_parent = path.parent.is_dir() and path.parent != Path()
     is_path = name.startswith((".", "/", "~")) or name.count("/") != 1 or known_parent
@@ -27,6 +27,6 @@ def missing_folder(name: str) -> str | None:
 
 
 def check_policy(name: str) -> None:
-    """Raise CheckpointError unless `name` is "nano", an existing folder, a server address or possibly a hub id."""
+    """Raise CheckpointError if `name` is the path of a policy that does not exist."""
     if name != "nano" and not is_address(name) and (problem := missing_folder(name)):
         raise CheckpointError(f"no policy at {name!r}: {problem}")

@@ -1,7 +1,7 @@
 """Description of this machine: hardware, package versions and GL implementation.
 
-Owns: the properties that explain different results on two machines. `vla rollout` stores them with its results, and
-`vla doctor` interprets them. Versions are read from package metadata, without slow imports.
+Owns: the properties of a machine that may affect results. `vla rollout` stores them with its results, and `vla doctor`
+interprets them. Versions are read from package metadata, without slow imports.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def version(package: str) -> str | None:
 
 
 def cores() -> int:
-    """Cores available to this process. A container or `taskset` may limit them to fewer than the machine has."""
+    """Number of cores available to this process, which a container or `taskset` may limit."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -94,7 +94,7 @@ def gl() -> dict[str, str | None]:
         for fact, name in (("renderer", GL.GL_RENDERER), ("version", GL.GL_VERSION)):
             try:
                 text = GL.glGetString(name)
-            except Exception:  # PyOpenGL's own error types: there is no current context, so the value stays None
+            except Exception:  # PyOpenGL's own error types; there is no current context
                 continue
             facts[fact] = text.decode() if text else None
     return facts

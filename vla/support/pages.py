@@ -1,13 +1,13 @@
 """HTML pages of the package.
 
-Owns: the Jinja environment that loads their templates. It does not know the content of any page.
+Owns: the Jinja environment of their templates. It does not know the contents of pages.
 """
 
 import jinja2
 
 
 def templates() -> jinja2.Environment:
-    """The environment of the HTML templates. Values are escaped, and an undefined value is an error."""
+    """The environment of the HTML templates. Values are escaped; undefined values raise an error."""
     return jinja2.Environment(
         loader=jinja2.PackageLoader("vla"),
         autoescape=True,

@@ -1,7 +1,7 @@
-"""Import of modules that the user names in a flag or a YAML file.
+"""Import of modules named by the user in a flag or a YAML file.
 
-Owns: the search order, first installed modules, then files in the working directory. Module names in datasets and
-checkpoints are never imported.
+Owns: the search order (installed modules, then the working directory). Modules named in datasets and checkpoints must
+never be imported.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 
 def load(source: str) -> Callable[..., Any]:
-    """The object named by "module:callable". ValueError if `source` has another form; import errors are passed on."""
+    """Import the object at "module:callable". ValueError if `source` has another form; import errors are passed on."""
     module, _, name = source.partition(":")
     if not module or not name:
         raise ValueError("no colon between module and callable" if ":" not in source else "a part is missing")
@@ -38,9 +38,9 @@ def import_module(name: str) -> ModuleType:
 class _WorkingDirectory(MetaPathFinder):
     """Finds modules in a folder if no installed module has their name.
 
-    If the folder were on `sys.path`, it would take precedence over editable installs, and each of its subfolders would
-    be a namespace package. For example, a folder `datasets/` with recordings would replace the library `datasets`. With
-    this finder, a subfolder without `__init__.py` is a package only if a configuration names it.
+    If the folder were on `sys.path`, it would take precedence over editable installs, and its subfolders would be
+    namespace packages: a folder `datasets/` with recordings would replace the library `datasets`. With this finder, a
+    subfolder without `__init__.py` is a package only if the user names it.
     """
 
     def __init__(self, folder: Path) -> None:

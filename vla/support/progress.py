@@ -1,6 +1,6 @@
 """Progress of long jobs.
 
-Owns: the progress bar in a terminal, and the periodic lines in a log. It does not know the counted items.
+Owns: the progress bar in a terminal, and the periodic lines in a log.
 """
 
 from __future__ import annotations
@@ -17,14 +17,12 @@ LOG_EVERY_S = 20.0
 
 
 class Progress:
-    """A progress display that counts up to `total` and shows the rate, a note and the remaining time.
-
-    A context manager.
+    """A context manager that displays the progress up to `total` items, the rate, a note and the remaining time.
 
     Args:
         total: number of items.
         unit: name of the items, in the plural.
-        done: items that an earlier run has finished; they are excluded from the rate.
+        done: number of items finished by an earlier run, which do not count for the rate.
     """
 
     def __init__(self, total: int, unit: str, done: int = 0) -> None:

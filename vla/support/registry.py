@@ -1,7 +1,7 @@
 """Registries of named components, such as action tokenizers and wire protocols.
 
-Owns: the lookup of a component by its name in a configuration or checkpoint. A lookup never imports a module. To add
-components of their own, users register them in a module, and `vla --plugin MODULE <verb>` imports it.
+Owns: the lookup of a component by its name in a configuration or checkpoint. A lookup never imports a module. Users
+register their own components in a module and import it with `vla --plugin MODULE <verb>`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class Registry(Generic[Member]):
     """A mapping from names to components, in the order of registration.
 
     Args:
-        kind: what a component is, for error messages.
+        kind: the kind of component, for error messages.
     """
 
     def __init__(self, kind: str) -> None:
@@ -45,6 +45,6 @@ class Registry(Generic[Member]):
     def get(self, name: str) -> Member:
         """The component registered as `name`. ConfigError if there is none."""
         if name not in self._members:
-            hint = "If a module of your own registers it, import the module with `vla --plugin MODULE <verb> ...`."
+            hint = "If it is registered in your own module, import the module with `vla --plugin MODULE <verb> ...`."
             raise ConfigError(unknown(self.kind, name, self._members, hint))
         return self._members[name]

@@ -1,7 +1,7 @@
 """The output folder of a job.
 
-Owns: the check whether a job may write into a folder, the settings file in it, and atomic writes. It does not know the
-jobs, or the other files in their folders.
+Owns: the check whether a job may write to a folder, the settings file in it, and atomic writes. It does not know the
+jobs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class RunFolder:
         config: the configuration of the job; None for a job without settings.
         settings: name of the settings file in `path`, which contains `config` as YAML.
         free: keys that may change if a run is continued, in addition to `out` and `resume`.
-        remedy: the alternative to passing the same settings, for error messages.
+        remedy: what to do instead of passing the same settings, for error messages.
     """
 
     path: Path
@@ -45,11 +45,11 @@ class RunFolder:
         self.begin()
 
     def check(self, resume: bool, has_results: bool = True) -> None:
-        """Raise ConfigError if this job may not write into the folder. Writes nothing.
+        """Check whether this job may write to the folder, without writing.
 
         Args:
             resume: continue a run in the folder.
-            has_results: whether the run has results. Settings without results may be replaced.
+            has_results: whether the run has results; otherwise, its settings may change.
         Raises:
             ConfigError: the folder contains unrelated files, a run with other settings or, without `resume`, any run.
         """
@@ -64,7 +64,7 @@ class RunFolder:
             self.check_settings()
 
     def check_settings(self) -> None:
-        """Raise ConfigError with all keys that differ if the run in this folder was started with other settings."""
+        """Raise ConfigError if the run in this folder was started with other settings."""
         if (before := self.read_settings()) is None:
             return
         then, now = map(configuration.to_dict, (before, self.config))
@@ -75,13 +75,13 @@ class RunFolder:
             )
 
     def begin(self) -> None:
-        """Create the folder and write the settings, with `resume` off, so that a later run need not repeat it."""
+        """Create the folder and write the settings, with `resume` off."""
         self.settings_file.parent.mkdir(parents=True, exist_ok=True)
         reset = {"resume": False} if hasattr(self.config, "resume") else {}
         configuration.dump(dataclasses.replace(self.config, **reset), self.settings_file)
 
     def entries(self) -> set[str]:
-        """Names of the files and folders in the folder, without the scratch files of killed processes."""
+        """Names of the files and folders in the folder, except for scratch files of killed processes."""
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"{self.path} is a file, not a folder. Choose another --out.")
         found = self.path.iterdir() if self.path.is_dir() else ()
@@ -94,16 +94,16 @@ class RunFolder:
         try:
             return configuration.load(type(self.config), self.settings_file)
         except (ConfigError, UnicodeDecodeError) as error:
-            reason = str(error).splitlines()[0].rstrip(".")  # one line: in another job's file, every key is wrong
+            reason = str(error).splitlines()[0].rstrip(".")  # one line, because every key may be wrong
             raise self.unrelated_files(f"{self.settings} does not fit this job: {reason}") from None
 
     def unrelated_files(self, what: str) -> ConfigError:
-        """The error for a folder with files that do not belong to this job."""
+        """The error for a folder with unrelated files."""
         return ConfigError(f"{self.path} contains unrelated files ({what}). Choose another --out.")
 
     def is_finished(self, name: str) -> bool:
         """Whether the result file `name` exists and is not marked `"interrupted": true`. An unreadable file counts as
-        finished, so that no job overwrites it without being asked to."""
+        finished, so that it is not overwritten."""
         try:
             return (self.path / name).is_file() and self.read_json(name).get("interrupted") is not True
         except ConfigError:
@@ -131,7 +131,7 @@ def write_json(path: Path, values: Any) -> Path:
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Write a file atomically. If writing fails or the process is killed, the earlier file is unchanged."""
+    """Write a file atomically."""
     scratch = path.with_name(f".{path.name}.part")
     try:
         scratch.write_text(text, encoding="utf-8")
@@ -149,7 +149,7 @@ def _finite(value: Any) -> Any:
 
 
 def _differences(before: Any, now: Any, within: str = "", ignored: Collection[str] = ()) -> Iterator[str]:
-    """All keys with different values, as text with both values; nested keys as "adapter.max_steps"."""
+    """A text for each key with different values. Nested keys are dotted: "adapter.max_steps"."""
     for key in {**before, **now}:
         old, new = before.get(key), now.get(key)
         if key in ignored:

@@ -1,8 +1,8 @@
 """Module search path of the command line.
 
-Owns: one rule. The working directory is searched after the installed packages, and a data folder in it is never
-imported as a package. This is necessary because Python treats every folder as a namespace package. A library that
-checks whether the optional package `datasets` is installed would find the folder `datasets/` of recordings, and fail.
+Owns: one rule: the working directory is searched after the installed packages, and data folders in it are not packages.
+Python treats every folder as a namespace package. Without this rule, a library that checks whether the package
+`datasets` is installed would find the folder `datasets/` of recordings, and fail.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _LOADERS = (
 
 
 def installed_packages_first() -> None:
-    """Move the working directory behind the installed packages in `sys.path`, and ignore data folders in it."""
+    """Move the working directory after the installed packages in `sys.path`, and ignore data folders in it."""
     here = Path.cwd()
     others = [entry for entry in sys.path if Path(entry).resolve() != here]
     if len(others) < len(sys.path):
-        # It goes before the paths of editable installations: in a checkout, its own code is used.
+        # Keep it before the paths of editable installations, so that a checkout uses its own code.
         installed = [i for i, entry in enumerate(others) if Path(entry).name in ("site-packages", "dist-packages")]
         others.insert(installed[-1] + 1 if installed else len(others), str(here))
         sys.path[:] = others
@@ -46,7 +46,7 @@ def installed_packages_first() -> None:
 
 
 class _Hook:
-    """A path hook that makes Python search one folder through `_Modules`."""
+    """A path hook, so that Python searches one folder through `_Modules`."""
 
     def __init__(self, folder: str) -> None:
         self._folder = folder
@@ -60,8 +60,8 @@ class _Hook:
 class _Modules(FileFinder):
     """Finds modules and packages in a folder.
 
-    A subfolder without `__init__.py` counts as a package only if it contains Python files and its name is not that of a
-    dependency, even an optional one, of an installed package.
+    A subfolder without `__init__.py` is a package only if it contains Python files and does not have the name of a
+    required or optional dependency of an installed package.
     """
 
     def find_spec(self, fullname: str, target: ModuleType | None = None) -> ModuleSpec | None:

@@ -1,4 +1,4 @@
-"""Listening sockets, with errors that state the remedy."""
+"""Listening sockets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ BACKLOG = 1024
 
 
 def listen(host: str, port: int, fix: str = "Choose another --host or --port (0: any free port).") -> socket.socket:
-    """A socket that listens on `host:port`. ConfigError with the remedy `fix` if that is not possible."""
+    """A socket that listens on `host:port`. ConfigError (with the remedy `fix`) if the address is not available."""
     if not 0 <= port < 2**16:
         raise ConfigError(f"port must be between 0 and 65535, got {port}.")
     try:

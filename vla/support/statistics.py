@@ -1,10 +1,10 @@
 """Statistics of success rates.
 
-Owns: confidence intervals of success rates and of their differences, and exact tests that compare two policies. Counts
-are integers, rates are fractions in [0, 1]. It does not know episodes, files or pages.
+Owns: confidence intervals of success rates and their differences, exact tests of two policies, and percentiles. Rates
+are fractions in [0, 1]. It does not know episodes, files or pages.
 
-All intervals are score intervals (Wilson 1927; Newcombe 1998). Unlike `p +- 1.96 sqrt(p (1 - p) / n)`, they stay within
-[0, 1] and are accurate for 20 episodes, even if all or none succeed.
+All intervals are score intervals (Wilson, 1927; Newcombe, 1998). Unlike `p +- 1.96 sqrt(p (1 - p) / n)`, they stay
+within [0, 1] and are accurate for 20 episodes, even if all or none succeed.
 """
 
 from __future__ import annotations
@@ -41,10 +41,9 @@ def difference(successes_a: int, trials_a: int, successes_b: int, trials_b: int)
 def mean_interval(counts: Sequence[tuple[int, int]]) -> Interval:
     """95 % interval of the unweighted mean of independent success rates, in [0, 1].
 
-    Combines the Wilson intervals of the rates by recovering variances from their limits (MOVER: Zou, Huang and Zhang,
-    2009, "A note on confidence interval estimation for a linear function of binomial proportions"). For two rates, this
-    is Newcombe's method, as in `difference`. An interval from the pooled trials of all tasks tends to be too wide,
-    because it treats the fixed differences between tasks as random.
+    The Wilson intervals are combined by recovering variances from their limits (MOVER; Zou, Huang and Zhang, 2009, "A
+    note on confidence interval estimation for a linear function of binomial proportions"). An interval from pooled
+    trials would be too wide, because it would treat the differences between tasks as random.
 
     >>> [round(limit, 3) for limit in mean_interval([(16, 20), (4, 20)])]
     [0.377, 0.623]
@@ -58,7 +57,7 @@ def mean_interval(counts: Sequence[tuple[int, int]]) -> Interval:
 
 
 def paired_difference(both: int, only_a: int, only_b: int, neither: int) -> Interval:
-    """95 % interval of rate A - rate B for pairs of trials with the same start (Newcombe's paired score interval)."""
+    """95 % interval of rate A - rate B for paired trials (Newcombe's paired score interval)."""
     trials = both + only_a + only_b + neither
     margins = (both + only_a) * (only_b + neither) * (both + only_b) * (only_a + neither)
     agreement = both * neither - only_a * only_b
@@ -69,14 +68,18 @@ def paired_difference(both: int, only_a: int, only_b: int, neither: int) -> Inte
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
-    """Exact two-sided p-value of the hypothesis that A and B are equally good, from the discordant pairs."""
+    """Exact two-sided p-value of the hypothesis that A and B are equally good, for paired trials (McNemar's test).
+
+    Args:
+        only_a, only_b: number of pairs in which only A or only B succeeded.
+    """
     differing = only_a + only_b
     tail = sum(math.comb(differing, k) for k in range(min(only_a, only_b) + 1))
     return min(1.0, 2 * tail / 2**differing)
 
 
 def fisher(successes_a: int, trials_a: int, successes_b: int, trials_b: int) -> float:
-    """Exact two-sided p-value of the hypothesis that A and B are equally good, for independent samples."""
+    """Exact two-sided p-value of the hypothesis that A and B are equally good, for independent samples (Fisher)."""
     total, successes = trials_a + trials_b, successes_a + successes_b
 
     def ways(k: int) -> int:
@@ -88,7 +91,7 @@ def fisher(successes_a: int, trials_a: int, successes_b: int, trials_b: int) -> 
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
-    """p50, p95, p99 and max of a non-empty sample."""
+    """Percentiles p50, p95 and p99, and max, of a non-empty sample."""
     p50, p95, p99 = np.percentile(np.asarray(values, float), [50, 95, 99])
     return {"p50": float(p50), "p95": float(p95), "p99": float(p99), "max": float(max(values))}
 

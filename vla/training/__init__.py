@@ -1,1 +1,1 @@
-"""Training: batches, the training loop, and the rollouts that DAgger labels."""
+"""Training: batches, the training loop, and DAgger rollouts."""

@@ -1,18 +1,15 @@
-"""DAgger rollouts: episodes that policy and expert control together, with the expert's label for every state.
+"""DAgger rollouts: episodes under shared control of policy and expert, with the expert's label for every state.
 
-Owns: the data collection of DAgger (Ross, Gordon and Bagnell 2011, algorithm 3.1): the choice between policy and expert
-at each step, and a dataset in which `action` is the expert's label and `executed_action` the executed action. Unsolved
-episodes are kept, because demonstrations lack the states from which the policy does not recover. It does not know the
-results of rounds, training or evaluation.
+Owns: the data collection of DAgger (Ross, Gordon and Bagnell, 2011, algorithm 3.1): the choice between policy and
+expert, and a dataset in which `action` is the expert's label and `executed_action` the executed action. Unsolved
+episodes are kept, because they contain states that demonstrations lack. With interventions, only the intervention is
+recorded; episodes that end before it are discarded. It does not know the results of rounds, training or evaluation.
 
-With interventions, only the intervention is recorded; episodes that end before it are discarded.
+Episodes run in batches of `n_envs`, and an interrupted batch is repeated completely: the policy's outputs depend
+slightly on the batch size, so otherwise the dataset would depend on interruptions.
 
-Episodes run in batches of `n_envs`, and an interrupted batch is repeated completely. The batch size affects the last
-digits of the policy's outputs, so this makes the dataset a function of the configuration and the policy.
-
-The label of a chunk consists of the expert's actions in the visited states. While the policy controls the robot, only
-the first of these actions belongs to the expert's plan from the current state; while the expert controls the robot, all
-executed actions do, and during an intervention the whole chunk does.
+A chunk's labels are the expert's actions in the visited states. If the expert controls the robot, they are its plan
+from the chunk's first state. If the policy controls the robot, only the first label is.
 """
 
 from __future__ import annotations
@@ -40,16 +37,16 @@ from vla.support.progress import Progress
 if TYPE_CHECKING:
     from vla.policy import ChunkPolicy
 
-RETRY_SEED_OFFSET = 1_000_000  # added to an episode's seed per retry, after a failure of the environment
+RETRY_SEED_OFFSET = 1_000_000  # added to an episode's seed per retry after an environment fault
 MAX_ATTEMPTS = 5  # per episode
 
 Scene = tuple[str, int]  # environment id, seed
 
 
 def scenes_of(config: DaggerConfig, number: int, shares: Sequence[float] | None = None) -> list[Scene]:
-    """The scenes of round `number`, distributed over the environments evenly, or in proportion to `shares`.
+    """The scenes of round `number`, distributed evenly over the environments, or in proportion to `shares`.
 
-    They are sorted by environment, because creating an environment takes longer than an episode.
+    They are sorted by environment, because creating an environment is slow.
     """
     ends = np.cumsum(np.ones(len(config.env)) if shares is None else shares)
     places = np.searchsorted(ends / ends[-1], (np.arange(config.episodes) + 0.5) / config.episodes)
@@ -68,8 +65,8 @@ def collect_rollouts(
     An interrupted collection in `out` is continued.
 
     Raises:
-        DataError: `out` holds other files, or the disk is full.
-        SimulatorError: the environment fails in `MAX_ATTEMPTS` attempts at an episode.
+        DataError: `out` contains unrelated files, or the disk is full.
+        SimulatorError: `MAX_ATTEMPTS` attempts at an episode failed.
     """
     staging = open_staging(out, resume=out.exists())
     done, size = {*finished(staging), *_unlabelled(staging)}, min(config.n_envs, len(scenes))
@@ -101,7 +98,7 @@ class LabellingServer(EnvServer):
     _episode: EpisodeRecorder | None = None
     _about: dict[str, Any]
     _length: int | None
-    _unlabelled: Path  # file that marks an episode that ended before its intervention
+    _unlabelled: Path  # marker file of an episode that ended before its intervention
 
     def begin(self, env_id: str, seed: int, staging: Path, number: int, length: int | None) -> ResetResult:
         """Start episode `number` of the dataset; it ends after `length` recorded frames."""
@@ -116,7 +113,7 @@ class LabellingServer(EnvServer):
         return start
 
     def drive(self, actions: np.ndarray, by_expert: np.ndarray, label: bool) -> StepResult:
-        """Execute `actions` [n, D], or the expert's where `by_expert` [n] is True, up to the end of the episode.
+        """Execute `actions` [n, D], or the expert's action where `by_expert` [n] is True, up to the episode's end.
 
         Args:
             label: record the executed actions and the expert's labels.
@@ -157,22 +154,21 @@ class _Rollout:
         self.env_id = scene[0]
         self.seed = scene[1] + RETRY_SEED_OFFSET * turn
         self.session = Session(latent=LatentDraw(self.seed))
-        # A second seed makes the choices independent of the scene layout, which depends on the seed alone.
+        # The second number makes the choices independent of the scene layout, which depends on the seed.
         self._coins = np.random.default_rng([self.seed, 1])
         self._beta = config.beta**number
         self._mixture = config.mixture
         self._whole = self._flip(1)[0]
         self._intervenes, self._after = config.intervention is not None, config.intervention_after
-        self.length = config.intervention  # recorded frames
+        self.length = config.intervention  # number of recorded frames
         self.labelled = not self._intervenes
 
     def decide(self, steps: int) -> np.ndarray:
         """Whether the expert controls the robot in each of the next `steps` steps, bool [steps]. Sets `labelled`.
 
-        The paper chooses between policy and expert at every step, for a policy that decides at every step. A chunked
-        policy decides once per `steps`, so by default the choice is made once per `steps` as well: if the expert took
-        over within a chunk, the remaining actions would be executed in states that they were not predicted for. The
-        expert, too, then controls the robot for `steps` steps, during which its chunk labels are executed plans.
+        The paper chooses between policy and expert at every step. With action chunks, the default is one choice per
+        chunk: if the expert took over within a chunk, the remaining actions would be executed in states that they were
+        not predicted for.
         """
         if self._intervenes:
             self.labelled = self.labelled or bool(self._coins.random() < 1 / (1 + self._after))
@@ -198,7 +194,7 @@ class _Rollout:
 
 
 class _Batch:
-    """Episodes that run in parallel. The policy decodes one batch for the episodes that it controls."""
+    """Episodes that run in parallel. The policy predicts chunks for the episodes it controls as one batch."""
 
     def __init__(
         self,
@@ -211,8 +207,8 @@ class _Batch:
     ) -> None:
         self._number, self._policy = number, policy
         self._pool, self._staging, self._progress = pool, staging, progress
-        self._rollouts = dict(enumerate(rollouts))  # by slot; ended episodes are removed
-        self._latest: dict[int, ResetResult | StepResult] = {}  # by slot; last result of each episode that has begun
+        self._rollouts = dict(enumerate(rollouts))  # running episodes by slot
+        self._latest: dict[int, ResetResult | StepResult] = {}  # by slot: the last result of a started episode
 
     def run(self) -> None:
         """Run all episodes to their end."""
@@ -223,7 +219,7 @@ class _Batch:
             self._exchange(self._drive())
 
     def _drive(self) -> dict[int, tuple[Any, ...]]:
-        """The next request of every episode that has begun."""
+        """The next request for every started episode."""
         steps = self._policy.n_action_steps
         by_expert = {slot: self._rollouts[slot].decide(steps) for slot in self._latest}
         chunks = dict.fromkeys(self._latest, np.zeros((steps, self._policy.robot.action_dim), np.float32))

@@ -1,7 +1,7 @@
-"""The summaries that a training run prints before its first step and after its last.
+"""The printed summaries of a training run.
 
-Owns: the table of data, sequence and size, notes on features of the data that are not used, and the paths of the
-results.
+Owns: the table of data, sequence and size before the first step, notes on unused features of the data, and the paths of
+the results after the last step.
 """
 
 from __future__ import annotations
@@ -64,21 +64,21 @@ def _state_row(processor: VLAProcessor) -> str:
 
 
 def _left_out(processor: VLAProcessor, demos: Sequence[Demonstrations]) -> list[str]:
-    """Notes on features of the datasets that the policy, perhaps unexpectedly, does not use."""
+    """Notes on features of the datasets that the policy does not use."""
     notes = [f"{d.root}: the depth images {', '.join(d.info.depth)} are not used." for d in demos if d.info.depth]
     for demo in demos:
         if processor.config.use_state and demo.states is None:
             unread = ", ".join(demo.info.unread)
             similar = f" Rename or join these features to use them: {unread}." if unread else ""
             notes.append(
-                f"{demo.root} has no feature observation.state, so the policy gets no state.{similar} "
-                "If this is intended, pass `--no-use-state`."
+                f"{demo.root} has no feature observation.state, so the policy has no state as input.{similar} If this "
+                "is intended, pass `--no-use-state`."
             )
     return notes
 
 
 def conclusion(cfg: TrainConfig, demos: Sequence[Demonstrations]) -> str:
-    """The paths of the results, and a command that evaluates the policy."""
+    """The paths of the results, and the command to evaluate the policy."""
     env_ids = dict.fromkeys(e.env_id for demo in demos for e in demo.episodes if e.env_id)
     command = ["vla", "rollout", "--policy", str(cfg.out), "--env", *(env_ids or ["<environment id>"])]
     places = {"policy": cfg.out / "policy", "metrics": cfg.out / METRICS, "curves": cfg.out / CURVES}

@@ -1,9 +1,8 @@
 """The training loop: transformers' Trainer with atomic checkpoints and metrics of actions.
 
-Owns: the differences from the stock Trainer: batches in draw order, atomic checkpoints, validation by token accuracy
-and un-normalised error per action dimension, a metrics file with its plot, and stopping on request. Trainer and
-accelerate handle devices, precision, gradient accumulation and data parallelism. It does not know where samples come
-from or what the policy is trained for.
+Owns: the differences to the stock Trainer: batches in draw order, atomic checkpoints, validation by token accuracy and
+error per action dimension, a metrics file with its plot, and stopping on request. Trainer and accelerate handle
+devices, precision, gradient accumulation and data parallelism. It does not know where samples come from.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ LINE_EVERY_S = 30.0  # minimum time between two progress lines in a log
 
 
 class Collator:
-    """Samples -> model inputs: the prompt prefix from the processor, and the chunk's tokens as suffix and as labels."""
+    """Converts samples to model inputs: the prompt prefix, and the chunk's tokens as suffix and labels."""
 
     def __init__(self, processor: VLAProcessor, unnorm_keys: Sequence[str], pad_to: int | None = None) -> None:
         self.processor, self.unnorm_keys, self.pad_to = processor, list(unnorm_keys), pad_to
@@ -62,11 +61,11 @@ class Collator:
 
 
 class VLATrainer(Trainer):
-    """Trainer over a `Mixture`.
+    """Trains on a `Mixture`.
 
     Args:
-        validation: samples to validate on; empty skips validation.
-        collator: also used for validation.
+        collator: used for training and validation.
+        validation: samples to validate on; empty: no validation.
     """
 
     def __init__(
@@ -84,11 +83,11 @@ class VLATrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=list(validation) or None,
             data_collator=collator,
-            # A checkpoint is a complete policy, with its text tokenizer.
+            # Checkpoints include the text tokenizer.
             processing_class=collator.processor.tokenizer,
             callbacks=list(callbacks),
         )
-        # The loss is a mean over samples, so the loss of accumulated batches is the mean of their losses.
+        # The loss is a mean over samples, so average the losses of accumulated batches.
         self.model_accepts_loss_kwargs = False
         self.collator, self.validation = collator, validation
         self._staging: str | None = None
@@ -100,7 +99,7 @@ class VLATrainer(Trainer):
     @contextmanager
     def graceful(self) -> Iterator[None]:
         """Within the context, the first Ctrl-C or SIGTERM only requests a stop after the current step. Its exception is
-        raised at the end of the context, after the checkpoint is saved."""
+        raised at the end of the context, after a checkpoint is saved."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -127,14 +126,14 @@ class VLATrainer(Trainer):
             raise self._stop.requested
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        # A sample is a function of its draw number, so the sampler only has to keep the order.
+        # `Mixture` defines a random sample for each draw number.
         return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Save to a scratch folder and rename it, so that a checkpoint with its final name is complete."""
+        """Save to a scratch folder and rename it, so that a checkpoint is complete when it gets its name."""
         run = Path(self.args.output_dir)
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self._staging = str(run / ".saving")
@@ -174,7 +173,7 @@ class VLATrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Teacher-forced validation: loss, token accuracy, and mean absolute error per action dimension in its unit.
-        With a latent, all but "elbo" are computed given samples of the posterior, which has seen the chunk."""
+        With a latent, all but "elbo" are too optimistic, because the posterior sees the chunk."""
         metrics = {f"eval_{name}": value for name, value in self._validate().items()}
         self.log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -216,10 +215,10 @@ class VLATrainer(Trainer):
 
 
 class Metrics(TrainerCallback):
-    """Appends the Trainer's logs to `metrics.jsonl`. On resuming, drops the rows after the checkpoint.
+    """Appends the Trainer's logs to `metrics.jsonl`. When a run is resumed, rows after the checkpoint are dropped.
 
     Raises:
-        TrainingError: the loss is not finite. The weights are then not finite either, and must not be saved.
+        TrainingError: the loss is not finite. The weights are then invalid and must not be saved.
     """
 
     def __init__(self, run: Path) -> None:
@@ -234,7 +233,7 @@ class Metrics(TrainerCallback):
         if state.is_world_process_zero and logs and "train_runtime" not in logs:
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-        for name in ("loss", "train_loss"):  # "train_loss", at the end, covers all steps
+        for name in ("loss", "train_loss"):  # "train_loss" is the mean of all steps, logged at the end
             if not math.isfinite(loss := (logs or {}).get(name, 0.0)):
                 raise TrainingError(
                     f"the loss is {loss} at step {state.global_step}: training has diverged. Start again with another "
@@ -247,7 +246,7 @@ class ShowProgress(TrainerCallback):
 
     def __init__(self) -> None:
         self._notes: dict[str, str] = {}
-        self._progress: Progress | None = None  # the bar
+        self._progress: Progress | None = None
         self._last_line = -math.inf  # time of the last line
         self._begun = (0, 0.0)  # step and time of the start
 
@@ -297,8 +296,8 @@ class StopOnRequest(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def agree(self, args: TrainingArguments) -> None:
-        """Share a request between all processes. They may receive a signal in different steps, or only one of them may
-        receive it, but all must stop in the same step, and none may export the unfinished policy."""
+        """Share a request between all processes. They may receive a signal in different steps, or not at all, but must
+        stop in the same step, and must not export the unfinished policy."""
         if args.world_size > 1:
             flag = torch.tensor(int(self.requested is not None), device=args.device)
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
@@ -307,7 +306,7 @@ class StopOnRequest(TrainerCallback):
 
 
 def _remove(checkpoint: Path) -> None:
-    """Rename a checkpoint and delete it, so that an interrupted deletion leaves no checkpoint's name behind."""
+    """Rename a checkpoint, then delete it, so that an interrupted deletion leaves no incomplete checkpoint."""
     doomed = checkpoint.with_name(".removing")
     shutil.rmtree(doomed, ignore_errors=True)
     checkpoint.rename(doomed)
@@ -320,7 +319,7 @@ def last_checkpoint(run: Path) -> str | None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a `metrics.jsonl`, without a truncated last line (if the process was killed)."""
+    """The rows of a `metrics.jsonl`. A last line that is truncated by a killed process is dropped."""
     rows = []
     for line in path.read_text().splitlines() if path.is_file() else ():
         try:
@@ -338,7 +337,7 @@ def plot_metrics(run: Path) -> Path | None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4))
-    # Fixed margins: finding them takes longer than drawing.
+    # Fixed margins, because computing them takes longer than drawing.
     margins = {"left": 0.06, "right": 0.99, "bottom": 0.13, "top": 0.92, "wspace": 0.14}
     left, right = figure.subplots(1, 2, gridspec_kw=margins)
     for axis, names in ((left, ("loss", "eval_loss")), (right, ("eval_token_accuracy",))):

@@ -1,1 +1,1 @@
-"""Transforms between robot data and tokens: images, prompts, normalisation, chunks, action tokenizers. No models."""
+"""Transforms between robot data and tokens: images, prompts, normalisation, chunks and action tokenizers."""

@@ -8,8 +8,7 @@ import numpy as np
 
 
 def remainder(chunk: np.ndarray, executed: int) -> np.ndarray:
-    """Drop the first `executed` rows and pad to H rows by repeating the last one. The result is a draft of the next
-    chunk."""
+    """Drop the first `executed` rows and pad to H rows by repeating the last one."""
     return np.concatenate([chunk[executed:], np.repeat(chunk[-1:], executed, axis=0)])
 
 
@@ -19,24 +18,21 @@ def completed(chunk: np.ndarray, length: int) -> np.ndarray:
 
 
 def ensemble(votes: Sequence[np.ndarray], coefficient: float) -> np.ndarray:
-    """Temporal ensembling (Zhao et al. 2023, ACT): the average of all predictions for one step.
+    """Temporal ensembling (Zhao et al. 2023, ACT): the weighted average of all predictions for one step.
 
-    The weights are exp(-coefficient * i), with i = 0 for the oldest prediction. A positive coefficient favours old
-    predictions, a negative one favours new predictions, and 0 weights all equally.
+    The weights are exp(-coefficient * i), with i = 0 for the oldest prediction: a positive coefficient favours old
+    predictions, a negative one new predictions.
 
     Args:
-        votes: predictions for the same step, oldest first, all of the same shape. They are actions [D] or
-            distributions over bins.
-    Returns:
-        The average, in the dtype of the votes.
+        votes: predictions for the same step, oldest first: actions [D] or distributions over bins.
     """
     weights = np.exp(-coefficient * np.arange(len(votes)))
     return np.average(votes, axis=0, weights=weights).astype(votes[-1].dtype)
 
 
 def ensemble_chunks(chunks: Sequence[np.ndarray], coefficient: float) -> np.ndarray:
-    """Temporal ensembling of chunks [n, ...] that begin at the same step, oldest first. The result has the length of
-    the newest chunk."""
+    """Temporal ensembling of chunks [n, ...] that begin at the same step, oldest first. The last chunk determines the
+    length of the result."""
     return np.stack(
         [
             ensemble([chunk[step] for chunk in chunks if step < len(chunk)], coefficient)

@@ -1,7 +1,7 @@
-"""Pure image transforms: conversion of common camera formats, resizing to the network's input, and augmentation.
+"""Image transforms: conversion of camera formats, resizing to the network's input size, and augmentation.
 
-Owns: all pixel operations before the conversion to a tensor. `ImageFormat.convert` returns uint8, so training and
-serving use identical values. It does not know environments, models or files.
+Owns: all pixel operations before the conversion to a tensor. Images are uint8, so that training and serving use
+identical values. It does not know environments, models or files.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from vla.config import AugmentConfig
 from vla.errors import SpecError
 from vla.spec import check_image
 
-# One thread per call, because images are small and callers already parallelise over samples.
+# One thread per call: images are small, and callers parallelise over samples.
 cv2.setNumThreads(0)
 
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
-_SMALLEST = 8  # pixels; a shorter axis is a channel axis or not part of a camera image
+_SMALLEST = 8  # minimum height and width in pixels
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageFormat:
-    """The image format of a camera. It is inferred from the first image, and all later images must have it.
+    """The image format of a camera, inferred from its first image. All later images must have the same format.
 
     * Shape: [height, width, c] or [c, height, width] with c = 1 or 3, RGBA as [height, width, 4], or greyscale as
       [height, width]. Height and width are at least 8, so the channel axis is unambiguous. [4, height, width] is
       rejected, because it could also be four stacked greyscale frames.
-    * Values: uint8; 32-bit or 64-bit integers in 0..255; booleans; floats in 0..1. Floats in 0..255 are accepted only
-      if the observation space declares that range, because it cannot be inferred from the values of one image.
+    * Values: uint8; 32-bit or 64-bit integers in 0..255; booleans; floats in 0..1. For floats in 0..255, the
+      observation space must declare that range, because one image does not determine it.
 
     Greyscale is expanded to three equal channels, and alpha is dropped.
 
@@ -128,7 +128,7 @@ def _scale(dtype: np.dtype, camera: str, bounds: tuple[float, float] | None) -> 
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
-    """uint8 [h, w, 3] -> uint8 [size, size, 3]. Shrinks with area, enlarges with cubic interpolation; no padding."""
+    """uint8 [h, w, 3] -> uint8 [size, size, 3], by area interpolation to shrink and cubic interpolation to enlarge."""
     if image.shape[:2] == (size, size):
         return image
     shrinks = image.shape[0] >= size and image.shape[1] >= size
@@ -136,9 +136,9 @@ def resize(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def lanczos(image: np.ndarray, size: int) -> np.ndarray:
-    """uint8 [h, w, 3] -> uint8 [size, size, 3], by a Lanczos filter of three lobes, widened for shrinking.
+    """uint8 [h, w, 3] -> uint8 [size, size, 3], by an antialiased Lanczos filter with three lobes.
 
-    Equal to `tf.image.resize(method="lanczos3", antialias=True)`, which prepares OpenVLA's training images.
+    Equal to `tf.image.resize(method="lanczos3", antialias=True)`, as for OpenVLA's training images.
     """
     if image.shape[:2] == (size, size):
         return image
@@ -147,10 +147,9 @@ def lanczos(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def lanczos_crop(image: np.ndarray, size: int, area: float = 0.9) -> np.ndarray:
-    """`lanczos`, then the central square with `area` of the image, enlarged to `size` by linear interpolation.
+    """`lanczos`, then a central crop of the fraction `area`, enlarged to `size` by linear interpolation.
 
-    Equal to OpenVLA's evaluation of networks that were trained with random crops of that area
-    (`tf.image.crop_and_resize`; it rounds down).
+    Equal to `tf.image.crop_and_resize`, as in OpenVLA's evaluation of networks trained with random crops of that area.
     """
     weights = _crop_weights(size, math.sqrt(area))
     cropped = _separable(lanczos(image, size), weights, weights)
@@ -158,7 +157,7 @@ def lanczos_crop(image: np.ndarray, size: int, area: float = 0.9) -> np.ndarray:
 
 
 def _separable(image: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Filter the two axes of an image [h, w, 3] by weights [H, h] and [W, w]: float32 [H, W, 3]."""
+    """Apply weights [H, h] and [W, w] to the two axes of an image [h, w, 3]: float32 [H, W, 3]."""
     height, width, channels = image.shape
     first = rows @ image.astype(np.float32).reshape(height, -1)
     by_channel = np.ascontiguousarray(first.reshape(-1, width, channels).transpose(0, 2, 1)).reshape(-1, width)
@@ -177,13 +176,13 @@ def _lanczos_weights(length: int, size: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=4)
 def _crop_weights(size: int, side: float) -> np.ndarray:
-    """Weights [size, size] that enlarge the central part, `side` of the length. The corners of the part are sampled."""
+    """Weights [size, size] that enlarge the central fraction `side` of an axis by linear interpolation."""
     places = (np.linspace((1 - side) / 2, (1 + side) / 2, size) * (size - 1))[:, None]
     return np.maximum(0.0, 1 - np.abs(np.arange(size) - places)).astype(np.float32)
 
 
-#: Transforms of a camera image to the network's input, by their name in a checkpoint's config.json. What a name means
-#: must never change.
+#: Transforms of a camera image to the network's input, by name. Checkpoints store the name, so its meaning must never
+#: change.
 TRANSFORMS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
     "area": resize,
     "lanczos": lanczos,

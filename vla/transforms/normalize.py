@@ -1,19 +1,16 @@
 """Per-dimension normalisation of actions and states, with exact statistics.
 
-Owns: the statistics, and the functions `normalize` and `unnormalize` that use them. It does not know tokens, datasets
-or models. Statistics are plain lists, because a checkpoint stores them in its config.json. Quantiles are exact
-(`np.quantile` over all values), not running estimates.
+Owns: the statistics, and the functions `normalize` and `unnormalize`. Statistics are plain lists, because a checkpoint
+stores them in its config.json. It does not know tokens, datasets or models.
 
     q01_q99:   x = 2 (a - q01) / (q99 - q01) - 1     (OpenVLA's BOUNDS_Q99, arXiv:2406.09246)
     min_max:   x = 2 (a - min) / (max - min) - 1
     mean_std:  x = (a - mean) / (3 std)              (three standard deviations fill [-1, 1])
 
-These rules apply to statistics that this package computes. Statistics of other packages, which have no `median` and
-`moving`, are used as they are: OpenVLA's un-normalise to (x + 1) / 2 (q99 - q01) + q01 without exception.
-
-A dimension that moves in less than 0.1 % of the frames counts as constant. It normalises to 0 and un-normalises to its
-median. If the quantile range of a dimension is less than 1 % of its full range (it moves in less than 2 % of the
-frames), q01_q99 uses min_max for this dimension, because division by a vanishing q99 - q01 would give extreme values.
+There are two exceptions. A dimension that moves in less than 0.1 % of the frames is constant: it normalises to 0 and
+un-normalises to its median. If a dimension's quantile range is less than 1 % of its full range, q01_q99 uses min and
+max for it, because division by a vanishing q99 - q01 would give extreme values. These exceptions do not apply to
+statistics of other packages, which have no `median` and `moving`.
 """
 
 from __future__ import annotations
@@ -30,12 +27,9 @@ METHODS = ("q01_q99", "min_max", "mean_std")
 NAMES = ("mean", "std", "min", "max", "q01", "median", "q99", "moving")
 
 _BOUNDS = {"q01_q99": ("q01", "q99"), "min_max": ("min", "max"), "mean_std": ("mean", "std")}
-_OURS = ("median", "moving")  # only statistics of this package have these
-
-# A quantile range below this fraction of the full range is too small to divide by.
-_DEGENERATE = 1e-2
-# A dimension that differs from its median in less than this fraction of the frames counts as constant.
-_STILL = 1e-3
+_OURS = ("median", "moving")  # only in statistics of this package
+_DEGENERATE = 1e-2  # minimum quantile range, as a fraction of the full range
+_STILL = 1e-3  # a dimension that moves in a smaller fraction of the frames is constant
 
 
 def compute_statistics(values: np.ndarray) -> dict[str, list[float]]:
@@ -74,8 +68,8 @@ class Normalizer:
     """Affine map per dimension: `x = (a - offset) / scale` where `mask` is True, identity elsewhere.
 
     Attributes:
-        offset, scale: float64 [D]. A scale of 0 marks a constant dimension.
-        mask: bool [D]. False leaves a dimension unchanged (it must already be in [-1, 1]).
+        offset, scale: float64 [D]; the scale of a constant dimension is 0.
+        mask: bool [D]; False leaves a dimension, which must be in [-1, 1], unchanged.
         limit: normalised values are clipped to [-limit, limit].
     """
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from vla.errors import ConfigError, unknown
 
-# "openvla" and "openvla-v01" are the prompts of OpenVLA (arXiv:2406.09246) and of its v01 checkpoint. OpenVLA's own
-# code lowercases an instruction, and changes nothing else, as "openvla-verbatim" does.
+# "openvla" and "openvla-v01" are the prompts of OpenVLA (arXiv:2406.09246) and of its v01 checkpoint. With
+# "openvla-verbatim", instructions are only lowercased, as in OpenVLA's own code.
 TEMPLATES = {
     "plain": "{instruction}",
     "openvla": "In: What action should the robot take to {instruction}?\nOut:",
@@ -49,7 +49,7 @@ def check_template(template: str) -> None:
 
 
 def build_prompt(instruction: str, template: str) -> str:
-    """The prompt for the language model: the instruction, cleaned, in the named template.
+    """The language model's prompt: the cleaned instruction in the named template.
 
     >>> build_prompt("  Pick up the red cube. ", "plain")
     'pick up the red cube'

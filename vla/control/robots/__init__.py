@@ -1,1 +1,1 @@
-"""Robots that the controller drives."""
+"""Robots for the controller."""

@@ -1,6 +1,6 @@
-"""Your own robot: `vla deploy --robot module:callable`, see docs/robots.md.
+"""Your own robot: `vla deploy --robot module:callable` (docs/robots.md).
 
-Owns: its creation, and the checks before a policy drives it.
+Owns: its creation, and the check of its interface.
 """
 
 from __future__ import annotations

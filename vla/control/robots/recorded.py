@@ -1,8 +1,8 @@
 """A recorded demonstration, replayed in real time.
 
-Owns: the frame that is due at a time, and the comparison of commands with demonstrated actions. This tests a policy and
-a controller on the data of a real robot, without the robot. The replay is open loop: frames are shown as recorded, and
-commands have no effect. It does not know policies, or how a dataset is stored (`vla.data`).
+Owns: the timing of the frames, and the comparison of commands with demonstrated actions. This tests a policy and a
+controller on the data of a real robot, without the robot. The replay is open loop: commands have no effect on the
+frames. It does not know policies, or how a dataset is stored (`vla.data`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Sent:
 
     Attributes:
         time: when the command was sent, in seconds of `time.monotonic`.
-        tick: the frame that was due then.
+        tick: index of the frame at that time.
         action: float32 [D].
     """
 
@@ -36,10 +36,10 @@ class Sent:
 
 
 class ReplayRobot(EpisodicRobot):
-    """The episodes of a dataset, each loaded by `reset`. An episode starts with the first observation or command after
-    the reset; frame k is due at start + k / hz, for one period. Use it as a context manager, like `SimRobot`.
+    """The episodes of a dataset. Use it as a context manager.
 
-    All images of an episode are decoded by `reset` and kept in memory (640 x 480 is 0.9 MB per frame and camera).
+    `reset` loads an episode, and keeps its decoded images in memory (0.9 MB per frame and camera of 640 x 480). The
+    episode starts with the first observation or command; frame k is shown from start + k / hz on, for one period.
 
     Args:
         data: a dataset folder, or an open dataset.
@@ -60,7 +60,7 @@ class ReplayRobot(EpisodicRobot):
         self._data = data if isinstance(data, Demonstrations) else Demonstrations(data)
         self._hz = hz or self._data.fps
         robot = self._data.robot
-        # An unspecified action space needs a hold command. Zeros will do: commands have no effect here.
+        # An unspecified action space needs a hold command. It can be zeros, because commands have no effect here.
         hold = robot.hold or (0.0,) * robot.action_dim if robot.action_space == "unspecified" else robot.hold
         self.spec = dataclasses.replace(robot, control_hz=self._hz, hold=hold)
         self.episodes = [found.index for found in self._data.episodes]
@@ -93,12 +93,12 @@ class ReplayRobot(EpisodicRobot):
         self._start, self._latest, self.sent = None, None, []
 
     def observe(self) -> Reading:
-        """The frame that is due. The episode is over after the last frame's period, without success."""
+        """The current frame. After the last frame's period, the episode is over, without success."""
         tick = self._tick(time.monotonic())
         assert self._start is not None
         due, over = self._start + tick / self._hz, tick >= len(self._observations)
         if self._latest is None or self._latest.time != due:
-            # Return the same reading for the same frame: the observation monitor checks each reading once.
+            # Equal frames must be the same object (`Robot.observe`).
             self._latest = Reading(self._observations[min(tick, len(self._observations) - 1)], due, over)
         return self._latest
 
@@ -110,8 +110,8 @@ class ReplayRobot(EpisodicRobot):
         """Nothing to disconnect."""
 
     def agreement(self) -> dict[str, float]:
-        """Mean absolute difference between the commands and the demonstrated actions of the frames that were due, for
-        each action dimension in its unit. All commands before the end of the recording count, holds included.
+        """Mean absolute difference between each command and the demonstrated action of the frame at its time, by action
+        dimension and in its unit. Includes hold commands, but no commands after the end of the recording.
 
         Raises:
             DataError: there were no commands during the replay.

@@ -5,20 +5,21 @@
 Owns: the transitions of the managed node, the operator's commands, the diagnostics, and the process. Topics are handled
 by `ros2_robot`, messages by `ros2_messages`.
 
-configure loads the policy and connects the topics; activate starts the control loop, which waits for a first image of
-every camera, a joint state and an instruction; deactivate ends it with the hold command; cleanup releases everything.
+configure loads the policy and connects the topics. activate starts the control loop, which waits for an image of every
+camera, a joint state and an instruction. deactivate ends the loop with the hold command. cleanup releases everything.
 
     in        cameras.<name> (Image or CompressedImage), joint_state_topic (JointState), ~/instruction (String)
     out       command_topic (JointTrajectory or Float64MultiArray), /diagnostics, once per second
     services  ~/hold (SetBool: true holds, false continues), ~/emergency_stop, ~/release (Trigger)
 
-SIGINT and SIGTERM trigger the node's shutdown transition: the loop ends with the hold command while the publishers
-still work, then ROS shuts down, and the exit status is 0. A second signal, a second later, has its usual effect. After
-a SIGKILL, only the robot's own controller can stop the robot: configure a command timeout in it. ~/emergency_stop is
-software and does not replace an emergency stop button.
+SIGINT and SIGTERM trigger the node's shutdown transition: the loop ends with the hold command, then ROS shuts down, and
+the exit status is 0. A second signal, at least a second later, has its usual effect. After a SIGKILL, only the robot's
+own controller can stop the robot: configure a command timeout in it. ~/emergency_stop is software and does not replace
+an emergency stop button.
 
-rclpy comes with ROS 2 and must use this package's Python: 3.11 or newer, as in Jazzy, not Humble's standard build. The
-code follows rclpy's sources from Humble to Rolling; it is tested with a fake rclpy only: try it where it is safe.
+rclpy comes with ROS 2 and must support this package's Python, 3.11 or newer. This excludes the standard build of
+Humble, but not of Jazzy. The code follows rclpy's sources from Humble to Rolling, but has only been tested with a fake
+rclpy: first try it where it is safe.
 """
 
 from __future__ import annotations
@@ -67,18 +68,18 @@ from vla.policy import ChunkPolicy
 from vla.serving import client
 from vla.support.statistics import percentiles
 
-#: Parameters that rclpy declares or reads itself.
+#: Parameters of rclpy itself.
 _FOREIGN = ("use_sim_time", "start_type_description_service", "qos_overrides.")
 _THREADS = 4  # for images, joint states, the operator and a transition in parallel
 _PATIENCE_S = 10.0  # timeout for the end of the control loop, and for running callbacks
-_ECHO_S = 1.0  # signals within this time count as one: the terminal and `ros2 launch` may both send one
+_ECHO_S = 1.0  # signals within this time count as one, because the terminal and `ros2 launch` may both send one
 
 
 class PolicyNode(LifecycleNode):
     """The managed node: each transition calls a method of `controller`."""
 
     def __init__(self) -> None:
-        # Declare every parameter of the file, so that misspelt names are detected.
+        # Declare every parameter of the file, to detect misspelt names.
         super().__init__("vla", automatically_declare_parameters_from_overrides=True)
         self.controller = NodeController(self)
 
@@ -101,8 +102,8 @@ class PolicyNode(LifecycleNode):
         return self._attempt(self.controller.close)
 
     def _attempt(self, *steps: Callable[[], Any]) -> TransitionCallbackReturn:
-        """FAILURE for errors that a user can fix, ERROR for all others. Both are logged, because rclpy hides
-        exceptions."""
+        """Run `steps`. Returns FAILURE after an error that the user can fix, ERROR after any other error. Errors are
+        logged, because rclpy hides exceptions."""
         try:
             for step in steps:
                 step()
@@ -211,7 +212,7 @@ class NodeController:
     def _drive(self) -> None:
         assert self.robot is not None and self.loop is not None
         try:
-            # A late `stop` for the previous run may end this run; it is then started again.
+            # In a loop, because a late `stop` for the previous run may end this one.
             while not self._leaving.is_set():
                 if self.robot.awaited() or not self._instruction:
                     self._leaving.wait(0.02)
@@ -300,8 +301,8 @@ class NodeController:
         self._diagnostics.publish(report)
 
     def _judge(self, steps: Sequence[tuple[float, str | None, tuple[str, ...]]]) -> tuple[bytes, str]:
-        """(level, message). ERROR: the loop failed, sends nothing, or held in more than half of the steps because of
-        faults. WARN: fewer faults, missing inputs, or the operator's hold."""
+        """The level and message of the diagnostics. ERROR: the loop failed, sent no commands, or held in more than half
+        of the steps because of faults. WARN: fewer faults, missing inputs, or a hold by the operator."""
         error, warn, ok = DiagnosticStatus.ERROR, DiagnosticStatus.WARN, DiagnosticStatus.OK
         if self._problem:
             return error, self._problem
@@ -324,9 +325,8 @@ class NodeController:
 
 def main(args: Sequence[str] | None = None) -> int:
     """Spin the node until SIGINT or SIGTERM, and return the exit status."""
-    # Time after which a thread asks for Python's global interpreter lock; less than the tolerable jitter.
-    sys.setswitchinterval(0.0005)
-    # rclpy's own handlers would shut down ROS, and with it the publisher of the hold command.
+    sys.setswitchinterval(0.0005)  # limits the time that a thread waits for the GIL
+    # rclpy's own handlers would shut down ROS before the hold command is published.
     rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
     node, executor = PolicyNode(), MultiThreadedExecutor(num_threads=_THREADS)
     executor.add_node(node)
@@ -344,7 +344,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set. A second signal, over `_ECHO_S` later, has its previous handler."""
+    """An event that SIGINT and SIGTERM set. A second signal, over `_ECHO_S` later, calls the original handler."""
     stopped, since = threading.Event(), 0.0
     before: dict[int, Any] = {}
 
@@ -378,7 +378,7 @@ def _declare(node: LifecycleNode, field: dataclasses.Field[Any]) -> None:
 
 
 def _read(node: LifecycleNode) -> Parameters:
-    """The node's parameters. ConfigError names unknown parameters and wrong types."""
+    """The node's parameters. ConfigError if a name is unknown or a type is wrong."""
     values: dict[str, Any] = {"cameras": {}}
     for name, parameter in node.get_parameters_by_prefix("").items():
         if parameter.value is None or name.startswith(_FOREIGN):

@@ -1,6 +1,6 @@
-"""ROS 2 messages: images and joint states to arrays, actions to commands, and the QoS of both.
+"""Conversion of ROS 2 messages: images and joint states to arrays, and actions to commands.
 
-Owns: encodings, names and units in messages. It does not know nodes or policies.
+Owns: the encodings of messages, and QoS profiles. It does not know nodes or policies.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
 from vla.errors import SpecError, unknown
 
-#: For sensors: only the newest message is kept, and lost messages are not resent. A best-effort subscription also
-#: receives from reliable publishers.
+#: For sensors: keep only the newest message, and do not resend lost ones. A best-effort subscription also receives from
+#: reliable publishers.
 LATEST = QoSProfile(
     history=HistoryPolicy.KEEP_LAST,
     depth=1,
     reliability=ReliabilityPolicy.BEST_EFFORT,
     durability=DurabilityPolicy.VOLATILE,
 )
-#: For commands and operator instructions: reliable delivery, only the newest message is kept, and late subscribers do
-#: not receive earlier messages.
+#: For commands and operator instructions: deliver reliably, keep only the newest message, and do not send earlier
+#: messages to late subscribers.
 RELIABLE = QoSProfile(
     history=HistoryPolicy.KEEP_LAST,
     depth=1,
@@ -76,6 +76,6 @@ def joint_positions(message: Any, names: Sequence[str]) -> dict[str, float]:
 
 
 def trajectory(joints: Sequence[str], positions: list[float], seconds: float) -> JointTrajectory:
-    """A JointTrajectory of one point, to be reached `seconds` from now (a stamp of zero means now)."""
+    """A JointTrajectory with one point, to be reached `seconds` from now (its stamp of zero means now)."""
     point = JointTrajectoryPoint(positions=positions, time_from_start=Duration(seconds=seconds).to_msg())
     return JointTrajectory(joint_names=list(joints), points=[point])

@@ -1,11 +1,10 @@
 """A robot behind ROS 2 topics.
 
-Owns: the mapping between topics and observations or actions (by name and receive time), and the parameters that
-describe it. It does not know when a command is due (`controller`), which commands are safe (`safety`), or the hardware,
-which is driven by the nodes on the other side of the topics (drivers, ros2_control).
+Owns: the conversion of messages to observations and of actions to messages, and its parameters. It does not know when a
+command is due (`controller`), which commands are safe (`safety`), or the hardware (drivers, ros2_control).
 
-The age of a reading is the age of its oldest part, measured from the arrival of the message on this machine's monotonic
-clock. Time stamps of other machines are not used, so the age does not include the transport time of an image.
+A reading is as old as its oldest message, counted from its arrival by this machine's monotonic clock. Time stamps in
+messages are not used, so the age does not include transport.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ def _parameter(description: str, default: Any = None) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Parameters:
-    """The node's parameters, read by configure. Unknown names and wrong types are errors."""
+    """The node's parameters. Unknown names and wrong types are errors."""
 
     __pydantic_config__ = STRICT
     policy: str = _parameter('"nano", a run folder, a checkpoint folder, or the address of a `vla serve`', "nano")
@@ -59,7 +58,7 @@ class Parameters:
     gripper_closed: float | None = _parameter("command that closes the gripper; unset: the policy's value")
 
     def completed(self, spec: RobotSpec) -> Parameters:
-        """These parameters, with unset ones taken from `spec`. ConfigError if they are incompatible with `spec`."""
+        """Fill unset parameters from `spec`. ConfigError if the parameters do not fit `spec`."""
         for camera in self.cameras:
             if camera not in spec.cameras:
                 raise ConfigError(f"cameras.{camera}: {unknown('camera', camera, spec.cameras)}")
@@ -78,15 +77,16 @@ class Parameters:
         gripper = self.gripper_closed, self.gripper_open
         if gripper != (None, None) and (spec.gripper_index is None or None in gripper or gripper[0] == gripper[1]):
             raise ConfigError(
-                "gripper_closed and gripper_open must be two different commands of a robot with a gripper, got "
-                f"{gripper[0]} and {gripper[1]}{' for a robot without one' if spec.gripper_index is None else ''}."
+                f"gripper_closed and gripper_open must be two different numbers, got {gripper[0]} and {gripper[1]}."
+                if spec.gripper_index is not None
+                else "gripper_closed and gripper_open are set, but the robot has no gripper."
             )
         cameras = {camera: self.cameras[camera] for camera in spec.cameras}
         return dataclasses.replace(self, cameras=cameras, state_joints=state, command_joints=command)
 
 
 class Ros2Robot(Robot):
-    """The robot behind the topics of `node`. Only the latest message of each topic is used; invalid ones are `faults`.
+    """The robot behind the topics of `node`. Only the latest valid message of each topic is used.
 
     Args:
         node: the node; commands are only sent while it is active.
@@ -101,7 +101,7 @@ class Ros2Robot(Robot):
     def __init__(self, node: LifecycleNode, spec: RobotSpec, parameters: Parameters, hz: float) -> None:
         self.spec, self.faults = spec, dict[str, str]()
         self._node, self._wiring, self._period = node, parameters.completed(spec), 1.0 / hz
-        # Action dimensions that hold by repeating a position; the first hold uses the measured position.
+        # Dimensions that hold a position. Before the first command, this is the measured position.
         repeated = [i for i in range(spec.action_dim) if not spec.hold or spec.hold[i] is None]
         self._positions = [i for i in repeated if i != self._gripper and not spec.action_space.relative]
         needed = [*self._wiring.state_joints, *(self._wiring.command_joints[i] for i in self._positions)]
@@ -148,20 +148,20 @@ class Ros2Robot(Robot):
             self._publisher.publish(messages.trajectory(joints, values.tolist(), self._period))
 
     def close(self) -> None:
-        """Unsubscribe. The controller has sent the hold command before."""
+        """Unsubscribe, and destroy the publisher."""
         for subscription in self._subscriptions:
             self._node.destroy_subscription(subscription)
         self._node.destroy_lifecycle_publisher(self._publisher)
 
     def hold_reference(self) -> np.ndarray:
-        """The last command, or else the measured joint positions, float32 [D], with 0 for dimensions that are not
-        positions."""
+        """The last command, float32 [D]. Before the first command, the measured joint positions, and 0 for dimensions
+        that are not positions."""
         if self._last is not None:
             return self._last
         at, reference = self._measured, np.zeros(self.spec.action_dim, np.float32)
         for i in self._positions:
             reference[i] = at[self._wiring.command_joints[i]]
-        # The measured gripper position has the unit of the command only if commands are positions.
+        # A measured gripper position has the unit of the command only if commands are positions.
         if self._positions and self._gripper is not None:
             measured = at.get(self._wiring.command_joints[self._gripper], sum(self._robot_gripper) / 2)
             position = _interpolate(measured, self._robot_gripper, self._policy_gripper)
@@ -169,11 +169,11 @@ class Ros2Robot(Robot):
         return reference
 
     def awaited(self) -> list[str]:
-        """The topics without a message so far."""
+        """The topics that have not sent a valid message."""
         return [topic for topic in self._topics if topic not in self._parts]
 
     def forget(self) -> None:
-        """Forget the last command, because the robot may have been moved since."""
+        """Forget the last command, because the robot may have been moved."""
         self._last = None
 
     def _inputs(self) -> Iterator[tuple[str, Any, Callable[[Any], Any]]]:
@@ -190,7 +190,7 @@ class Ros2Robot(Robot):
         arrived = time.monotonic()
         try:
             value = decode(message)
-        except Exception as error:  # no message may stop the control loop
+        except Exception as error:  # an invalid message must not stop the control loop
             if self.faults.get(topic) != str(error):
                 self._node.get_logger().error(f"{topic}: {error}")
             self.faults[topic] = str(error)

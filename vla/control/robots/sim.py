@@ -1,8 +1,8 @@
 """A simulated robot in real time.
 
-Owns: an environment in a separate process that does not wait for the policy. At every tick of its control rate it
-takes a step with the latest command, or with the robot's hold command if none has arrived. Inference latency therefore
-has the same effect as on a real robot. It does not know policies.
+Owns: an environment in a separate process that does not wait for the policy. At every tick of its control rate, it
+executes the latest command, or the robot's hold command if none has arrived. Inference latency therefore has the same
+effect as on a real robot. It does not know policies.
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ _PATIENCE_S = 120.0  # timeout for building a scene and rendering its first imag
 class SimRobot(EpisodicRobot):
     """The environment `env_id` in real time. Use it as a context manager.
 
-    The process sends the RobotSpec, then replies to every ("reset", seed) with (instruction, first reading). It sends a
-    `Reading` after every tick without being asked, and does not reply to ("command", action), so that neither process
-    waits for the other.
+    The process first sends the RobotSpec. It replies to ("reset", seed) with (instruction, first reading), and sends a
+    `Reading` after every tick. It does not reply to ("command", action), so neither process waits for the other.
 
     Attributes:
         spec: the RobotSpec of the environment.
@@ -90,8 +89,8 @@ class SimRobot(EpisodicRobot):
 
 
 class _Outbox:
-    """Sends messages in a background thread, so that a slow reader never delays the simulation. Of the readings in the
-    queue, only the latest is kept."""
+    """Sends messages in a background thread, so that a slow reader does not delay the simulation. A new reading
+    replaces an unsent one."""
 
     def __init__(self, pipe: Connection) -> None:
         self._pipe = pipe
@@ -117,7 +116,7 @@ class _Outbox:
 
 
 def _live(pipe: Connection, env_id: str, adapter: AdapterConfig, hz: float | None) -> None:
-    """The process: run an episode after every ("reset", seed), until the caller closes the pipe."""
+    """Run an episode after every ("reset", seed), until the caller closes the pipe."""
     outbox = _Outbox(pipe)
     try:
         env = simulator.make(env_id, adapter)
@@ -127,7 +126,7 @@ def _live(pipe: Connection, env_id: str, adapter: AdapterConfig, hz: float | Non
             message = message or pipe.recv()
             if message[0] == "reset":
                 message = _episode(pipe, outbox, env, message[1], hz or env.robot.control_hz)
-            else:  # a command for an episode that has ended
+            else:  # a command of an ended episode
                 message = None
     except (EOFError, OSError):
         raise
@@ -156,7 +155,7 @@ def _episode(
         last = env.robot.hold_action(last) if command is None else command
         observation, _, terminated, truncated, info = env.step(last)
         over = terminated or truncated
-        # The observation has the time of the tick, regardless of how long the step and the rendering take.
+        # The time of the tick: the duration of the step and of rendering must not count.
         taken = rate.deadline(rate.tick)
         outbox.put(Reading(observation, taken, over, bool(info["is_success"]), _plain(info)))
         if over:
@@ -164,6 +163,6 @@ def _episode(
 
 
 def _plain(info: dict[str, Any]) -> dict[str, Any]:
-    """The numbers, flags and strings in an environment's info, as Python values."""
+    """The numbers, booleans and strings in an environment's info, as Python values."""
     values = {key: value.item() if isinstance(value, np.generic) else value for key, value in info.items()}
     return {key: value for key, value in values.items() if isinstance(value, bool | int | float | str)}

@@ -1,7 +1,7 @@
-"""Sources of weights: where a policy's network comes from.
+"""Sources of weights: the interface.
 
-Owns: the interface and the registry of sources. `vla train --backbone NAME` uses the first registered source that knows
-the name, else `vla.model.sources.composed`. `vla --plugin MODULE` adds others.
+Owns: the base class and the registry of sources. `vla train --backbone NAME` uses the first registered source whose
+`probe` accepts the name, else `vla.model.sources.composed`. `vla --plugin MODULE` adds others.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from vla.support.registry import Registry
 
 
 class Source(ABC):
-    """The backbone `name`, with the options of `model` that concern its architecture.
+    """The backbone `name`, with the architecture options of `model`.
 
     Attributes:
-        trained: whether camera embeddings and state projector are trained, so that the number of cameras and the state
-            dimension cannot grow.
+        trained: whether the weights include trained camera embeddings and a state projector, which limit the number of
+            cameras and the state dimension.
     """
 
     trained = False
@@ -32,14 +32,18 @@ class Source(ABC):
     @classmethod
     @abstractmethod
     def probe(cls, name: str) -> bool:
-        """Whether this source provides `name`. Reads small files at most. CheckpointError if one is damaged."""
+        """Whether this source provides `name`. Must be fast: it reads at most small files.
+
+        Raises:
+            CheckpointError: a file is damaged.
+        """
 
     @abstractmethod
     def config(self) -> VLAConfig:
         """The architecture. `build_policy` then adds robot, statistics, tokenizer and prompt.
 
         Raises:
-            ConfigError: the source does not support an option, or the model is of the wrong kind.
+            ConfigError: the source does not support an option or this model.
         """
 
     @abstractmethod

@@ -31,7 +31,7 @@ class Checkpoint(Source):
         reject_vision(self.name, self.model)
         config = read_config(self._folder)
         if self.model.image_size not in (None, config.image_size):
-            raise ConfigError(f"{self.name} was built for images of {config.image_size}, not {self.model.image_size}.")
+            raise ConfigError(f"{self.name} needs images of {config.image_size} pixels, not {self.model.image_size}.")
         return config
 
     def load(self, config: VLAConfig) -> tuple[VLAForActionPrediction, PreTrainedTokenizerBase]:
@@ -45,14 +45,14 @@ class Checkpoint(Source):
 
 
 def reject_vision(name: str, model: ModelConfig) -> None:
-    """ConfigError if vision towers are configured for a backbone that has its own."""
+    """Raise ConfigError if `model` names vision towers: this backbone has its own."""
     if model.vision:
         raise ConfigError(f"{name} already has its vision tower; leave `vision` empty.")
 
 
 def find_checkpoint(name: str) -> Path | None:
-    """The folder of a checkpoint of this package, given "nano", a run folder or a checkpoint folder; None for any other
-    name. CheckpointError if a config.json cannot be read."""
+    """The checkpoint folder for "nano", a run folder or a checkpoint folder of this package; None for other names.
+    CheckpointError if a config.json cannot be read."""
     for folder in [NANO] if name == "nano" else [Path(name) / "policy", Path(name)]:
         config = folder / "config.json"
         if config.is_file() and read_json(config).get("model_type") == "vla":
@@ -78,7 +78,7 @@ def load_checkpoint(
     """Load the network and text tokenizer from a checkpoint folder of this package.
 
     Args:
-        dtype: type of the weights; None: that of the files.
+        dtype: type of the weights; None: as stored.
     Raises:
         CheckpointError: files are damaged, or the weights do not match `config` exactly.
     """
@@ -89,7 +89,7 @@ def load_checkpoint(
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # damaged files raise various errors
         raise CheckpointError(f"{folder} is damaged or incomplete: {error}") from error
-    # transformers initialises missing weights randomly, and such a policy must not control a robot.
+    # transformers initialises missing weights randomly; such a policy must not control a robot.
     if problem := misfit(info):
         raise CheckpointError(f"{folder}: its weights do not fit its config.json ({problem}).")
     return network, tokenizer

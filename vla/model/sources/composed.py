@@ -1,7 +1,7 @@
-"""A language model with LLaMA architecture and vision towers, which were trained separately.
+"""A LLaMA-architecture language model joined with separately trained vision towers.
 
-Owns: which models fit together, and the ids that action tokens and placeholders take. Embeddings are never resized:
-these are the last ids of the vocabulary, as in OpenVLA (arXiv:2406.09246).
+Owns: the check that the models fit together, and the ids of action tokens and placeholders. These ids are
+at the end of the vocabulary, as in OpenVLA (arXiv:2406.09246), so embeddings are not resized.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vla.support.locations import missing_folder
 
 
 class Composed(Source):
-    """`name` is the language model, `ModelConfig.vision` the towers.
+    """A backbone from the language model `name` and the towers `ModelConfig.vision`.
 
     Attributes:
         feature_layer: index of the towers' hidden states, counted from the end.
@@ -53,10 +53,10 @@ class Composed(Source):
         return True
 
     def _read_config(self) -> PreTrainedConfig:
-        """The configuration of the language model. ConfigError if it is missing or of another kind."""
+        """The configuration of the language model. ConfigError if it is missing or not a language model."""
         if (problem := missing_folder(self.name)) and "/" not in self.name:
             known = ["nano", *SIZES, "smollm2"]
-            raise ConfigError(unknown("backbone", self.name, known, f"For another: {problem}"))
+            raise ConfigError(unknown("backbone", self.name, known, f"As a folder or hub id: {problem}"))
         text = load_config(self.name, "backbone")
         _check_language_model(self.name, text)
         return text
@@ -99,18 +99,18 @@ class Composed(Source):
 
 
 def _check_language_model(name: str, config: PreTrainedConfig) -> None:
-    """Raise ConfigError unless `config` describes a plain language model."""
+    """Raise ConfigError if `config` does not describe a plain language model."""
     if config.get_text_config() is not config or hasattr(config, "vision_config"):
         raise ConfigError(
-            f"{name!r} ({config.model_type}) is a vision-language model; `backbone` must be a plain language model. "
-            "Name the language model that it is based on."
+            f"{name!r} ({config.model_type}) is a vision-language model, but `backbone` must be a plain language "
+            "model. Name the language model that it is based on."
         )
     if not isinstance(getattr(config, "vocab_size", None), int):
         raise ConfigError(f"{name!r} ({config.model_type}) is not a language model: its config.json has no vocab_size.")
 
 
 def causal_lm(config: PreTrainedConfig, model: Any, head: Any) -> Any:
-    """The language model with this configuration, made of a decoder and a head of a larger model."""
+    """A language model with this configuration, from the decoder `model` and the `head` of a larger model."""
     with init_empty_weights():
         decoder = AutoModelForCausalLM.from_config(config)
     decoder.model, decoder.lm_head = model, head
@@ -118,7 +118,7 @@ def causal_lm(config: PreTrainedConfig, model: Any, head: Any) -> Any:
 
 
 def untied(decoder: Any) -> Any:
-    """The language model, with its head untied from the embedding, since action rows differ as inputs and outputs."""
+    """Untie a language model's head from its embedding, so that action tokens learn both separately."""
     head = decoder.lm_head
     if decoder.config.tie_word_embeddings:
         head.weight = torch.nn.Parameter(head.weight.detach().clone())
@@ -128,8 +128,8 @@ def untied(decoder: Any) -> Any:
 
 
 def _action_rows(vocab_size: int, special: list[int]) -> int:
-    """First id of the action rows, which are as close to the end of the vocabulary as its special tokens allow. The two
-    placeholders directly precede them."""
+    """First id of the action rows. They are as close to the end of the vocabulary as its special tokens allow, and the
+    two placeholders directly precede them."""
     begin = vocab_size - N_ACTION_ROWS
     while inside := [i for i in special if begin - 2 <= i < begin + N_ACTION_ROWS]:
         begin = min(inside) - N_ACTION_ROWS

@@ -1,8 +1,7 @@
 """Language models in GGUF files, the format of llama.cpp: "smollm2" and any file of the LLaMA architecture.
 
-Owns: what the metadata and tensors of such a file mean in transformers' LLaMA. Quantised tensors become float32. Every
-tensor and every entry that describes the network is used, or the file is refused by name. The text tokenizer is built
-by transformers.
+Owns: the conversion of metadata and tensors to transformers' LLaMA. Quantised tensors become float32. A file with a
+tensor or an entry that cannot be converted raises an error that names it. transformers builds the text tokenizer.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from vla.model.sources.hub import misfit, with_padding
 from vla.model.sources.packages import packaged
 
 ARCHITECTURE = "llama"
-# Tensors of the file -> of transformers' LLaMA.
+# Names of tensors: GGUF -> transformers' LLaMA.
 _MODEL = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER = {
     "attn_norm": "input_layernorm",
@@ -44,11 +43,10 @@ _LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-# Llama 3.1 and later divide the rotary frequencies by this tensor. (factor, low and high frequency factor, original
-# length) of the published models: 3.1 and 3.3, then 3.2.
-_ROPE_FACTORS = "rope_freqs.weight"
+_ROPE_FACTORS = "rope_freqs.weight"  # Llama 3.1 and later divide the rotary frequencies by this tensor
+# Factor, low and high frequency factor, and original length of Llama 3.1 and 3.3, and of 3.2.
 _LLAMA3 = ((8.0, 1.0, 4.0, 8192), (32.0, 1.0, 4.0, 8192))
-# Entries that do not describe the network, or are implied by the tensors.
+# Entries that do not describe the network, or follow from the tensors.
 _IGNORED = {"vocab_size", "rope.scaling.finetuned", "expert_used_count"}
 
 
@@ -108,7 +106,7 @@ def _open(path: Path) -> Any:
 
 @contextlib.contextmanager
 def _errors_of(path: Path) -> Any:
-    """Turns errors of reading a damaged file into a ConfigError."""
+    """Convert errors from a damaged file to a ConfigError."""
     try:
         yield
     except ConfigError:
@@ -118,7 +116,7 @@ def _errors_of(path: Path) -> Any:
 
 
 def _llama_config(path: Path, reader: Any) -> LlamaConfig:
-    """The configuration that a file's metadata and tensors describe. ConfigError if it is not a plain LLaMA."""
+    """The configuration in a file's metadata and tensors. ConfigError if the model is not a plain LLaMA."""
     values = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
     if (kind := values.get("general.architecture")) != ARCHITECTURE:
         raise ConfigError(f"{path} has the architecture {kind!r}; only {ARCHITECTURE!r} is supported.")
@@ -146,7 +144,7 @@ def _llama_config(path: Path, reader: Any) -> LlamaConfig:
     for name, token in (("bos_token_id", "bos"), ("eos_token_id", "eos")):
         field = reader.fields.get(f"tokenizer.ggml.{token}_token_id")
         setattr(config, name, None if field is None else field.contents())
-    # Entries with a value that changes nothing.
+    # Entries that are only supported with a value that has no effect.
     neutral = {"attention.value_length": dim, "rope.dimension_count": dim, "expert_count": 0}
     for name, value in entries.items():
         if neutral.get(name) != value:
@@ -155,7 +153,7 @@ def _llama_config(path: Path, reader: Any) -> LlamaConfig:
 
 
 def _rope(path: Path, entries: dict[str, Any], tensors: Mapping[str, Any], dim: int) -> dict[str, Any]:
-    """The rotary embedding in transformers' terms. Removes its `entries`."""
+    """The rotary embedding as transformers' `rope_parameters`. Removes the used `entries`."""
     rope = {"rope_type": "default", "rope_theta": entries.pop("rope.freq_base", 10_000.0)}
     scaling, factor = entries.pop("rope.scaling.type", "none"), entries.pop("rope.scaling.factor", None)
     original = entries.pop("rope.scaling.original_context_length", None)
@@ -170,7 +168,7 @@ def _rope(path: Path, entries: dict[str, Any], tensors: Mapping[str, Any], dim: 
             if torch.allclose(stored, _llama3_factors(rope["rope_theta"], dim, *parameters), rtol=1e-3):
                 names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
                 return rope | {"rope_type": "llama3", **dict(zip(names, parameters, strict=True))}
-        raise ConfigError(f"{path} has {_ROPE_FACTORS} that are not those of Llama 3.1, 3.2 or 3.3.")
+        raise ConfigError(f"{path} has a {_ROPE_FACTORS} that differs from those of Llama 3.1, 3.2 and 3.3.")
     return rope
 
 
@@ -182,7 +180,7 @@ def _llama3_factors(theta: float, dim: int, factor: float, low: float, high: flo
 
 
 def _weights(reader: Any, config: LlamaConfig) -> Any:
-    """Yields name and float32 tensor of each weight, in transformers' names; other tensors keep their names."""
+    """Yields transformers' name and the float32 tensor of each weight. Unknown tensors keep their names."""
     from gguf import dequantize
 
     for tensor in reader.tensors:
@@ -201,6 +199,6 @@ def _weights(reader: Any, config: LlamaConfig) -> Any:
 
 
 def _unpaired(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Reorder the rows of each head from llama.cpp's rotary layout, whose pairs are adjacent, to transformers', whose
-    pairs are half a head apart."""
+    """Reorder the rows of each head for the rotary embedding: rotated pairs are adjacent in llama.cpp, but half a head
+    apart in transformers."""
     return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(weight.shape)

@@ -2,7 +2,7 @@
 image normalisation.
 
 Owns: strict loading. Parts that are missing, damaged, quantised, pickled or of the wrong kind raise an error before
-training starts. Weights are read from safetensors only. It does not know how a policy is assembled from the parts.
+training starts. It does not know how parts become a policy.
 """
 
 from __future__ import annotations
@@ -63,14 +63,14 @@ def load_config(name: str, what: str) -> PreTrainedConfig:
 
 
 def load_tokenizer(name: str, vocab_size: int) -> PreTrainedTokenizerBase:
-    """Load the text tokenizer of a language model. Its padding token is in the vocabulary. ConfigError on failure."""
+    """Load the text tokenizer of a language model, with a padding token. ConfigError on failure."""
     return with_padding(_load(AutoTokenizer, name, "text tokenizer"), vocab_size)
 
 
 def with_padding(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> PreTrainedTokenizerBase:
-    """The tokenizer, with a padding token that is in the vocabulary."""
+    """Set the padding token of a tokenizer if it has none within the vocabulary."""
     if tokenizer.pad_token_id is None or not 0 <= tokenizer.pad_token_id < vocab_size:
-        # Padding is masked, so any token will do.
+        # Padding is masked, so any token is suitable.
         others = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id, 0)
         known = next(token for token in others if token is not None and 0 <= token < vocab_size)
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(known)
@@ -85,24 +85,24 @@ def load_model(auto: Any, name: str, what: str, config: PreTrainedConfig, foreig
         name: folder or hub id.
         what: the role of the model, for error messages.
         config: the model's configuration.
-        foreign: allow weights of other models in the folder, such as the text tower of a SigLIP model.
+        foreign: ignore weights of other models in the folder, such as the text tower of a SigLIP model.
     """
     options = {"dtype": torch.float32, "use_safetensors": True}
-    options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}  # mismatches are reported below, by name
+    options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}  # `misfit` reports mismatches below
     model, info = _load(auto, name, what, config=config, **options)
     if foreign:
         own = {key.split(".")[0] for key in model.state_dict()} | {"vision_model"}
         info["unexpected_keys"] = [key for key in info["unexpected_keys"] if key.split(".")[0] in own]
     if problem := misfit(info):
         raise ConfigError(
-            f"{what} {name!r}: its weights do not fit its config.json ({problem}), and missing ones would be random. "
-            "Check that the folder is complete and holds only this model."
+            f"{what} {name!r}: its weights do not fit its config.json ({problem}). Check that the folder is complete "
+            "and contains only this model."
         )
     return model
 
 
 def misfit(info: dict[str, Any]) -> str | None:
-    """The weights that do not fit, as a text, from transformers' loading info; None if all weights fit."""
+    """A description of the weights that do not fit, from transformers' loading info; None if all weights fit."""
     for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if keys := info.get(what):
             some = ", ".join(sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys)[:3])
@@ -111,12 +111,10 @@ def misfit(info: dict[str, Any]) -> str | None:
 
 
 def check_tower(name: str, vision: PreTrainedConfig, image_size: int, layer: int) -> None:
-    """Raise ConfigError unless a tower maps images [B, 3, image_size, image_size] to `tokens_per_image` tokens.
-
-    The check runs on the meta device, without weights, so it costs no time.
-    """
+    """Raise ConfigError if a tower does not accept images of this size or returns features of an unexpected shape. The
+    check runs on the meta device, without weights."""
     if getattr(vision, "num_channels", 3) != 3:
-        raise ConfigError(f"vision tower {name!r} takes images of {vision.num_channels} channels, not RGB.")
+        raise ConfigError(f"vision tower {name!r} needs images with {vision.num_channels} channels, not RGB.")
     try:
         with torch.device("meta"), torch.no_grad():
             images = torch.zeros(2, 3, image_size, image_size)
@@ -134,8 +132,8 @@ def check_tower(name: str, vision: PreTrainedConfig, image_size: int, layer: int
 
 
 def image_statistics(name: str, vision: PreTrainedConfig) -> tuple[list[float], list[float]]:
-    """Mean and std, three values each, for images scaled to [0, 1], from the tower's image processor. Without an image
-    processor, the values of the tower's family are used, with a warning."""
+    """Mean and std of the tower's image processor, three values each, for images scaled to [0, 1]. If it has none,
+    those of the tower's family, with a warning."""
     stored = _image_processor(name)
     if any(stored.get(option) for option in ("offset", "rescale_offset", "do_flip_channel_order")):
         raise ConfigError(
@@ -189,7 +187,7 @@ def _load(auto: Any, name: str, what: str, **kwargs: Any) -> Any:
         if not Path(name).exists() and "connect" in str(error):
             raise ConfigError(
                 f"{what} {name!r}: there is no such folder, and the Hugging Face hub could not be reached (no "
-                "connection, or HF_HUB_OFFLINE is set). Download the model first, or name a local folder."
+                "connection, or HF_HUB_OFFLINE is set). Download the model first, or pass a local folder."
             ) from error
         pickled = list(Path(name).glob("*.bin")) and not list(Path(name).glob("*.safetensors"))
         remedy = (

@@ -1,8 +1,8 @@
 """Idefics3 (arXiv:2408.12637) and SmolVLM (arXiv:2504.05299): a SigLIP tower, a linear connector and a LLaMA that were
 trained together.
 
-Owns: taking such a model apart. Each camera image is one image of the tower's size. The tiles into which these models
-cut large images, and the words around an image's tokens, are not used.
+Owns: reusing the three parts. Unlike in these models, a camera image is resized to the tower's size instead of being
+split into tiles, and no text surrounds its tokens.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vla.model.sources.towers import HubTower
 
 @SOURCES.register("idefics3")
 class Idefics3(Composed):
-    """A folder or hub id of a model of transformers' `Idefics3ForConditionalGeneration` or its SmolVLM counterpart."""
+    """A folder or hub id for transformers' `Idefics3ForConditionalGeneration` or `SmolVLMForConditionalGeneration`."""
 
     feature_layer = -1
 
@@ -54,5 +54,5 @@ class Idefics3(Composed):
         network = VLAForActionPrediction(config, [whole.model.vision_model], decoder)
         ours: Any = network.projector[0]
         ours.weight.copy_(whole.model.connector.modality_projection.proj.weight)
-        ours.bias.zero_()  # theirs has no bias
+        ours.bias.zero_()  # Idefics3's projection has no bias
         return network, self._tokenizer

@@ -1,6 +1,6 @@
 """LLaVA (Liu et al., arXiv:2304.08485): a vision tower, a two-layer projector and a LLaMA that were trained together.
 
-Owns: taking such a model apart. Its projector is used as it is, where a projector for separate parts starts untrained.
+Owns: reusing the three parts, including the trained projector.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vla.model.sources.composed import Composed, causal_lm
 from vla.model.sources.hub import load_config, load_model, model_type
 from vla.model.sources.towers import HubTower
 
-# Fields of config.json that the network does not implement otherwise.
+# Fields of config.json -> the only supported values.
 _SUPPORTED = {
     "projector_hidden_act": "gelu",
     "multimodal_projector_bias": True,
@@ -28,7 +28,7 @@ _SUPPORTED = {
 
 @SOURCES.register("llava")
 class Llava(Composed):
-    """A folder or hub id of a model of transformers' `LlavaForConditionalGeneration`."""
+    """A folder or hub id for transformers' `LlavaForConditionalGeneration`."""
 
     def __init__(self, name: str, model: ModelConfig) -> None:
         Source.__init__(self, name, model)
@@ -39,8 +39,8 @@ class Llava(Composed):
                 raise ConfigError(f"{name!r} has {field} {value!r}; only {supported!r} is supported.")
         if not isinstance(whole.vision_feature_layer, int) or whole.vision_feature_layer >= 0:
             raise ConfigError(
-                f"{name!r} has vision_feature_layer {whole.vision_feature_layer!r}; only a single layer that is "
-                "counted from the end (-1, -2, ...) is supported."
+                f"{name!r} has vision_feature_layer {whole.vision_feature_layer!r}; only one layer, counted from the "
+                "end (-1, -2, ...), is supported."
             )
         self.feature_layer = whole.vision_feature_layer
         self._set_parts(whole.text_config, [HubTower(name, whole.vision_config)])

@@ -1,17 +1,17 @@
 """OpenVLA's published checkpoints (Kim et al., arXiv:2406.09246), their fine-tuned versions and their LoRA adapters.
 
-Owns: what OpenVLA's config.json, preprocessor_config.json and statistics mean in a `VLAConfig`. Nothing from the folder
-is executed: the network is this package's own, with transformers' towers. The weights are in `openvla_layout`, the way
-back in `openvla_export`.
+Owns: the conversion of OpenVLA's config.json, preprocessor_config.json and statistics to a `VLAConfig`. No code from
+the folder is executed: the network is `VLAForActionPrediction`. `openvla_layout` reads the weights, and
+`openvla_export` writes this format.
 
 Conventions of these checkpoints that `config` makes explicit:
 
-* One camera, no state, one action per prediction: end-effector deltas and a gripper that 0 closes and 1 opens.
-* The embedding has 32064 rows, but the action tokens are the last 256 of 32000; the rest is padding.
-* Id 29871, a space, ends the prompt: OpenVLA's tokenizer writes it before the first action token.
+* One camera, no state. One action per prediction: end-effector deltas, and a gripper (0 closed, 1 open).
+* The embedding has 32064 rows, of which the last 64 are padding. The action tokens are the 256 rows before.
+* The prompt ends with id 29871, a space, which OpenVLA's tokenizer inserts before the first action token.
 * Statistics have no median, and `mask` excludes the gripper from normalisation.
 * ImageNet's mean and std are rounded to bfloat16.
-* Instructions are lowercased only.
+* The only change to instructions is lowercasing.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ IMAGE_SIZE, PADDED_ROWS = 224, 64
 MEANS = [[0.484375, 0.455078125, 0.40625], [0.5, 0.5, 0.5]]
 STDS = [[0.228515625, 0.2236328125, 0.224609375], [0.5, 0.5, 0.5]]
 
-# The only architecture that has been published, as config.json describes it.
+# The only published architecture, as in config.json.
 ARCHITECTURE = {
     "model_type": "openvla",
     "vision_backbone_id": "dinosiglip-vit-so-224px",
@@ -52,7 +52,7 @@ ARCHITECTURE = {
     "image_resize_strategy": "resize-naive",
     "n_action_bins": 256,
 }
-# timm's models as transformers configures them.
+# timm's models -> transformers' configurations.
 TIMM: dict[str, dict[str, Any]] = {
     "vit_large_patch14_reg4_dinov2.lvd142m": {
         "model_type": "dinov2_with_registers",
@@ -70,7 +70,7 @@ TIMM: dict[str, dict[str, Any]] = {
     },
 }
 TOWER = {"image_size": IMAGE_SIZE, "patch_size": 14, "hidden_act": "gelu", "layer_norm_eps": 1e-6}
-# OpenVLA's config.json stores differences from these values, transformers' defaults at the time.
+# OpenVLA's config.json stores only differences from these values, which were transformers' defaults.
 LLAMA = {
     "model_type": "llama",
     "vocab_size": 32064,
@@ -95,20 +95,20 @@ _ROBOT = RobotSpec(
     gripper_index=6,
     gripper_open=1.0,
     gripper_closed=0.0,
-    control_hz=5.0,  # of BridgeData V2
+    control_hz=5.0,  # that of BridgeData V2
 )
 
 
 @SOURCES.register("openvla")
 class OpenVLA(Source):
-    """A folder or hub id of an OpenVLA checkpoint, or of a LoRA adapter made by OpenVLA's fine-tuning script.
+    """A folder or hub id of an OpenVLA checkpoint, or the folder of a LoRA adapter from OpenVLA's fine-tuning script.
 
-    The configuration is that of a complete policy, which can also be used without training.
+    It is a complete policy, which can be used without further training.
 
     Args:
-        dtype: type of the weights; None: that of the files.
+        dtype: type of the weights; None: as stored.
     Attributes:
-        keys: the keys that `load` read.
+        keys: the keys that `load` used, set by `load`.
     """
 
     keys: Keys
@@ -126,7 +126,7 @@ class OpenVLA(Source):
         if model.vision:
             raise ConfigError(f"{self.name} already has its vision towers; leave `vision` empty.")
         if model.image_size not in (None, IMAGE_SIZE):
-            raise ConfigError(f"{self.name} was built for images of {IMAGE_SIZE}, not {model.image_size}.")
+            raise ConfigError(f"{self.name} needs images of {IMAGE_SIZE} pixels, not {model.image_size}.")
         statistics = self._statistics()
         try:
             return read_config(self._base, statistics)
@@ -138,7 +138,7 @@ class OpenVLA(Source):
     def load(self, config: VLAConfig) -> tuple[VLAForActionPrediction, PreTrainedTokenizerBase]:
         tokenizer = _tokenizer(self._base, config)
         config.text_config.tie_word_embeddings = False
-        with init_empty_weights(include_buffers=False):  # buffers, such as rotary frequencies, are not in the files
+        with init_empty_weights(include_buffers=False):  # checkpoints lack buffers, such as rotary frequencies
             network = VLAForActionPrediction(config)
         self.keys = openvla_layout.load(network, Shards(self._base), self._adapter, self._dtype)
         _add_missing_parts(network)
@@ -165,7 +165,7 @@ class OpenVLA(Source):
 
 
 def _adapter_base(name: str) -> str | None:
-    """The base of the LoRA adapter in the folder `name`; None if it holds none."""
+    """The base model of the LoRA adapter in the folder `name`; None if it has no adapter."""
     path = Path(name) / ADAPTER_CONFIG
     return read_json(path).get("base_model_name_or_path") if path.is_file() else None
 
@@ -183,16 +183,16 @@ def read_config(folder: Path, statistics: Mapping[str, Any] | None = None) -> VL
     """The configuration of the checkpoint in `folder`.
 
     Args:
-        statistics: replaces those in config.json.
+        statistics: replaces the statistics in config.json.
     Raises:
-        CheckpointError: another architecture, or statistics are missing.
+        CheckpointError: the architecture is not supported, or statistics are missing.
     """
     values = read_json(folder / FILE)
     for field, expected in ARCHITECTURE.items():
         if values.get(field, expected) != expected:
             raise CheckpointError(
-                f"{folder}/{FILE} has {field} {values[field]!r}; only {expected!r} is supported, the architecture of "
-                "openvla/openvla-7b."
+                f"{folder}/{FILE} has {field} {values[field]!r}; only {expected!r}, as in openvla/openvla-7b, is "
+                "supported."
             )
     text, names = values.get("text_config") or {}, values.get("timm_model_ids") or list(TIMM)[:2]
     if text.get("model_type", "llama") != "llama":
@@ -207,7 +207,7 @@ def read_config(folder: Path, statistics: Mapping[str, Any] | None = None) -> VL
         raise CheckpointError(f"{folder}/{FILE}: timm_model_ids must be DINOv2 and SigLIP, in this order, got {names}.")
     end = text["vocab_size"] - values.get("pad_to_multiple_of", PADDED_ROWS)
     found = _check_statistics(folder, values.get("norm_stats") if statistics is None else statistics)
-    ours = values.get("vla") or {}  # written by `openvla_export`: what OpenVLA's fields cannot express
+    ours = values.get("vla") or {}  # written by `openvla_export`; OpenVLA has no such fields
     robot = RobotSpec.from_dict(ours["robot"]) if "robot" in ours else _ROBOT
     means, stds = _image_statistics(folder)
     width = sum(tower["hidden_size"] for tower in towers)
@@ -240,7 +240,7 @@ def read_config(folder: Path, statistics: Mapping[str, Any] | None = None) -> VL
 
 
 def _check_statistics(folder: Path, statistics: Any) -> dict[str, Any]:
-    """CheckpointError unless every dataset has q01 and q99 of the same length, and a mask of that length or none."""
+    """Check that every dataset has q01 and q99 and, optionally, a mask, all of one length. CheckpointError if not."""
     if not isinstance(statistics, Mapping) or not statistics:
         raise CheckpointError(
             f"{folder} has no statistics: {FILE} has no norm_stats, and there is no {STATISTICS}. Without them, "
@@ -266,7 +266,7 @@ def _image_statistics(folder: Path) -> tuple[list[list[float]], list[list[float]
 
 
 def _tokenizer(folder: Path, config: VLAConfig) -> PreTrainedTokenizerBase:
-    """The text tokenizer, exactly as tokenizer.json defines it: transformers' LlamaTokenizer would rebuild it."""
+    """Load the text tokenizer exactly as in tokenizer.json; transformers' LlamaTokenizer would change it."""
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     except Exception as error:  # damaged files raise various errors
@@ -278,14 +278,14 @@ def _tokenizer(folder: Path, config: VLAConfig) -> PreTrainedTokenizerBase:
             "belongs to another model."
         )
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any token will do
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked, so any token is suitable
     return tokenizer
 
 
 @torch.no_grad()
 def _add_missing_parts(network: VLAForActionPrediction) -> None:
-    """Create the parameters that OpenVLA does not have: zeros where they are added to something, and the state input,
-    which is not used until it is trained."""
+    """Create the parameters that OpenVLA does not have: the camera embedding and the mask token as zeros, and an
+    untrained state projector."""
     dtype = network.dtype
     embeddings: Any = network.vision_towers[0].embeddings
     network.camera_embedding.to_empty(device="cpu").to(dtype).weight.zero_()

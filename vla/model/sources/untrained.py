@@ -19,9 +19,9 @@ SIZES = {"nano-init": (256, 4, [48, 128], 2, 96), "small-init": (512, 8, [64, 25
 class Untrained(Source):
     """A convolutional encoder conditioned on the instruction, and a LLaMA decoder, with random weights.
 
-    "nano-init", for CPUs, is the architecture of the embedded backbone: images of 96 pixels, 16 tokens per camera, 4
-    decoder layers of width 256, 5 M parameters. "small-init", for GPUs: images of 144 pixels, 36 tokens per camera, 8
-    decoder layers of width 512, 36 M parameters. `ModelConfig.image_size` overrides the image size.
+    "nano-init" is for CPUs and has the architecture of the embedded backbone: images of 96 pixels, 16 tokens per
+    camera, 4 decoder layers of width 256, 5 M parameters. "small-init" is for GPUs: images of 144 pixels, 36 tokens per
+    camera, 8 decoder layers of width 512, 36 M parameters. `ModelConfig.image_size` overrides the image size.
     """
 
     @classmethod
@@ -36,7 +36,7 @@ class Untrained(Source):
         tower.grid = self.model.grid is not False
         if not tower.grid and not tower.keypoints:
             raise ConfigError(
-                "model.grid false needs model.keypoints, 32 for example: an image has no tokens otherwise."
+                "model.grid false needs model.keypoints (32, for example); otherwise, an image has no tokens."
             )
         return config
 
@@ -47,7 +47,7 @@ class Untrained(Source):
 
 
 def untrained_config(name: str, image_size: int | None = None) -> VLAConfig:
-    """The configuration of `Untrained`; `image_size` in pixels, None: the usual one."""
+    """The configuration of an untrained architecture; `image_size` in pixels, None: that of `SIZES`."""
     width, layers, channels, blocks, usual_size = SIZES[name]
     image_size = image_size or usual_size
     if image_size < 24:
@@ -90,10 +90,10 @@ def untrained_config(name: str, image_size: int | None = None) -> VLAConfig:
 
 @torch.no_grad()
 def _sharpen_attention(network: VLAForActionPrediction, factor: float = 4.0) -> None:
-    """Scale up the initial query and key weights, so that attention in a narrow decoder does not start out uniform.
+    """Scale up the initial query and key weights, so that attention in a narrow decoder does not start uniform.
 
-    With the usual standard deviation of 0.02 and a width of 256, attention logits start near 0.1. Every token then
-    averages over all others, and learning where to attend takes several times as many samples.
+    With the usual standard deviation of 0.02 and a width of 256, attention logits start near 0.1, and learning where to
+    attend takes several times as many samples.
     """
     for layer in network.language_model.model.layers:
         layer.self_attn.q_proj.weight.mul_(factor)

@@ -4,8 +4,7 @@ Owns: the interface between a protocol and the application (`vla.serving.app`), 
 routes, the envelope of its messages, and the format of replies and errors. The application handles API keys, limits,
 draining and the log for all protocols.
 
-Your own module adds a protocol with `@PROTOCOLS.register("my-protocol")`; `vla --plugin my_module serve` then serves it
-in addition.
+To add a protocol, decorate it with `@PROTOCOLS.register("my-protocol")`, and run `vla --plugin my_module serve`.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from vla.support.registry import Registry
 if TYPE_CHECKING:
     from vla.serving.app import PolicyApp
 
-LARGE = 2**20  # bytes; decoding a larger message takes longer than starting a thread
+LARGE = 2**20  # bytes; larger messages are decoded in a thread
 _TOO_LARGE = 1009  # websocket close code: message too large
 
 
@@ -34,8 +33,7 @@ class WireProtocol(abc.ABC):
     """A wire protocol.
 
     Attributes:
-        app: the application, which reads bodies (`body`), answers requests (`answer`), and logs and counts errors
-            (`failed`).
+        app: the application. Protocols use its `body`, `answer` and `failed`.
     """
 
     def __init__(self, app: PolicyApp) -> None:
@@ -57,7 +55,7 @@ class Inbox:
         self._next: Message | None = None
 
     async def peek(self) -> Message:
-        """Wait for the next message without removing it. It may be a disconnect."""
+        """Wait for the next message, which may be a disconnect, without removing it."""
         if self._next is None:
             self._next = await self._socket.receive()
         return self._next
@@ -73,7 +71,7 @@ class Inbox:
 
 
 async def decode(decoder: Callable[[Any], Any], data: Any) -> Any:
-    """`decoder(data)`; in a thread if `data` is large, so that other requests are not delayed."""
+    """`decoder(data)`, in a thread if `data` is large, so that other requests are not delayed."""
     if isinstance(data, str | bytes) and len(data) > LARGE:
         return await asyncio.to_thread(decoder, data)
     return decoder(data)

@@ -2,17 +2,16 @@
 
 Binary messages of msgpack with numpy arrays, on any path:
 
-* on connection, the server sends its metadata (`vla.serving.server.describe`);
-* request: a flat map with LIBERO's, DROID's or ALOHA's keys, or {"pixels", "agent_pos", "prompt"};
-  `vla.serving.requests` reads all forms;
-* reply: {"actions": float32 [H, D], "policy_timing", "server_timing"}. It has no other arrays, because openpi's chunk
-  broker slices every array of a reply;
-* error: a text message, after which the connection is closed with code 1011 (stock clients raise RuntimeError). With
+* On connection, the server sends its metadata (`vla.serving.server.describe`).
+* Request: a flat map with the keys of LIBERO, DROID or ALOHA, or {"pixels", "agent_pos", "prompt"}
+  (`vla.serving.requests`).
+* Reply: {"actions": float32 [H, D], "policy_timing", "server_timing"}. It has no other arrays, because openpi's chunk
+  broker slices every array of a reply.
+* Error: a text message; then the connection is closed with code 1011, and stock clients raise RuntimeError. With
   `?errors=plain` in the URL, the reply is {"error": message}, and the connection stays open.
 
-`vla.serving.client.RemotePolicy` also sends a draft of the chunk: "vla/draft" holds its actions, "vla/committed" the
-length of the action prefix, and "vla/trust" the acceptance threshold of this prefix (`vla.policy.session.Draft`). With
-"vla/details", it requests tokens and log-likelihoods: {"vla": {"ids", "log_probs", "entropy", "forwards"}}.
+`vla.serving.client.RemotePolicy` also sends the draft of the chunk (`vla.serving.requests`), and "vla/details" to
+receive tokens and log-likelihoods: {"vla": {"ids", "log_probs", "entropy", "forwards"}}.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from vla.serving import wire
 from vla.serving.batcher import Answer
 from vla.serving.protocols.base import PROTOCOLS, Inbox, WireProtocol, decode
 
-_REASON = "Internal server error. Traceback included in previous frame."  # as openpi's server sends it
+_REASON = "Internal server error. Traceback included in previous frame."  # identical to openpi's server
 
 
 @PROTOCOLS.register("openpi")
@@ -62,7 +61,7 @@ class OpenPI(WireProtocol):
                 await socket.send_text(text)
                 await socket.close(1011, _REASON)
                 return
-            # Stock clients do not report how many actions they execute; n_action_steps is the most likely number.
+            # Stock clients do not report how many actions they execute, so assume n_action_steps.
             draft = answer.prediction.next_draft[0].after(self.app.policy.n_action_steps)
             reply = _reply(answer, values.get("vla/details") is True)
             reply["server_timing"] = {"infer_ms": 1e3 * (time.perf_counter() - start)}

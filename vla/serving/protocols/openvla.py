@@ -2,12 +2,12 @@
 
 `POST /act` with a JSON object whose arrays are encoded by json-numpy:
 
-* request: {"image", "instruction", "unnorm_key"?} from OpenVLA's clients, or {"full_image", "wrist_image"?, "state"?,
-  "instruction"} from OpenVLA-OFT's clients. `vla.serving.requests` reads all forms. Clients that do not patch their
-  JSON library wrap the request in a string: {"encoded": "<JSON>"};
-* reply: one action, float64 [D], if the request has "image", else the chunk as a list of actions. The reply to an
-  encoded request is a JSON string that contains JSON;
-* error: status 200 and the text "error", as stock clients expect. With `?errors=plain` in the URL, status 400 or 500
+* Request: {"image", "instruction", "unnorm_key"?} from OpenVLA's clients, or {"full_image", "wrist_image"?, "state"?,
+  "instruction"} from OpenVLA-OFT's clients (`vla.serving.requests`). Clients that do not patch their JSON library wrap
+  the request in a string: {"encoded": "<JSON>"}.
+* Reply: one action, float64 [D], if the request has "image"; otherwise, the chunk as a list of actions. The reply to an
+  encoded request is a JSON string that contains JSON.
+* Error: status 200 and the text "error", as stock clients expect. With `?errors=plain` in the URL, status 400 or 500
   and {"error": message}.
 """
 
@@ -47,7 +47,7 @@ class OpenVLA(WireProtocol):
             if request.query_params.get("errors") == "plain":
                 return json_response({"error": message}, status)
             return json_response("error")
-        chunk = np.asarray(answer.prediction.chunks[0], np.float64)  # the type that OpenVLA's server sends
+        chunk = np.asarray(answer.prediction.chunks[0], np.float64)  # float64, as from OpenVLA's server
         reply = wire.to_json(chunk[0] if "image" in values else list(chunk))
         self.app.metrics.answered("openvla", time.perf_counter() - start, answer.seconds)
         return Response(wire.to_json(reply) if encoded else reply, media_type="application/json")

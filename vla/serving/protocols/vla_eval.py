@@ -1,19 +1,19 @@
 """vla-eval's websocket protocol (Allen AI's evaluation harness: `vla_eval/protocol`, version 1 in vla-eval 0.8).
 
-The address is `ws://host:8000/vla-eval`. Other addresses speak openpi's protocol, whose server sends the first message;
-here, the client does. Every message is binary: a msgpack map {"type", "payload", "seq", "timestamp"}.
+The address is `ws://host:8000/vla-eval`. The client sends the first message. Every message is binary: a msgpack map
+{"type", "payload", "seq", "timestamp"}.
 
-* "hello" is answered by a "hello" with the action and observation specs of the policy. A client of another protocol
-  version is disconnected; the reason is in the close frame, because the stock client shows nothing else;
-* "episode_start" and "episode_end" have no answer;
-* "observation" {"images", "states"?, "task_description"} is answered by an "action" {"actions": float32 [D]} with the
-  same `seq`: one action. A chunk is decoded for every `n_action_steps`-th observation of an episode; the images of
-  those in between are not decoded. `vla.serving.requests` reads the observation;
-* error: "error" {"error": message} with the `seq` of its message; 0 if that cannot be read.
+* "hello" is answered by a "hello" with the policy's action and observation specs. A client with another protocol
+  version is disconnected. The reason is in the close frame, because the stock client shows nothing else.
+* "episode_start" and "episode_end" have no answer.
+* "observation" {"images", "states"?, "task_description"} is answered by one "action" {"actions": float32 [D]} with the
+  same `seq`. A chunk is decoded for every `n_action_steps`-th observation of an episode; images of other observations
+  are not read. `vla.serving.requests` reads the observation.
+* Errors are sent as "error" {"error": message} with the `seq` of the message; 0 if it cannot be read.
 
-An array is a map {"__ndarray__", "data", "dtype", "shape"}, an image {"__image__", "format", "data", "shape", "dtype"?}
-in PNG, JPEG or raw bytes. `GET /health` and `GET /config` are those of vla-eval's own server, except that `/config`
-cannot change anything.
+An array is a map {"__ndarray__", "data", "dtype", "shape"}, an image a map {"__image__", "format", "data", "shape",
+"dtype"?} with PNG, JPEG or raw data. `GET /health` and `GET /config` are as in vla-eval's own server, except that
+`/config` does not change options.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class VLAEval(WireProtocol):
 
     def _hello(self) -> dict[str, Any]:
         robot = self.app.policy.robot
-        # The camera names of the client, if they are configured; vla-eval warns of a name that its benchmark lacks.
+        # If configured, the client's camera names: vla-eval warns about names that its benchmark does not have.
         keys = self.app.config.keys.images
         cameras = [keys.get(camera, camera).rpartition("/")[2] for camera in robot.cameras]
         return {
@@ -151,7 +151,7 @@ def pack(kind: str, payload: Mapping[str, Any], seq: int) -> bytes:
 
 
 def _unpack(frame: bytes | str) -> dict[str, Any]:
-    """A message with its arrays; images stay encoded. WireError if the envelope is incomplete."""
+    """Decode a message, except for its images. WireError if the envelope is incomplete."""
     if isinstance(frame, str):
         raise wire.WireError("a message is binary (msgpack), got text.")
     message = wire.from_msgpack(frame, _decode)
@@ -183,7 +183,7 @@ def _decode(entry: dict[Any, Any]) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _EncodedImage:
-    """An image as it was sent, not validated."""
+    """An image as sent, not validated."""
 
     format: Any
     data: Any
@@ -191,7 +191,7 @@ class _EncodedImage:
     dtype: Any
 
     def size(self, name: str) -> int:
-        """Bytes of the array. WireError if the shape is not that of an image."""
+        """Bytes of the decoded image. WireError if the shape is not that of an image."""
         sides = self.shape if isinstance(self.shape, list) else []
         if len(sides) != 3 or not all(isinstance(side, int) and side > 0 for side in sides):
             raise wire.WireError(
@@ -200,7 +200,7 @@ class _EncodedImage:
         return math.prod(sides)
 
     def pixels(self, name: str) -> np.ndarray:
-        """The array, uint8 of the declared shape. WireError if the data are not such an image."""
+        """The decoded image, uint8 of the declared shape. WireError if the data do not match."""
         if self.format == "raw":
             return wire.to_array(self.data, self.dtype, self.shape)
         if self.format not in ("png", "jpeg"):
@@ -218,7 +218,7 @@ class _EncodedImage:
 
 
 def _with_pixels(payload: Mapping[str, Any], limit_mb: float) -> dict[str, Any]:
-    """`payload` with decoded images, at the top and in its maps. WireError if they exceed the limit of a request."""
+    """`payload` with decoded images. WireError if their pixels exceed the size limit of a request."""
     size = sum(image.size(name) for name, image in _images(payload))
     if size > limit_mb * 2**20:
         raise wire.WireError(f"the images have {size / 2**20:.1f} MB of pixels; the limit is {limit_mb:g} MB.")
@@ -240,7 +240,7 @@ def _images(payload: Mapping[str, Any]) -> Iterator[tuple[str, _EncodedImage]]:
 
 
 def _action_spec(robot: RobotSpec) -> Iterator[dict[str, Any]]:
-    """The parts of an action, in vla-eval's terms (`vla_eval/specs.py`); one "raw" part if it has none for them."""
+    """The parts of an action in vla-eval's terms (`vla_eval/specs.py`); a single "raw" part if it has no such terms."""
     space, size = robot.action_space, robot.action_dim
     arm = size if robot.gripper_index is None else size - 1
     gripper_last = robot.gripper_index is None or robot.gripper_index % size == arm
@@ -260,11 +260,11 @@ def _action_spec(robot: RobotSpec) -> Iterator[dict[str, Any]]:
 
 
 def _observation_params(robot: RobotSpec) -> dict[str, bool]:
-    """Options of vla-eval's benchmarks that make them send what the policy needs."""
+    """Options of vla-eval's benchmarks, so that they send all inputs of the policy."""
     wanted = {
         "send_wrist_image": any(map(of_hand, robot.cameras)),
         "send_state": robot.state_dim > 0,
-        # Rotations beyond 180 degrees stay as they are, as in LIBERO's demonstrations; by default, they change sign.
+        # Do not flip the sign of rotations beyond 180 degrees, as in LIBERO's demonstrations.
         "quat_no_antipodal": _state_format(robot) == _LIBERO_STATE,
     }
     return {name: True for name, needed in wanted.items() if needed}

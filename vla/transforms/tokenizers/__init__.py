@@ -1,3 +1,3 @@
-"""Action tokenizers: normalised action chunks to token ids and back."""
+"""Action tokenizers: conversion of normalised action chunks to token ids and back."""
 
 from vla.transforms.tokenizers import bins, components, digits, fast, splines  # noqa: F401  (they register themselves)

@@ -2,9 +2,8 @@
 
 Owns: the interface. A tokenizer maps action chunks [H, D] in [-1, 1] to ids in 0..vocab_size-1 and back. It also
 defines which ids are allowed at each position, so that decoding cannot produce a malformed chunk. Sequences have a
-fixed length, or a variable length and end with the id `end`. A tokenizer uses ids, not strings. It does not know
-normalisation (inputs are already normalised), or the first action id in a language model's vocabulary (the model's
-config adds `action_token_begin`).
+fixed length, or a variable length and end with the id `end`. A tokenizer does not know normalisation, or the position
+of its ids in a language model's vocabulary (`VLAConfig.action_token_begin`).
 """
 
 from __future__ import annotations
@@ -26,15 +25,14 @@ class ActionTokenizer(ABC):
     Attributes:
         horizon: H, actions per chunk.
         action_dim: D, dimensions of an action.
-        active: dimensions that tokens encode, in ascending order. All other dimensions decode to 0, which un-normalises
-            to the constant value of a constant dimension.
+        active: encoded dimensions, in ascending order. The others are constant and decode to 0, which un-normalises to
+            their constant value.
         vocab_size: number of ids, 0..vocab_size-1.
         max_tokens: T, ids per chunk. Shorter sequences are padded with `end`.
         end: the id that ends a sequence of variable length; None: every sequence has T tokens.
-        tokens_per_action: ids per action if each action has its own tokens; None if tokens are shared between actions
-            or the length is variable.
-        anytime: whether the first tokens of a sequence, at least one, decode to a whole chunk, to which later tokens
-            add detail.
+        tokens_per_action: ids per action if each action has its own tokens; None if tokens span several actions or the
+            length is variable.
+        anytime: whether the first n >= 1 tokens of a sequence decode to a whole, coarser chunk.
     """
 
     horizon: int
@@ -65,7 +63,7 @@ class ActionTokenizer(ABC):
     def fit(
         cls, actions: np.ndarray, horizon: int, n_bins: int | None = None, active: Sequence[int] | None = None
     ) -> Self:
-        """The tokenizer for a dataset.
+        """Fit a tokenizer to a dataset.
 
         Args:
             actions: float [N, D], all normalised actions of the dataset.
@@ -81,7 +79,7 @@ class ActionTokenizer(ABC):
 
     @abstractmethod
     def decode(self, ids: np.ndarray) -> np.ndarray:
-        """int [..., T] -> float32 [..., H, D] in [-1, 1]. ValueError for ids that `allowed` rules out.
+        """int [..., T] -> float32 [..., H, D] in [-1, 1]. ValueError if an id is not allowed.
 
         If each action has its own tokens, the first n actions of a chunk can be decoded alone:
         int [..., n * tokens_per_action] -> float32 [..., n, D]. If the tokenizer is `anytime`, the first n tokens
@@ -89,10 +87,10 @@ class ActionTokenizer(ABC):
         """
 
     def allowed(self, ids: np.ndarray) -> np.ndarray | None:
-        """The ids that are allowed at positions 0..t, each given the ids before it; None: all ids at all positions.
+        """The ids allowed at positions 0..t, each given the ids before it; None: all ids at all positions.
 
         After a valid sequence, at least one id is allowed; after `end`, only `end` is allowed. Every valid sequence of
-        T ids decodes to a chunk. After an invalid sequence (draft tokens may contain one), the result is arbitrary.
+        T ids decodes to a chunk. After an invalid sequence (as in a draft), the result is arbitrary.
 
         Args:
             ids: int64 [B, t], t < T.
@@ -104,8 +102,8 @@ class ActionTokenizer(ABC):
     def token_mask(self, ids: np.ndarray, valid: np.ndarray) -> np.ndarray:
         """The tokens that contribute to the loss, bool [..., T].
 
-        Tokens after `end` never contribute. If tokens are shared between actions, all tokens of a chunk with at least
-        one action to learn contribute. Actions past the end of a demonstration repeat its last action.
+        Tokens after `end` never contribute. If tokens span several actions, all tokens of a chunk contribute if at
+        least one of its actions is to be learned.
 
         Args:
             ids: the encoded chunks [..., T].
@@ -118,7 +116,7 @@ class ActionTokenizer(ABC):
     def expect(self, probabilities: np.ndarray) -> np.ndarray:
         """Token probabilities [..., T, vocab_size] -> expected chunk, float32 [..., H, D].
 
-        The first n actions can be decoded alone, as in `decode`. ConfigError if tokens do not represent single values.
+        The first n actions can be decoded alone, as in `decode`. ConfigError if the tokenizer does not support this.
         """
         raise ConfigError(f"action tokenizer {self.name!r} does not support readout 'mean'; use readout 'mode'.")
 
@@ -144,11 +142,11 @@ class ActionTokenizer(ABC):
 
     @functools.cached_property
     def constrained(self) -> bool:
-        """Whether `allowed` rules out ids."""
+        """Whether some ids are not allowed at some positions."""
         return self.allowed(np.zeros((1, 0), np.int64)) is not None
 
     def ended(self, ids: np.ndarray) -> np.ndarray:
-        """Whether `end` occurs before each of the positions 0..t: int [..., t] -> bool [..., t + 1]."""
+        """Whether the sequence has ended before position 0, 1, ..., t: int [..., t] -> bool [..., t + 1]."""
         ends = np.asarray(ids) == (-1 if self.end is None else self.end)
         none = np.zeros((*ends.shape[:-1], 1), bool)
         return np.logical_or.accumulate(np.concatenate([none, ends], axis=-1), axis=-1)
@@ -172,7 +170,7 @@ class ActionTokenizer(ABC):
         return chunks
 
     def check_ids(self, ids: np.ndarray) -> np.ndarray:
-        """The ids as int64. ValueError unless they are a valid sequence for a chunk or for its first actions."""
+        """The ids as int64. ValueError if `decode` cannot decode them."""
         ids = np.asarray(ids, np.int64)
         length, size = ids.shape[-1], self.tokens_per_action
         part = 0 < length < self.max_tokens and (self.anytime or (size is not None and length % size == 0))

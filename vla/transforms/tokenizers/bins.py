@@ -1,8 +1,7 @@
-"""Binning tokenizers: one token per action dimension, the index of its bin.
+"""Binning tokenizers: the token of an action dimension is the index of its bin.
 
-Owns: uniform bins, quantile bins, and OpenVLA's bins (arXiv:2406.09246), with exactly 256 edges, 255 centres and
-reversed ids. A chunk [H, D] is flattened action by action, in the order of the dimensions. Constant dimensions can be
-omitted (`active`). They then have no tokens and decode to 0, which un-normalises to their constant value.
+Owns: uniform bins, quantile bins, and OpenVLA's bins (arXiv:2406.09246). A chunk [H, D] is flattened action by action,
+in the order of the dimensions.
 """
 
 from __future__ import annotations
@@ -16,8 +15,7 @@ import numpy as np
 from vla.errors import ConfigError
 from vla.transforms.tokenizers.base import TOKENIZERS, ActionTokenizer
 
-# Odd, so that one bin centre is exactly 0.
-DEFAULT_BINS = 255
+DEFAULT_BINS = 255  # odd, so that one bin centre is exactly 0
 
 
 class _Bins(ActionTokenizer):
@@ -84,11 +82,10 @@ class UniformBins(_Bins):
 
 @TOKENIZERS.register("openvla")
 class OpenVLABins(_Bins):
-    """OpenVLA's tokenizer, with its ids: 256 edges on [-1, 1], 255 centres; the highest value has the lowest id.
+    """OpenVLA's tokenizer: 256 edges on [-1, 1] and 255 centres; the highest value has the lowest id.
 
-    With `d = digitize(a, linspace(-1, 1, 256))` in 1..256, OpenVLA's id is `vocab_size - d`. Here ids are relative to
-    the first action token (id 31744 in a vocabulary of 32000), so `id = 256 - d`. Two ids (d = 255 and 256) have the
-    same centre, the last one. Source: OpenVLA (Kim et al., arXiv:2406.09246).
+    With `d = digitize(a, linspace(-1, 1, 256))` in 1..256, the id is `256 - d`, relative to the first action token.
+    d = 255 and d = 256 share the last centre. Source: OpenVLA (Kim et al., arXiv:2406.09246).
     """
 
     def __init__(self, horizon: int, action_dim: int, n_bins: int = 256, active: Sequence[int] | None = None) -> None:
@@ -100,7 +97,7 @@ class OpenVLABins(_Bins):
     def fit(
         cls, actions: np.ndarray, horizon: int, n_bins: int | None = None, active: Sequence[int] | None = None
     ) -> Self:
-        """As in OpenVLA, constant dimensions also have tokens, so `active` is not used."""
+        """`active` is ignored: as in OpenVLA, constant dimensions also have tokens."""
         if n_bins not in (None, 256):
             raise ConfigError(f"tokenizer 'openvla' has 256 bins, not {n_bins}; omit `bins`.")
         return cls(horizon, actions.shape[-1])
@@ -114,9 +111,9 @@ class OpenVLABins(_Bins):
 
 @TOKENIZERS.register("quantile")
 class QuantileBins(_Bins):
-    """Bins with equal counts, per dimension. Bins are narrow where actions are frequent and wide where they are rare.
+    """Bins with equal counts, per dimension: narrow where actions are frequent, wide where they are rare.
 
-    A value is mapped to the nearest centre.
+    A value is encoded as the bin with the nearest centre.
 
     Attributes:
         values: float [n active, n_bins], the bin centres in increasing order.

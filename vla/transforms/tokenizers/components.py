@@ -1,11 +1,10 @@
 """Principal components: a chunk as a sum of patterns, from coarse to fine.
 
-Owns: the patterns, fitted to the chunks of a dataset, and the bins of their coefficients. The first token has the
-coefficient of the pattern that explains most of the variance, and each further token adds detail. Every beginning of
-a sequence is therefore a whole chunk, so that decoding can stop at a deadline (`DecodingConfig.deadline_ms`). Ordered
-Action Tokenization (Liu et al., 2026, arXiv:2602.04215) learns such tokens with a neural network. Principal components
-are the linear case: they need no training, and no other linear patterns have a smaller squared error for any number of
-tokens.
+Owns: the patterns, fitted to the chunks of a dataset, and the bins of their coefficients. The first token is the
+coefficient of the pattern that explains most of the variance; each further token adds detail. The first n tokens
+therefore decode to a whole chunk, and decoding can stop at a deadline (`DecodingConfig.deadline_ms`). Ordered Action
+Tokenization (Liu et al., 2026, arXiv:2602.04215) learns such tokens with a neural network. Principal components are the
+linear case: they need no training, and minimise the squared error among linear patterns.
 """
 
 from __future__ import annotations
@@ -19,16 +18,16 @@ from vla.errors import ConfigError
 from vla.transforms.tokenizers.base import TOKENIZERS, ActionTokenizer
 from vla.transforms.tokenizers.bins import DEFAULT_BINS
 
-RESIDUAL = 0.05  # RMS error per entry that patterns are added to reach, before rounding
-CHUNKS = 20_000  # maximum number of chunks that the patterns are fitted to
+RESIDUAL = 0.05  # maximum RMS error per entry, before rounding; determines the number of patterns
+CHUNKS = 20_000  # maximum number of chunks used to fit the patterns
 
 
 @TOKENIZERS.register("pca")
 class Components(ActionTokenizer):
     """chunk = mean + sum_k c_k * pattern_k, one token per coefficient c_k, in the order of their variance.
 
-    All coefficients are rounded to multiples of the same step, which spreads a given error over the fewest bits
-    (reverse water-filling). Later coefficients therefore use fewer of the ids.
+    All coefficients are rounded to multiples of the same step, which needs the fewest bits for a given error (reverse
+    water-filling). Later coefficients are smaller and use fewer of the ids.
 
     Attributes:
         n_bins: number of ids.
@@ -71,7 +70,7 @@ class Components(ActionTokenizer):
         if n_bins is not None and (n_bins < 3 or n_bins % 2 == 0):
             raise ConfigError(f"tokenizer 'pca' needs an odd number of bins, at least 3, got {n_bins}.")
         dims = list(range(actions.shape[-1])) if active is None else list(active)
-        # Some chunks cross the end of an episode. They are few.
+        # These include a few chunks that span two episodes.
         starts = np.unique(np.linspace(0, len(actions) - 1, min(len(actions), CHUNKS)).astype(int))
         steps = np.minimum(starts[:, None] + np.arange(horizon), len(actions) - 1)
         chunks = np.clip(actions[steps][..., dims], -1, 1).reshape(len(starts), -1).astype(np.float64)

@@ -1,9 +1,9 @@
-"""Decimal digits: each entry of a chunk as a whole number, digit by digit (after VLA-0; Goyal et al., 2025,
+"""Decimal digits: each entry of a chunk as an integer, digit by digit (after VLA-0; Goyal et al., 2025,
 arXiv:2510.13054).
 
-Owns: the conversion of values to numbers of a fixed number of digits. VLA-0 writes such numbers as text; here, the ten
-digits are action tokens of their own, so sequences have a fixed length and need no separators. Ten ids resolve finely,
-at the price of `n_digits` tokens per entry.
+Owns: the conversion of values to integers with a fixed number of digits. VLA-0 writes such numbers as text; here, the
+ten digits are action tokens, so sequences have a fixed length and need no separators. The resolution is fine with only
+ten ids, but every entry takes `n_digits` tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vla.errors import ConfigError
 from vla.transforms.tokenizers.base import TOKENIZERS, ActionTokenizer
 
 DIGITS = 3
-_MOST = 6  # digits; more than a float32 resolves
+_MOST = 6  # maximum number of digits, about the resolution of a float32
 
 
 @TOKENIZERS.register("digits")
@@ -43,7 +43,7 @@ class Digits(ActionTokenizer):
     ) -> Self:
         """`n_bins` must be the number of ids, 10."""
         if n_bins not in (None, 10):
-            raise ConfigError(f"tokenizer 'digits' has the ten digits as ids, not {n_bins}; omit `bins`.")
+            raise ConfigError(f"tokenizer 'digits' has 10 ids, not {n_bins}; omit `bins`.")
         return cls(horizon, actions.shape[-1], active=active)
 
     def to_dict(self) -> dict[str, Any]:

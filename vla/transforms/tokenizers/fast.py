@@ -1,12 +1,11 @@
 """FAST: a chunk as compressed frequencies, in a sequence of variable length (Pertsch et al., 2025, arXiv:2501.09747).
 
-Owns: the discrete cosine transform of a chunk, its rounding, and the byte-pair encoding (BPE) of the coefficients. A
-piece of the BPE vocabulary stands for one or more coefficients, in the order of their frequency, so the number of
-coefficients that remain defines the allowed pieces. Pieces of one coefficient exist for every value. A sequence can
-therefore always be completed, and exactly one chunk's coefficients are decoded.
+Owns: the discrete cosine transform (DCT) of a chunk, the rounding of its coefficients, and their byte-pair encoding
+(BPE). A BPE piece represents one or more coefficients; it is allowed if a chunk has that many coefficients left. A
+piece of length one exists for every value, so every sequence can be completed.
 
-Rounding costs accuracy: with scale 10, an entry of a smooth chunk is off by up to 0.06, and by 0.004 with 255 bins.
-FAST pays off for long chunks of smooth actions, which have few coefficients that are not 0.
+Rounding costs accuracy: for smooth chunks, the error of an entry is up to 0.06 with scale 10, compared with 0.004 for
+255 bins. FAST is efficient for long, smooth chunks, most of whose coefficients are 0.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ from vla.errors import ConfigError
 from vla.transforms.tokenizers.base import TOKENIZERS, ActionTokenizer
 
 SCALE = 10.0  # coefficients are rounded to multiples of 1 / SCALE
-ROWS = 256  # ids of a fitted vocabulary
-CHUNKS = 20_000  # maximum number of chunks that a vocabulary is fitted to
-_FIRST = 0x4E00  # character of the lowest coefficient; no character from here on has a special meaning for the BPE
+ROWS = 256  # default number of ids
+CHUNKS = 20_000  # maximum number of chunks used to fit a vocabulary
+_FIRST = 0x4E00  # code point of the lowest coefficient; this range has no special characters
 
 
 @TOKENIZERS.register("fast")
@@ -39,7 +38,8 @@ class Fast(ActionTokenizer):
 
     Attributes:
         scale: resolution of the coefficients.
-        merges: the pieces of more than one coefficient: pairs of earlier ids. The first ids are single coefficients.
+        merges: for each piece of more than one coefficient, the ids of its two parts. The first ids are single
+            coefficients.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Fast(ActionTokenizer):
         self._pieces = [[code] for code in range(1 - 2 * self._lowest)]
         for first, second in self.merges:
             if not (0 <= first < len(self._pieces) and 0 <= second < len(self._pieces)):
-                raise ValueError(f"merge ({first}, {second}) names a piece that is not among those before it.")
+                raise ValueError(f"merge ({first}, {second}) refers to an id that is not defined before it.")
             self._pieces.append(self._pieces[first] + self._pieces[second])
         self.max_tokens = horizon * len(self.active)
         self.end = len(self._pieces)
@@ -68,7 +68,7 @@ class Fast(ActionTokenizer):
         texts = ["".join(chr(_FIRST + code) for code in piece) for piece in self._pieces]
         vocabulary = {text: id for id, text in enumerate(texts)}
         if len(vocabulary) < len(texts):
-            raise ValueError("two pieces stand for the same coefficients.")
+            raise ValueError("two pieces represent the same coefficients.")
         self._bpe = Tokenizer(BPE(vocabulary, [(texts[first], texts[second]) for first, second in self.merges]))
 
     @classmethod
@@ -82,7 +82,7 @@ class Fast(ActionTokenizer):
                 f"tokenizer 'fast' needs at least {fewest} ids (`bins`) for chunks of {horizon} actions, got {rows}."
             )
         plain = cls(horizon, actions.shape[-1], SCALE, [], active)
-        # Some chunks cross the end of an episode. They are few, and only the frequencies of pieces depend on them.
+        # These include a few chunks that span two episodes.
         last = max(len(actions) - horizon, 0)
         starts = np.unique(np.linspace(0, last, min(last + 1, CHUNKS)).astype(int))
         steps = np.minimum(starts[:, None] + np.arange(horizon), len(actions) - 1)
@@ -126,7 +126,7 @@ class Fast(ActionTokenizer):
 
 
 def dct_matrix(n: int) -> np.ndarray:
-    """The orthonormal DCT-II, float64 [n, n]: row k times a signal of n values is its coefficient of frequency k."""
+    """The matrix of the orthonormal DCT-II, float64 [n, n]. Row k gives the coefficient of frequency k."""
     steps = np.arange(n)
     matrix = np.sqrt(2 / n) * np.cos(np.pi * (steps + 0.5) * steps[:, None] / n)
     matrix[0] /= np.sqrt(2)
@@ -134,12 +134,12 @@ def dct_matrix(n: int) -> np.ndarray:
 
 
 def _highest(horizon: int, scale: float) -> int:
-    """Bound of the rounded coefficients: a constant chunk of ones has the largest one, sqrt(H)."""
+    """Upper bound of the rounded coefficients. The largest coefficient is sqrt(H), of a constant chunk of ones."""
     return math.ceil(scale * math.sqrt(horizon))
 
 
 def _merges(bpe: Tokenizer, alphabet: list[str]) -> list[tuple[int, int]]:
-    """The merges of a trained BPE, as pairs of ids. Ids of single characters are their places in `alphabet`."""
+    """The merges of a trained BPE, as pairs of ids. The id of a single character is its index in `alphabet`."""
     known = {text: id for id, text in enumerate(alphabet)}
     merges = []
     for first, second in json.loads(bpe.to_str())["model"]["merges"]:

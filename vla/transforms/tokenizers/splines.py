@@ -1,9 +1,8 @@
 """B-splines: a chunk as a smooth curve with few control points (after BEAST; Zhou et al., 2025, arXiv:2506.06072).
 
 Owns: the basis, the least-squares fit of a chunk, and the bins of the control points. A sequence has a fixed length and
-is shorter than with one token per entry. The curve begins at the first control point, which is the first action of the
-chunk. Consecutive chunks therefore join where their actions agree. A dimension that switches between its limits, such
-as a gripper, is not smooth; it is piecewise constant.
+is shorter than with one token per entry. The first control point is the first action of the chunk, so that consecutive
+chunks join smoothly. Dimensions that switch between their limits, such as a gripper, are piecewise constant instead.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ from vla.transforms.tokenizers.bins import DEFAULT_BINS
 
 DEGREE = 3  # of the polynomials between knots
 OVERSHOOT = 1.5  # limit of a curve's control points; the curve itself is clipped to [-1, 1]
-SWITCHED = 0.9  # share of values at a limit from which on a dimension counts as switching
+SWITCHED = 0.9  # a dimension with more than this share of values at a limit counts as switching
 
 
 @TOKENIZERS.register("spline")
 class Splines(ActionTokenizer):
-    """`n_points` control points per dimension, each one token; all dimensions of a control point together.
+    """One token per control point and dimension; the dimensions of a control point are adjacent.
 
     Attributes:
         n_points: control points per dimension. Half the horizon by default, at least 2.
@@ -47,8 +46,7 @@ class Splines(ActionTokenizer):
         self.n_points, self.vocab_size, self.switches = n_points, n_bins, [int(dim) for dim in switches]
         self.max_tokens = n_points * len(self.active)
         curve, steps = basis(horizon, n_points, DEGREE), basis(horizon, n_points, 0)
-        # Control points as a linear function of the entries. The first one of a curve is the first entry, and the
-        # others fit what remains.
+        # Control points as a linear function of the entries: the first one is the first entry, the others fit the rest.
         first = np.eye(horizon)[:1]
         rest = np.linalg.pinv(curve[:, 1:]) @ (np.eye(horizon) - curve[:, :1] @ first)
         to_curve, to_steps = np.concatenate([first, rest]), np.linalg.pinv(steps)
@@ -90,9 +88,8 @@ class Splines(ActionTokenizer):
 def basis(n: int, points: int, degree: int) -> np.ndarray:
     """The values of `points` B-splines at `n` equidistant steps, float64 [n, points], by de Boor's recursion.
 
-    The knots are clamped: a curve begins at the first control point and ends at the last. Each row sums to 1 and is not
-    negative, so a curve stays within the range of its control points. With degree 0, it is piecewise constant. The
-    degree is at most `points` - 1.
+    The knots are clamped: a curve begins at the first control point and ends at the last. Rows are non-negative and sum
+    to 1, so a curve stays within the range of its control points. The degree is at most `points` - 1.
     """
     degree = min(degree, points - 1)
     knots = np.concatenate([np.zeros(degree), np.linspace(0, 1, points - degree + 1), np.ones(degree)])
