@@ -221,7 +221,10 @@ class ExportConfig:
     Attributes:
         policy: the embedded backbone "nano", a run folder, or a checkpoint folder or hub id of this package or of
             OpenVLA. An adapter of OpenVLA's fine-tuning script is merged.
-        format: "vla", the checkpoint folder of this package, or "openvla", the layout that OpenVLA's code loads.
+        format: "vla", the checkpoint folder of this package; "hub", the same with a complete model card; or "openvla",
+            the layout that OpenVLA's code loads.
+        push: repository of the Hugging Face hub, "owner/name", whose contents the new folder replaces; only with the
+            format "hub". A new repository is private.
         out: the new folder.
         unnorm_key: keep the statistics of this dataset only; None: those of all datasets.
         image_transform: how images are brought to the network's size, as in `vla train`; None: the policy's own.
@@ -230,11 +233,17 @@ class ExportConfig:
 
     __pydantic_config__ = STRICT
     policy: str = "nano"
-    format: Literal["vla", "openvla"] = "vla"
+    format: Literal["vla", "hub", "openvla"] = "vla"
+    push: str | None = None
     out: Path = Path("runs/export")
     unnorm_key: str | None = None
     image_transform: str | None = None
     overwrite: bool = False
+
+    def contradiction(self) -> str | None:
+        if self.push is not None and self.format != "hub":
+            return f"push needs the model card of the format 'hub', got format {self.format!r}."
+        return None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
