@@ -221,8 +221,9 @@ class ExportConfig:
     Attributes:
         policy: the embedded backbone "nano", a run folder, or a checkpoint folder or hub id of this package or of
             OpenVLA. An adapter of OpenVLA's fine-tuning script is merged.
-        format: "vla", the checkpoint folder of this package; "hub", the same with a complete model card; or "openvla",
-            the layout that OpenVLA's code loads.
+        format: "vla", the checkpoint folder of this package; "hub", the same with a complete model card; "openvla",
+            the layout that OpenVLA's code loads; or "onnx", two graphs for onnxruntime, in float32 (needs the extra
+            `onnx`).
         push: repository of the Hugging Face hub, "owner/name", whose contents the new folder replaces; only with the
             format "hub". A new repository is private.
         out: the new folder.
@@ -233,7 +234,7 @@ class ExportConfig:
 
     __pydantic_config__ = STRICT
     policy: str = "nano"
-    format: Literal["vla", "hub", "openvla"] = "vla"
+    format: Literal["vla", "hub", "openvla", "onnx"] = "vla"
     push: str | None = None
     out: Path = Path("runs/export")
     unnorm_key: str | None = None

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vla.config import ExportConfig, check
+from vla.decoding import onnx_export
 from vla.errors import ConfigError
 from vla.model.modeling import VLAForActionPrediction
 from vla.model.processing import VLAProcessor
@@ -21,6 +22,7 @@ FORMATS: dict[str, Callable[[VLAForActionPrediction, VLAProcessor, Path], None]]
     "vla": checkpoint.write,
     "hub": checkpoint.write,
     "openvla": openvla_export.write,
+    "onnx": onnx_export.write,
 }
 
 
