@@ -110,6 +110,16 @@ def test_gradient_accumulation_equals_a_large_batch(demos, tmp_path):
     assert learned(apart) == pytest.approx(learned(together), rel=1e-5)
 
 
+def test_images_from_videos_give_the_losses_of_cached_images(demos, tmp_path, capsys):
+    both = {}
+    for frames, workers in (("cache", 0), ("video", 1)):
+        cfg = small(data=[demos], out=tmp_path / frames, frames=frames, workers=workers, **QUICK | {"steps": 1})
+        both[frames] = learned(pretrain(cfg))
+        said = capsys.readouterr().out
+        assert ("decoded from the videos when they are drawn, by 1 process" in said) == (frames == "video")
+    assert both["video"] == both["cache"]
+
+
 def test_bfloat16_learns_like_float32(demos, tmp_path):
     precise, fast = (
         pretrain(small(data=[demos], out=tmp_path / name, precision=name, **QUICK)) for name in ("float32", "bf16")

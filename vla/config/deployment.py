@@ -208,12 +208,15 @@ class ServeConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """`vla export`: write a policy in another format. The type of its weights does not change.
+    """`vla export`: write a policy in another format.
 
     Attributes:
         policy: the embedded backbone "nano", a run folder, or the folder or hub id of a checkpoint of this package or
             OpenVLA. An adapter from OpenVLA's fine-tuning script is merged.
-        format: "vla" (this package's checkpoints) or "openvla" (the layout that OpenVLA's code loads).
+        format: "vla" (this package's checkpoints), "hub" (the same with a complete model card), "openvla" (the layout
+            that OpenVLA's code loads), or "onnx" (two graphs for onnxruntime, in float32; needs the extra `onnx`).
+        push: repository on the Hugging Face hub, "owner/name", whose contents the new folder replaces. A new repository
+            is private. Only for the format "hub".
         out: the new folder.
         unnorm_key: keep only the statistics of this dataset; None: keep all.
         image_transform: how images are resized, as in `vla train`; None: the policy's own.
@@ -222,11 +225,17 @@ class ExportConfig:
 
     __pydantic_config__ = STRICT
     policy: str = "nano"
-    format: Literal["vla", "openvla"] = "vla"
+    format: Literal["vla", "hub", "openvla", "onnx"] = "vla"
+    push: str | None = None
     out: Path = Path("runs/export")
     unnorm_key: str | None = None
     image_transform: str | None = None
     overwrite: bool = False
+
+    def contradiction(self) -> str | None:
+        if self.push is not None and self.format != "hub":
+            return f"push needs the model card of the format 'hub', got format {self.format!r}."
+        return None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

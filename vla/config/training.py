@@ -166,6 +166,8 @@ class TrainConfig:
         precision: "auto" uses bf16 if the hardware supports it natively, otherwise float32.
         compile: use torch.compile.
         workers: number of processes that load data; 0: load it in the main process.
+        frames: how images are read. "cache": decoded once, and cached on disk and in memory. "video": decoded from the
+            videos whenever they are drawn; set `workers`. "auto": the cache if it fits into memory, else the videos.
         seed: seed of initial weights, sample order and augmentation.
         val_fraction: fraction of episodes held out for validation.
         eval_every: optimizer steps between validations.
@@ -201,6 +203,7 @@ class TrainConfig:
     precision: Literal["auto", "float32", "bf16"] = "auto"
     compile: bool = False
     workers: Natural = 0
+    frames: Literal["auto", "cache", "video"] = "auto"
     seed: Seed = 0
     val_fraction: Fraction = 0.05
     eval_every: Count = 500

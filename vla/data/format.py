@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import math
 from collections.abc import Mapping
@@ -117,7 +118,7 @@ class Info:
             )
         return info
 
-    @property
+    @functools.cached_property
     def cameras(self) -> dict[str, str]:
         """Camera name -> feature key, in file order. Depth images are excluded."""
         found: dict[str, str] = {}
@@ -127,12 +128,12 @@ class Info:
                 found[key if name in found else name] = key
         return found
 
-    @property
+    @functools.cached_property
     def depth(self) -> list[str]:
         """Feature keys of the depth images, which are not read."""
         return [key for key, feature in self.features.items() if is_image(feature) and _declares_depth(feature)]
 
-    @property
+    @functools.cached_property
     def video_keys(self) -> list[str]:
         """Feature keys of the cameras that are stored as videos."""
         return [key for key in self.cameras.values() if self.features[key]["dtype"] == "video"]

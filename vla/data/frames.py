@@ -1,11 +1,13 @@
 """Reading the images of episodes from videos or data files.
 
-Owns: the mapping from an episode to its image files, and sequential decoding. If episodes are read in order, each file
-is decoded once. It does not know states, actions or instructions.
+Owns: the mapping from an episode to its image files, sequential decoding, and random access to videos. If episodes are
+read in order, each file is decoded once. It does not know states, actions or instructions.
 """
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,9 @@ from vla.errors import DataError
 
 Row = Mapping[str, Any]  # a row of meta/episodes
 
+# Videos that random access keeps open in each process. Each takes 3 MB at 224 px; opening one takes as long as a frame.
+OPEN_VIDEOS = 32
+
 
 class FrameStore:
     """The images of the dataset at `root`. Per camera, it keeps one video open, or the images of one file in memory."""
@@ -29,6 +34,7 @@ class FrameStore:
         self.root, self.info = root, info
         self._videos: dict[str, VideoReader] = {}
         self._images: dict[str, tuple[Path, np.ndarray, pa.ChunkedArray]] = {}  # key -> file, episodes, images
+        self._paths: dict[tuple[str, int, int], Path] = {}
 
     def files(self, rows: Iterable[Row]) -> list[Path]:
         """All data and video files that contain frames of these episodes."""
@@ -45,14 +51,23 @@ class FrameStore:
         """
         key = self.info.cameras[camera]
         source = self._from_video(row, key, steps) if key in self.info.video_keys else self._from_table(row, key)
+        for number, image in enumerate(source):
+            yield self._checked(image, row, camera, number)
+
+    def frame(self, row: Row, camera: str, steps: np.ndarray, number: int) -> np.ndarray:
+        """Frame `number` of an episode, as in `frames`, decoded from the nearest key frame of the camera's video."""
+        key = self.info.cameras[camera]
+        video = _open_video(self.video_path(row, key), float(self.info.fps), os.getpid())
+        return self._checked(self._at(video, row, key, steps, number), row, camera, number)
+
+    def _checked(self, image: np.ndarray, row: Row, camera: str, number: int) -> np.ndarray:
         expected = self.info.image_shape(camera)
-        for step, image in enumerate(source):
-            if image.shape[:2] != expected:
-                raise DataError(
-                    f"{self.root}: episode {row['episode_index']}, frame {step}, camera {camera!r}: the image is "
-                    f"{list(image.shape[:2])}, but {v3.INFO} has {list(expected)}. Correct the shape in {v3.INFO}."
-                )
-            yield image
+        if image.shape[:2] != expected:
+            raise DataError(
+                f"{self.root}: episode {row['episode_index']}, frame {number}, camera {camera!r}: the image is "
+                f"{list(image.shape[:2])}, but {v3.INFO} has {list(expected)}. Correct the shape in {v3.INFO}."
+            )
+        return image
 
     def check_span(self, row: Row, steps: np.ndarray) -> None:
         """Raise DataError if the episode's timestamps exceed its video segment."""
@@ -85,23 +100,35 @@ class FrameStore:
             return False  # reading the images reports the error
 
     def data_path(self, row: Row) -> Path:
-        place = {name: row[f"data/{name}"] for name in ("chunk_index", "file_index")}
-        return v3.fill(self.root, self.info.data_path, **place)
+        chunk, file = row["data/chunk_index"], row["data/file_index"]
+        path = self._paths.get(("data", chunk, file))  # thousands of episodes share a file
+        if path is None:
+            path = v3.fill(self.root, self.info.data_path, chunk_index=chunk, file_index=file)
+            self._paths["data", chunk, file] = path
+        return path
 
     def video_path(self, row: Row, key: str) -> Path:
-        place = {name: row[f"videos/{key}/{name}"] for name in ("chunk_index", "file_index")}
-        return v3.fill(self.root, self.info.video_template, video_key=key, **place)
+        chunk, file = row[f"videos/{key}/chunk_index"], row[f"videos/{key}/file_index"]
+        path = self._paths.get((key, chunk, file))
+        if path is None:
+            path = v3.fill(self.root, self.info.video_template, video_key=key, chunk_index=chunk, file_index=file)
+            self._paths[key, chunk, file] = path
+        return path
 
     def _from_video(self, row: Row, key: str, steps: np.ndarray) -> Iterator[np.ndarray]:
-        path, fps, start = self.video_path(row, key), float(self.info.fps), row[f"videos/{key}/from_timestamp"]
-        for step in steps.tolist():
-            try:
-                yield self._video(path, key, fps).at(start + step / fps)
-            except DataError as error:
-                raise DataError(
-                    f"{error} (Episode {row['episode_index']} is {start:.3f} to {start + int(steps[-1]) / fps:.3f} s "
-                    "of that video.)"
-                ) from None
+        path, fps = self.video_path(row, key), float(self.info.fps)
+        for number in range(len(steps)):
+            yield self._at(self._video(path, key, fps), row, key, steps, number)
+
+    def _at(self, video: VideoReader, row: Row, key: str, steps: np.ndarray, number: int) -> np.ndarray:
+        start, fps = row[f"videos/{key}/from_timestamp"], float(self.info.fps)
+        try:
+            return video.at(start + int(steps[number]) / fps)
+        except DataError as error:
+            raise DataError(
+                f"{error} (Episode {row['episode_index']} is {start:.3f} to {start + int(steps[-1]) / fps:.3f} s "
+                "of that video.)"
+            ) from None
 
     def _video(self, path: Path, key: str, fps: float) -> VideoReader:
         video = self._videos.get(key)
@@ -156,3 +183,9 @@ class FrameStore:
         if not isinstance(data, bytes):
             raise DataError(f"{what}: expected an encoded image (PNG, JPEG), got {type(data).__name__}.")
         return data
+
+
+@functools.lru_cache(OPEN_VIDEOS)
+def _open_video(path: Path, fps: float, process: int) -> VideoReader:
+    """A video for random access. A forked process must not use its parent's file position, hence `process`."""
+    return VideoReader(path, fps, threads=1)

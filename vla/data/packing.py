@@ -20,12 +20,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vla.data import format as v3
+from vla.data.card import dataset_card
 from vla.data.staging import EPISODE, finished, guard_disk
 from vla.data.stats import image_stats, vector_stats
 from vla.data.video import concatenate, describe
 from vla.errors import DataError
 from vla.spec import RobotSpec
 
+CARD = "README.md"
 _MB = 1024 * 1024
 
 
@@ -53,8 +55,8 @@ def finalise(root: Path, numbers: Sequence[int] | None = None, robot_type: str |
     shutil.rmtree(packed, ignore_errors=True)
     packed.mkdir()
     with guard_disk(root):
-        _Packing(packed, folders, robot_type).write()
-    for name in ("data", "videos", "meta"):  # `meta` last: only then is the folder a dataset
+        _Packing(packed, folders, robot_type).write(root.resolve().name)
+    for name in (CARD, "data", "videos", "meta"):  # `meta` last: only then is the folder a dataset
         shutil.rmtree(root / name, ignore_errors=True)
         if (packed / name).exists():
             (packed / name).rename(root / name)
@@ -80,7 +82,7 @@ class _Packing:
         self.tasks = list(dict.fromkeys(about["instruction"] for about in self.abouts))
         self.rows: list[dict[str, Any]] = []  # of meta/episodes
 
-    def write(self) -> None:
+    def write(self, name: str) -> None:
         tables = self._data()
         videos = {camera: self._videos(camera) for camera in self.robot.cameras}
         features = v3.features_of(self.robot, self.shapes, videos, v3.EXECUTED in tables[0].column_names)
@@ -101,6 +103,7 @@ class _Packing:
             robot=self.robot.to_dict(),
         )
         v3.write_json(self.out / v3.INFO, info.to_dict())
+        (self.out / CARD).write_text(dataset_card(name, info, self.rows))
 
     def _data(self) -> list[pa.Table]:
         """Write the data files. Returns one table per episode."""

@@ -126,6 +126,7 @@ class Demonstrations:
             for row, episode in zip(self._rows, self.episodes, strict=True)
             if isinstance(named := row.get("tasks"), list) and named and set(named) != set(episode.instructions)
         )
+        self._starts = np.array([episode.start for episode in self.episodes])
         self._row_of = dict(zip((episode.index for episode in self.episodes), self._rows, strict=True))
         for row, episode in zip(self._rows, self.episodes, strict=True):
             self._store.check_span(row, self.steps[episode.rows])
@@ -156,6 +157,16 @@ class Demonstrations:
                 f"{self.root} has no episode {episode}; its episodes are {self.episodes[0].index} to {last}."
             )
         yield from self._store.frames(row, camera, self.steps[row["start"] : row["start"] + row["length"]])
+
+    def frame(self, index: int, camera: str) -> np.ndarray:
+        """The image at row `index` of the arrays, as in `frames`. The camera must be stored as videos.
+
+        Only the frames since the last key frame are decoded, and few videos are open at a time, so that random access
+        needs little memory for any number of frames.
+        """
+        episode = self.episodes[int(np.searchsorted(self._starts, index, side="right")) - 1]
+        row = self._row_of[episode.index]
+        return self._store.frame(row, camera, self.steps[episode.rows], index - episode.start)
 
     @functools.cached_property
     def fingerprint(self) -> str:

@@ -1,8 +1,8 @@
 """Raw training samples: the observation at one frame and the action chunk that follows.
 
-Owns: the cache of decoded and resized frames, the split into training and validation episodes, and the sample of each
-draw. A sample depends only on the seed and the draw number, so a resumed run draws the same samples as an uninterrupted
-one, for any number of workers and devices. It does not know tokens or tensors.
+Owns: decoded and resized frames, from a cache or from the videos, the split into training and validation episodes, and
+the sample of each draw. A sample depends only on the seed and the draw number, so a resumed run draws the same samples
+as an uninterrupted one, for any number of workers and devices. It does not know tokens or tensors.
 """
 
 from __future__ import annotations
@@ -54,9 +54,8 @@ def cached_frames(demos: Demonstrations, cameras: Sequence[str], size: int, tran
     """All frames of `cameras`, uint8 [N, C, size, size, 3], after the image transform `transform`. The first call
     decodes them to a cache file; other processes wait for it.
 
-    The file is loaded into memory if the copies of all processes on this machine (LOCAL_WORLD_SIZE, set by `accelerate
-    launch`) fit into half of the available memory. Otherwise it is memory-mapped, and random reads from disk slow down
-    training (docs/log.md).
+    The file is loaded into memory if the copies of all processes on this machine fit into half of the available memory.
+    Otherwise it is memory-mapped, and random reads from a slow disk slow down training (docs/log.md).
 
     The file is in `<dataset>/.cache`, or in the system's temporary folder if the dataset is not writable. Its name
     contains the dataset's fingerprint, so that it is not used after the data change.
@@ -74,8 +73,49 @@ def cached_frames(demos: Demonstrations, cameras: Sequence[str], size: int, tran
     with FileLock(folder / f".{name}.lock"):
         if not path.exists():
             _decode(demos, cameras, size, TRANSFORMS[transform], path)
-    copies = path.stat().st_size * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return np.load(path, mmap_mode="r" if copies > psutil.virtual_memory().available / 2 else None)
+    return np.load(path, mmap_mode=None if _fits(path.stat().st_size) else "r")
+
+
+class VideoFrames:
+    """The frames that `cached_frames` returns, decoded from the videos whenever they are read.
+
+    Needs neither disk space nor memory, but decodes a few frames for each frame that is read: a key frame and those
+    between. Processes that load data (`workers`) decode in parallel.
+    """
+
+    def __init__(self, demos: Demonstrations, cameras: Sequence[str], size: int, transform: str = "area") -> None:
+        if stored := [camera for camera in cameras if demos.info.cameras[camera] not in demos.info.video_keys]:
+            raise ConfigError(
+                f"frames 'video' needs videos, but {demos.root} has the images of {', '.join(stored)} in its data "
+                "files. Set frames to 'cache'."
+            )
+        self._demos, self._cameras, self._size, self._transform = demos, cameras, size, transform
+
+    def __getitem__(self, frame: int) -> np.ndarray:
+        transform = TRANSFORMS[self._transform]
+        return np.stack([transform(self._demos.frame(frame, camera), self._size) for camera in self._cameras])
+
+
+def open_frames(
+    demos: Demonstrations, cameras: Sequence[str], size: int, transform: str = "area", source: str = "auto"
+) -> np.ndarray | VideoFrames:
+    """The frames of a dataset, indexed by row: uint8 [C, size, size, 3].
+
+    Args:
+        source: "cache": `cached_frames`. "video": `VideoFrames`. "auto": the cache if it fits into memory, or if images
+            are not stored as videos; else the videos.
+    """
+    if source == "auto":
+        videos = all(demos.info.cameras[camera] in demos.info.video_keys for camera in cameras)
+        fits = _fits(demos.num_frames * len(cameras) * size * size * 3)
+        source = "video" if videos and not fits else "cache"
+    return (cached_frames if source == "cache" else VideoFrames)(demos, cameras, size, transform)
+
+
+def _fits(size: int) -> bool:
+    """Whether a copy of `size` bytes in each process on this machine fits into half of the available memory."""
+    copies = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by `accelerate launch`
+    return size * copies <= psutil.virtual_memory().available / 2
 
 
 def _decode(
@@ -139,9 +179,10 @@ class ChunkSamples:
         horizon: int,
         source: int,
         transform: str = "area",
+        frames: str = "auto",
     ) -> None:
         self.demos, self.horizon, self.source = demos, horizon, source
-        self.frames = cached_frames(demos, cameras, size, transform)
+        self.frames = open_frames(demos, cameras, size, transform, frames)
         self._ends = np.zeros(demos.num_frames, np.int64)
         for episode in demos.episodes:
             self._ends[episode.start : episode.start + episode.length] = episode.start + episode.length

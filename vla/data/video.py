@@ -103,9 +103,10 @@ class VideoReader:
     Args:
         path: the video file.
         fps: frames per second of the dataset.
+        threads: threads of the decoder; 0: one per core, which delays the first frame after a seek.
     """
 
-    def __init__(self, path: Path, fps: float) -> None:
+    def __init__(self, path: Path, fps: float, threads: int = 0) -> None:
         self.path, self._fps = path, float(fps)
         with _errors(path):
             self._container: Any = av.open(str(path))
@@ -115,6 +116,7 @@ class VideoReader:
             if self._stream.codec_context is None:
                 raise DataError(f"{path} cannot be decoded: FFmpeg does not know its codec. Encode it as H.264.")
             self._stream.thread_type = "AUTO"
+            self._stream.codec_context.thread_count = threads
         self._reformatter = VideoReformatter()
         self._restart()
 

@@ -1,6 +1,7 @@
 """`vla export`: write a policy in another format.
 
-Owns: the formats, and the printed summary. Weights keep the data type of the policy's files.
+Owns: the formats, the order of writing and uploading, and the printed summary. Weights keep the data type of the policy's
+files, except in ONNX.
 """
 
 from __future__ import annotations
@@ -9,15 +10,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vla.config import ExportConfig, check
+from vla.decoding import onnx_export
 from vla.errors import ConfigError
 from vla.model.modeling import VLAForActionPrediction
 from vla.model.processing import VLAProcessor
 from vla.model.sources import openvla_export
-from vla.policy import checkpoint
+from vla.model.sources.checkpoint import find_checkpoint
+from vla.policy import checkpoint, hub
 
 FORMATS: dict[str, Callable[[VLAForActionPrediction, VLAProcessor, Path], None]] = {
     "vla": checkpoint.write,
+    "hub": checkpoint.write,
     "openvla": openvla_export.write,
+    "onnx": onnx_export.write,
 }
 
 
@@ -27,8 +32,11 @@ def export(config: ExportConfig) -> Path:
     Raises:
         ConfigError, CheckpointError: the policy cannot be loaded or written in this format, or `out` is in use. Nothing
             is written.
+        ServerError: the folder is complete, but the hub does not accept it.
     """
     check(config)
+    if config.push is not None:
+        hub.check_push(config.push)
     _check_output(config)
     network, processor = checkpoint.load(config.policy, dtype=None)
     model = network.config
@@ -37,12 +45,18 @@ def export(config: ExportConfig) -> Path:
         model.statistics = {key: model.statistics[key]}
     model.image_transform = config.image_transform or model.image_transform
     processor = VLAProcessor(model, processor.tokenizer)
+    parameters = sum(parameter.numel() for parameter in network.parameters())
     with checkpoint.atomic_folder(config.out) as scratch:
         FORMATS[config.format](network, processor, scratch)
-    size = sum(parameter.numel() for parameter in network.parameters()) / 1e6
+        if config.format == "hub":
+            training = hub.training_note(find_checkpoint(config.policy))
+            card = hub.model_card(model, config.push or config.out.name, parameters, training)
+            (scratch / "README.md").write_text(card)
     dtype = str(network.dtype).removeprefix("torch.")
     keys = ", ".join(model.statistics)
-    print(f"wrote {config.out}: {size:.1f} M parameters in {dtype}, unnorm_key {keys}", flush=True)
+    print(f"wrote {config.out}: {parameters / 1e6:.1f} M parameters in {dtype}, unnorm_key {keys}", flush=True)
+    if config.push is not None:
+        print(f"pushed to {hub.push(config.out, config.push)}", flush=True)
     return config.out
 
 

@@ -68,7 +68,7 @@ def train(cfg: TrainConfig, conclude: bool = True) -> Path:
     job, demos = _prepare(cfg)
     if resume_from is None and job.args.should_save:
         folder.begin()
-        folder.write_json(DATA, _fingerprints(cfg))
+        folder.write_json(DATA, _fingerprints(demos))
     try:
         with job.graceful():
             job.train(resume_from_checkpoint=resume_from)
@@ -132,7 +132,7 @@ def _prepare(cfg: TrainConfig, quiet: bool = False) -> tuple[trainer.VLATrainer,
     if cfg.label_sigma:
         network.soft_targets = torch.from_numpy(processor.action_tokenizer.soft_targets(cfg.label_sigma))
     transform = network.config.image_transform
-    sources = [ChunkSamples(demo, cameras, size, horizon, i, transform) for i, demo in enumerate(demos)]
+    sources = [ChunkSamples(demo, cameras, size, horizon, i, transform, cfg.frames) for i, demo in enumerate(demos)]
     splits = [split_episodes(demo, cfg.val_fraction, cfg.seed) for demo in demos]
     draws = cfg.steps * cfg.batch_size * cfg.grad_accum * int(os.environ.get("WORLD_SIZE", "1"))
     train_frames = [split[0] for split in splits]
@@ -148,7 +148,7 @@ def _prepare(cfg: TrainConfig, quiet: bool = False) -> tuple[trainer.VLATrainer,
     model = _trainable(network, cfg)
     arguments = _arguments(cfg, validate=bool(validation))
     if not quiet and arguments.process_index == 0:
-        summary.show(cfg, demos, model, processor, bf16(cfg.precision))
+        summary.show(cfg, sources, model, processor, bf16(cfg.precision))
     if arguments.n_gpu > 1:
         # Otherwise, the Trainer would use DataParallel, which changes the batch size.
         print(f"using one of {arguments.n_gpu} GPUs; `accelerate launch -m vla.cli train ...` uses all of them.")
@@ -173,8 +173,8 @@ def _prepare(cfg: TrainConfig, quiet: bool = False) -> tuple[trainer.VLATrainer,
         raise
 
 
-def _fingerprints(cfg: TrainConfig) -> dict[str, str]:
-    return {str(folder): Demonstrations(folder).fingerprint for folder in cfg.data}
+def _fingerprints(demos: list[Demonstrations]) -> dict[str, str]:
+    return {str(demo.root): demo.fingerprint for demo in demos}
 
 
 def _check_output(folder: RunFolder) -> str | None:
@@ -183,7 +183,11 @@ def _check_output(folder: RunFolder) -> str | None:
     if cfg.resume and last is None and not folder.settings_file.is_file():
         raise ConfigError(f"cannot resume {cfg.out}: the folder contains no training run.")
     folder.check(cfg.resume, has_results=last is not None)
-    if last and (cfg.out / DATA).is_file() and folder.read_json(DATA) != _fingerprints(cfg):
+    if (
+        last
+        and (cfg.out / DATA).is_file()
+        and folder.read_json(DATA) != _fingerprints([Demonstrations(data) for data in cfg.data])
+    ):
         raise ConfigError(
             f"cannot resume {cfg.out}: its datasets have changed since the start. Start a new run with another --out."
         )

@@ -28,6 +28,7 @@ from vla.model.sources.checkpoint import find_checkpoint, load_checkpoint, read_
 from vla.model.sources.hub import read_json
 from vla.model.sources.openvla import OpenVLA
 from vla.model.sources.shards import ADAPTER_CONFIG
+from vla.policy.hub import FRONT_MATTER
 from vla.spec import RobotSpec
 from vla.support.locations import check_policy
 
@@ -72,7 +73,7 @@ def write(network: VLAForActionPrediction, processor: VLAProcessor, folder: Path
     network.generation_config.use_cache = True  # training disables the cache; `generate` must use it
     network.save_pretrained(folder)
     processor.save_pretrained(folder)
-    (folder / "README.md").write_text(_FRONT_MATTER + card)
+    (folder / "README.md").write_text(FRONT_MATTER + card)
 
 
 def load(name: str, dtype: torch.dtype | None = torch.float32) -> tuple[VLAForActionPrediction, VLAProcessor]:
@@ -142,11 +143,3 @@ def _from_hub(name: str) -> Path:
         raise CheckpointError(
             f"no policy {name!r}: there is no such folder, and it cannot be loaded from the hub ({error})."
         ) from None
-
-
-_FRONT_MATTER = """---
-library_name: vla
-pipeline_tag: robotics
-tags: [vision-language-action, action-tokens]
----
-"""

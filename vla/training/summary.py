@@ -16,14 +16,16 @@ from rich.table import Table
 
 from vla.config import TrainConfig
 from vla.data.reader import Demonstrations
+from vla.data.samples import ChunkSamples, VideoFrames
 from vla.model.processing import VLAProcessor
 from vla.training.trainer import CURVES, METRICS
 
 
 def show(
-    cfg: TrainConfig, demos: Sequence[Demonstrations], model: torch.nn.Module, processor: VLAProcessor, bf16: bool
+    cfg: TrainConfig, sources: Sequence[ChunkSamples], model: torch.nn.Module, processor: VLAProcessor, bf16: bool
 ) -> None:
     """Print the facts of a training run before its first step."""
+    demos = [source.demos for source in sources]
     parameters = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     tokenizer, horizon = processor.action_tokenizer, processor.config.horizon
@@ -46,7 +48,7 @@ def show(
     for name, value in rows.items():
         table.add_row(name, value)
     Console().print(table)
-    for note in _left_out(processor, demos):
+    for note in [*_left_out(processor, demos), *_from_video(cfg, sources)]:
         Console().print(f"[bold yellow]note[/]: {escape(note)}", highlight=False, soft_wrap=True)
 
 
@@ -75,6 +77,16 @@ def _left_out(processor: VLAProcessor, demos: Sequence[Demonstrations]) -> list[
                 "is intended, pass `--no-use-state`."
             )
     return notes
+
+
+def _from_video(cfg: TrainConfig, sources: Sequence[ChunkSamples]) -> list[str]:
+    listed = ", ".join(str(source.demos.root) for source in sources if isinstance(source.frames, VideoFrames))
+    loaders = (
+        f"by {cfg.workers} process{'es' if cfg.workers > 1 else ''}"
+        if cfg.workers
+        else "in the training process; `--workers 4` adds four"
+    )
+    return [f"images of {listed} are decoded from the videos when they are drawn, {loaders}."] if listed else []
 
 
 def conclusion(cfg: TrainConfig, demos: Sequence[Demonstrations]) -> str:
