@@ -1,7 +1,7 @@
 """`vla export`: write a policy in another format.
 
-Owns: the formats, the order of writing and uploading, and the printed summary. Weights keep the data type of the policy's
-files, except in ONNX.
+Owns: the formats, the order of writing and uploading, and the printed summary. Weights keep the data type of the
+policy's files, except in ONNX.
 """
 
 from __future__ import annotations
