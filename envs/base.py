@@ -221,7 +221,7 @@ class TabletopEnv(gym.Env, abc.ABC):
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Restore a snapshot from an environment with the same arguments."""
+        """Restore a snapshot that `get_state` took in an environment with the same constructor arguments."""
         self._build(copy.deepcopy(state["scene"]))
         self.task_description = state["task_description"]
         self.world.set_state(state["world"])

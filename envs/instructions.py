@@ -38,7 +38,7 @@ class Grammar:
     heldout: tuple[str, ...]
 
 
-# Keep "a orange handle" until the embedded backbone is retrained. With this phrase, the backbone closes the target
+# Keep "a orange handle" until the built-in backbone is retrained. With this phrase, the backbone closes the target
 # drawer in 80 of 80 scenes. With "an orange handle" it does so in 51, because "an" does not occur in its training data.
 NOUNS: dict[str, dict[str, tuple[str, ...]]] = {
     "object": {

@@ -84,7 +84,7 @@ def _nano(facts: DataFacts):
 
 @pytest.fixture
 def nano(_nano):
-    """The embedded architecture with random weights, and its processor. Each test gets a copy, because copying is much
+    """The built-in architecture with random weights, and its processor. Each test gets a copy, because copying is much
     faster than initialising."""
     return _copy(_nano)
 

@@ -1,4 +1,4 @@
-"""The backbone "tiny-init": the embedded architecture with 0.3 M parameters, for fast tests."""
+"""The backbone "tiny-init": the built-in architecture with 0.3 M parameters, for fast tests."""
 
 from vla.model.sources.untrained import SIZES
 

@@ -317,7 +317,7 @@ def test_the_page_does_not_handle_signals(console):
 
 @pytest.fixture
 def deployed(tmp_path, start_vla):
-    """`vla deploy` with the embedded policy, and the address of its page."""
+    """`vla deploy` with the built-in policy, and the address of its page."""
     flags = ["--seed", "100000", "--seconds", "300", "--black-box-s", "0", "--port", "0", "--out", str(tmp_path)]
     job = start_vla("deploy", *flags, env={"DISPLAY": "", "WAYLAND_DISPLAY": ""})
     try:

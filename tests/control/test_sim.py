@@ -20,7 +20,7 @@ pytestmark = pytest.mark.realtime
 
 
 def save(tiny, folder) -> None:
-    """Save a random policy for the robot of the environments."""
+    """Save a policy with random weights and the state names of the tabletop environments."""
     network, processor = tiny
     network.config.robot["state_names"] = list(STATE_NAMES)
     checkpoint.save(network, processor, folder)
@@ -87,8 +87,8 @@ def test_a_signal_sends_the_hold_command(tiny, tmp_path, start_vla, signum, stat
     assert (tmp_path / "out" / "deploy.json").exists()
 
 
-def test_an_ignored_signal_stays_ignored_and_another_one_stops(capfd):
-    """A background job of a script inherits an ignored SIGINT. It must stay ignored, and SIGTERM must work."""
+def test_an_ignored_sigint_stays_ignored_and_sigterm_stops_the_run(capfd):
+    """A background job of a script inherits an ignored SIGINT. It must stay ignored, and SIGTERM must still stop the run."""
     stopped, controller = [], SimpleNamespace(stop=lambda: stopped.append(1))
     before = signal.signal(signal.SIGINT, signal.SIG_IGN), signal.signal(signal.SIGTERM, cli._terminate)
     try:

@@ -369,7 +369,7 @@ def test_a_suite_of_a_plugin_on_the_command_line(toy_policy, tmp_path, capsys, m
 
 @pytest.fixture
 def checkpoint(tmp_path) -> Path:
-    """An untrained policy for Meta-World's robot, with the embedded architecture."""
+    """An untrained policy for Meta-World's robot, with the built-in architecture."""
     pytest.importorskip("metaworld")
     from vla.simulation import adapter as simulator
 

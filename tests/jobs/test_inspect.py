@@ -54,7 +54,7 @@ def test_unused_columns_are_reported(tmp_path, capsys):
     assert "These columns are not read: observation.joints." in printed
     assert "(depth not used: observation.images.depth)" in printed and "other splits: val" in printed
     page = (tmp_path / "report/index.html").read_text()
-    assert "bin width (63 bins)" in page  # the default, as in the embedded backbone
+    assert "bin width (63 bins)" in page  # the default, as in the built-in backbone
 
 
 def test_errors(tmp_path, data):

@@ -1,4 +1,4 @@
-"""The embedded backbone: small, offline, and decoded exactly."""
+"""The built-in backbone: small, offline, and decoded exactly."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The embedded vision tower is conditioned on the words of the instruction, and on nothing else in the prompt."""
+"""The built-in vision tower is conditioned on the words of the instruction, and on nothing else in the prompt."""
 
 import pytest
 import torch

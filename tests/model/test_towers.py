@@ -1,4 +1,4 @@
-"""Towers selected by name: EfficientNet-Lite0 from a package, and the embedded tower with other language models."""
+"""Towers selected by name: EfficientNet-Lite0 from a package, and the built-in tower with other language models."""
 
 import importlib.util
 from pathlib import Path

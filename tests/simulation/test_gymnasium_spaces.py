@@ -113,7 +113,7 @@ IMAGES = {
     "a batch of one": (RGB[None], None, r"got shape \[1, 16, 24, 3\]\. Pass a single frame"),
     "stacked RGB": (np.stack([RGB] * 4), None, r"got shape \[4, 16, 24, 3\]\. Pass a single frame"),
     "stacked in channels": (np.dstack([RGB] * 2), None, r"expected 3 colour channels.*\[16, 24, 6\]"),
-    "stacked grey, or RGBA, first": (np.stack([GREY] * 4), None, r"\[4, 16, 24\]\. For stacked frames or RGBA"),
+    "stacked grey, or RGBA, first": (np.stack([GREY] * 4), None, r"\[4, 16, 24\]\. If these are stacked frames"),
     "two channels": (RGB[..., :2], None, r"expected 3 colour channels.*\[16, 24, 2\]"),
     "tiny": (RGB[:4, :4], None, "4 x 4 is too small"),
     "3 x 24 x 3": (RGB[:3], None, "3 x 24 is too small"),

@@ -119,7 +119,7 @@ class InspectConfig:
     Attributes:
         data: dataset folder.
         out: folder for the plots and the HTML page; None: `<data>/inspect`.
-        bins: number of action bins, for the plot of their edges; None: that of the embedded backbone (63).
+        bins: number of action bins, for the plot of their edges; None: that of the built-in backbone (63).
         rerun: number of episodes, evenly spaced in the dataset, to record for Rerun's viewer (cameras, state and
             actions). Needs the extra `rerun`.
     """

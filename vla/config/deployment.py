@@ -73,7 +73,7 @@ class DeployConfig:
     """`vla deploy`: run a policy in real time on a simulated robot, on recorded demonstrations, or on your own robot.
 
     Attributes:
-        policy: the embedded backbone "nano", a run folder, a checkpoint folder, or the address of a `vla serve`
+        policy: the built-in backbone "nano", a run folder, a checkpoint folder, or the address of a `vla serve`
             ("ws://host:8000").
         env: environment id of the simulated robot.
         replay: dataset folder. Replay its episodes in real time instead of simulating a robot, and compare the policy's
@@ -158,7 +158,7 @@ class ServeConfig:
     Bearer, or the key as the password of the URL (ws://any:<key>@host:8000).
 
     Attributes:
-        policy: the embedded backbone "nano", a run folder or a checkpoint folder.
+        policy: the built-in backbone "nano", a run folder or a checkpoint folder.
         host: network address to listen on. By default, only clients on this machine can connect; "0.0.0.0" accepts
             connections from the network.
         port: port to listen on.
@@ -211,7 +211,7 @@ class ExportConfig:
     """`vla export`: write a policy in another format.
 
     Attributes:
-        policy: the embedded backbone "nano", a run folder, or the folder or hub id of a checkpoint of this package or
+        policy: the built-in backbone "nano", a run folder, or the folder or hub id of a checkpoint of this package or
             OpenVLA. An adapter from OpenVLA's fine-tuning script is merged.
         format: "vla" (this package's checkpoints), "hub" (the same with a complete model card), "openvla" (the layout
             that OpenVLA's code loads), or "onnx" (two graphs for onnxruntime, in float32; needs the extra `onnx`).

@@ -77,7 +77,7 @@ class RolloutConfig:
     """`vla rollout`: evaluate a policy in closed loop on several environments and seeds.
 
     Attributes:
-        policy: the embedded backbone "nano", a run folder, a checkpoint folder, or the address of a `vla serve`
+        policy: the built-in backbone "nano", a run folder, a checkpoint folder, or the address of a `vla serve`
             ("ws://host:8000").
         env: environment ids.
         episodes: episodes per environment.
@@ -130,7 +130,7 @@ class BenchmarkConfig:
     Attributes:
         suite: "metaworld", "libero", a suite registered by a plugin, or "module:attribute" for your own suite
             (docs/environments.md).
-        policy: the embedded backbone "nano", a run folder, a checkpoint folder, or the address of a `vla serve`
+        policy: the built-in backbone "nano", a run folder, a checkpoint folder, or the address of a `vla serve`
             ("ws://host:8000").
         tasks: task sets of the suite (Meta-World: mt50, mt50/easy, mt50/medium, mt50/hard, mt50/very_hard, mt10,
             ml45-train, ml45-test; LIBERO: spatial, object, goal, 10, 90, pro-object_swap, ...) or environment ids;
@@ -171,7 +171,7 @@ class ExposureConfig:
     earlier tokens instead of the demonstrated ones.
 
     Attributes:
-        policy: the embedded backbone "nano", a run folder or a checkpoint folder.
+        policy: the built-in backbone "nano", a run folder or a checkpoint folder.
         data: dataset folder; use demonstrations that the policy was not trained on.
         out: folder for the results and the plot.
         frames: maximum number of frames, evenly spaced in the dataset.

@@ -79,12 +79,12 @@ class ModelConfig:
     """The policy to train. If a field is None, the value of the initial checkpoint, if any, or the default is used.
 
     Attributes:
-        backbone: "nano" (the embedded backbone; default of `vla train`), "nano-init" (the same, untrained; default of
+        backbone: "nano" (the built-in backbone; default of `vla train`), "nano-init" (the same, untrained; default of
             `vla pretrain`), "small-init" (a larger, untrained backbone for GPUs), a checkpoint of this package or
             OpenVLA, a vision-language model (Idefics3, SmolVLM, LLaVA), or a LLaMA-like language model: a folder, a hub
             id, a .gguf file, or "smollm2" (needs `scripts/setup pretrained`).
         vision: vision towers for a language model: folders or hub ids of SigLIP, DINOv2 or CLIP, "efficientnet-lite0"
-            (needs `scripts/setup pretrained`) or "nano" (that of the embedded backbone). Features of several towers are
+            (needs `scripts/setup pretrained`) or "nano" (that of the built-in backbone). Features of several towers are
             concatenated.
         cameras: cameras of the dataset to use, in this order; empty: all.
         image_size: side of the square input image in pixels; None: that of the checkpoint or the vision tower.
@@ -315,7 +315,7 @@ class DaggerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuickstartConfig:
-    """`vla quickstart`: collect demonstrations of a new task, fine-tune the embedded backbone with LoRA, and evaluate
+    """`vla quickstart`: collect demonstrations of a new task, fine-tune the built-in backbone with LoRA, and evaluate
     it before and after.
 
     Attributes:

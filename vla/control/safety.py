@@ -1,7 +1,8 @@
 """The safety filter between a policy and a robot.
 
-Owns: the limits of a command, the emergency stop, and the count of interventions by reason. Commands are finite and
-within the range and the configured limits; after a fault, the command is the hold command. It does not know where
+Owns: the limits of a command, the emergency stop, and the count of interventions by reason. Commands are finite,
+and the policy's actions are clipped to the range and the configured limits; after a fault, the command is the hold
+command. A hold or a limit may keep a position-controlled robot outside the range of the policy's actions. It does not know where
 actions come from, or how faults of observations are detected (`observation_monitor`).
 """
 
@@ -129,8 +130,8 @@ class SafetyFilter:
         return None
 
     def _limited(self, action: np.ndarray, state: np.ndarray | None) -> Command:
-        """Apply the limits. The range comes first: all other limits move the command towards the last command or a
-        standstill, so it stays within the range."""
+        """Clip the action to the range, then apply the other limits, which move the command towards the last command, a
+        standstill or the workspace."""
         reasons = []
         for reason, limit in (
             ("range", lambda command: np.clip(command, self._low, self._high)),

@@ -79,7 +79,7 @@ class Linear:
 
     On CPUs, `F.linear` calls MKL. For two to sixty rows, MKL is three times slower than oneDNN with packed weights, and
     does not gain from a second thread. For a single row, a transposed matrix is fastest (docs/benchmarks.md, at the
-    sizes of the embedded backbone). `_linear_pointwise` is the operation that torch.compile emits on CPUs; torch has no
+    sizes of the built-in backbone). `_linear_pointwise` is the operation that torch.compile emits on CPUs; torch has no
     public name for it.
     """
 
@@ -107,7 +107,7 @@ class RMSNorm:
     """x -> w x / sqrt(mean(x^2) + eps), over the last axis.
 
     On CPUs it is computed as sqrt(n) w x / hypot(|x|, sqrt(n eps)), three operations instead of the seven of
-    `F.rms_norm`. This makes a forward pass of the embedded backbone 12 % faster.
+    `F.rms_norm`. This makes a forward pass of the built-in backbone 12 % faster.
     """
 
     def __init__(self, weight: torch.Tensor, eps: float) -> None:

@@ -293,9 +293,9 @@ def torch_build(trial: Mapping[str, Any], has_nvidia: bool, flags: set[str]) -> 
 def embedded_policy() -> Finding:
     folder = Path(__file__).parent.parent / "pretrained" / "nano"
     if (folder / "config.json").is_file() and (folder / "model.safetensors").is_file():
-        return Finding("policy", "ok", "the embedded policy `nano` is installed")
+        return Finding("policy", "ok", "the built-in policy `nano` is installed")
     return Finding(
-        "policy", "warn", "the embedded policy `nano` is missing; --backbone nano-init works", "reinstall vla"
+        "policy", "warn", "the built-in policy `nano` is missing; --backbone nano-init works", "reinstall vla"
     )
 
 

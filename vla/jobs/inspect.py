@@ -86,7 +86,7 @@ def _record(demos: Demonstrations, episode: Episode, out: Path) -> Path:
 
 
 def embedded_bins() -> int:
-    """Number of bins of the embedded backbone."""
+    """Number of bins of the built-in backbone."""
     config = Path(__file__).parent.parent / "pretrained/nano/config.json"
     return int(json.loads(config.read_text())["action_tokenizer"]["n_bins"])
 

@@ -48,7 +48,7 @@ def quickstart(cfg: QuickstartConfig) -> Path:
     if not (demos / INFO).is_file():
         collect(CollectConfig(env=(cfg.env,), out=demos, episodes=cfg.demonstrations, noise=0.5, resume=demos.exists()))
 
-    console.print(Rule("2/4  zero-shot evaluation of the embedded backbone", align="left"))
+    console.print(Rule("2/4  zero-shot evaluation of the built-in backbone", align="left"))
     before = _rollout(cfg, "nano", cfg.out / "before")
 
     console.print(Rule("3/4  LoRA fine-tuning", align="left"))
@@ -86,7 +86,7 @@ def _training(cfg: QuickstartConfig, demos: Path, run: Path) -> TrainConfig:
         data=(demos,),
         out=run,
         model=ModelConfig(backbone="nano"),
-        lora=LoraConfig(train_vision=True),  # the embedded vision tower was trained on few objects
+        lora=LoraConfig(train_vision=True),  # the built-in vision tower was trained on few objects
         # The cameras are fixed, so shifted images would only make object positions inaccurate.
         augment=AugmentConfig(shift=0.0),
         batch_size=32,

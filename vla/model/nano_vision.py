@@ -1,4 +1,4 @@
-"""The vision tower of the embedded backbone: a small convolutional encoder for CPUs.
+"""The vision tower of the built-in backbone: a small convolutional encoder for CPUs.
 
 Owns: its configuration and network. An overlapping patch convolution of stride 4 and a 3x3 convolution of stride 2
 reduce an image of 96 pixels to 12 x 12 cells. Residual blocks mix neighbouring cells, and a patch-merging convolution

@@ -93,7 +93,7 @@ class Policy(ChunkPolicy):
         decoding: DecodingConfig = GREEDY,
         dtype: str = "float32",
     ) -> Policy:
-        """Load a policy: "nano" (the embedded backbone), a run folder, or the folder or hub id of a checkpoint of this
+        """Load a policy: "nano" (the built-in backbone), a run folder, or the folder or hub id of a checkpoint of this
         package or OpenVLA.
 
         Args:

@@ -103,14 +103,14 @@ def _channel_axis(shape: tuple[int, ...], camera: str) -> int | None:
         return 0
     if shape[2] in (1, 3, 4):
         return 2
-    stack = " For stacked frames or RGBA, pass a single frame [height, width, 3]." if shape[0] < _SMALLEST else ""
+    stack = " If these are stacked frames, pass a single one. If this is RGBA, move the channels last." if shape[0] < _SMALLEST else ""
     raise SpecError(
         f"camera {camera!r}: expected 3 colour channels (or 1, or 4 with alpha last), got shape {list(shape)}.{stack}"
     )
 
 
 def _scale(dtype: np.dtype, camera: str, bounds: tuple[float, float] | None) -> int:
-    if dtype == np.uint8 or (dtype.kind in "iu" and dtype.itemsize >= 4):  # wide integers result from arithmetic
+    if dtype == np.uint8 or (dtype.kind in "iu" and dtype.itemsize >= 4):  # wide integers come from arithmetic on uint8
         return 1
     if dtype.kind == "b":
         return 255

@@ -1,4 +1,4 @@
-"""Policies of this package: the embedded backbone "nano", run folders and checkpoint folders."""
+"""Policies of this package: the built-in backbone "nano", run folders and checkpoint folders."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def find_checkpoint(name: str) -> Path | None:
         if config.is_file() and read_json(config).get("model_type") == "vla":
             return folder
     if name == "nano":
-        raise CheckpointError("this installation lacks the embedded backbone; reinstall the package.")
+        raise CheckpointError("this installation lacks the built-in backbone; reinstall the package.")
     return None
 
 

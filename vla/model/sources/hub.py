@@ -193,7 +193,7 @@ def _load(auto: Any, name: str, what: str, **kwargs: Any) -> Any:
         remedy = (
             "Its weights are pickle files, which are not read because they can run code. Save them as safetensors."
             if pickled
-            else "Expected the embedded 'nano', a checkpoint folder of this package, or a folder or hub id that "
+            else "Expected the built-in 'nano', a checkpoint folder of this package, or a folder or hub id that "
             "transformers can load."
         )
         raise ConfigError(f"cannot load {what} {name!r}: {_first_line(error)}\n{remedy}") from error

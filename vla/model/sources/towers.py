@@ -109,9 +109,9 @@ class EfficientNetTower(TowerSource):
 
 @TOWER_SOURCES.register("nano")
 class NanoTower(TowerSource):
-    """The vision tower of the embedded backbone.
+    """The vision tower of the built-in backbone.
 
-    It is conditioned on word embeddings of the embedded language model. With another language model, it ignores the
+    It is conditioned on word embeddings of the built-in language model. With another language model, it ignores the
     instruction until it is trained (`lora.train_vision`, or method "full").
     """
 

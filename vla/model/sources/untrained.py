@@ -19,7 +19,7 @@ SIZES = {"nano-init": (256, 4, [48, 128], 2, 96), "small-init": (512, 8, [64, 25
 class Untrained(Source):
     """A convolutional encoder conditioned on the instruction, and a LLaMA decoder, with random weights.
 
-    "nano-init" is for CPUs and has the architecture of the embedded backbone: images of 96 pixels, 16 tokens per
+    "nano-init" is for CPUs and has the architecture of the built-in backbone: images of 96 pixels, 16 tokens per
     camera, 4 decoder layers of width 256, 5 M parameters. "small-init" is for GPUs: images of 144 pixels, 36 tokens per
     camera, 8 decoder layers of width 512, 36 M parameters. `ModelConfig.image_size` overrides the image size.
     """
