@@ -88,7 +88,7 @@ def test_a_signal_sends_the_hold_command(tiny, tmp_path, start_vla, signum, stat
 
 
 def test_an_ignored_sigint_stays_ignored_and_sigterm_stops_the_run(capfd):
-    """A background job of a script inherits an ignored SIGINT. It must stay ignored, and SIGTERM must still stop the run."""
+    """A script's background job inherits an ignored SIGINT. It stays ignored, and SIGTERM still stops the run."""
     stopped, controller = [], SimpleNamespace(stop=lambda: stopped.append(1))
     before = signal.signal(signal.SIGINT, signal.SIG_IGN), signal.signal(signal.SIGTERM, cli._terminate)
     try:

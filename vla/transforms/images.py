@@ -103,7 +103,8 @@ def _channel_axis(shape: tuple[int, ...], camera: str) -> int | None:
         return 0
     if shape[2] in (1, 3, 4):
         return 2
-    stack = " If these are stacked frames, pass a single one. If this is RGBA, move the channels last." if shape[0] < _SMALLEST else ""
+    hint = " If these are stacked frames, pass a single one. If this is RGBA, move the channels last."
+    stack = hint if shape[0] < _SMALLEST else ""
     raise SpecError(
         f"camera {camera!r}: expected 3 colour channels (or 1, or 4 with alpha last), got shape {list(shape)}.{stack}"
     )
