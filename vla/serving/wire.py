@@ -1,8 +1,8 @@
 """Array encodings of robot clients.
 
 Owns: the encodings json-numpy (OpenVLA: base64 in JSON objects) and openpi's msgpack-numpy, and `to_array`, with which
-other protocols check their arrays. The bytes are identical to those of the original packages. Arrays must be numeric and
-match the size of their data, and decoding never executes code. It does not know what the values mean.
+other protocols check their arrays. The bytes are identical to those of the original packages. Arrays must be numeric
+and match the size of their data, and decoding never executes code. It does not know what the values mean.
 """
 
 from __future__ import annotations
