@@ -1,8 +1,8 @@
 """The safety filter between a policy and a robot.
 
 Owns: the limits of a command, the emergency stop, and the count of interventions by reason. Commands are finite, and
-the policy's actions are clipped to the range and the configured limits; after a fault, the command is the hold command. A
-hold or a limit may keep a position-controlled robot outside the range of the policy's actions. It does not know where
+the policy's actions are clipped to the range and the configured limits; after a fault, the command is the hold command.
+A hold or a limit may keep a position-controlled robot outside the range of the policy's actions. It does not know where
 actions come from, or how faults of observations are detected (`observation_monitor`).
 """
 
