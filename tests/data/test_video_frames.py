@@ -1,6 +1,9 @@
 """Frames decoded from the videos when they are drawn are those of the cache, in any order and process."""
 
+import gc
+import os
 import pickle
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -52,6 +55,20 @@ def test_loader_processes_read_what_the_training_process_reads(many_files):
         np.testing.assert_array_equal(sample.images, wanted)
     again = pickle.loads(pickle.dumps(mixture))
     np.testing.assert_array_equal(again[7].images, expected[7])
+
+
+def test_a_forked_process_can_drop_the_readers_of_its_parent(many_files):
+    """As in a loader process that opens more videos than are kept open. Their decoder threads are not forked."""
+    many_files.frame(0, "front")
+    next(many_files.frames(0, "front"))
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        frames_module._open_video.cache_clear()
+        many_files._frames = None
+        gc.collect()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_videos_are_read_if_the_frames_do_not_fit_into_memory(tmp_path, monkeypatch):

@@ -12,6 +12,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import os
+import weakref
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -94,6 +96,20 @@ class VideoWriter:
                 container.close()
 
 
+_readers: weakref.WeakSet[VideoReader] = weakref.WeakSet()  # all readers of this process
+_inherited: list[VideoReader] = []
+
+
+def _keep_inherited() -> None:
+    """In a forked process, keep the parent's readers forever: freeing one would wait for decoder threads that were not
+    forked."""
+    _inherited.extend(_readers)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_keep_inherited)
+
+
 class VideoReader:
     """Reads frames of a video file by time. Sequential reads decode each frame once. Other reads seek to a key frame.
 
@@ -118,6 +134,7 @@ class VideoReader:
             self._stream.thread_type = "AUTO"
             self._stream.codec_context.thread_count = threads
         self._reformatter = VideoReformatter()
+        _readers.add(self)
         self._restart()
 
     def _restart(self) -> None:
