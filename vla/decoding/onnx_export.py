@@ -1,4 +1,4 @@
-"""ONNX export: the network as two graphs that onnxruntime decodes chunks with.
+"""ONNX export: the network as two graphs, for decoding with onnxruntime.
 
 Owns: the two graphs, for one observation. It uses the matrices of `weights`, so that every decoder that the engine
 supports can be exported. The cache belongs to the caller, `float [layers, 1, 2 kv_heads, room, head_dim]` (keys, then
@@ -9,8 +9,9 @@ values), with a `room` that the caller chooses, at least P + T for a prompt pref
     step.onnx       token int64 [1, 1], position int64 [1], cache
                     -> logits [1, rows], entries [layers, 1, 2 kv_heads, 1, head_dim] of the cache at `position`
 
-The inputs of the first are those of `VLAProcessor`; `state` is absent without proprioception. A `token` is the row of
-the largest logit, that is an id of the action tokenizer. The first row of logits predicts the chunk's first token.
+The inputs of `prefill.onnx` are those of `VLAProcessor`; `state` is absent if the policy does not use it. A `token` is
+the row of the largest logit, which is an id of the action tokenizer. The first row of logits predicts the chunk's first
+token.
 """
 
 from __future__ import annotations

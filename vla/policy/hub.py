@@ -1,7 +1,7 @@
 """Policies on the Hugging Face hub: the model card, and the upload of a folder.
 
-Owns: the text of the card, and the upload in a single commit: a repository never holds one policy's config.json with
-the weights of another, also if the upload is interrupted. It does not know how a policy is written.
+Owns: the text of the card, and the upload in a single commit: a repository never has one policy's config.json with
+the weights of another, even if the upload is interrupted. It does not know how a policy is written.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ tags: [robotics, vision-language-action, action-tokens]
 
 
 def model_card(config: VLAConfig, name: str, parameters: int, training: str = "") -> str:
-    """The model card (README.md): what the policy observes and does, the use of it, and its training data.
+    """The model card (README.md): what the policy observes and does, how to use it, and its training data.
 
     Args:
         name: name of the policy, "owner/name" if it is a repository of the hub.
