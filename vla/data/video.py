@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import gc
 import os
 import weakref
 from collections.abc import Iterator, Sequence
@@ -104,6 +105,7 @@ def _keep_inherited() -> None:
     """In a forked process, keep the parent's readers forever: freeing one would wait for decoder threads that were not
     forked."""
     _inherited.extend(_readers)
+    gc.freeze()  # PyAV's containers are reference cycles: those of freed readers may still wait for the collector
 
 
 if hasattr(os, "register_at_fork"):
