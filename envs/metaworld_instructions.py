@@ -2,8 +2,9 @@
 
 Owns the list of the 50 tasks and their sentences. Does not import Meta-World.
 
-The first training phrase of a task is canonical. The held-out phrase never occurs in training. If several tasks have
-the same scene (open and close, push and pull, from the top and from the side), every phrase identifies its task.
+The first training phrase of a task is canonical. The held-out phrase never occurs in training. No two tasks share a
+phrase. Most phrases of tasks with the same scene name the difference (open or close, push or pull, from above or from
+the front); a few short ones fit several of them.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ class Camera:
     """An off-screen renderer for all cameras of a model; all images have the same size.
 
     `nice` adds shadows and multisampling; in software GL, they take 13 times as long as the rest. `sky` draws the
-    model's skybox. `as_modelled` keeps the model's own rendering settings instead. Geoms in the groups `hidden` are
-    not drawn.
+    model's skybox. With `as_modelled`, both have no effect, and the model's own settings are used. Geoms in the groups
+    `hidden` are not drawn.
     """
 
     def __init__(
@@ -43,8 +43,8 @@ class Camera:
                 "On Debian or Ubuntu: apt-get install libegl1 libegl-mesa0 libgl1-mesa-dri, and set MUJOCO_GL=egl; "
                 "or apt-get install libosmesa6 and set MUJOCO_GL=osmesa."
             ) from error
-        #: Frees the GL context, at the latest at interpreter exit, before GL shuts down: exit functions run in
-        #: reverse order of registration, and mujoco registered its own earlier, when the renderer was created.
+        #: Frees the GL context, at the latest at interpreter exit. It must run before mujoco's own exit function, which
+        #: shuts GL down. Exit functions run in reverse order, so it is registered after creating the renderer.
         self.close = weakref.finalize(self, self._renderer.close)
         atexit.register(self.close)
         self._visible = mujoco.MjvOption()

@@ -15,7 +15,7 @@ import numpy as np
 from envs.arm import OBJECT_BITS, STATIC_BITS
 from envs.objects import COLORS
 
-CENTER = np.array([0.45, 0.0])  # of the 36 x 36 cm workspace
+CENTER = np.array([0.45, 0.0])  # of the table's part with objects
 #: Workspace of the tool centre point: minimum, maximum.
 HAND_BOX = np.array([[0.25, -0.24, 0.014], [0.66, 0.24, 0.30]])
 #: Region of the initial object centres: minimum, maximum.
@@ -83,7 +83,7 @@ def add_table(spec: mujoco.MjSpec) -> None:
         name="lamp", pos=(0.75, -0.5, 1.6), dir=(-0.2, 0.35, -1.0), castshadow=True, **_DIRECTIONAL,
         diffuse=(0.38, 0.38, 0.38), specular=(0.05, 0.05, 0.05), ambient=(0, 0, 0),
     )  # fmt: skip
-    # Faces the robot, 52 degrees below the horizon. The workspace fills the image as far as perspective allows.
+    # Faces the robot, 52 degrees below the horizon. The objects' region fills the image as far as perspective allows.
     down, distance = math.radians(52.0), 0.80
     target = np.array([CENTER[0] - 0.075, 0.0, 0.02])
     pos = target + distance * np.array([math.cos(down), 0, math.sin(down)])
@@ -103,7 +103,7 @@ def add_objects(spec: mujoco.MjSpec, n: int) -> None:
     """Add `n` free bodies `object0...`; `dress` sets shape and colour at every reset without recompiling.
 
     Each object is compiled as a box that encloses all shapes, so that the bounds of MuJoCo's broad phase are valid for
-    every shape. It always has the mass and inertia of this box.
+    every shape. Whatever its shape, an object has the mass and inertia of this box.
     """
     contype, conaffinity = OBJECT_BITS
     for i in range(n):

@@ -1,4 +1,4 @@
-"""The simulated world, a MuJoCo model and its state, controlled by Cartesian actions.
+"""The simulated world: a MuJoCo model and its state, which Cartesian actions control.
 
 Owns physics stepping, the hand's commanded pose, contacts and snapshots. Does not know tasks, instructions, rewards,
 images or Gymnasium.
@@ -18,8 +18,8 @@ from envs.scene import HALF, HAND_BOX, SUBSTEPS, TIMESTEP, add_objects, add_tabl
 TRANSLATION = 0.025  # metres per control step at an action of 1
 ROTATION = 0.15  # radians per control step at an action of 1
 RPY_LIMIT = np.array([0.5, 0.5, 1.5])  # radians
-# Maximum lead of the commanded pose over the actual pose before a new action is added. It is enough to press and push,
-# but too little to wind up against an obstacle.
+# Maximum difference between the commanded and the actual pose (metres, radians) before an action is added to the
+# command. It is enough to press and push, but limits how far the command runs ahead of a blocked hand.
 _LEASH = np.array([0.012, 0.012, 0.012, 0.08, 0.08, 0.08])
 _STATE = mujoco.mjtState.mjSTATE_INTEGRATION
 
@@ -92,7 +92,7 @@ class World:
     # Change -----------------------------------------------------------------------------------------------------
 
     def clear(self, hand: np.ndarray) -> None:
-        """Reset all bodies to their compiled poses, with an open gripper and the upright hand at `hand` [3] metres."""
+        """Reset all bodies to their compiled poses, with an open gripper and the hand at `hand` [3], pointing down."""
         mujoco.mj_resetData(self.model, self.data)
         self._target = np.concatenate([hand, np.zeros(3)])
         # The initial guess turns the base towards the hand. With it, the solver always finds the elbow-up branch.
@@ -137,7 +137,7 @@ class World:
     # Snapshots --------------------------------------------------------------------------------------------------
 
     def get_state(self) -> dict[str, np.ndarray]:
-        """A snapshot of the simulation state, without shapes and colours."""
+        """A snapshot of the simulation state, without shapes, colours, furniture and light: the model has these."""
         physics = np.empty(mujoco.mj_stateSize(self.model, _STATE))
         mujoco.mj_getState(self.model, self.data, physics, _STATE)
         return {"physics": physics, "target": self._target.copy(), "q": self._q.copy()}

@@ -1,4 +1,4 @@
-"""Scripted experts for LIBERO's tasks.
+"""Scripted experts for those of LIBERO's tasks that consist of placing objects, opening drawers and turning knobs.
 
 Owns the grasp of each object and the choice of a motion for each predicate of a goal. The motions are in `moves` and
 `furniture`. An expert works on the first predicate that does not hold, so it can start in any state.
@@ -16,18 +16,18 @@ from envs.libero.moves import CLOSED, GENTLE, Grasp, go, pick, place, pointing, 
 from envs.libero.simulator import Simulator
 from envs.libero.world import World
 
-#: Metres: the minimum opening of a drawer to put an object in, and the opening to which the expert pulls it. If it were
-#: open further, objects in front of it would be hard to reach.
+#: Metres. Before it puts an object into a drawer that is open by less than `_OPEN`, the expert pulls it open to
+#: `_WIDE`. An object in front of a drawer that is open further would be hard to reach.
 _OPEN, _WIDE = 0.075, 0.10
 _RIM_YAWS = (0.0, np.pi / 2, -np.pi / 2, np.pi / 4, -np.pi / 4)
-#: Height in metres above the origin of a supporting object at which a placed object stands.
+#: Height in metres of the surface on which objects are placed, above the supporting object's origin.
 _SEATS = {"plate": 0.0055, "akita_black_bowl": 0.02}
 
 
 @dataclasses.dataclass(frozen=True)
 class Rim:
-    """How to grasp the wall of a round object, in metres: distance of the grasp inside the rim's outer radius, and
-    depth of the fingertips below the rim."""
+    """Where to grasp the wall of a round object, in metres: distance of the grasp point from the rim's outer radius
+    inwards, and below the rim."""
 
     inset: float
     depth: float
@@ -42,10 +42,10 @@ _RIMS = {
 
 
 class Plan:
-    """The clean action [7] for the current state.
+    """Computes the expert's action [7] for the current state, without noise.
 
     Raises:
-        ValueError: the task has a goal for which no motion is known.
+        ValueError: the task's goal has a predicate for which no motion is known.
     """
 
     def __init__(self, simulator: Simulator) -> None:
@@ -60,7 +60,7 @@ class Plan:
 
         for goal in self._goals:
             if goal[0] not in ("in", "on", "turnon") and not (goal[0] == "open" and goal[1] in self._drawers):
-                raise ValueError(f"there is no scripted expert for the goal {goal}.")
+                raise ValueError(f"there is no scripted expert for goals such as {goal}.")
 
     def __call__(self) -> np.ndarray:
         for goal in self._goals:
@@ -124,7 +124,8 @@ class Plan:
         return self.simulator.solved(["in", name, region])
 
     def _rim_grasp(self, name: str, rim: Rim, top: float, way: np.ndarray) -> Grasp:
-        """The grasp of the rim with the fewest collisions of the open hand, before and after a motion by `way`."""
+        """The grasp of the rim with the lowest cost: a weighted sum of the rotation, and of the points that the open
+        hand would hit before and after a motion by `way`. In a drawer, the fingers open parallel to its front."""
         points = self.world.points(name)
         edge = points[points[:, 2] > top - 0.006, :2]
         centre = (edge.min(0) + edge.max(0)) / 2
@@ -147,7 +148,7 @@ class Plan:
 
 
 def _collisions(grasp: Grasp, points: np.ndarray) -> int:
-    """Number of `points` [n, 3] inside the open hand at a grasp."""
+    """Number of `points` [n, 3] that the palm or the fingers of the open hand would hit at a grasp."""
     x, y, z = (points - grasp.point).T
     along = np.abs(y * np.cos(grasp.yaw) - x * np.sin(grasp.yaw))  # the axis along which the fingers open
     across = np.abs(x * np.cos(grasp.yaw) + y * np.sin(grasp.yaw))

@@ -1,4 +1,4 @@
-"""Motion primitives of the LIBERO experts for furniture: pull a drawer open, turn a knob, drag a plate.
+"""More motion primitives of the LIBERO experts: pull a drawer open, turn a knob, drag a plate.
 
 Owns the geometry of handles and knobs. As in `moves`, all primitives depend only on the current state.
 """
@@ -110,7 +110,7 @@ def drag(world: World, name: str, xy: np.ndarray) -> np.ndarray:
     not stay on course."""
     at, hand = world.origin(name), world.hand
     way = xy - at[:2]
-    low = at[2] + 0.004 + _FINGERTIP  # fingertips 4 mm above the plate's origin; commands press from there
+    low = at[2] + 0.004 + _FINGERTIP  # fingertips 4 mm above the plate's origin; dragging, they press on the plate
     inside = np.linalg.norm(hand[:2] - at[:2])
     if inside < 0.06 and hand[2] < low + 0.007 and world.opening < 0.02:
         step = way * min(1.0, 0.009 / max(float(np.linalg.norm(way)), 1e-6))

@@ -1,4 +1,4 @@
-"""Names of LIBERO's 130 tasks in the order of their numbers, as plain data (Liu et al., 2023, arXiv:2306.03310).
+"""Names of LIBERO's 130 tasks (Liu et al., 2023, arXiv:2306.03310) by suite, in the order of their numbers.
 
 Owns these names, so that tasks can be listed and selected without an installation of LIBERO.
 """

@@ -18,13 +18,13 @@ from envs.tasks.zones import N_ZONES, ZoneTask
 
 _STRIP = np.array([0.165, 0.040])  # half sizes in metres
 _STRIP_SIDE = 0.150  # metres from the centre of the table to the centre of a strip
-_ROW_GAP = 0.090  # metres between objects along x, so that the path to either strip is free
+_ROW_GAP = 0.090  # minimum distance in metres between objects along x, so that the path to either strip is free
 _MIDDLE = 0.050  # maximum initial distance in metres of an object from the centre line
-_REACH = 0.056  # metres between hand and object when the hand is lowered
+_REACH = 0.056  # metres behind the object's centre at which the hand is lowered
 
 
 class Push(ZoneTask):
-    """Success: the target object is at rest on the table, with its centre in the target strip."""
+    """Success: the target object is at rest on the table, and its centre is at least 8 mm inside the target strip."""
 
     task = "push"
 
@@ -49,6 +49,6 @@ class Push(ZoneTask):
     def plan(self) -> np.ndarray:
         at = self.object()
         way = np.array([0.0, self.zone()[1] - at[1]])
-        if abs(way[1]) < 0.002:  # the object has arrived but still moves: keep the direction, with almost no motion
+        if abs(way[1]) < 0.002:  # the object has arrived but still moves: push on by 2 mm, as zero has no direction
             way[1] = 0.002 * np.sign(self.zone()[1])
         return push(self.world, at, way, _REACH, HALF)

@@ -1,17 +1,19 @@
 """The engine: fast greedy decoding of action tokens.
 
-Owns: the static key-value cache, the forward pass over plain matrices, and two decoding methods with the same tokens as
-`generate`. Stepwise decoding takes one forward pass per token. In parallel decoding, a forward pass verifies a draft of
-the chunk and keeps its tokens up to the first wrong one. The engine does not know robots or the meaning of tokens.
+Owns: the static key-value cache, the forward pass over plain matrices, and two decoding methods that return the tokens
+of `generate` of Transformers, up to rounding (the tests compare them in float32). Stepwise decoding takes one forward
+pass per token. In parallel decoding, each forward pass verifies the next tokens of a draft of the chunk, keeps those
+before the first wrong one, and corrects that one. The engine does not know robots or the meaning of tokens.
 
-Parallel decoding is exact. Greedy decoding is the only fixed point of
+Parallel decoding needs no approximation. Greedy decoding is the only fixed point of
 
     a_t = argmax_k p(k | x, a_<t),    t = 1..T,
 
 and one causal forward pass over a candidate a_1..a_T evaluates all T right-hand sides. If the first n of them agree
 with the candidate, the first n + 1 are the tokens of greedy decoding; the remaining right-hand sides are the next
-candidate (Jacobi iteration; Song et al., 2021; Santilli et al., 2023). Consecutive chunks overlap, so the first
-candidate is the rest of the previous chunk. The first verification is part of the prefill.
+candidate (Jacobi iteration; Song et al., 2021; Santilli et al., 2023). To bound the cost, a pass evaluates at most
+`window` of them. Consecutive chunks overlap, so the caller passes the rest of the previous chunk, padded to T tokens,
+as the first candidate (`draft`). The first verification is part of the prefill.
 
 A tokenizer may exclude ids depending on the previous ids. The argmax at t is then over the ids allowed after a_<t. It
 still depends on a_<t only, so the fixed point is the result of constrained greedy decoding.
@@ -36,8 +38,10 @@ from vla.model.modeling import VLAForActionPrediction
 from vla.transforms.tokenizers.base import ActionTokenizer
 
 _ROUND = 32  # cache lengths are multiples of this
-WINDOW = 16  # maximum number of tokens per verification and observation
-ROWS = 64  # maximum number of tokens per verification for a whole batch; more make a forward pass slower
+WINDOW = 16  # maximum number of draft tokens per forward pass and observation, besides an action prefix
+# Maximum number of draft tokens per forward pass for a whole batch (but at least one per observation). Up to this
+# number, additional tokens hardly take time.
+ROWS = 64
 
 
 class Engine:
@@ -63,7 +67,7 @@ class Engine:
         self._cached: torch.Tensor | None = None  # prompts whose keys and values are in the cache
         self._graphs: dict[int, Captured] = {}  # by number of tokens
         if self.device.type == "cuda":  # fuse small kernels: launching them would dominate the time of a chunk
-            # These functions are compiled once per shape, dtype and window, but by default torch stops after 8 times.
+            # torch compiles these functions for every new shape and dtype, but by default gives up after 8.
             torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
             self._rotate, self._gate = torch.compile(_rotate), torch.compile(_gate)
         else:
@@ -71,12 +75,12 @@ class Engine:
 
     @property
     def reach(self) -> float:
-        """Maximum length of prompt prefix and chunk: the size of the attention window, or infinity without
-        sliding-window attention."""
+        """Maximum number of input tokens: the size of the decoder's sliding attention window; infinity without
+        one."""
         return self._weights.reach
 
     def fits(self, batch: dict[str, torch.Tensor]) -> bool:
-        """Whether prompt prefix and chunk fit into `reach`. The chunk's last token is never an input."""
+        """Whether the input tokens fit into `reach`: prompt prefix and chunk, without the chunk's last token."""
         return batch["input_ids"].shape[1] + self.tokenizer.max_tokens - 1 <= self.reach
 
     @torch.inference_mode()
@@ -87,8 +91,9 @@ class Engine:
         streamer: BaseStreamer | None = None,
         stopping: StoppingCriteriaList | None = None,
     ) -> Decoded:
-        """Greedy decoding with one token per forward pass, until all sequences have ended. On CUDA, if the tokenizer
-        allows every id at every position, one CUDA graph computes the whole chunk, from images to tokens.
+        """Greedy decoding with one token per forward pass, until all sequences have ended. On CUDA, one CUDA graph
+        computes the whole chunk, from images to tokens, unless there is a streamer, a stopping criterion or a tokenizer
+        that excludes ids.
 
         Args:
             batch: prompt prefix tensors from `VLAProcessor`, on the CPU. For a network with a latent also `latent`, the
@@ -120,7 +125,7 @@ class Engine:
         streamer: BaseStreamer | None = None,
         stopping: StoppingCriteriaList | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns prompt prefix and chunk [B, P + T], and logits [B, T, rows]. Does not synchronise with the device
+        """Returns prompt prefix and chunk [B, P + T], and logits [B, T, vocab]. Does not synchronise with the device
         unless there is a streamer, stopping criteria or a constrained tokenizer."""
         hidden, offsets, shift = self._embed(inputs, start), inputs.get("offsets"), self._shift(inputs)
         length, ids, logits = start + hidden.shape[1], inputs["input_ids"], []
@@ -151,10 +156,10 @@ class Engine:
 
         Args:
             batch: as in `stepwise`.
-            draft: int64 [B, T], ids of the model's vocabulary, one per token to decode. Apart from an action prefix, it
-                affects only the number of forward passes.
+            draft: int64 [B, T], ids of the model's vocabulary, one per token to decode. The tokens of an
+                action prefix can change the result; the others affect only the number of forward passes.
             streamer: receives tokens as soon as they are final.
-            prefix: action prefix for prefix conditioning, the first tokens of each draft.
+            prefix: for prefix conditioning: how many of the first tokens of each draft are the action prefix.
             stopping: as in `stepwise`.
         """
         inputs, start = self._start(batch)
@@ -211,9 +216,9 @@ class Engine:
     def _start(self, batch: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], int]:
         """Prepare the cache for the prompt prefix and its chunk.
 
-        Returns the batch on the engine's device and the number of prefix tokens that are already cached: if the prompt
-        precedes the images, its keys and values are reused until the prompt changes. If rows are padded, the batch has
-        `offsets` [B], the number of padding tokens before each row."""
+        Returns the batch on the engine's device, and the number of its first tokens whose keys and values are already
+        in the cache: the text before the images, if it is the same as in the last call. If rows are padded, the batch
+        has `offsets` [B], the number of padding tokens before each row."""
         ids, w, start = batch["input_ids"], self._weights, 0
         rows, length = ids.shape
         if ("latent" in batch) != (w.injection is not None):
@@ -304,7 +309,7 @@ def _rotate(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Te
 
 
 def _gate(gate_up: torch.Tensor, gelu: bool) -> torch.Tensor:
-    """Activation of the gate times the up projection: [..., 2 m] -> [..., m]."""
+    """activation(gate) * up: [..., 2 m] -> [..., m]."""
     gate, up = gate_up.chunk(2, dim=-1)
     return (F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)) * up
 
