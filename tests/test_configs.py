@@ -1,10 +1,12 @@
-"""Every file in configs/<verb>/ is a valid configuration of that verb and names existing environments."""
+"""Every file in configs/<verb>/ is a valid configuration of that verb and names existing environments. The commands in
+configs/accelerate/ are valid."""
 
 from pathlib import Path
 
 import gymnasium as gym
 import pytest
 import yaml
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
 import envs  # noqa: F401  (registers what the files name)
 from vla import config
@@ -15,7 +17,9 @@ from vla.errors import ConfigError
 CONFIGS = Path(__file__).parent.parent / "configs"
 #: Read by ROS; tested in tests/control/test_ros2.py.
 ROS = {CONFIGS / "deploy" / name for name in ("ros2.yaml", "ros2.launch.py")}
-FILES = sorted(set(CONFIGS.glob("*/*.yaml")) - ROS)
+#: Read by `accelerate launch`.
+ACCELERATE = set(CONFIGS.glob("accelerate/*.yaml"))
+FILES = sorted(set(CONFIGS.glob("*/*.yaml")) - ROS - ACCELERATE)
 
 
 def load(path: Path):
@@ -43,9 +47,9 @@ def test_has_a_comment_and_names_known_environments(path):
             assert ":" in env_id or loaded.adapter.module
 
 
-def test_every_folder_is_a_verb():
-    assert {path.name for path in CONFIGS.iterdir()} <= {verb.split()[0] for verb in VERBS}
-    assert {path for path in CONFIGS.rglob("*") if path.is_file()} == set(FILES) | ROS
+def test_every_folder_is_a_verb_or_for_accelerate():
+    assert {path.name for path in CONFIGS.iterdir()} <= {"accelerate", *(verb.split()[0] for verb in VERBS)}
+    assert {path for path in CONFIGS.rglob("*") if path.is_file()} == set(FILES) | ROS | ACCELERATE
 
 
 @pytest.mark.parametrize("name", ["pusht", "metaworld"])
@@ -67,3 +71,17 @@ def test_a_misspelt_key_is_named(tmp_path):
     (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(values))
     with pytest.raises(ConfigError, match=r"instructions.*Did you mean 'instruction'"):
         config.load(config.CollectConfig, tmp_path / "wrong.yaml")
+
+
+@pytest.mark.parametrize("path", sorted(ACCELERATE), ids=lambda path: path.stem)
+def test_the_command_in_a_file_for_accelerate_is_valid(path):
+    """Each file begins with its purpose and its command."""
+    lines = [line.removeprefix("# ") for line in path.read_text().splitlines() if line.startswith("# ")]
+    begin = next(i for i, line in enumerate(lines) if line.startswith("accelerate launch"))
+    command = " ".join(lines[begin:]).replace("\\", "").split()
+    assert command[3] == str(path.relative_to(CONFIGS.parent))
+    command[3] = str(path)
+    launch, *_ = _validate_launch_command(launch_command_parser().parse_args(command[2:]))
+    assert (launch.training_script, *launch.training_script_args) == ("vla.cli", "train", "--config", "my.yaml")
+    assert launch.use_fsdp == (path.stem == "fsdp2") and launch.multi_gpu != launch.use_fsdp
+    assert launch.num_machines == (2 if path.stem == "two_machines" else 1)

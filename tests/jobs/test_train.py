@@ -7,11 +7,7 @@ import random
 import re
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
-import weakref
 from pathlib import Path
 
 import numpy as np
@@ -19,17 +15,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoTokenizer
 
 from tests.decoders import greedy, reference
-from tests.forked import Process
 from vla import config
 from vla.config import LoraConfig, ModelConfig, TrainConfig
 from vla.data.reader import Demonstrations
 from vla.data.samples import ChunkSamples
 from vla.errors import ConfigError, DataError, TrainingError
-from vla.jobs.train import _facts, _leave, _prepare, _validation, pretrain, seconds_per_step, train
+from vla.jobs.train import _facts, _prepare, _validation, pretrain, seconds_per_step, train
 from vla.model import lora
 from vla.model.build import build_policy
 from vla.model.configuration import VLAConfig
@@ -174,75 +168,6 @@ def test_killed_at_random_moments_it_resumes_to_the_same_losses(demos, tmp_path,
     assert resumes == bool(re.search(r"^resuming at step \d+ of \d+$", out, re.M))
     assert unbroken.wait() == 0, unbroken.communicate()[1][-2000:]
     assert losses(run) == losses(tmp_path / "unbroken")
-
-
-@pytest.fixture
-def start_two(tmp_path, start_vla):
-    """`start_two(config)`: two processes that train together, as started by `accelerate launch`."""
-
-    def start(cfg: TrainConfig) -> list[Process]:
-        config.dump(cfg, tmp_path / "job.yaml")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        command = "train", "--config", tmp_path / "job.yaml"
-        return [start_vla(*command, env={**shared, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"]
-
-    return start
-
-
-def test_two_processes_equal_one_with_twice_the_batch(demos, tmp_path, start_two):
-    """Data parallelism: both draw the same samples together, so the losses are equal."""
-    shared = {"method": "full", "steps": 6, "data": [demos]}
-    single, double = tmp_path / "single", tmp_path / "double"
-    both = start_two(small(out=double, batch_size=4, **shared))
-    pretrain(small(out=single, batch_size=8, **shared))
-    said = [process.communicate() for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
-    assert learned(double) == pytest.approx(learned(single), rel=1e-5)
-    assert Policy.from_pretrained(str(double)).horizon == 4
-    # Only one of them prints.
-    for line in (r"^step 6 of 6: loss \d", rf"^policy: +{double}/policy$", rf"^next: +vla rollout --policy {double}"):
-        assert len(re.findall(line, said[0][0] + said[1][0], re.M)) == 1, said
-
-
-def test_the_command_in_the_readme_starts_two_processes(demos, tmp_path):
-    """With --help, so that they do not train; the test above trains with two processes."""
-    config.dump(small(data=[demos], out="run"), tmp_path / "my.yaml")
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    line = re.search(r"^accelerate launch (-m vla\.cli train --config my\.yaml)", readme, re.M)
-    # On CPUs, accelerate starts several processes only with the flag for GPUs.
-    two = "--multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0 --mixed_precision no"
-    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *two.split()]
-    launch += ["--dynamo_backend", "no", *line[1].split(), "--help"]
-    result = subprocess.run(launch, capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 0 and result.stdout.count("usage: vla train ") == 2, result
-
-
-def test_the_data_parallel_wrapper_is_freed_before_its_process_group(demos, tmp_path, monkeypatch):
-    """If it is the last reference to a gloo group, torch may wait forever for the group's threads."""
-    job, _ = _prepare(small(data=[demos], out=tmp_path / "run", dry_run=True), quiet=True)
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    job.accelerator._models.append(DistributedDataParallel(job.model))
-    job.model_wrapped = job.accelerator._models[-1]
-    wrapper, alive = weakref.ref(job.model_wrapped), []
-    monkeypatch.setattr(job.accelerator, "end_training", lambda: alive.append(wrapper()))
-    try:
-        _leave(job)
-    finally:
-        torch.distributed.destroy_process_group()
-    assert alive == [None]
-
-
-def test_a_signal_to_one_process_stops_all_and_nothing_is_finished(demos, tmp_path, start_two):
-    both = start_two(small(data=[demos], out=tmp_path / "run", method="full", steps=500, save_every=400))
-    while len(losses(tmp_path / "run")) < 3 and both[0].poll() is None:
-        time.sleep(0.1)
-    both[1].send_signal(signal.SIGTERM)
-    said = [process.communicate(timeout=120)[1] for process in both]
-    assert [process.returncode for process in both] == [130, 143], said
-    assert "--resume" in said[0]
-    assert trainer.last_checkpoint(tmp_path / "run") is not None and not (tmp_path / "run" / "policy").exists()
 
 
 @pytest.mark.parametrize(("log_every", "last"), [(1, 11), (100, 12)], ids=["soon", "not before the end"])
@@ -542,3 +467,27 @@ def test_invalid_arguments_are_rejected_before_writing(demos, unbroken, tmp_path
         with pytest.raises(ConfigError, match=name):
             train(small(data=[demos], out=tmp_path / "x", **{name: value}))
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_gradient_checkpointing_changes_memory_only(demos, unbroken, tmp_path, method):
+    model = {"backbone": str(unbroken)} if method == "lora" else {}
+    runs = {}
+    for checkpointing in (False, True):
+        cfg = small(
+            data=[demos],
+            out=tmp_path / f"run-{checkpointing}",
+            method=method,
+            model=model,
+            gradient_checkpointing=checkpointing,
+            **QUICK,
+        )
+        job, _ = _prepare(cfg, quiet=True)
+        passes = []
+        network = job.model.get_base_model() if method == "lora" else job.model
+        layer = network.language_model.model.layers[0].mlp
+        layer.register_forward_pre_hook(lambda *_, passes=passes: passes.append(1))
+        job.train()
+        runs[checkpointing] = (len(passes), learned(cfg.out))
+    assert runs[True][0] == 2 * runs[False][0] == 2 * QUICK["steps"]
+    assert runs[True][1] == pytest.approx(runs[False][1], rel=1e-6)

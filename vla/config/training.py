@@ -164,6 +164,8 @@ class TrainConfig:
         warmup_steps: optimizer steps of the warm-up.
         max_grad_norm: gradients are clipped to this norm; 0: no clipping.
         precision: "auto" uses bf16 if the hardware supports it natively, otherwise float32.
+        gradient_checkpointing: compute the activations of each layer again in the backward pass instead of storing
+            them: less memory, for about a third more computation.
         compile: use torch.compile.
         workers: number of processes that load data; 0: load it in the main process.
         frames: how images are read. "cache": decoded once, and cached on disk and in memory. "video": decoded from the
@@ -201,6 +203,7 @@ class TrainConfig:
     warmup_steps: Natural = 50
     max_grad_norm: NonNegative = 1.0
     precision: Literal["auto", "float32", "bf16"] = "auto"
+    gradient_checkpointing: bool = False
     compile: bool = False
     workers: Natural = 0
     frames: Literal["auto", "cache", "video"] = "auto"
@@ -221,6 +224,10 @@ class TrainConfig:
     def contradiction(self) -> str | None:
         if self.compile and self.model.latent not in (None, "none"):
             return "a network with a latent cannot be compiled: set compile false, or model.latent none."
+        if self.gradient_checkpointing and self.model.latent not in (None, "none"):
+            return (
+                "a network with a latent needs its activations: set gradient_checkpointing false, or model.latent none."
+            )
         if self.weights and (len(self.weights) != len(self.data) or not sum(self.weights) > 0):
             return (
                 f"weights must be one number per dataset, and not all 0; got {list(self.weights)} for {len(self.data)} "

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import os
 import sys
 import tempfile
 import time
@@ -37,7 +36,7 @@ from vla.policy import checkpoint
 from vla.simulation.adapter import make
 from vla.support.machine import cpu_flags, peak_memory
 from vla.support.run_folder import RunFolder
-from vla.training import summary, trainer
+from vla.training import processes, summary, trainer
 from vla.transforms.normalize import compute_statistics
 
 VALIDATION_FRAMES = 512
@@ -63,12 +62,16 @@ def train(cfg: TrainConfig, conclude: bool = True) -> Path:
     config.check(cfg)
     if cfg.dry_run:
         return _dry_run(cfg)
-    folder = RunFolder(cfg.out, cfg, SETTINGS)
+    # A run can be resumed with other batches, if they make the same number of samples per step.
+    same = (cfg.out / processes.BATCH).is_file()
+    folder = RunFolder(cfg.out, cfg, SETTINGS, free=("batch_size", "grad_accum") if same else ())
     resume_from = _check_output(folder)
     job, demos = _prepare(cfg)
+    processes.check_sharding(job, cfg, resume_from)
     if resume_from is None and job.args.should_save:
         folder.begin()
         folder.write_json(DATA, _fingerprints(demos))
+        processes.note_batch(folder)
     try:
         with job.graceful():
             job.train(resume_from_checkpoint=resume_from)
@@ -76,25 +79,14 @@ def train(cfg: TrainConfig, conclude: bool = True) -> Path:
         if job.args.should_save and not cfg.resume and not job.state.global_step:
             _forget_start(cfg.out)
         raise
+    model = processes.whole(job, lambda: _trainable(build_policy(cfg.model, _facts(cfg, demos)[0])[0], cfg))
     if job.args.should_save:
-        _export(job.model, job.collator.processor, cfg)
+        _export(model, job.collator.processor, cfg)
         trainer.plot_metrics(cfg.out)
         if conclude:
             print(summary.conclusion(cfg, demos), flush=True)
-    _leave(job)
+    processes.leave(job)
     return cfg.out
-
-
-def _leave(job: trainer.VLATrainer) -> None:
-    """End distributed training together: a process that exits early would abort the others."""
-    job.accelerator.wait_for_everyone()
-    # Free the data-parallel wrapper before its process group. Otherwise, the wrapper may hold the last reference to the
-    # group. gloo then joins its threads without releasing the GIL, and deadlocks with a thread that still frees the
-    # barrier above (torch 2.13, one exit in ten).
-    job.accelerator.free_memory()
-    job.model_wrapped = job.model
-    gc.collect()
-    job.accelerator.end_training()
 
 
 def seconds_per_step(cfg: TrainConfig, steps: int = 2) -> float:
@@ -134,7 +126,7 @@ def _prepare(cfg: TrainConfig, quiet: bool = False) -> tuple[trainer.VLATrainer,
     transform = network.config.image_transform
     sources = [ChunkSamples(demo, cameras, size, horizon, i, transform, cfg.frames) for i, demo in enumerate(demos)]
     splits = [split_episodes(demo, cfg.val_fraction, cfg.seed) for demo in demos]
-    draws = cfg.steps * cfg.batch_size * cfg.grad_accum * int(os.environ.get("WORLD_SIZE", "1"))
+    draws = cfg.steps * processes.samples_per_step(cfg)
     train_frames = [split[0] for split in splits]
     errors = (
         [state_only.of(demo).errors[frames] for demo, frames in zip(demos, train_frames, strict=True)]
@@ -183,6 +175,8 @@ def _check_output(folder: RunFolder) -> str | None:
     if cfg.resume and last is None and not folder.settings_file.is_file():
         raise ConfigError(f"cannot resume {cfg.out}: the folder contains no training run.")
     folder.check(cfg.resume, has_results=last is not None)
+    if last and (cfg.out / processes.BATCH).is_file():
+        processes.check_batch(folder)
     if (
         last
         and (cfg.out / DATA).is_file()
@@ -267,6 +261,8 @@ def _arguments(cfg: TrainConfig, validate: bool) -> TrainingArguments:
         adam_beta2=0.95,
         use_cpu=not (torch.cuda.is_available() or torch.backends.mps.is_available()),
         bf16=bf16(cfg.precision),
+        activation_checkpointing=cfg.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
         torch_compile=cfg.compile,
         dataloader_num_workers=cfg.workers,
         dataloader_drop_last=True,
@@ -317,7 +313,7 @@ def _dry_run(cfg: TrainConfig) -> Path:
 
 def _forget_start(run: Path) -> None:
     """Remove the files of a run that failed before its first step, so that the folder can be used again."""
-    for name in (SETTINGS, DATA, trainer.METRICS):
+    for name in (SETTINGS, DATA, processes.BATCH, trainer.METRICS):
         (run / name).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # not empty
         run.rmdir()
@@ -331,7 +327,7 @@ def _export(model: Any, processor: VLAProcessor, cfg: TrainConfig) -> None:
         model = lora.merge(model)
     card = (
         f"\n# Action-token policy\n\nTrained by `vla` ({cfg.method}) on {', '.join(d.name for d in cfg.data)}: "
-        f"{cfg.steps} steps of {cfg.batch_size * cfg.grad_accum} samples, from `{cfg.model.backbone or 'nano'}`.\n\n"
+        f"{cfg.steps} steps of {processes.samples_per_step(cfg)} samples, from `{cfg.model.backbone or 'nano'}`.\n\n"
         f"Cameras {', '.join(processor.robot.cameras)}; actions {', '.join(processor.robot.action_names)} at "
         f"{processor.robot.control_hz:g} Hz; chunks of {processor.config.horizon}, "
         f"{processor.config.n_action_steps} executed.\n"

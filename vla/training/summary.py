@@ -18,6 +18,7 @@ from vla.config import TrainConfig
 from vla.data.reader import Demonstrations
 from vla.data.samples import ChunkSamples, VideoFrames
 from vla.model.processing import VLAProcessor
+from vla.training.processes import samples_per_step
 from vla.training.trainer import CURVES, METRICS
 
 
@@ -42,7 +43,7 @@ def show(
         **_latent_row(processor),
         "parameters": f"{parameters:,}, {trainable:,} trained ({100 * trainable / parameters:.1f} %)",
         "memory": f"{(4 * parameters + 12 * trainable) / 2**30:.2f} GiB for weights, gradients and optimizer",
-        "steps": f"{cfg.steps} of {cfg.batch_size * cfg.grad_accum} samples",
+        "steps": f"{cfg.steps} of {samples_per_step(cfg)} samples",
         "precision": "bf16" if bf16 else "float32",
     }
     for name, value in rows.items():
