@@ -205,11 +205,13 @@ def _facts(cfg: TrainConfig, demos: list[Demonstrations]) -> tuple[DataFacts, li
             )
     shared = tuple(name for name in first.cameras if all(name in demo.robot.cameras for demo in demos))
     statistics: dict[str, dict[str, Any]] = {}
+    actions: dict[str, np.ndarray] = {}
     for key in dict.fromkeys(keys):
         group = [demo for demo, own in zip(demos, keys, strict=True) if own == key]
         states = [demo.states for demo in group if demo.states is not None]
+        actions[key] = np.concatenate([demo.actions for demo in group])
         statistics[key] = {
-            "action": compute_statistics(np.concatenate([demo.actions for demo in group])),
+            "action": compute_statistics(actions[key]),
             "state": compute_statistics(np.concatenate(states)) if states else None,
             "num_frames": sum(demo.num_frames for demo in group),
             "num_episodes": sum(len(demo.episodes) for demo in group),
@@ -217,9 +219,6 @@ def _facts(cfg: TrainConfig, demos: list[Demonstrations]) -> tuple[DataFacts, li
     if first.cameras and not shared:
         listed = "; ".join(f"{demo.root} has {', '.join(demo.robot.cameras) or 'none'}" for demo in demos)
         raise DataError(f"the datasets have no camera in common: {listed}.")
-    actions = {
-        key: np.concatenate([d.actions for d, own in zip(demos, keys, strict=True) if own == key]) for key in keys
-    }
     return DataFacts(dataclasses.replace(first, cameras=shared), statistics, actions), keys
 
 
