@@ -33,7 +33,7 @@ MAX_STEPS = 500  # Meta-World steps per episode
 VIDEO_SIZE = 384
 #: The version that the pinned Meta-World release requires. Other versions fail or change the physics.
 MUJOCO = "3.3.0"
-_INSTALL = "run scripts/setup metaworld in the checkout of this package (Python 3.11 to 3.13)"
+_INSTALL = "scripts/setup metaworld in the checkout of this package (Python 3.11 to 3.13)"
 _OURS = [0, 1, 2, 6]  # indices of a Meta-World action's dimensions in an action of the tabletop suite
 
 
