@@ -18,7 +18,7 @@ _GAIN, _TURN_GAIN = 2.5, 1.5
 _TURN = 0.5  # maximum rotation action
 #: Radians. For smaller errors, the action's rotation is 0, and the controller holds its last goal. Small corrections
 #: would be noise in the training data.
-_ALIGNED = 0.035
+_ALIGNED = 0.1
 #: Maximum rotation action with an object in the hand. Faster rotations take so much torque that the hand stops short of
 #: its goal.
 GENTLE = 0.12
