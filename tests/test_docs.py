@@ -1,4 +1,4 @@
-"""The files, commands and Python blocks of the how-to pages are executed."""
+"""The Python blocks and example files of the how-to pages are executed. Their commands are executed or parsed."""
 
 import json
 import re

@@ -23,7 +23,7 @@ N_DRAWERS = 2
 class DrawerTask(TabletopEnv):
     """A task whose target candidates are the two drawers.
 
-    An object in a corner, out of the way of drawers and hand, adds a colour to the scene.
+    An object in a corner, out of the way of the drawers and the hand, is a distractor of another colour.
     """
 
     @property

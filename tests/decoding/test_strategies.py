@@ -1,6 +1,6 @@
 """Decoding strategies, compared with their definitions by enumerating all chunks.
 
-The policy in these tests has one action with four entries and five bins, so there are 625 chunks. `Table` computes the
+The policy `small` encodes one action with four entries and five bins, so there are 625 chunks. `Table` computes the
 logits after every prefix. The expected distributions, nuclei, beams and penalties are computed from this table.
 """
 
@@ -76,7 +76,7 @@ def rows(network, decoded):
 
 
 def frequencies(network, batch, config, draws=2000):
-    """Relative frequency of each pair of first tokens in sampled chunks for one observation."""
+    """Relative frequency, [BINS, BINS], of the first two tokens in chunks sampled for one observation."""
     repeated = {name: tensor.expand(draws // 2, *tensor.shape[1:]) for name, tensor in batch.items()}
     counts = np.zeros((BINS, BINS))
     for seed in range(2):
@@ -86,7 +86,7 @@ def frequencies(network, batch, config, draws=2000):
 
 
 def expected(table, choose):
-    """Joint distribution of the first two tokens, if `choose` maps logits to probabilities."""
+    """Joint distribution of the first two tokens, each drawn from `choose(logits)`."""
     first = choose(table(()))
     return np.stack([first[k] * choose(table((k,))) for k in range(BINS)])
 
@@ -196,7 +196,7 @@ def test_seeds_are_reproducible_and_keep_the_callers_random_state(small, observa
     assert torch.equal(torch.get_rng_state(), before)
     np.testing.assert_array_equal(first, chunks(0))
     assert (first != chunks(100)).any() and (first[0] != first[1]).any()
-    # `for_key` shares the random state, so the two policies draw the chunks of a single one.
+    # `for_key` shares the random state: the two policies together draw what one policy draws in two calls.
     policy = Policy(network, processor, decoding=DecodingConfig(temperature=1.0))
     drawn = [one.predict(observation, words).chunks for one in (policy, policy.for_key("demo"))]
     np.testing.assert_array_equal(np.stack(drawn), first)
@@ -245,7 +245,7 @@ def test_expected_value_is_the_mean_of_the_bin_centres(small, observations):
 
 
 def test_ensembles_average_predictions_for_the_same_step():
-    """Chunks of five actions, of which 2, 1, 3 and 2 are executed, compared with the definition at each step."""
+    """Chunks of five actions, of which between one and all are executed, compared with the definition at each step."""
     rng, coefficient, draft, now = np.random.default_rng(0), 0.3, Draft(np.zeros((5, 3))), 0
     said: dict[int, list[np.ndarray]] = {}  # step -> distributions, oldest first
     for executed in (2, 1, 3, 2, 5, 1):
@@ -265,7 +265,7 @@ def test_ensembles_average_predictions_for_the_same_step():
 
 @pytest.mark.parametrize("value", ["mode", "mean"])
 def test_ensembling_in_a_policy(nano, observations, value):
-    """The second chunk is the average of two; a new session has no history."""
+    """Where the chunks overlap, the second is decoded from the average of both distributions."""
     network, processor = nano
     policy = Policy(network, processor, decoding=DecodingConfig(ensemble=0.0, readout=value))
     first, second = observations(2)
@@ -322,7 +322,7 @@ def test_actions_are_streamed_before_the_chunk_is_decoded(nano, observations, de
     finally:
         hook.remove()
         Engine._forward = forward
-    assert 1 <= len(passes) <= 4  # tokens of the first of four actions
+    assert 1 <= len(passes) <= 4  # at most the four tokens of the first action
     again = Policy(network, processor, decoding=decoding).predict(observations(1), ["reach"]).chunks[0]
     np.testing.assert_array_equal(again, chunk)
 
@@ -411,7 +411,7 @@ def test_a_draft_in_tokens_is_the_draft_in_actions(nano, observations):
     ids=["engine", "sampling", "beams"],
 )
 def test_a_chunk_continues_the_action_prefix(nano, observations, decoding):
-    """Each observation has another prefix, one has none. Prefixes are kept, and the following tokens depend on them."""
+    """Action prefixes of two, one and no actions are kept, and the following tokens depend on them."""
     network, processor = nano
     policy, begin = Policy(network, processor, decoding=decoding), network.config.action_token_begin
     drafts = processor.decode_actions(np.random.default_rng(0).integers(0, 31, (3, 16)) + begin)

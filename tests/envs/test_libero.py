@@ -73,7 +73,7 @@ ACTIONS = np.random.default_rng(0).uniform(-1, 1, (12, 7)).astype(np.float32)
 
 
 def states(env, **reset):
-    """All positions and velocities of the simulation during fixed actions, and the first images."""
+    """All positions and velocities of the simulation during fixed actions, and a hash of the first image."""
     observation, _ = env.reset(**reset)
     simulator = env.unwrapped.simulator
     found = []

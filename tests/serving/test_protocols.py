@@ -1,4 +1,4 @@
-"""A custom wire protocol is served beside the built-in ones, with the same keys and limits."""
+"""A custom wire protocol is served beside the built-in ones, with the same API keys and request limits."""
 
 import importlib
 import json

@@ -23,10 +23,10 @@ class RunFolder:
 
     Attributes:
         path: the folder; it may not exist yet.
-        config: the configuration of the job; None for a job without settings.
+        config: the configuration of the job; None if the folder has no settings file.
         settings: name of the settings file in `path`, which contains `config` as YAML.
         free: keys that may change if a run is continued, in addition to `out` and `resume`.
-        remedy: what to do instead of passing the same settings, for error messages.
+        remedy: end of the error message for changed settings, after "Pass the same settings, or".
     """
 
     path: Path
@@ -94,7 +94,7 @@ class RunFolder:
         try:
             return configuration.load(type(self.config), self.settings_file)
         except (ConfigError, UnicodeDecodeError) as error:
-            reason = str(error).splitlines()[0].rstrip(".")  # one line, because every key may be wrong
+            reason = str(error).splitlines()[0].rstrip(".")  # the first of many: another job's keys are all wrong
             raise self.unrelated_files(f"{self.settings} does not fit this job: {reason}") from None
 
     def unrelated_files(self, what: str) -> ConfigError:

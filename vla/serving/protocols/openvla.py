@@ -2,13 +2,13 @@
 
 `POST /act` with a JSON object whose arrays are encoded by json-numpy:
 
-* Request: {"image", "instruction", "unnorm_key"?} from OpenVLA's clients, or {"full_image", "wrist_image"?, "state"?,
-  "instruction"} from OpenVLA-OFT's clients (`vla.serving.requests`). Clients that do not patch their JSON library wrap
-  the request in a string: {"encoded": "<JSON>"}.
+* Request: any keys of `vla.serving.requests`. OpenVLA's clients send {"image", "instruction", "unnorm_key"?} and
+  OpenVLA-OFT's clients {"full_image", "wrist_image"?, "state"?, "instruction"}. Clients that do not patch their JSON
+  library wrap the request in a string: {"encoded": "<JSON>"}.
 * Reply: one action, float64 [D], if the request has "image"; otherwise, the chunk as a list of actions. The reply to an
   encoded request is a JSON string that contains JSON.
 * Error: status 200 and the text "error", as stock clients expect. With `?errors=plain` in the URL, status 400 or 500
-  and {"error": message}.
+  and {"error": message}. An overloaded server replies with 503 in both cases.
 """
 
 from __future__ import annotations
