@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import enum
 import math
 from typing import Any
 
@@ -31,15 +30,6 @@ from vla.policy.session import Session
 _HISTORY = 1000  # number of commands kept
 
 
-class RequestState(enum.Enum):
-    """pending -> partial -> done; pending or partial -> failed."""
-
-    PENDING = "pending"
-    PARTIAL = "partial"
-    DONE = "done"
-    FAILED = "failed"
-
-
 @dataclasses.dataclass(frozen=True)
 class Request:
     """A request for a chunk.
@@ -50,14 +40,15 @@ class Request:
         heard: time at which actions last arrived; equal to `taken` before the first arrival.
         delay: the chunk's first action is for step `step + delay`.
         stalled: whether no action arrived for longer than `max_age_s`; `delay` then no longer changes.
+        failed: whether decoding ended with an error.
     """
 
     step: int
     taken: float
     heard: float
-    state: RequestState = RequestState.PENDING
     delay: int = 0
     stalled: bool = False
+    failed: bool = False
 
 
 def place_chunk(request: Request, heard: float, waited: int, max_age_s: float) -> Request:
@@ -71,7 +62,7 @@ def place_chunk(request: Request, heard: float, waited: int, max_age_s: float) -
     """
     stalled = request.stalled or heard - request.heard > max_age_s
     delay = request.delay if stalled else waited
-    return dataclasses.replace(request, heard=heard, state=RequestState.PARTIAL, delay=delay, stalled=stalled)
+    return dataclasses.replace(request, heard=heard, delay=delay, stalled=stalled)
 
 
 class Planner:
@@ -110,7 +101,7 @@ class Planner:
         episodes succeed if the buffer is empty at the request, and 34 if it has two or four actions (docs/log.md).
         """
         request = self._request
-        if request is None or request.state is RequestState.FAILED or self._session.instruction != instruction:
+        if request is None or request.failed or self._session.instruction != instruction:
             return True
         near = self._near
         pace = near and step - request.step >= self._policy.n_action_steps
@@ -119,7 +110,7 @@ class Planner:
     def is_new(self, reading: Reading, instruction: str) -> bool:
         """Whether a request with this observation and instruction would differ from the last one."""
         request = self._request
-        if request is None or request.state is RequestState.FAILED:
+        if request is None or request.failed:
             return True
         return reading.time > request.taken or self._session.instruction != instruction
 
@@ -162,7 +153,7 @@ class Planner:
         if answer.error is not None:
             self._buffer.complete()
             if self._request is not None:
-                self._request = dataclasses.replace(self._request, state=RequestState.FAILED)
+                self._request = dataclasses.replace(self._request, failed=True)
             self._record.failed(answer.error)
             return event | {"error": answer.error}
         if answer.prediction is not None:
@@ -183,7 +174,6 @@ class Planner:
             self._executed = step - first + (self._policy.horizon if self._near else self._policy.n_action_steps)
         if answer.prediction is not None:
             self._session.draft = answer.prediction.next_draft[0]
-            request = dataclasses.replace(request, state=RequestState.DONE)
         self._request = request
         self._buffer.put(answer.actions[: self._executed], first, step, answer.more)
 
