@@ -1,5 +1,6 @@
 """`vla deploy` with a simulated robot that does not wait for the policy."""
 
+import contextlib
 import json
 import multiprocessing
 import signal
@@ -27,7 +28,7 @@ def save(tiny, folder) -> None:
 
 
 def test_the_simulation_does_not_wait():
-    with SimRobot("envs:vla/Reach-v0") as robot:
+    with contextlib.closing(SimRobot("envs:vla/Reach-v0")) as robot:
         first = robot.reset(seed=3)
         assert robot.instruction and first.observation["pixels"]["front"].dtype == np.uint8
         time.sleep(0.5)
@@ -49,7 +50,7 @@ def test_the_simulation_does_not_wait():
 def test_a_simulation_that_fails_reports_it():
     with pytest.raises(SimulatorError, match="Nowhere"):
         SimRobot("envs:vla/Nowhere-v0")
-    with SimRobot("envs:vla/Reach-v0") as robot:
+    with contextlib.closing(SimRobot("envs:vla/Reach-v0")) as robot:
         robot.reset(seed=0)
         (process,) = (child for child in multiprocessing.active_children() if child.name == "vla-sim-robot")
         process.kill()

@@ -36,7 +36,7 @@ class Sent:
 
 
 class ReplayRobot(EpisodicRobot):
-    """The episodes of a dataset. Use it as a context manager.
+    """The episodes of a dataset.
 
     `reset` loads an episode, and keeps its decoded images in memory (0.9 MB per frame and camera of 640 x 480). The
     episode starts with the first observation or command; frame k is shown from start + k / hz on, for one period.
@@ -69,12 +69,6 @@ class ReplayRobot(EpisodicRobot):
         self._observations: list[dict[str, Any]] = []
         self._start: float | None = None  # of the episode; None before the first observation or command
         self._latest: Reading | None = None
-
-    def __enter__(self) -> ReplayRobot:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def reset(self, episode: int) -> None:
         """Load an episode. DataError if no episode has this index."""

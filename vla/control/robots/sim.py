@@ -28,7 +28,7 @@ _PATIENCE_S = 120.0  # timeout for building a scene and rendering its first imag
 
 
 class SimRobot(EpisodicRobot):
-    """The environment `env_id` in real time. Use it as a context manager.
+    """The environment `env_id` in real time.
 
     The process first sends the RobotSpec. It replies to ("reset", seed) with (instruction, first reading), and sends a
     `Reading` after every tick. It does not reply to ("command", action), so neither process waits for the other.
@@ -47,12 +47,6 @@ class SimRobot(EpisodicRobot):
         except BaseException:
             self.close()
             raise
-
-    def __enter__(self) -> SimRobot:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def reset(self, seed: int) -> Reading:
         """Begin an episode; its clock starts with the returned reading."""
