@@ -25,6 +25,7 @@ from vla.control.robot import Reading
 from vla.errors import VLAError
 from vla.policy import ChunkPolicy
 from vla.spec import RobotSpec, check_image
+from vla.support.statistics import percentiles
 
 _PLOTTED_S = 10.0
 _TIMED_S = 60.0  # window of the reported lateness
@@ -286,12 +287,9 @@ class OperatorConsole:
         return own + [text for text in reversed(self._instructed.copy()) if text not in own]
 
     def _timing(self) -> dict[str, Any]:
-        late = 1e3 * np.array(self._lateness.copy())
-        spread = (
-            None if not late.size else [round(float(ms), 2) for ms in (*np.quantile(late, (0.5, 0.99)), late.max())]
-        )
+        late = [1e3 * seconds for seconds in self._lateness.copy()]
         return {
-            "lateness_ms": spread and dict(zip(("p50", "p99", "max"), spread, strict=True)),
+            "lateness_ms": {name: round(ms, 2) for name, ms in percentiles(late).items()} if late else None,
             "commands": self._due,
             "missed": self._missed,
             "decode_ms": [round(ms, 1) for ms in self._decodings.copy()],

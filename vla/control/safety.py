@@ -104,7 +104,7 @@ class SafetyFilter:
         """
         hold = "emergency stop" if self.stopped else fault or self._why_hold(action, entropy, missing)
         if hold is not None:
-            command = Command(self._hold_action(), (hold,))
+            command = Command(self.hold().action, (hold,))
         else:
             assert action is not None
             command = self._limited(np.asarray(action, np.float32), state)
@@ -114,11 +114,8 @@ class SafetyFilter:
         return command
 
     def hold(self) -> Command:
-        """The command that ends a run."""
-        return Command(self._hold_action())
-
-    def _hold_action(self) -> np.ndarray:
-        return self._spec.hold_action(self._reference if self._last is None else self._last)
+        """The hold command, which also ends a run."""
+        return Command(self._spec.hold_action(self._reference if self._last is None else self._last))
 
     def _why_hold(self, action: np.ndarray | None, entropy: float, missing: str) -> str | None:
         if action is None:
