@@ -16,9 +16,13 @@ from transformers import PreTrainedConfig
 from vla.errors import ConfigError
 from vla.support.registry import Registry
 
+TOWERS: Registry[type[Tower]] = Registry("kind of vision tower")
 
+
+@TOWERS.register("siglip_vision_model")
 class Tower:
-    """A vision transformer: one token per patch of a square grid, preceded by class and register tokens.
+    """A vision transformer such as SigLIP (arXiv:2303.15343): one token per patch of a square grid, preceded by class
+    and register tokens.
 
     Attributes:
         mean, std: image statistics of the family, for images scaled to [0, 1]; the default for models without them.
@@ -62,14 +66,6 @@ class Tower:
         return tower(pixel_values=images, output_hidden_states=True, return_dict=True).hidden_states[layer]
 
 
-TOWERS: Registry[type[Tower]] = Registry("kind of vision tower")
-
-
-@TOWERS.register("siglip_vision_model")
-class SigLIP(Tower):
-    """SigLIP (arXiv:2303.15343)."""
-
-
 @TOWERS.register("clip_vision_model")
 class CLIP(Tower):
     """CLIP (arXiv:2103.00020)."""
@@ -78,23 +74,22 @@ class CLIP(Tower):
     std = (0.26862954, 0.26130258, 0.27577711)
 
 
+@TOWERS.register("dinov2_with_registers")
 @TOWERS.register("dinov2")
 class DINOv2(Tower):
-    """DINOv2 (arXiv:2304.07193). Trained on images of 518 pixels; for others, it interpolates position embeddings."""
+    """DINOv2 (arXiv:2304.07193), also with register tokens (arXiv:2309.16588). Trained on images of 518 pixels; for
+    others, it interpolates position embeddings."""
 
     mean = (0.485, 0.456, 0.406)
     std = (0.229, 0.224, 0.225)
     any_size = True
 
 
-@TOWERS.register("dinov2_with_registers")
-class DINOv2WithRegisters(DINOv2):
-    """DINOv2 with register tokens (arXiv:2309.16588)."""
-
-
+@TOWERS.register("smolvlm_vision")
 @TOWERS.register("idefics3_vision")
 class Idefics3(Tower):
-    """The tower of Idefics3 (arXiv:2408.12637). A token consists of `scale_factor` x `scale_factor` patches."""
+    """The tower of Idefics3 (arXiv:2408.12637) and SmolVLM (arXiv:2504.05299). A token consists of `scale_factor` x
+    `scale_factor` patches."""
 
     @classmethod
     def tokens_per_image(cls, config: Any, image_size: int) -> int:
@@ -116,11 +111,6 @@ class Idefics3(Tower):
         scale = config.scale_factor
         cells = patches.view(-1, side // scale, scale, side // scale, scale, config.hidden_size)
         return cells.transpose(2, 3).reshape(len(patches), (side // scale) ** 2, -1)
-
-
-@TOWERS.register("smolvlm_vision")
-class SmolVLM(Idefics3):
-    """The tower of SmolVLM (arXiv:2504.05299)."""
 
 
 def adapter(config: Any) -> type[Tower]:
