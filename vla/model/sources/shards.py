@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -187,30 +188,22 @@ class Adapter:
 
 
 def write(folder: Path, shapes: Mapping[str, torch.Size], make: Callable[[str], torch.Tensor], size: int) -> None:
-    """Write tensors to numbered safetensors files of about 4 GiB, with an index. Only the tensors of one file are in
-    memory at a time.
+    """Write tensors to safetensors files of at most 4 GiB: one file, or numbered files with an index. Only the tensors
+    of one file are in memory at a time.
 
     Args:
         shapes: key -> shape, in the order of writing.
         make: key -> tensor.
         size: bytes per element.
     """
-    groups: list[list[str]] = [[]]
-    filled = 0
-    for key, shape in shapes.items():
-        count = shape.numel() * size
-        if groups[-1] and filled + count > SHARD_BYTES:
-            groups.append([])
-            filled = 0
-        groups[-1].append(key)
-        filled += count
-    weight_map: dict[str, str] = {}
-    total = 0
-    for number, keys in enumerate(groups, start=1):
-        name = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        tensors = {key: make(key).contiguous() for key in keys}
-        save_file(tensors, folder / name, {"format": "pt"})
-        total += sum(tensor.nbytes for tensor in tensors.values())
-        weight_map |= dict.fromkeys(keys, name)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2))
+    split = split_state_dict_into_shards_factory(
+        dict(shapes),
+        get_storage_size=lambda shape: shape.numel() * size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=SHARD_BYTES,
+    )
+    for name, keys in split.filename_to_tensors.items():
+        save_file({key: make(key).contiguous() for key in keys}, folder / name, {"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2))
