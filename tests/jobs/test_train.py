@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
 from hypothesis import given, settings
@@ -200,7 +201,7 @@ def test_lora_trains_few_parameters_and_merges_without_changing_tokens(demos, un
     )
     run = train(cfg)
     base, processor = checkpoint.load(str(unbroken))
-    adapted = lora.load(base, run / "adapter").eval()
+    adapted = peft.PeftModel.from_pretrained(base, run / "adapter").eval()
     trainable = lora.attach(checkpoint.load(str(unbroken))[0], LoraConfig()).parameters()
     trained = sum(p.numel() for p in trainable if p.requires_grad)
     assert trained < 0.35 * sum(p.numel() for p in base.parameters())
@@ -233,7 +234,7 @@ def test_lora_of_a_composed_backbone_merges_exactly(demos, tmp_path, observation
     # The random weights outside the adapter are taken from the run.
     parts = {key: value for key, value in merged.state_dict().items() if "language_model" not in key}
     base.load_state_dict(parts, strict=False)
-    adapted = lora.load(base, run / "adapter").eval()
+    adapted = peft.PeftModel.from_pretrained(base, run / "adapter").eval()
     batch = processor.observe(observations(4), ["go to square 1"] * 4)
     assert torch.equal(greedy(adapted.get_base_model(), batch), greedy(merged, batch))
     assert torch.equal(greedy(merged, batch), reference(merged, batch))

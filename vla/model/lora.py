@@ -1,4 +1,4 @@
-"""LoRA adapters (Hu et al., arXiv:2106.09685) through peft: attach, load and merge.
+"""LoRA adapters (Hu et al., arXiv:2106.09685) through peft: attach and merge.
 
 Owns: the choice of trained parts, and the merge. Merging is done in float32, so that the merged network decodes the
 same tokens. In embedding and head, only the rows of the action tokens are trained; embeddings are never resized. It
@@ -6,8 +6,6 @@ does not know the training loop.
 """
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import peft
 import torch
@@ -43,11 +41,6 @@ def attach(network: VLAForActionPrediction, lora: LoraConfig) -> peft.PeftModel:
         trainable_token_indices=rows,
     )
     return peft.get_peft_model(network, config)
-
-
-def load(network: VLAForActionPrediction, folder: str | Path, trainable: bool = False) -> peft.PeftModel:
-    """Attach the adapter saved in `folder` (safetensors) to the network it was trained on."""
-    return peft.PeftModel.from_pretrained(network, str(folder), is_trainable=trainable)
 
 
 @torch.no_grad()

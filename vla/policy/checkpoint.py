@@ -19,13 +19,13 @@ from huggingface_hub import snapshot_download
 from transformers.utils import logging as transformers_logging
 
 from vla.config import ModelConfig
-from vla.errors import CheckpointError, VLAError
+from vla.errors import CheckpointError
 from vla.model.build import check_room
 from vla.model.configuration import VLAConfig
 from vla.model.modeling import VLAForActionPrediction
 from vla.model.processing import VLAProcessor
 from vla.model.sources.checkpoint import find_checkpoint, load_checkpoint, read_config
-from vla.model.sources.hub import read_json
+from vla.model.sources.hub import errors_as, read_json
 from vla.model.sources.openvla import OpenVLA
 from vla.model.sources.shards import ADAPTER_CONFIG
 from vla.policy.hub import FRONT_MATTER
@@ -111,13 +111,9 @@ def _checked_config(folder: Path) -> VLAConfig:
             "original training run."
         )
     config = read_config(folder)
-    try:
+    with errors_as(CheckpointError, f"{folder}/config.json does not describe a policy"):
         config.check_policy()
         check_room(config, str(folder))
-    except VLAError:
-        raise
-    except Exception as error:  # the file may contain values of any type
-        raise CheckpointError(f"{folder}/config.json does not describe a policy: {error}") from error
     return config
 
 

@@ -8,11 +8,11 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from vla.config import ModelConfig
-from vla.errors import CheckpointError, ConfigError, VLAError
+from vla.errors import CheckpointError, ConfigError
 from vla.model.configuration import VLAConfig
 from vla.model.modeling import VLAForActionPrediction
 from vla.model.sources.base import SOURCES, Source
-from vla.model.sources.hub import misfit, read_json
+from vla.model.sources.hub import errors_as, misfit, read_json
 
 NANO = Path(__file__).parents[2] / "pretrained" / "nano"
 
@@ -64,12 +64,8 @@ def find_checkpoint(name: str) -> Path | None:
 
 def read_config(folder: Path) -> VLAConfig:
     """The configuration in a checkpoint folder of this package. CheckpointError if it is invalid."""
-    try:
+    with errors_as(CheckpointError, f"{folder}/config.json does not describe a policy"):
         return VLAConfig.from_pretrained(folder)
-    except VLAError:
-        raise
-    except Exception as error:  # the file may contain values of any type
-        raise CheckpointError(f"{folder}/config.json does not describe a policy: {error}") from error
 
 
 def load_checkpoint(

@@ -26,7 +26,7 @@ from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_toke
 from vla.errors import ConfigError
 from vla.model.sources.base import SOURCES
 from vla.model.sources.composed import Composed
-from vla.model.sources.hub import misfit, with_padding
+from vla.model.sources.hub import errors_as, misfit, with_padding
 from vla.model.sources.packages import packaged
 
 ARCHITECTURE = "llama"
@@ -104,15 +104,9 @@ def _open(path: Path) -> Any:
         return GGUFReader(path)
 
 
-@contextlib.contextmanager
-def _errors_of(path: Path) -> Any:
+def _errors_of(path: Path) -> contextlib.AbstractContextManager[None]:
     """Convert errors from a damaged file to a ConfigError."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except Exception as error:  # damaged files raise various errors
-        raise ConfigError(f"{path} is damaged, incomplete or not a GGUF file: {error}") from error
+    return errors_as(ConfigError, f"{path} is damaged, incomplete or not a GGUF file")
 
 
 def _llama_config(path: Path, reader: Any) -> LlamaConfig:

@@ -7,9 +7,10 @@ training starts. It does not know how parts become a policy.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from vla.errors import CheckpointError, ConfigError
+from vla.errors import CheckpointError, ConfigError, VLAError
 from vla.model.vision import adapter
 from vla.support.locations import missing_folder
 
@@ -33,6 +34,17 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} must contain a JSON object, got {type(values).__name__}.")
     return values
+
+
+@contextlib.contextmanager
+def errors_as(kind: type[VLAError], what: str) -> Iterator[None]:
+    """Convert errors to a `kind` whose message begins with `what`. Errors of this package stay as they are."""
+    try:
+        yield
+    except VLAError:
+        raise
+    except Exception as error:  # damaged files, and values of any type, raise various errors
+        raise kind(f"{what}: {error}") from error
 
 
 def model_type(name: str) -> str | None:

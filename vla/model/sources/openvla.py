@@ -27,12 +27,12 @@ from huggingface_hub import snapshot_download
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from vla.config import ModelConfig
-from vla.errors import CheckpointError, ConfigError, VLAError, unknown
+from vla.errors import CheckpointError, ConfigError, unknown
 from vla.model.configuration import N_ACTION_ROWS, VLAConfig
 from vla.model.modeling import VLAForActionPrediction
 from vla.model.sources import openvla_layout
 from vla.model.sources.base import SOURCES, Source
-from vla.model.sources.hub import model_type, read_json
+from vla.model.sources.hub import errors_as, model_type, read_json
 from vla.model.sources.shards import ADAPTER_CONFIG, Adapter, Keys, Shards
 from vla.spec import ActionSpace, RobotSpec
 
@@ -128,12 +128,8 @@ class OpenVLA(Source):
         if model.image_size not in (None, IMAGE_SIZE):
             raise ConfigError(f"{self.name} needs images of {IMAGE_SIZE} pixels, not {model.image_size}.")
         statistics = self._statistics()
-        try:
+        with errors_as(CheckpointError, f"{self._base}/{FILE} does not describe an OpenVLA checkpoint"):
             return read_config(self._base, statistics)
-        except VLAError:
-            raise
-        except Exception as error:  # the file may contain values of any type
-            raise CheckpointError(f"{self._base}/{FILE} does not describe an OpenVLA checkpoint: {error}") from error
 
     def load(self, config: VLAConfig) -> tuple[VLAForActionPrediction, PreTrainedTokenizerBase]:
         tokenizer = _tokenizer(self._base, config)
@@ -267,10 +263,8 @@ def _image_statistics(folder: Path) -> tuple[list[list[float]], list[list[float]
 
 def _tokenizer(folder: Path, config: VLAConfig) -> PreTrainedTokenizerBase:
     """Load the text tokenizer exactly as in tokenizer.json; transformers' LlamaTokenizer would change it."""
-    try:
+    with errors_as(CheckpointError, f"{folder}: the text tokenizer cannot be loaded"):
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    except Exception as error:  # damaged files raise various errors
-        raise CheckpointError(f"{folder}: the text tokenizer cannot be loaded: {error}") from None
     end = config.action_token_begin + config.n_action_rows
     if tokenizer.vocab_size > end or tokenizer.bos_token_id is None:
         raise CheckpointError(
