@@ -54,22 +54,19 @@ def action_histograms(demos: Demonstrations, normalizer: Normalizer, bins: int) 
     return figure
 
 
-def camera_strip(
-    images: Sequence[Sequence[np.ndarray]], titles: Sequence[str], moments: Sequence[str] = MOMENTS
-) -> Figure:
-    """A contact sheet with one row per episode and one column per moment of the episode.
+def camera_strip(images: Sequence[Sequence[np.ndarray]], titles: Sequence[str]) -> Figure:
+    """A contact sheet with one row per episode and one column for each of `MOMENTS`.
 
     Args:
-        images: [episodes][moments] of uint8 [H, W, 3].
+        images: for each episode, one image per moment, uint8 [H, W, 3].
         titles: the label of each row.
-        moments: the column titles.
     """
     height, width = images[0][0].shape[:2]
     cell = 1.55
     tall = cell * height / width
-    figure = Figure(figsize=(2.0 + cell * len(moments), tall * len(images) + 0.35))
+    figure = Figure(figsize=(2.0 + cell * len(MOMENTS), tall * len(images) + 0.35))
     grid = figure.add_gridspec(
-        len(images), len(moments), left=2.0 / figure.get_figwidth(), right=0.995, bottom=0.005,
+        len(images), len(MOMENTS), left=2.0 / figure.get_figwidth(), right=0.995, bottom=0.005,
         top=1 - 0.3 / figure.get_figheight(), wspace=0.03, hspace=0.03 * width / height,
     )  # fmt: skip
     for row, (frames, title) in enumerate(zip(images, titles, strict=True)):
@@ -80,7 +77,7 @@ def camera_strip(
             axis.set_yticks([])
             axis.spines[:].set_visible(False)
             if row == 0:
-                axis.set_title(moments[column], fontsize=9, color=SOFT, pad=5)
+                axis.set_title(MOMENTS[column], fontsize=9, color=SOFT, pad=5)
             if column == 0:
                 head, _, rest = title.partition("\n")
                 text = "\n".join(textwrap.wrap(rest, 23)[: max(1, int(tall / 0.17) - 1)])

@@ -37,12 +37,11 @@ def vector_column(values: np.ndarray) -> pa.Array:
     return flat if values.shape[1] == 1 else pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
 
 
-def finalise(root: Path, numbers: Sequence[int] | None = None, robot_type: str | None = None) -> None:
+def finalise(root: Path, numbers: Sequence[int] | None = None) -> None:
     """Pack the episodes staged in `root` into a dataset, in ascending order and renumbered from 0.
 
     Args:
         numbers: the episodes to include; None: all.
-        robot_type: LeRobot's name for the robot, if any.
     Raises:
         DataError: there are no episodes, or they were recorded with different robots or image sizes.
     """
@@ -55,7 +54,7 @@ def finalise(root: Path, numbers: Sequence[int] | None = None, robot_type: str |
     shutil.rmtree(packed, ignore_errors=True)
     packed.mkdir()
     with guard_disk(root):
-        _Packing(packed, folders, robot_type).write(root.resolve().name)
+        _Packing(packed, folders).write(root.resolve().name)
     for name in (CARD, "data", "videos", "meta"):  # `meta` last: only then is the folder a dataset
         shutil.rmtree(root / name, ignore_errors=True)
         if (packed / name).exists():
@@ -66,8 +65,8 @@ def finalise(root: Path, numbers: Sequence[int] | None = None, robot_type: str |
 class _Packing:
     """Writes the files of one dataset below `out`."""
 
-    def __init__(self, out: Path, folders: Sequence[Path], robot_type: str | None) -> None:
-        self.out, self.folders, self.robot_type = out, folders, robot_type
+    def __init__(self, out: Path, folders: Sequence[Path]) -> None:
+        self.out, self.folders = out, folders
         self.abouts = [_about(folder) for folder in folders]
         first = self.abouts[0]
         for folder, about in zip(folders, self.abouts, strict=True):
@@ -97,7 +96,6 @@ class _Packing:
             total_episodes=len(self.rows),
             total_frames=self.rows[-1]["dataset_to_index"],
             total_tasks=len(self.tasks),
-            robot_type=self.robot_type,
             splits={"train": f"0:{len(self.rows)}"},
             video_path=v3.VIDEO if self.robot.cameras else None,
             robot=self.robot.to_dict(),

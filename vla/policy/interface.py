@@ -123,11 +123,11 @@ class ChunkPolicy(abc.ABC):
             raise ConfigError("pass an instruction, or call policy.reset(instruction) first.")
         return self.predict([observation], [instruction]).chunks[0]
 
-    def warm_up(self, batch_size: int = 1, instruction: str = "warm up") -> None:
+    def warm_up(self) -> None:
         """Decode one chunk for a blank observation, so that the first real chunk is not slower than later ones."""
         size, robot = self.image_size, self.robot
         blank = {
             "pixels": {camera: np.zeros((size, size, 3), np.uint8) for camera in robot.cameras},
             "agent_pos": np.zeros(robot.state_dim, np.float32),
         }
-        self.predict([blank] * batch_size, [instruction] * batch_size)
+        self.predict([blank], ["warm up"])

@@ -37,12 +37,11 @@ class Expert(Protocol):
     def act(self) -> np.ndarray: ...
 
 
-def make(env_id: str, adapter: AdapterConfig | None = None, render: bool = False) -> SimulatedRobot:
+def make(env_id: str, adapter: AdapterConfig | None = None) -> SimulatedRobot:
     """Create the environment `env_id` ("vla/PickUp-v0", "module:Id-v0", ...) and adapt it.
 
     Args:
         adapter: where to find images, state, ...; None: the defaults for this package's environments.
-        render: also enable `render()`, which then returns an RGB image.
     Raises:
         SimulatorError: the id is unknown, the environment cannot start, or an entry named in the adapter is missing.
         SpecError: an entry named in the adapter is not a valid image, state or robot description.
@@ -53,7 +52,7 @@ def make(env_id: str, adapter: AdapterConfig | None = None, render: bool = False
         os.environ.setdefault("MUJOCO_GL", "egl")
     full_id = resolve(env_id, adapter)
     kwargs = dict(adapter.kwargs)
-    if render or "render()" in adapter.images.values():
+    if "render()" in adapter.images.values():
         kwargs.setdefault("render_mode", "rgb_array")
     if adapter.max_steps is not None:
         kwargs["max_episode_steps"] = adapter.max_steps

@@ -329,11 +329,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def plot_metrics(run: Path) -> Path | None:
-    """Plot the loss and token accuracy in `metrics.jsonl` to `curves.png`. None without metrics."""
+def plot_metrics(run: Path) -> None:
+    """Plot the loss and token accuracy in `metrics.jsonl` to `curves.png`, if there are any."""
     rows = read_metrics(run / METRICS)
     if not any("loss" in row for row in rows):
-        return None
+        return
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4))
@@ -355,4 +355,3 @@ def plot_metrics(run: Path) -> Path | None:
     left.set_title("cross-entropy of action tokens")
     right.set_title("token accuracy, teacher-forced")
     figure.savefig(run / CURVES, dpi=130)
-    return run / CURVES
