@@ -54,8 +54,7 @@ def serving(policy):
     @contextlib.contextmanager
     def start(key: str | None = None, port: int = 0, policy: Policy = policy, **values):
         config = ServeConfig(**values)
-        app = None
-        batcher = Batcher(policy, config.max_batch, config.max_queue, lambda size: app and app.metrics.batch(size))
+        batcher = Batcher(policy, config.max_batch, config.max_queue)
         app = PolicyApp(batcher, config, serving.describe(policy), key)
         listener = listen("127.0.0.1", port)
         server = uvicorn.Server(serving.settings(app, config))

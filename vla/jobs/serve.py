@@ -31,8 +31,7 @@ def serve(config: ServeConfig) -> None:
     )
     listener = listen(config.host, config.port)
     policy.warm_up()
-    app = None
-    batcher = Batcher(policy, config.max_batch, config.max_queue, lambda size: app.metrics.batch(size) if app else None)
+    batcher = Batcher(policy, config.max_batch, config.max_queue)
     app = PolicyApp(batcher, config, describe(policy), os.environ.get("VLA_API_KEY") or None)
     secure = "s" if config.certificate else ""
     host, port = listener.getsockname()[:2]

@@ -61,6 +61,7 @@ class PolicyApp:
         self.policy: Policy = batcher.policy
         self.metadata = metadata
         self.metrics = Metrics(waiting=lambda: batcher.waiting)
+        batcher.on_batch = self.metrics.batch
         self.draining = False
         self._refusals = Refusals()
         self._active = 0

@@ -38,14 +38,13 @@ class _Job:
 class Batcher:
     """Answers requests in the order of their arrival.
 
-    Args:
+    Attributes:
         on_batch: called with the size of every batch.
     """
 
-    def __init__(
-        self, policy: Policy, max_batch: int, max_queue: int, on_batch: Callable[[int], None] = lambda size: None
-    ) -> None:
-        self.policy, self._max_batch, self._max_queue, self._on_batch = policy, max_batch, max_queue, on_batch
+    def __init__(self, policy: Policy, max_batch: int, max_queue: int) -> None:
+        self.policy, self._max_batch, self._max_queue = policy, max_batch, max_queue
+        self.on_batch: Callable[[int], object] = lambda size: None
         self._queue: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._by_key: dict[str, Policy] = {}
         self._thread = threading.Thread(target=self._serve, daemon=True, name="vla-batcher")
@@ -115,7 +114,7 @@ class Batcher:
             for job in jobs:
                 _settle(job, job.future.set_exception, error)
             return
-        self._on_batch(len(jobs))
+        self.on_batch(len(jobs))
         seconds = time.perf_counter() - begun
         for row, job in enumerate(jobs):
             _settle(job, job.future.set_result, Answer(prediction.row(row), seconds))
