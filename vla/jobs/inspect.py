@@ -51,16 +51,29 @@ def inspect(config: InspectConfig) -> Path:
     figures = {"actions": action_histograms(demos, normalizer, bins)}
     figures |= {f"camera-{camera}": _strip(demos, camera) for camera in demos.cameras}
     figures["lengths"] = length_histogram(demos)
+    images = {}
     for name, figure in figures.items():
-        figure.savefig(out / f"{name}.png", dpi=150, facecolor="white")
+        path = out / f"{name}.png"
+        figure.savefig(path, dpi=150, facecolor="white")
+        images[name] = base64.b64encode(path.read_bytes()).decode()
 
     facts = _facts(demos)
     entries = _entries(demos, normalizer, statistics, bins)
     instructions = Counter(episode.instruction for episode in demos.episodes).most_common()
-    (out / PAGE).write_text(
-        _page(bins, demos, facts, entries, instructions, findings, {name: out / f"{name}.png" for name in figures}),
-        encoding="utf-8",
+    environment = templates()
+    environment.filters["listed"] = _listed
+    page = environment.get_template("inspect.html").render(
+        name=demos.root.resolve().name,
+        facts=facts,
+        entries=entries,
+        bins=bins,
+        instructions=instructions[: 4 * LISTED],
+        unlisted=len(instructions) - 4 * LISTED,
+        findings=findings,
+        images=images,
+        cameras=demos.cameras,
     )
+    (out / PAGE).write_text(page, encoding="utf-8")
     _print(Console(), bins, demos, facts, entries, instructions, findings)
     console = Console(stderr=True)
     for episode in _spread(demos.episodes, config.rerun):
@@ -116,10 +129,7 @@ def _entries(
     demos: Demonstrations, normalizer: Normalizer, statistics: dict[str, list[float]], bins: int
 ) -> list[dict[str, Any]]:
     """For each action dimension: statistics, the share of values that are clipped, and the bin width."""
-    low, high = (
-        normalizer.unnormalize(-np.ones(len(normalizer.scale))),
-        normalizer.unnormalize(np.ones(len(normalizer.scale))),
-    )
+    low, high = normalizer.unnormalize(np.array([[-1.0], [1.0]]))
     clipped = np.mean((demos.actions < low - 1e-6) | (demos.actions > high + 1e-6), axis=0)
     return [
         {
@@ -208,28 +218,3 @@ def _print(
         console.print(f"[bold yellow]{finding.what}[/]{where}: {finding.detail}", highlight=False)
     if not findings:
         console.print("[bold green]no problems found[/]", highlight=False)
-
-
-def _page(
-    bins: int,
-    demos: Demonstrations,
-    facts: dict[str, str],
-    entries: list[dict[str, Any]],
-    instructions: list[tuple[str, int]],
-    findings: list[Finding],
-    images: dict[str, Path],
-) -> str:
-    environment = templates()
-    environment.filters["listed"] = _listed
-    data = {name: base64.b64encode(path.read_bytes()).decode() for name, path in images.items()}
-    return environment.get_template("inspect.html").render(
-        name=demos.root.resolve().name,
-        facts=facts,
-        entries=entries,
-        bins=bins,
-        instructions=instructions[: 4 * LISTED],
-        unlisted=len(instructions) - 4 * LISTED,
-        findings=findings,
-        images=data,
-        cameras=demos.cameras,
-    )

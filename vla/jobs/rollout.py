@@ -67,10 +67,14 @@ def rollout(config: RolloutConfig, policy: ChunkPolicy | None = None) -> dict[st
     ]
     with Pool(min(config.n_envs, len(episodes)), config.adapter, config.hosts) as pool:
         descriptions = _describe(pool, config.env)
-        identity = (
-            {"path": None, "sha256": None} if policy else {"path": config.policy, "sha256": hash_of(config.policy)}
-        )
-        policy = policy or _load(config)
+        identity: dict[str, str | None] = {"path": None, "sha256": None}
+        if policy is None:
+            from vla.serving import client
+
+            identity = {"path": config.policy, "sha256": hash_of(config.policy)}
+            policy = client.load(
+                config.policy, config.device, config.unnorm_key, config.n_action_steps, config.decoding, config.dtype
+            )
         for env_id, description in descriptions.items():
             robot = RobotSpec.from_dict(description.robot)
             policy.robot.check_fits(robot, f"environment {env_id!r}", tolerated=("names", "rate"))
@@ -246,7 +250,9 @@ class _Run:
             if isinstance(video, Fault):
                 warnings.warn(f"no video of {episode.env_id}, seed {episode.seed}: {video.message}", stacklevel=2)
             elif video:
-                episode.video_path = _save_clip(self._config.out, episode, video)
+                episode.video_path = _file_name(VIDEOS, episode, ".mp4")
+                (self._config.out / VIDEOS).mkdir(exist_ok=True)
+                (self._config.out / episode.video_path).write_bytes(video)
             self._done.append(episode)
             self._progress.advance(f"{sum(e.success for e in self._done) / len(self._done):.0%} success")
 
@@ -323,22 +329,6 @@ def _describe(pool: Pool, env_ids: Sequence[str]) -> dict[str, Description]:
                 raise replies[slot].error or SimulatorError(f"environment {env_id!r}: {replies[slot].message}")
             descriptions[env_id] = replies[slot]
     return descriptions
-
-
-def _load(config: RolloutConfig) -> ChunkPolicy:
-    from vla.serving import client
-
-    return client.load(
-        config.policy, config.device, config.unnorm_key, config.n_action_steps, config.decoding, config.dtype
-    )
-
-
-def _save_clip(out: Path, episode: Episode, video: bytes) -> str:
-    """Write a video and return its path inside the report folder."""
-    path = _file_name(VIDEOS, episode, ".mp4")
-    (out / VIDEOS).mkdir(exist_ok=True)
-    (out / path).write_bytes(video)
-    return path
 
 
 def _file_name(folder: str, episode: Episode, suffix: str) -> str:
