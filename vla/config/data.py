@@ -8,12 +8,12 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
 
-from vla.config.files import STRICT
+from vla.config.files import Strict
 from vla.config.limits import Count, Natural, NonNegative, Seed, Share
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdapterConfig:
+class AdapterConfig(Strict):
     """Where to find images, state, instruction and success in a Gymnasium environment.
 
     The defaults are for this package's environments.
@@ -37,7 +37,6 @@ class AdapterConfig:
         max_steps: maximum steps per episode; None: the environment's registered limit.
     """
 
-    __pydantic_config__ = STRICT
     module: str | None = None
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     images: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -51,7 +50,7 @@ class AdapterConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HostsConfig:
+class HostsConfig(Strict):
     """Where environments run. Results do not depend on it.
 
     Attributes:
@@ -60,7 +59,6 @@ class HostsConfig:
             start a cluster on this machine.
     """
 
-    __pydantic_config__ = STRICT
     backend: str = "local"
     address: str | None = None
 
@@ -71,7 +69,7 @@ class HostsConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CollectConfig:
+class CollectConfig(Strict):
     """`vla collect`: run an expert and write its successful episodes as a LeRobotDataset v3.
 
     Attributes:
@@ -86,7 +84,6 @@ class CollectConfig:
         resume: continue an interrupted collection in `out`.
     """
 
-    __pydantic_config__ = STRICT
     env: tuple[str, ...] = ("envs:vla/PickUp-v0",)
     out: Path = Path("datasets/demos")
     episodes: Count = 50
@@ -113,7 +110,7 @@ class CollectConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class InspectConfig:
+class InspectConfig(Strict):
     """`vla inspect`: print and plot the contents of a dataset, and report its problems.
 
     Attributes:
@@ -124,7 +121,6 @@ class InspectConfig:
             actions). Needs the extra `rerun`.
     """
 
-    __pydantic_config__ = STRICT
     data: Path = Path("datasets/demos")
     out: Path | None = None
     bins: Annotated[int, Ge(2)] | None = None
@@ -132,7 +128,7 @@ class InspectConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ReplayConfig:
+class ReplayConfig(Strict):
     """`vla replay`: replay recorded actions in the environment of the recording, and report success.
 
     Attributes:
@@ -142,7 +138,6 @@ class ReplayConfig:
         out: folder for the report; None: print it only.
     """
 
-    __pydantic_config__ = STRICT
     data: Path = Path("datasets/demos")
     env: str | None = None
     episodes: Count = 10

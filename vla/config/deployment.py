@@ -8,12 +8,12 @@ from typing import Any, ClassVar, Literal
 
 from vla.config.data import AdapterConfig
 from vla.config.evaluation import GREEDY, DecodingConfig
-from vla.config.files import STRICT
+from vla.config.files import Strict
 from vla.config.limits import Count, Dtype, Finite, NonNegative, Port, Positive, Seed, Share
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SafetyConfig:
+class SafetyConfig(Strict):
     """Limits on commands, and requirements on observations.
 
     In addition to these limits, commands are clipped to the action range that tokens can encode.
@@ -31,7 +31,6 @@ class SafetyConfig:
             the end of a sequence of variable length, the entropy is 0.
     """
 
-    __pydantic_config__ = STRICT
     max_age_s: Positive = 0.5
     max_frozen_s: Positive | None = None
     max_change: Positive | None = None
@@ -42,7 +41,7 @@ class SafetyConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ControlConfig:
+class ControlConfig(Strict):
     """The real-time control loop.
 
     Attributes:
@@ -58,7 +57,6 @@ class ControlConfig:
             seconds. It is written to the result folder after a fault, at most once per this interval. 0: no recording.
     """
 
-    __pydantic_config__ = STRICT
     RENAMED: ClassVar = {"seam": "transition", "trust": "prefix_threshold"}
     hz: Positive | None = None
     transition: Literal["switch", "ensemble", "prefix"] = "switch"
@@ -69,7 +67,7 @@ class ControlConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DeployConfig:
+class DeployConfig(Strict):
     """`vla deploy`: run a policy in real time on a simulated robot, on recorded demonstrations, or on your own robot.
 
     Attributes:
@@ -96,7 +94,6 @@ class DeployConfig:
         dtype: type of weights and computation. bfloat16 and float16 take half the memory.
     """
 
-    __pydantic_config__ = STRICT
     policy: str = "nano"
     env: str = "envs:vla/PickUp-v0"
     replay: Path | None = None
@@ -134,7 +131,7 @@ class DeployConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class KeysConfig:
+class KeysConfig(Strict):
     """Keys of clients' requests that cannot be inferred. Join the parts of a nested key with "/".
 
     Attributes:
@@ -143,14 +140,13 @@ class KeysConfig:
         prompt: key of the instruction.
     """
 
-    __pydantic_config__ = STRICT
     images: dict[str, str] = dataclasses.field(default_factory=dict)
     state: tuple[str, ...] = ()
     prompt: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ServeConfig:
+class ServeConfig(Strict):
     """`vla serve`: serve a policy with the protocols of OpenVLA (POST /act), openpi (websocket), vla-eval (websocket
     /vla-eval) and plugins.
 
@@ -177,7 +173,6 @@ class ServeConfig:
         tracebacks: send tracebacks to clients, as openpi's own server does. They reveal paths and code.
     """
 
-    __pydantic_config__ = STRICT
     policy: str = "nano"
     host: str = "127.0.0.1"
     port: Port = 8000
@@ -207,7 +202,7 @@ class ServeConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExportConfig:
+class ExportConfig(Strict):
     """`vla export`: write a policy in another format.
 
     Attributes:
@@ -223,7 +218,6 @@ class ExportConfig:
         overwrite: replace the checkpoint in `out`.
     """
 
-    __pydantic_config__ = STRICT
     policy: str = "nano"
     format: Literal["vla", "hub", "openvla", "onnx"] = "vla"
     push: str | None = None
@@ -239,7 +233,7 @@ class ExportConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DoctorConfig:
+class DoctorConfig(Strict):
     """`vla doctor`: find problems of this machine, and print how to fix them.
 
     Attributes:
@@ -247,6 +241,5 @@ class DoctorConfig:
         json: print the findings as JSON.
     """
 
-    __pydantic_config__ = STRICT
     out: Path = Path()
     json: bool = False

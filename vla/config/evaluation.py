@@ -9,12 +9,12 @@ from typing import Annotated, Literal
 from annotated_types import MinLen
 
 from vla.config.data import AdapterConfig, HostsConfig
-from vla.config.files import STRICT
+from vla.config.files import Strict
 from vla.config.limits import Count, Dtype, Finite, Natural, NonNegative, Positive, Quota, Seed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DecodingConfig:
+class DecodingConfig(Strict):
     """How action tokens are decoded. The default is greedy decoding.
 
     Attributes:
@@ -39,7 +39,6 @@ class DecodingConfig:
         latent: codes of the latent of every chunk, for a Free Transformer; empty: random codes.
     """
 
-    __pydantic_config__ = STRICT
     temperature: NonNegative = 0.0
     top_k: Natural = 0
     top_p: Quota = 1.0
@@ -73,7 +72,7 @@ GREEDY = DecodingConfig()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RolloutConfig:
+class RolloutConfig(Strict):
     """`vla rollout`: evaluate a policy in closed loop on several environments and seeds.
 
     Attributes:
@@ -96,7 +95,6 @@ class RolloutConfig:
         overwrite: replace the results in `out`.
     """
 
-    __pydantic_config__ = STRICT
     policy: str = "nano"
     env: tuple[str, ...] = ("envs:vla/PickUp-v0",)
     episodes: Count = 20
@@ -122,7 +120,7 @@ class RolloutConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BenchmarkConfig:
+class BenchmarkConfig(Strict):
     """`vla benchmark <suite>`: evaluate a policy on a benchmark suite with the protocol of its published results.
 
     The same command resumes an interrupted benchmark; only `n_envs`, `videos` and `hosts` may differ.
@@ -147,7 +145,6 @@ class BenchmarkConfig:
         dtype: type of weights and computation. bfloat16 and float16 take half the memory.
     """
 
-    __pydantic_config__ = STRICT
     suite: str = "metaworld"
     policy: str = "nano"
     tasks: tuple[str, ...] = ()
@@ -166,7 +163,7 @@ class BenchmarkConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExposureConfig:
+class ExposureConfig(Strict):
     """`vla analyze exposure`: measure exposure bias, the loss of accuracy if tokens are conditioned on the policy's own
     earlier tokens instead of the demonstrated ones.
 
@@ -180,7 +177,6 @@ class ExposureConfig:
         device: torch device; "auto" chooses one.
     """
 
-    __pydantic_config__ = STRICT
     policy: str = "nano"
     data: Path = Path("datasets/demos")
     out: Path = Path("runs/exposure")
@@ -191,7 +187,7 @@ class ExposureConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TokenizersConfig:
+class TokenizersConfig(Strict):
     """`vla analyze tokenizers`: compare the length, accuracy and vocabulary of action tokenizers on a dataset.
 
     Attributes:
@@ -203,7 +199,6 @@ class TokenizersConfig:
         frames: maximum number of chunks, evenly spaced in the dataset.
     """
 
-    __pydantic_config__ = STRICT
     data: Path = Path("datasets/demos")
     tokenizers: tuple[str, ...] = ()
     horizons: Annotated[tuple[Count, ...], MinLen(1)] = (8, 16, 50)
@@ -213,7 +208,7 @@ class TokenizersConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LatentConfig:
+class LatentConfig(Strict):
     """`vla analyze latent`: roll out the same seeds under several codes of a policy's latent, and draw the paths.
 
     Attributes:
@@ -229,7 +224,6 @@ class LatentConfig:
         device: torch device; "auto" chooses one.
     """
 
-    __pydantic_config__ = STRICT
     policy: str = "runs/train"
     env: str = "envs:vla/PickUp-v0"
     codes: tuple[Natural, ...] = ()

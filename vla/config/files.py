@@ -16,8 +16,12 @@ from vla.errors import ConfigError
 
 Config = TypeVar("Config")
 
-# Unknown keys are errors. Strings are converted to numbers, because PyYAML reads "1e-4" as a string.
-STRICT = pydantic.ConfigDict(extra="forbid")
+
+class Strict:
+    """Base class of configurations: unknown keys are errors. Strings are converted to numbers, because PyYAML reads
+    "1e-4" as a string."""
+
+    __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
 
 
 def from_dict(cls: type[Config], values: dict[str, Any], where: str = "configuration") -> Config:

@@ -9,14 +9,14 @@ from typing import Annotated, ClassVar, Literal
 from annotated_types import Ge, Le, MinLen
 
 from vla.config.data import AdapterConfig, HostsConfig
-from vla.config.files import STRICT
+from vla.config.files import Strict
 from vla.config.limits import Count, Fraction, Natural, NonNegative, Positive, Quota, Seed, Share
 
 ROUNDS_APART = 10_000  # distance between the first seeds of two DAgger rounds, so that their seeds differ
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoraConfig:
+class LoraConfig(Strict):
     """LoRA (Hu et al., 2021), and the other weights to train with it.
 
     Attributes:
@@ -29,7 +29,6 @@ class LoraConfig:
         train_vision: also train the vision tower.
     """
 
-    __pydantic_config__ = STRICT
     rank: Count = 32
     alpha: Count = 64
     dropout: Fraction = 0.0
@@ -48,7 +47,7 @@ class LoraConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AugmentConfig:
+class AugmentConfig(Strict):
     """Augmentation of training samples. The cameras of a sample have the same colour factors, but different shifts.
 
     Attributes:
@@ -63,7 +62,6 @@ class AugmentConfig:
             (one action to half a chunk) are the executed actions instead of the clean labels, and are not learned.
     """
 
-    __pydantic_config__ = STRICT
     RENAMED: ClassVar = {"committed": "prefix"}
     shift: Share = 0.04
     brightness: Share = 0.1
@@ -75,7 +73,7 @@ class AugmentConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Strict):
     """The policy to train. If a field is None, the value of the initial checkpoint, if any, or the default is used.
 
     Attributes:
@@ -112,7 +110,6 @@ class ModelConfig:
         freeze_vision: do not train the vision tower.
     """
 
-    __pydantic_config__ = STRICT
     backbone: str | None = None
     vision: tuple[str, ...] = ()
     cameras: tuple[str, ...] = ()
@@ -141,7 +138,7 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Strict):
     """`vla train` (LoRA or full fine-tuning) and `vla pretrain` (all weights).
 
     Attributes:
@@ -184,7 +181,6 @@ class TrainConfig:
         dry_run: check configuration, data, shapes and memory in two steps, and write nothing.
     """
 
-    __pydantic_config__ = STRICT
     data: Annotated[tuple[Path, ...], MinLen(1)] = (Path("datasets/demos"),)
     out: Path = Path("runs/train")
     method: Literal["lora", "full"] = "lora"
@@ -241,7 +237,7 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DaggerConfig:
+class DaggerConfig(Strict):
     """`vla dagger`: DAgger (Ross et al., 2011). In each round, the policy is rolled out, the expert labels the visited
     states, and the policy is trained on all data.
 
@@ -278,7 +274,6 @@ class DaggerConfig:
         resume: continue the run in `out`; rounds, labels, target, compare_bc and hosts may differ.
     """
 
-    __pydantic_config__ = STRICT
     env: tuple[str, ...] = ("envs:vla/OpenDrawer-v0",)
     out: Path = Path("runs/dagger")
     data: tuple[Path, ...] = ()
@@ -321,7 +316,7 @@ class DaggerConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class QuickstartConfig:
+class QuickstartConfig(Strict):
     """`vla quickstart`: collect demonstrations of a new task, fine-tune the built-in backbone with LoRA, and evaluate
     it before and after.
 
@@ -335,7 +330,6 @@ class QuickstartConfig:
         fresh: repeat all stages.
     """
 
-    __pydantic_config__ = STRICT
     env: str = "envs:vla/OpenDrawer-v0"
     demonstrations: Count = 150
     minutes: NonNegative = 5.0

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 from annotated_types import Ge, Le
 
 from vla import config as configuration
-from vla.config.files import STRICT
+from vla.config.files import Strict
 from vla.config.limits import Count, Seed
 from vla.errors import ConfigError, SimulatorError, unknown
 from vla.support import plugins
@@ -26,7 +26,7 @@ Percentage = Annotated[float, Ge(0), Le(100)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Published:
+class Published(Strict):
     """A published result on a suite.
 
     Attributes:
@@ -38,7 +38,6 @@ class Published:
         variant: the evaluated variant of the suite; empty: the tiers themselves.
     """
 
-    __pydantic_config__ = STRICT
     policy: str
     average: Percentage
     tiers: tuple[Percentage, ...] | None = None
@@ -48,7 +47,7 @@ class Published:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Suite:
+class Suite(Strict):
     """A benchmark suite: its tasks, the evaluation protocol, and published results.
 
     Attributes:
@@ -66,7 +65,6 @@ class Suite:
         published: published results.
     """
 
-    __pydantic_config__ = STRICT
     name: str
     title: str
     sets: dict[str, tuple[str, ...]]

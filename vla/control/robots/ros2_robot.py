@@ -23,7 +23,7 @@ from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import Float64MultiArray
 from trajectory_msgs.msg import JointTrajectory
 
-from vla.config.files import STRICT
+from vla.config.files import Strict
 from vla.control.robot import Reading, Robot
 from vla.control.robots import ros2_messages as messages
 from vla.errors import ConfigError, SpecError, unknown
@@ -35,10 +35,9 @@ def _parameter(description: str, default: Any = None) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Parameters:
+class Parameters(Strict):
     """The node's parameters. Unknown names and wrong types are errors."""
 
-    __pydantic_config__ = STRICT
     policy: str = _parameter('"nano", a run folder, a checkpoint folder, or the address of a `vla serve`', "nano")
     device: str = _parameter('device of the policy: "auto", "cpu", "cuda"', "auto")
     unnorm_key: str | None = _parameter("statistics that un-normalise actions; required if a checkpoint has several")
