@@ -349,15 +349,15 @@ def turned(path, a, b, c, d):
 def test_the_display_matrix_is_applied(tmp_path, matrix, show):
     with VideoWriter(path := tmp_path / "v.mp4", 32, 80, 10) as video:
         video.add(numbered(0b1011001))
-    plain = VideoReader(path, 10).frame(0)
+    plain = VideoReader(path, 10).at(0)
     turned(path, *matrix)
-    assert np.array_equal(VideoReader(path, 10).frame(0), show(plain))
+    assert np.array_equal(VideoReader(path, 10).at(0), show(plain))
 
 
 def test_other_angles_are_rejected(tmp_path):
     turned(encode(tmp_path / "v.mp4", [0.0]), 1, 1, -1, 1)
     with pytest.raises(DataError, match="not a multiple of 90 degrees"):
-        VideoReader(tmp_path / "v.mp4", 10).frame(0)
+        VideoReader(tmp_path / "v.mp4", 10).at(0)
 
 
 @pytest.mark.parametrize("options", [{"bf": "3", "g": "250"}, {"x264-params": "open-gop=1:keyint=6:bframes=3"}])
@@ -366,7 +366,7 @@ def test_frames_are_found_by_time_in_any_order(tmp_path, options):
     times = np.arange(48) / 20 + 0.01 * np.sin(np.arange(48)) + 0.01
     reader = VideoReader(encode(tmp_path / "v.mp4", times, fps=20, **options), 10)
     for number in np.random.default_rng(0).permutation(24).tolist():
-        assert number_of(reader.frame(number)) == 2 * number
+        assert number_of(reader.at(number / 10)) == 2 * number
 
 
 @pytest.mark.parametrize(
@@ -401,7 +401,7 @@ def test_damage_inside_a_video_is_detected(tmp_path):
         reader = VideoReader(path, 10)
         try:
             for number in range(40):
-                reader.frame(number)
+                reader.at(number / 10)
         except DataError:
             refused += 1
     assert refused > 5

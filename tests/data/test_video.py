@@ -46,13 +46,13 @@ def test_joined_videos_have_every_frame_at_its_place(tmp_path, lengths, fps, siz
     joined = tmp_path / "joined.mp4"
     assert concatenate(parts, joined, fps) == lengths
     video = VideoReader(joined, fps)
-    assert video.shape == size
-    assert [number_of(video.frame(i)) for i in range(start)] == list(range(start))
+    assert video.at(0).shape[:2] == size
+    assert [number_of(video.at(i / fps)) for i in range(start)] == list(range(start))
     jumps = [order.randrange(start) for _ in range(20)]
-    assert [number_of(video.frame(i)) for i in jumps] == jumps
+    assert [number_of(video.at(i / fps)) for i in jumps] == jumps
     with pytest.raises(DataError, match=f"ends before {start / fps:.3f} s"):
-        video.frame(start)
-    assert number_of(video.frame(0)) == 0  # still usable after an error
+        video.at(start / fps)
+    assert number_of(video.at(0)) == 0  # still usable after an error
 
 
 def test_pixels_survive(tmp_path):
@@ -63,7 +63,7 @@ def test_pixels_survive(tmp_path):
             video.add(np.roll(image, shift, axis=1))
     reader = VideoReader(tmp_path / "v.mp4", 10)
     for shift in range(12):
-        error = reader.frame(shift).astype(int) - np.roll(image, shift, axis=1)
+        error = reader.at(shift / 10).astype(int) - np.roll(image, shift, axis=1)
         assert np.abs(error).mean() < 3 and np.abs(error).max() < 24
         assert np.abs(error.mean(axis=(0, 1))).max() < 1  # no colour shift
 
@@ -99,7 +99,7 @@ def test_a_damaged_video_is_named(tmp_path, keep):
     path.write_bytes(content[: int(keep * len(content)) if keep < 1 else keep])
     with pytest.raises(DataError, match=r"v\.mp4"):
         reader = VideoReader(path, 10)
-        [reader.frame(i) for i in range(60)]
+        [reader.at(i / 10) for i in range(60)]
 
 
 def test_a_missing_video_is_named(tmp_path):

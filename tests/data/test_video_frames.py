@@ -63,7 +63,7 @@ from vla.data.video import VideoReader
 
 gc.disable()
 dropped, kept = (VideoReader(Path(sys.argv[1]), fps=10) for _ in range(2))
-dropped.frame(0), kept.frame(0)
+dropped.at(0), kept.at(0)
 del dropped  # its container is a reference cycle, which waits for the collector
 if child := os.fork():
     sys.exit(os.waitpid(child, 0)[1])

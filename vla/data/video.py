@@ -144,20 +144,11 @@ class VideoReader:
         self._last: Any = None  # the last decoded frame, and the previous one
         self._before: Any = None
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(height, width) as encoded."""
-        return self._stream.height, self._stream.width
-
     @functools.cached_property
     def is_depth(self) -> bool:
         """Whether it is a depth video: pixels have one channel with more than 8 bits."""
         components = self._stream.codec_context.format.components
         return len(components) == 1 and components[0].bits > 8
-
-    def frame(self, number: int) -> np.ndarray:
-        """Frame `number` of a video that starts at 0 s, as in `at`."""
-        return self.at(number / self._fps)
 
     def at(self, seconds: float) -> np.ndarray:
         """The frame at that time as uint8 RGB [height, width, 3]. DataError if the video has no such frame."""
