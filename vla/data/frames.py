@@ -26,6 +26,8 @@ Row = Mapping[str, Any]  # a row of meta/episodes
 # Videos that random access keeps open in each process. Each takes 3 MB at 224 px; opening one takes as long as a frame.
 OPEN_VIDEOS = 32
 
+_fill = functools.cache(v3.fill)  # thousands of episodes share a file
+
 
 class FrameStore:
     """The images of the dataset at `root`. Per camera, it keeps one video open, or the images of one file in memory."""
@@ -34,7 +36,6 @@ class FrameStore:
         self.root, self.info = root, info
         self._videos: dict[str, VideoReader] = {}
         self._images: dict[str, tuple[Path, np.ndarray, pa.ChunkedArray]] = {}  # key -> file, episodes, images
-        self._paths: dict[tuple[str, int, int], Path] = {}
 
     def files(self, rows: Iterable[Row]) -> list[Path]:
         """All data and video files that contain frames of these episodes."""
@@ -101,19 +102,11 @@ class FrameStore:
 
     def data_path(self, row: Row) -> Path:
         chunk, file = row["data/chunk_index"], row["data/file_index"]
-        path = self._paths.get(("data", chunk, file))  # thousands of episodes share a file
-        if path is None:
-            path = v3.fill(self.root, self.info.data_path, chunk_index=chunk, file_index=file)
-            self._paths["data", chunk, file] = path
-        return path
+        return _fill(self.root, self.info.data_path, chunk_index=chunk, file_index=file)
 
     def video_path(self, row: Row, key: str) -> Path:
         chunk, file = row[f"videos/{key}/chunk_index"], row[f"videos/{key}/file_index"]
-        path = self._paths.get((key, chunk, file))
-        if path is None:
-            path = v3.fill(self.root, self.info.video_template, video_key=key, chunk_index=chunk, file_index=file)
-            self._paths[key, chunk, file] = path
-        return path
+        return _fill(self.root, self.info.video_template, video_key=key, chunk_index=chunk, file_index=file)
 
     def _from_video(self, row: Row, key: str, steps: np.ndarray) -> Iterator[np.ndarray]:
         path, fps = self.video_path(row, key), float(self.info.fps)
