@@ -18,8 +18,7 @@ from vla.support.locations import check_policy
 
 
 def preflight(config: Any) -> None:
-    """Raise the errors of a job that can be found without loading a network or an environment."""
-    configuration.check(config)
+    """Raise the errors of a valid configuration that can be found without loading a network or an environment."""
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     if "policy" in values:
         check_policy(values["policy"])

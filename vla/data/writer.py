@@ -30,7 +30,7 @@ from vla.data.staging import EPISODE, finished, guard_disk, open_staging
 from vla.data.stats import histogram
 from vla.data.video import VideoWriter
 from vla.errors import DataError, SpecError
-from vla.spec import Observation, RobotSpec, check_image
+from vla.spec import Observation, RobotSpec
 
 _COUNT_EVERY = 8  # image statistics use every eighth frame of an episode, from the first on
 
@@ -149,7 +149,6 @@ class EpisodeRecorder:
         with guard_disk(self._place):
             for camera in self.robot.cameras:
                 image = np.asarray(observation["pixels"][camera])
-                check_image(image, camera)
                 self._video(camera, image).add(image)
                 if len(self) % _COUNT_EVERY == 0:
                     self._counts[camera] += histogram(image)
