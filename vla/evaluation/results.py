@@ -128,15 +128,21 @@ def merge(infos: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
+def rate(successes: int, episodes: int) -> dict[str, Any]:
+    """The counts, and the success rate in percent (None without episodes) with its 95 % interval."""
+    return {
+        "n_episodes": episodes,
+        "n_successes": successes,
+        "pc_success": 100 * successes / episodes if episodes else None,
+        "pc_success_ci95": [100 * limit for limit in wilson(successes, episodes)],
+    }
+
+
 def summarise(episodes: Sequence[Episode]) -> dict[str, Any]:
     """Success with its interval, rewards, lengths and outcomes. Averages over no episodes are None."""
     trials, successes = len(episodes), sum(episode.success for episode in episodes)
     outcomes = collections.Counter(episode.outcome for episode in episodes)
-    return {
-        "n_episodes": trials,
-        "n_successes": successes,
-        "pc_success": 100 * successes / trials if trials else None,
-        "pc_success_ci95": [100 * limit for limit in wilson(successes, trials)],
+    return rate(successes, trials) | {
         "pc_success_ever": _mean([100 * episode.success_ever for episode in episodes]),
         "avg_sum_reward": _mean([episode.sum_reward for episode in episodes]),
         "avg_max_reward": _mean([episode.max_reward for episode in episodes]),

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from vla.evaluation import results
 from vla.evaluation.suites import Suite
-from vla.support.statistics import mean_interval, wilson
+from vla.support.statistics import mean_interval
 
 Counts = tuple[int, int]  # successes, episodes
 
@@ -35,18 +36,20 @@ def score(counts: Mapping[str, Counts], suite: Suite) -> dict[str, Any]:
         average = {"pc_success": 100 * rate, "pc_success_ci95": [100 * limit for limit in limits]}
     return {
         "tiers": {
-            name: {"n_tasks": sum(m in counts for m in members), "n_tasks_of": len(members)} | _rate(count)
+            name: {"n_tasks": sum(m in counts for m in members), "n_tasks_of": len(members)} | results.rate(*count)
             for name, (members, count) in tiers.items()
         },
         "variants": {
             variant: {
-                name: _rate(_pool(counts, suite.sets[members])) for name, members in zip(tiers, sets, strict=True)
+                name: results.rate(*_pool(counts, suite.sets[members]))
+                for name, members in zip(tiers, sets, strict=True)
             }
             for variant, sets in suite.variants.items()
             if any(env_id in counts for members in sets for env_id in suite.sets[members])
         },
         "tier_average": average,
-        "episode_average": {"n_tasks": len(counts), "n_tasks_of": len(suite.tasks)} | _rate(_pool(counts, counts)),
+        "episode_average": {"n_tasks": len(counts), "n_tasks_of": len(suite.tasks)}
+        | results.rate(*_pool(counts, counts)),
     }
 
 
@@ -54,13 +57,3 @@ def _pool(counts: Mapping[str, Counts], members: Iterable[str]) -> Counts:
     """Total successes and episodes of the `members` with results."""
     finished = [counts[env_id] for env_id in members if env_id in counts]
     return sum(successes for successes, _ in finished), sum(episodes for _, episodes in finished)
-
-
-def _rate(count: Counts) -> dict[str, Any]:
-    successes, episodes = count
-    return {
-        "n_episodes": episodes,
-        "n_successes": successes,
-        "pc_success": 100 * successes / episodes if episodes else None,
-        "pc_success_ci95": [100 * limit for limit in wilson(successes, episodes)],
-    }

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,7 +79,7 @@ def examine(folder: Path) -> Iterator[Finding]:
         yield processor(machine.cores(), machine.cpu_quota(), load, os.environ.get("OMP_NUM_THREADS"))
         yield from memory()
         yield disk(folder)
-        yield rendering(_results(renders), os.environ)
+        yield rendering({gl: render.result() for gl, render in renders.items()}, os.environ)
         yield encoding(video.result())
         yield torch_build(torch.result(), has_nvidia=shutil.which("nvidia-smi") is not None, flags=machine.cpu_flags())
         yield embedded_policy()
@@ -297,7 +297,3 @@ def embedded_policy() -> Finding:
     return Finding(
         "policy", "warn", "the built-in policy `nano` is missing; --backbone nano-init works", "reinstall vla"
     )
-
-
-def _results(trials: Mapping[str, Future[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    return {name: trial.result() for name, trial in trials.items()}
