@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
@@ -25,7 +24,7 @@ from vla.data.samples import ChunkSamples, Sample
 from vla.decoding import strategies
 from vla.decoding.constraint import constrain
 from vla.policy import Policy
-from vla.support.palette import ACCENT, INK, LINE, SOFT, WARN
+from vla.support.palette import ACCENT, INK, LINE, SOFT, WARN, dress
 from vla.support.progress import Progress
 from vla.support.run_folder import RunFolder
 
@@ -152,21 +151,12 @@ def _draw(info: dict[str, Any]) -> Figure:
         ):
             axis.plot(x, 100 * np.array(info[name][key]), color=colour, label=label, lw=1.6, marker="o", ms=2.5)
         axis.set_ylim(0, 1.25 * axis.get_ylim()[1])  # room for the legend
-    _dress(position, "wrong tokens by position in the chunk", "token", "%")
-    _dress(step, "wrong tokens by step in the episode", "step", "%")
+    dress(position, "wrong tokens by position in the chunk", "token", "%")
+    dress(step, "wrong tokens by step in the episode", "step", "%")
     outside.semilogy(places, np.maximum(info["outside_action_rows"]["by_position"], 1e-12), color=INK, lw=1.4)
-    _dress(outside, "probability of tokens that are not actions", "token", "")
+    dress(outside, "probability of tokens that are not actions", "token", "")
     for axis in (position, outside):
         for boundary in np.arange(1, len(places), info["tokens_per_action"] or len(places)) - 0.5:
             axis.axvline(boundary, color=LINE, lw=0.8, zorder=0)
     position.legend(frameon=False, fontsize=8, labelcolor=SOFT)
     return figure
-
-
-def _dress(axis: Axes, title: str, x: str, y: str) -> None:
-    axis.set_title(title, fontsize=9.5, color=INK, loc="left")
-    axis.set_xlabel(x, fontsize=8.5, color=SOFT)
-    axis.set_ylabel(y, fontsize=8.5, color=SOFT)
-    axis.tick_params(labelsize=8, colors=SOFT)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.spines[["left", "bottom"]].set_color(LINE)

@@ -17,7 +17,7 @@ from rich.table import Table
 from vla.config import TokenizersConfig, check
 from vla.data.reader import Demonstrations
 from vla.errors import ConfigError
-from vla.support.palette import INK, LINE, SOFT
+from vla.support.palette import INK, SOFT, dress
 from vla.support.progress import Progress
 from vla.support.run_folder import RunFolder
 from vla.transforms.normalize import Normalizer, compute_statistics
@@ -167,10 +167,5 @@ def _draw(rows: list[dict[str, Any]]) -> Figure:
             )
         axis.set_xlim(0, 1.3 * axis.get_xlim()[1])
         axis.set_yscale("log")
-        axis.set_title(f"chunks of {horizon} actions", fontsize=9.5, color=INK, loc="left")
-        axis.set_xlabel("tokens per chunk", fontsize=8.5, color=SOFT)
-        axis.set_ylabel("RMS error (normalised)", fontsize=8.5, color=SOFT)
-        axis.tick_params(labelsize=8, colors=SOFT)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.spines[["left", "bottom"]].set_color(LINE)
+        dress(axis, f"chunks of {horizon} actions", "tokens per chunk", "RMS error (normalised)")
     return figure

@@ -39,7 +39,7 @@ from vla.jobs.rollout import rollout
 from vla.jobs.train import train
 from vla.policy import Policy
 from vla.simulation import adapter as simulator
-from vla.support.palette import ACCENT, INK, LINE, SOFT, WARN
+from vla.support.palette import ACCENT, SOFT, WARN, dress
 from vla.support.run_folder import RunFolder
 from vla.training.dagger_rollouts import collect_rollouts, first_seed, scenes_of
 
@@ -269,11 +269,6 @@ def _draw(info: dict[str, Any]) -> Figure:
         labels = [row["labels"] for row in rows]
         axis.errorbar(labels, success, spread, color=colour, label=name, lw=1.6, marker="o", ms=4, capsize=3)
     axis.set_ylim(-3, 103)
-    axis.set_title("closed-loop success (95 % intervals)", fontsize=9.5, color=INK, loc="left")
-    axis.set_xlabel("frames labelled by the expert", fontsize=8.5, color=SOFT)
-    axis.set_ylabel("%", fontsize=8.5, color=SOFT)
-    axis.tick_params(labelsize=8, colors=SOFT)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.spines[["left", "bottom"]].set_color(LINE)
+    dress(axis, "closed-loop success (95 % intervals)", "frames labelled by the expert", "%")
     axis.legend(frameon=False, fontsize=8, labelcolor=SOFT)
     return figure
