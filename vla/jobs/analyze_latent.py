@@ -5,7 +5,6 @@ Owns: the rollouts, the table of success rates, and the figure of the paths by c
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import numpy as np
@@ -42,7 +41,7 @@ def latent(config: LatentConfig) -> dict[str, Any]:
     codes = config.codes or tuple(range(min(8, 2**policy.network.config.latent_bits)))
     for code in codes:
         policy.check_codes((code,))
-    with contextlib.closing(make(config.env, config.adapter)) as env:
+    with make(config.env, config.adapter) as env:
         policy.robot.check_fits(env.robot, f"environment {config.env!r}", tolerated=("names", "rate"))
         axes = [_axis(env.robot.state_names, name) for name in config.axes]
         config.out.mkdir(parents=True, exist_ok=True)

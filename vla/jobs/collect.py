@@ -241,11 +241,8 @@ def _shared_robot(config: CollectConfig) -> RobotSpec:
     """The RobotSpec of all environments. Creates each environment once, to raise errors before anything is written."""
     robots: dict[str, RobotSpec] = {}
     for env_id in dict.fromkeys(config.env):
-        env = simulator.make(env_id, config.adapter)
-        try:
+        with simulator.make(env_id, config.adapter) as env:
             env.make_expert()
-        finally:
-            env.close()
         robots[env_id] = env.robot
         _check_same_robot(env_id, env.robot.to_dict(), config.env[0], robots[config.env[0]].to_dict())
     return robots[config.env[0]]

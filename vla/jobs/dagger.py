@@ -224,9 +224,8 @@ def _check(config: DaggerConfig) -> None:
     for folder in config.data:
         Info.load(folder)
     for env_id in config.env:
-        env = simulator.make(env_id, config.adapter)
-        env.make_expert()
-        env.close()
+        with simulator.make(env_id, config.adapter) as env:
+            env.make_expert()
 
 
 def _write(config: DaggerConfig, info: dict[str, Any]) -> None:

@@ -108,7 +108,7 @@ def _prepare(cfg: TrainConfig, quiet: bool = False) -> tuple[trainer.VLATrainer,
     network, processor = build_policy(cfg.model, facts)
     cameras, size, horizon = processor.robot.cameras, network.config.image_size, network.config.horizon
     for env_id in cfg.rollout_env:
-        with contextlib.closing(make(env_id, cfg.adapter)) as env:
+        with make(env_id, cfg.adapter) as env:
             processor.robot.check_fits(env.robot, f"environment {env_id!r}", tolerated=("names", "rate"))
     if cfg.augment.prefix and processor.action_tokenizer.tokens_per_action is None:
         raise ConfigError(
