@@ -265,6 +265,7 @@ def _arguments(cfg: TrainConfig, validate: bool) -> TrainingArguments:
         torch_compile=cfg.compile,
         dataloader_num_workers=cfg.workers,
         dataloader_drop_last=True,
+        train_sampling_strategy="sequential",  # `Mixture` defines a random sample for each draw number
         remove_unused_columns=False,
         eval_strategy="steps" if validate and not cfg.dry_run else "no",
         eval_steps=cfg.eval_every,

@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
 
@@ -124,10 +123,6 @@ class VLATrainer(Trainer):
         self._stop.agree(self.args)  # the request may have arrived after the last step
         if self._stop.requested is not None:
             raise self._stop.requested
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        # `Mixture` defines a random sample for each draw number.
-        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or super()._get_output_dir(trial)
