@@ -30,6 +30,7 @@ from vla.model.build import build_policy
 from vla.model.configuration import VLAConfig
 from vla.model.processing import VLAProcessor
 from vla.policy import Policy, checkpoint
+from vla.support.run_folder import read_lines
 from vla.training import trainer
 
 SMALL = {
@@ -59,12 +60,12 @@ def small(**changes) -> TrainConfig:
 
 
 def losses(run: Path) -> dict[int, float]:
-    return {row["step"]: row["loss"] for row in trainer.read_metrics(run / trainer.METRICS) if "loss" in row}
+    return {row["step"]: row["loss"] for row in read_lines(run / trainer.METRICS) if "loss" in row}
 
 
 def learned(run: Path) -> list[float]:
     """Loss and gradient norm at each step."""
-    rows = [row for row in trainer.read_metrics(run / trainer.METRICS) if "loss" in row]
+    rows = [row for row in read_lines(run / trainer.METRICS) if "loss" in row]
     return [row[name] for row in rows for name in ("loss", "grad_norm")]
 
 
@@ -76,7 +77,7 @@ def unbroken(demos, tmp_path_factory) -> Path:
 def test_contents_of_a_run_folder(unbroken):
     names = {path.name for path in unbroken.iterdir()}
     assert {"config.yaml", "metrics.jsonl", "curves.png", "policy", "checkpoint-12"} <= names
-    rows = trainer.read_metrics(unbroken / trainer.METRICS)
+    rows = read_lines(unbroken / trainer.METRICS)
     assert sorted(losses(unbroken)) == list(range(1, 13))
     evals = [row for row in rows if "eval_loss" in row]
     assert [row["step"] for row in evals] == [6, 12]

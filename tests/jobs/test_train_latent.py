@@ -6,6 +6,7 @@ import pytest
 from vla.cli import main
 from vla.config import DecodingConfig
 from vla.policy import Policy
+from vla.support.run_folder import read_lines
 from vla.training import trainer
 
 TINY = "--backbone tiny-init --horizon 4 --bins 31 --batch-size 4 --precision float32 --warmup-steps 1"
@@ -25,7 +26,7 @@ def test_the_log_shows_the_kl_and_the_policy_has_the_latent(demos, tmp_path, obs
     flags = [*latent, "--log-every", "2", "--eval-every", "4", "--save-every", "4", "--val-fraction", "0.2"]
     assert train(demos, tmp_path / "run", *flags, "--steps", "4") == 0
     assert "3 bits per chunk, 0.01 of them free" in capsys.readouterr().out
-    rows = trainer.read_metrics(tmp_path / "run" / trainer.METRICS)
+    rows = read_lines(tmp_path / "run" / trainer.METRICS)
     logged = [row for row in rows if "loss" in row]
     for row in logged:
         assert (

@@ -10,7 +10,6 @@ attempt is repeated once with the same seed.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import shutil
@@ -34,7 +33,7 @@ from vla.simulation.pool import Pool
 from vla.spec import RobotSpec
 from vla.support import machine
 from vla.support.progress import Progress
-from vla.support.run_folder import RunFolder, write_text
+from vla.support.run_folder import RunFolder, read_lines, write_text
 
 FAILURES = "failures.jsonl"  # one line per attempt that was not kept
 FREE = ("episodes", "workers", "hosts")  # may change when a collection is resumed
@@ -113,7 +112,7 @@ class _Run:
     def __init__(self, config: CollectConfig, staging: Path, robot: RobotSpec) -> None:
         self.config, self.staging = config, staging
         self.done = {number for number in finished(staging) if number < config.episodes}
-        self.failures = _read_failures(staging / FAILURES, config.episodes)
+        self.failures = [row for row in read_lines(staging / FAILURES) if row["episode"] < config.episodes]
         turns = Counter(failure["episode"] for failure in self.failures)
         self.todo = [attempt(config, n, turns[n]) for n in range(config.episodes) if n not in self.done]
         self.solved = sum(self._about(number)["success"] for number in self.done)
@@ -255,13 +254,3 @@ def _check_same_robot(env_id: str, robot: dict[str, Any], first_id: str, first: 
             f"{env_id!r} and {first_id!r} cannot share a dataset, because their robots differ in "
             f"{', '.join(different)}. Collect them into two datasets and train on both."
         )
-
-
-def _read_failures(path: Path, episodes: int) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    failures = []
-    for line in path.read_text().splitlines():
-        with contextlib.suppress(json.JSONDecodeError):  # empty, or truncated because the process was killed
-            failures.append(json.loads(line))
-    return [failure for failure in failures if failure["episode"] < episodes]

@@ -6,6 +6,7 @@ jobs.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -128,6 +129,16 @@ class RunFolder:
 def write_json(path: Path, values: Any) -> Path:
     """Write strict JSON atomically. NaN and infinities become null."""
     return write_text(path, json.dumps(_finite(values), indent=2, allow_nan=False) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects in a file with one JSON object per line; empty if there is no file. Lines that a killed process left
+    empty or incomplete are skipped."""
+    rows = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
 
 
 def write_text(path: Path, text: str) -> Path:

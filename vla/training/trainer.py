@@ -30,7 +30,7 @@ from vla.decoding.constraint import most_likely
 from vla.errors import TrainingError
 from vla.model.processing import VLAProcessor
 from vla.support.progress import Progress, duration
-from vla.support.run_folder import write_text
+from vla.support.run_folder import read_lines, write_text
 
 METRICS = "metrics.jsonl"
 CURVES = "curves.png"
@@ -221,7 +221,7 @@ class Metrics(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            kept = [row for row in read_metrics(self.path) if row["step"] <= state.global_step]
+            kept = [row for row in read_lines(self.path) if row["step"] <= state.global_step]
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
@@ -313,20 +313,9 @@ def last_checkpoint(run: Path) -> str | None:
     return get_last_checkpoint(str(run)) if run.is_dir() else None
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a `metrics.jsonl`. A last line that is truncated by a killed process is dropped."""
-    rows = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
-
-
 def plot_metrics(run: Path) -> None:
     """Plot the loss and token accuracy in `metrics.jsonl` to `curves.png`, if there are any."""
-    rows = read_metrics(run / METRICS)
+    rows = read_lines(run / METRICS)
     if not any("loss" in row for row in rows):
         return
     from matplotlib.figure import Figure
