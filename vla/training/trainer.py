@@ -1,8 +1,8 @@
 """The training loop: transformers' Trainer with atomic checkpoints and metrics of actions.
 
-Owns: the differences to the stock Trainer: batches in draw order, atomic checkpoints, validation by token accuracy and
-error per action dimension, a metrics file with its plot, and stopping on request. Trainer and accelerate handle
-devices, precision, gradient accumulation and data parallelism. It does not know where samples come from.
+Owns: the differences to the stock Trainer: atomic checkpoints, validation by token accuracy and error per action
+dimension, a metrics file with its plot, and stopping on request. Trainer and accelerate handle devices, precision,
+gradient accumulation and data parallelism. It does not know where samples come from.
 """
 
 from __future__ import annotations
