@@ -4,9 +4,12 @@ import re
 
 import numpy as np
 import pytest
+import torch
 
 from tests.hub import hub as hub
 from vla import cli
+from vla.config import ModelConfig
+from vla.model.build import build_policy
 from vla.policy import Policy, checkpoint
 
 NAME = "maker/arm"
@@ -50,6 +53,15 @@ def test_a_pushed_policy_is_the_policy(hub, run, observations, capsys):
     np.testing.assert_array_equal(
         ours.predict(seen, ["go to square 1"] * 2).ids, theirs.predict(seen, ["go to square 1"] * 2).ids
     )
+
+
+def test_a_pushed_policy_can_be_trained_further(hub, run, facts):
+    assert export(run, "--push", NAME) == 0
+    network, processor = build_policy(ModelConfig(backbone=NAME), facts)
+    pushed = Policy.from_pretrained(str(run), device="cpu").network
+    assert processor.config.horizon == pushed.config.horizon
+    for name, weight in pushed.state_dict().items():
+        torch.testing.assert_close(network.state_dict()[name], weight)
 
 
 def test_another_policy_leaves_nothing_of_the_first(hub, run):

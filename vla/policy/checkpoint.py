@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from transformers.utils import logging as transformers_logging
 
 from vla.config import ModelConfig
@@ -24,7 +23,7 @@ from vla.model.build import check_room
 from vla.model.configuration import VLAConfig
 from vla.model.modeling import VLAForActionPrediction
 from vla.model.processing import VLAProcessor
-from vla.model.sources.checkpoint import find_checkpoint, load_checkpoint, read_config
+from vla.model.sources.checkpoint import download, find_checkpoint, load_checkpoint, read_config
 from vla.model.sources.hub import errors_as, read_json
 from vla.model.sources.openvla import OpenVLA
 from vla.model.sources.shards import ADAPTER_CONFIG
@@ -133,9 +132,4 @@ def _from_hub(name: str) -> Path:
             "'vla'. Pass the run folder of `vla train`, or its policy folder."
         )
     check_policy(name)
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"no policy {name!r}: there is no such folder, and it cannot be loaded from the hub ({error})."
-        ) from None
+    return download(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from vla.config import ModelConfig
@@ -12,7 +13,7 @@ from vla.errors import CheckpointError, ConfigError
 from vla.model.configuration import VLAConfig
 from vla.model.modeling import VLAForActionPrediction
 from vla.model.sources.base import SOURCES, Source
-from vla.model.sources.hub import errors_as, misfit, read_json
+from vla.model.sources.hub import errors_as, misfit, model_type, read_json
 
 NANO = Path(__file__).parents[2] / "pretrained" / "nano"
 
@@ -25,7 +26,7 @@ class Checkpoint(Source):
 
     @classmethod
     def probe(cls, name: str) -> bool:
-        return find_checkpoint(name) is not None
+        return find_checkpoint(name) is not None or model_type(name) == "vla"
 
     def config(self) -> VLAConfig:
         reject_vision(self.name, self.model)
@@ -39,9 +40,7 @@ class Checkpoint(Source):
 
     @property
     def _folder(self) -> Path:
-        folder = find_checkpoint(self.name)
-        assert folder is not None
-        return folder
+        return find_checkpoint(self.name) or download(self.name)
 
 
 def reject_vision(name: str, model: ModelConfig) -> None:
@@ -60,6 +59,16 @@ def find_checkpoint(name: str) -> Path | None:
     if name == "nano":
         raise CheckpointError("this installation lacks the built-in backbone; reinstall the package.")
     return None
+
+
+def download(name: str) -> Path:
+    """Download a checkpoint from the hub, unless it is in the cache, and return its folder. CheckpointError on failure."""
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"no policy {name!r}: there is no such folder, and it cannot be loaded from the hub ({error})."
+        ) from None
 
 
 def read_config(folder: Path) -> VLAConfig:
