@@ -62,7 +62,7 @@ def find_checkpoint(name: str) -> Path | None:
 
 
 def download(name: str) -> Path:
-    """Download a checkpoint from the hub unless it is in the cache, and return its folder. CheckpointError on failure."""
+    """Download a checkpoint from the hub unless it is in the cache. Return its folder; CheckpointError on failure."""
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
     except (OSError, ValueError) as error:
