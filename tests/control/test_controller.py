@@ -11,8 +11,8 @@ import pytest
 from tests.bench import at
 from vla.config import ControlConfig, SafetyConfig
 from vla.control.controller import Controller, State
-from vla.control.robot import Reading
-from vla.errors import SpecError, VLAError
+from vla.control.robot import Reading, Robot
+from vla.errors import ConfigError, SpecError, VLAError
 from vla.policy import Policy
 from vla.spec import RobotSpec
 
@@ -298,6 +298,27 @@ def test_position_control_begins_with_the_first_valid_state(policy, driver, monk
         controller.run("reach", seconds=0.6)
     assert np.isfinite(actions(driver)).all() and len(seen) > 5
     np.testing.assert_allclose(actions(driver)[0], 0.25)
+
+
+@pytest.mark.parametrize("space", ["joint_position", "unspecified"])
+def test_a_robot_without_a_position_to_hold_is_rejected(policy, driver, space):
+    """Before the first command, it would move to 0."""
+    names = [*policy.robot.state_names[:5], "elbow", "jaw"]
+    hold = () if space == "joint_position" else (None,) * 7
+    spec = dataclasses.replace(policy.robot, action_space=space, action_names=names, gripper_index=6, hold=hold)
+    driver.spec = policy.robot = spec
+    with pytest.raises(ConfigError, match=r"before its first command is unknown for elbow: no state.*hold_reference"):
+        Controller(driver, policy, ControlConfig(hz=20.0))
+
+    class Subclass(FakeRobot, Robot):
+        """Has only the protocol's default `hold_reference`."""
+
+    with pytest.raises(ConfigError, match="unknown for elbow"):
+        Controller(Subclass(spec, {}), policy, ControlConfig(hz=20.0))
+    driver.spec = dataclasses.replace(spec, hold=(None, None, None, None, None, 0.3, None))
+    Controller(driver, policy, ControlConfig(hz=20.0)).close()
+    driver.spec, driver.hold_reference = spec, lambda: np.zeros(7, np.float32)
+    Controller(driver, policy, ControlConfig(hz=20.0)).close()
 
 
 def test_a_run_that_fails_to_start_changes_nothing(policy, driver, monkeypatch):

@@ -1,5 +1,6 @@
 """Replaying a demonstration in real time, and comparing commands with the demonstrated actions."""
 
+import dataclasses
 import json
 import time
 
@@ -89,6 +90,14 @@ def test_a_controller_runs_a_demonstration_to_its_end(data, tiny):
     gaps = np.abs([command.action - robot.demonstrated[command.tick] for command in played]).mean(0)
     assert list(robot.agreement().values()) == pytest.approx(gaps.tolist(), rel=1e-5)
     assert gaps.max() > 0.01  # the policy is untrained
+
+
+def test_a_replay_needs_no_position_to_hold(data, tiny):
+    """Unlike real robots, because commands have no effect."""
+    robot, policy = ReplayRobot(data), Policy(*tiny)
+    robot.spec = policy.robot = dataclasses.replace(robot.spec, action_space="joint_position", hold=())
+    assert not set(robot.spec.action_names) <= {*robot.spec.state_names, robot.spec.action_names[-1]}
+    Controller(robot, policy, ControlConfig()).close()
 
 
 def test_invalid_replays_are_rejected(data):

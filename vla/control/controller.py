@@ -27,7 +27,7 @@ from vla.control.planner import Planner
 from vla.control.record import RunRecord
 from vla.control.robot import Reading, Robot
 from vla.control.safety import SafetyFilter
-from vla.errors import SpecError
+from vla.errors import ConfigError, SpecError
 from vla.policy import ChunkPolicy
 
 # When a command is sent, as a fraction of the control period after its observation. A large value gives the policy more
@@ -78,6 +78,7 @@ class Controller:
         ours.check_fits(dataclasses.replace(theirs, control_hz=self.hz), tolerated=("rate",) if config.hz else ())
         self._robot, self._policy, self._config, self._clock = robot, policy, config, clock
         self.safety = SafetyFilter(theirs, config.safety, *policy.action_limits, hz=self.hz)
+        _check_first_hold(robot)
         # Only the policy's cameras are monitored.
         self._monitored = dataclasses.replace(theirs, cameras=ours.cameras)
         self.state, self.instruction = State.UNCONFIGURED, ""
@@ -240,6 +241,26 @@ class Controller:
                 what = "an observation" if reading is None else f"a state of {spec.state_dim} finite numbers"
                 raise SpecError(f"the robot has not sent {what}. Check the `observe` method of its driver.")
             self._clock.sleep(_POLL_S)
+
+
+def _check_first_hold(robot: Robot) -> None:
+    """Raise ConfigError if the position at which the robot holds before its first command is unknown: it would move to
+    0. The gripper is exempt, because it opens."""
+    spec, own = robot.spec, getattr(robot, "hold_reference", None)
+    has_reference = own is not None and getattr(own, "__func__", own) is not Robot.hold_reference
+    if has_reference or spec.action_space.relative:
+        return
+    gripper = None if spec.gripper_index is None else spec.action_names[spec.gripper_index]
+    hold = spec.hold or (None,) * spec.action_dim
+    repeated = [name for name, value in zip(spec.action_names, hold, strict=True) if value is None]
+    if missing := [name for name in repeated if name not in spec.state_names and name != gripper]:
+        states = ", ".join(spec.state_names) or "there is no state"
+        raise ConfigError(
+            f"the position at which the robot holds before its first command is unknown for {', '.join(missing)}: no "
+            f"state entry has this name ({states}). Give the robot a method `hold_reference` that returns its position "
+            "in the units of its commands, give actions and state entries the same names, or set these entries in the "
+            "hold command; for an environment, in adapter.robot."
+        )
 
 
 @contextlib.contextmanager

@@ -100,6 +100,10 @@ class ReplayRobot(EpisodicRobot):
         now = time.monotonic()
         self.sent.append(Sent(now, self._tick(now), np.array(action, np.float32)))
 
+    def hold_reference(self) -> None:
+        """The state entries with the same names as actions, and 0 for the others. Unlike for other robots, these names
+        may be missing, because commands have no effect."""
+
     def close(self) -> None:
         """Nothing to disconnect."""
 
