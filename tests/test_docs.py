@@ -1,5 +1,6 @@
 """The Python blocks and example files of the how-to pages are executed. Their commands are executed or parsed."""
 
+import dataclasses
 import json
 import re
 import runpy
@@ -13,6 +14,8 @@ import requests
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from vla import cli
+from vla.data.format import Info
+from vla.evaluation.suites import SUITES
 from vla.serving.protocols import PROTOCOLS
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -27,19 +30,23 @@ def test_environment_from_collection_to_deployment(tmp_path, monkeypatch, capsys
     page = (DOCS / "environments.md").read_text()
     for name, language in (("my_world.py", "python"), ("my_world.yaml", "yaml"), ("my_suite.py", "python")):
         (tmp_path / name).write_text(block(page, f"file: {name}", language))
+    with (tmp_path / "my_suite.py").open("a") as suite:
+        suite.write(block(page, "append: my_suite.py", "python"))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(SUITES, "_members", dict(SUITES._members))
     monkeypatch.setattr("sys.path", [path for path in sys.path if path])
     monkeypatch.setattr("sys.meta_path", list(sys.meta_path))
     # Smaller, so that it runs in seconds.
     sizes = {"--episodes": "2", "--steps": "2", "--batch-size": "2"}
-    commands = block(page, "commands", "bash") + block(page, "suite commands", "bash")
+    commands = "".join(block(page, mark, "bash") for mark in ("commands", "suite commands", "plugin commands"))
     for line in commands.strip().splitlines():
         words = shlex.split(line)[1:]
         words = [sizes.get(before, word) for before, word in zip(["", *words], words, strict=False)]
         assert cli.main(words) == 0, (line, capsys.readouterr())
     assert (tmp_path / "report" / "report.html").is_file() and (tmp_path / "deployment" / "deploy.json").is_file()
-    benchmark = json.loads((tmp_path / "my-benchmark" / "benchmark.json").read_text())
-    assert benchmark["episode_average"]["n_episodes"] == 10 and benchmark["tier_average"] is not None
+    for folder in ("my-benchmark", "runs/planes-benchmark"):
+        benchmark = json.loads((tmp_path / folder / "benchmark.json").read_text())
+        assert benchmark["episode_average"]["n_episodes"] == 10 and benchmark["tier_average"] is not None
 
 
 def test_custom_wire_protocol(serving, observations, monkeypatch):
@@ -54,9 +61,21 @@ def test_custom_wire_protocol(serving, observations, monkeypatch):
         assert "no image" in requests.post(served.http + "/plain", json={}, timeout=20).json()["detail"]
 
 
-def test_recording(tmp_path, capsys):
-    exec(block((DOCS / "datasets.md").read_text(), "test", "python"), {"folder": tmp_path / "mine"})
-    assert capsys.readouterr().out == "20\n"
+def test_recording(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    exec(block((DOCS / "datasets.md").read_text(), "test", "python"), {})
+    assert capsys.readouterr().out == "20\n" and (tmp_path / "datasets" / "mine" / "meta").is_dir()
+
+
+def test_the_robot_of_an_imported_dataset():
+    """As in `meta/info.json` of lerobot/pusht."""
+    vector = {"dtype": "float32", "shape": [2], "names": {"motors": ["motor_0", "motor_1"]}}
+    image = {"dtype": "video", "shape": [96, 96, 3], "names": ["height", "width", "channel"]}
+    info = Info(10, {"observation.image": image, "observation.state": vector, "action": vector})
+    assert info.describe_robot().action_space == "unspecified"
+    entry = json.loads("{" + block((DOCS / "datasets.md").read_text(), "robot", "json") + "}")
+    robot = dataclasses.replace(info, **entry).describe_robot()
+    assert (robot.action_space, robot.action_names, robot.cameras) == ("ee_position", ("x", "y"), ("image",))
 
 
 def test_the_api_reference_is_made_from_the_docstrings(tmp_path):
