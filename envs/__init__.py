@@ -33,13 +33,15 @@ except Exception as error:  # GL backends and incomplete installations raise var
         "pip uninstall -y mujoco mujoco-core mujoco-studio, then install this package as before."
     ) from error
 
-from envs import libero, metaworld, tasks
+from envs import libero, metaworld, metaworld_questions, tasks
+
 from envs.libero import LIBERO_IDS
 from envs.metaworld import METAWORLD_IDS
 from envs.tasks import ENV_IDS
 
 tasks.register_all()
 metaworld.register_all()
+metaworld_questions.register_all()
 libero.register_all()
 
 __all__ = ["ENV_IDS", "LIBERO_IDS", "METAWORLD_IDS"]
