@@ -34,7 +34,6 @@ except Exception as error:  # GL backends and incomplete installations raise var
     ) from error
 
 from envs import libero, metaworld, metaworld_questions, tasks
-
 from envs.libero import LIBERO_IDS
 from envs.metaworld import METAWORLD_IDS
 from envs.tasks import ENV_IDS

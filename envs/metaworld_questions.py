@@ -1,9 +1,9 @@
 """Questions about Meta-World's scenes: where is the hand, the object, or the goal?
 
 `vla-metaworld-where/<task>` has the scenes and observations of `vla-metaworld/<task>`. An episode is one step, and its
-action is the answer. In demonstrations, the first images of an episode show where the goal is and later ones add little,
-so 50 demonstrations are 50 examples of a goal. Questions provide thousands, for training only: the answers come from the
-simulator's state, and a policy that is trained on them receives no additional input.
+action is the answer. In a demonstration, only the first images are needed to find the goal, so 50 demonstrations are
+50 examples of goals. Questions provide thousands, for training only: the answers come from the simulator's state, but a
+policy that is trained on them needs no additional input.
 
 Owns the phrasing of the questions and the encoding of the answers.
 """
@@ -38,10 +38,13 @@ def register_all() -> None:
 class MetaWorldQuestion(MetaWorldEnv):
     """A question about a scene of a Meta-World task.
 
-    The seed determines the scene and the topic of the question: the hand, the object or the goal of the task. The answer is an action [4]:
-    a position relative to the centre of the workspace, where 1 is 0.35 m, and an open gripper. Success: the answer is
-    within 2.5 cm. The arguments are those of `MetaWorldEnv`.
+    The seed determines the scene and the topic of the question: the hand, the object or the goal of the task. The
+    answer is an action [4]: a position relative to the centre of the workspace, where 1 is 0.35 m, and an open gripper.
+    Success: the answer is within 2.5 cm. The arguments are those of `MetaWorldEnv`.
     """
+
+    _topic = ""  # before the first reset
+
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -55,6 +58,9 @@ class MetaWorldQuestion(MetaWorldEnv):
     def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """Evaluate the answer, an action [4]. Only its first three dimensions are used; nothing moves."""
         answer = CENTER + REACH * check_action(action, ACTION_NAMES)[:3]
+        if not self._topic:
+            raise RuntimeError("step() was called before reset(): call reset() first.")
+
         success = bool(np.linalg.norm(answer - self._place()) < _NEAR)
         return self._observe(), float(success), success, False, self._info(success)
 
