@@ -45,7 +45,6 @@ class MetaWorldQuestion(MetaWorldEnv):
 
     _topic = ""  # before the first reset
 
-
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -60,7 +59,6 @@ class MetaWorldQuestion(MetaWorldEnv):
         answer = CENTER + REACH * check_action(action, ACTION_NAMES)[:3]
         if not self._topic:
             raise RuntimeError("step() was called before reset(): call reset() first.")
-
         success = bool(np.linalg.norm(answer - self._place()) < _NEAR)
         return self._observe(), float(success), success, False, self._info(success)
 
