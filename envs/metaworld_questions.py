@@ -10,12 +10,13 @@ Owns the phrasing of the questions and the encoding of the answers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 
-from envs.errors import check_action
+from envs.errors import check_action, check_choice
 from envs.metaworld import ACTION_NAMES, MetaWorldEnv, MetaWorldExpert
 from envs.metaworld_instructions import TASKS
 
@@ -40,17 +41,27 @@ class MetaWorldQuestion(MetaWorldEnv):
 
     The seed determines the scene and the topic of the question: the hand, the object or the goal of the task. The
     answer is an action [4]: a position relative to the centre of the workspace, where 1 is 0.35 m, and an open gripper.
-    Success: the answer is within 2.5 cm. The arguments are those of `MetaWorldEnv`.
+    Success: the answer is within 2.5 cm.
+
+    Args:
+        topics: topics to choose from.
+        kwargs: those of `MetaWorldEnv`.
     """
 
     _topic = ""  # before the first reset
+
+    def __init__(self, task: str, topics: Sequence[str] = tuple(_PLACES), **kwargs: Any) -> None:
+        self.topics = (topics,) if isinstance(topics, str) else tuple(topics)
+        for topic in self.topics or ("",):
+            check_choice("topics", topic, _PLACES)
+        super().__init__(task, **kwargs)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Create a scene and ask a question about it."""
         observation, _ = super().reset(seed=seed, options=options)
-        self._topic = str(self.np_random.choice([*_PLACES]))
+        self._topic = str(self.np_random.choice(self.topics))
         self.task_description = f"where is the {self._topic} to {self.task_description}"
         return observation, self._info(False)
 
