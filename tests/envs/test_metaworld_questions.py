@@ -57,3 +57,13 @@ def test_a_question_depends_on_the_seed_only_and_shows_what_the_task_shows():
 def test_check_env_is_clean(recwarn):
     check_env(make("reach").unwrapped, skip_render_check=True)
     assert not [w for w in recwarn if "envs" in str(w.filename)]
+
+
+def test_topics():
+    env = make("push", topics=["goal"])
+    asked = {env.reset(seed=seed)[1]["instruction"].split()[3] for seed in range(8)}
+    assert asked == {"goal"}
+    with pytest.raises(ValueError, match=r"topics.*Did you mean 'goal'"):
+        make("push", topics=["goals"])
+    with pytest.raises(ValueError, match="topics"):
+        make("push", topics=[])
