@@ -463,6 +463,8 @@ def test_invalid_arguments_are_rejected_before_writing(demos, unbroken, tmp_path
         train(bad)
     with pytest.raises(ConfigError, match=r"state_mask.*this policy does not use the state"):
         train(small(data=[demos], out=tmp_path / "x", augment={"state_mask": 0.5}, model={"use_state": False}))
+    with pytest.raises(ConfigError, match=r"order_dropout has no effect without word_order"):
+        train(small(data=[demos], out=tmp_path / "x", augment={"order_dropout": 0.5}))
     with pytest.raises(ConfigError, match=r"label_sigma needs a tokenizer .* not 'fast'"):
         train(small(data=[demos], out=tmp_path / "x", label_sigma=2, model={"tokenizer": "fast", "bins": None}))
     for name, value in {"steps": 0, "batch_size": 0, "log_every": 0, "rollout_every": 5}.items():

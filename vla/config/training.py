@@ -58,6 +58,8 @@ class AugmentConfig(Strict):
         state_mask: fraction of samples with the normalised state replaced by zeros, so that the policy must use the
             images.
         state_noise: standard deviation of Gaussian noise on the normalised state.
+        order_dropout: fraction of samples without the order of the words (`word_order`). Otherwise, the policy also
+            learns the positions of words whose order does not matter, and may not understand other phrasings.
         prefix: fraction of samples for prefix conditioning (`vla deploy --transition prefix`): their first actions
             (one action to half a chunk) are the executed actions instead of the clean labels, and are not learned.
     """
@@ -69,6 +71,7 @@ class AugmentConfig(Strict):
     saturation: Share = 0.1
     state_mask: Share = 0.0
     state_noise: NonNegative = 0.0
+    order_dropout: Share = 0.0
     prefix: Share = 0.0
 
 
@@ -91,6 +94,9 @@ class ModelConfig(Strict):
             random crops).
         keypoints: number of keypoints (spatial softmax) whose coordinates are added to the image tokens; 0 by default.
             Only for untrained backbones of this package.
+        word_order: whether the built-in vision tower sees the order of the words, which it needs for instructions with
+            two objects ("stack red on blue"); false by default. It can be added to a trained policy; with LoRA, it
+            needs `lora.train_vision`.
         grid: whether the vision tower has a token per image cell; true by default. Otherwise, each camera has one token
             made of its keypoints. Only for untrained backbones of this package.
         use_state: whether `agent_pos` is an input of the policy; true by default.
@@ -116,6 +122,7 @@ class ModelConfig(Strict):
     image_size: Count | None = None
     image_transform: str | None = None
     keypoints: Natural | None = None
+    word_order: bool | None = None
     grid: bool | None = None
     use_state: bool | None = None
     horizon: Count | None = None

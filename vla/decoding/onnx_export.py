@@ -156,7 +156,7 @@ class _Prefill(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         network, config = self.network, self.network.config
         embeds = network.get_input_embeddings()(input_ids)
-        condition = network._mean_word(input_ids, embeds)
+        condition = network.words_condition(input_ids, embeds)
         features = {config.image_token_id: network.encode_images(pixel_values, condition)[0]}
         if state is not None:
             features[config.state_token_id] = network.state_projector(state)

@@ -116,6 +116,11 @@ def _prepare(cfg: TrainConfig, quiet: bool = False) -> tuple[trainer.VLATrainer,
             f"{processor.action_tokenizer.name!r} span several actions. Set augment.prefix to 0, or use a "
             "tokenizer with tokens for each action, such as 'uniform'."
         )
+    if cfg.augment.order_dropout and not network.sees_word_order:
+        raise ConfigError(
+            "augment.order_dropout has no effect without word_order. Set it to 0, or set model.word_order."
+        )
+    network.order_dropout = cfg.augment.order_dropout
     if (cfg.augment.state_mask or cfg.augment.state_noise) and not network.config.use_state:
         raise ConfigError(
             "augment.state_mask and augment.state_noise have no effect, because this policy does not use the state "

@@ -57,6 +57,7 @@ def build_policy(model: ModelConfig, facts: DataFacts) -> tuple[VLAForActionPred
         _make_room(config)
     network, tokenizer = source.load(config)
     _set_latent(network, model)
+    _set_word_order(network, model)
     return network, VLAProcessor(network.config, tokenizer)
 
 
@@ -86,6 +87,13 @@ def _set_latent(network: VLAForActionPrediction, model: ModelConfig) -> None:
     if kind == "none":
         raise ConfigError("this checkpoint was trained with a latent, which cannot be removed; omit `latent`.")
     config.latent, config.latent_kappa = kind, kappa
+
+
+def _set_word_order(network: VLAForActionPrediction, model: ModelConfig) -> None:
+    if model.word_order and not network.sees_word_order:
+        network.add_word_order()
+    if model.word_order is False and network.sees_word_order:
+        raise ConfigError("this checkpoint was trained with word_order, which cannot be removed; omit it.")
 
 
 def _make_room(config: VLAConfig) -> None:

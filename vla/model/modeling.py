@@ -102,6 +102,8 @@ class VLAForActionPrediction(PreTrainedModel, GenerationMixin):
         #: Target distribution of each action token during training, [n, n] for n action tokens; None: one-hot.
         self.soft_targets: torch.Tensor | None
         self.register_buffer("soft_targets", None, persistent=False)
+        #: Share of training samples for which vision towers do not see the order of the words.
+        self.order_dropout = 0.0
         self.post_init()
 
     def _make_latent(self) -> Latent:
@@ -174,13 +176,44 @@ class VLAForActionPrediction(PreTrainedModel, GenerationMixin):
         features = vision.adapter(tower.config).features(tower, images, self.config.vision_feature_layer)
         return features[:, -self.tokens_per_image :]  # class and register tokens come first
 
-    def _mean_word(self, input_ids: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
-        """Mean embedding [B, width] of each prompt's text tokens."""
+    def words_condition(self, input_ids: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
+        """The vector that conditions vision towers on the text tokens of each prompt: their mean embedding, [B, width].
+
+        If a tower sees the order of the words, the mean embedding weighted by position (from -1, the first, to 1, the
+        last) is appended: [B, 2 * width].
+        """
         config = self.config
         words = (input_ids < config.action_token_begin) & (input_ids != (config.text_config.pad_token_id or 0))
         words &= (input_ids != config.image_token_id) & (input_ids != config.state_token_id)
-        weights = words.to(embeds.dtype).unsqueeze(-1)
-        return (embeds * weights).sum(1) / weights.sum(1).clamp(min=1)
+        weights = words.to(embeds.dtype)
+        count = weights.sum(1, keepdim=True).clamp(min=1)
+        mean = (embeds * weights.unsqueeze(-1)).sum(1) / count
+        if not self.sees_word_order:
+            return mean
+        position = 2 * (weights.cumsum(1) - 1) / (count - 1).clamp(min=1) - 1
+        order = (embeds * (weights * position).unsqueeze(-1)).sum(1) / count
+        if self.training and self.order_dropout:
+            order = order * (torch.rand(len(order), 1, device=order.device) >= self.order_dropout)
+        return torch.cat([mean, order], dim=-1)
+
+    @property
+    def sees_word_order(self) -> bool:
+        """Whether a vision tower is conditioned on the order of the words."""
+        return any(getattr(tower, "order_size", None) for tower in self.config.vision_configs)
+
+    def add_word_order(self) -> None:
+        """Condition the vision towers on the order of the words, too. Until they are trained, this changes nothing.
+
+        Raises:
+            ConfigError: no tower is conditioned on the instruction.
+        """
+        conditioned = [i for i, tower in enumerate(self.config.vision_configs) if _is_conditioned(tower)]
+        if not conditioned:
+            raise ConfigError("word_order needs the vision tower of 'nano', 'nano-init' or 'small-init'.")
+        for index in conditioned:
+            tower: Any = self.vision_towers[index]
+            tower.add_order()
+            self.config.vision_configs[index].order_size = tower.config.order_size
 
     def embed(
         self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None, state: torch.Tensor | None
@@ -190,7 +223,7 @@ class VLAForActionPrediction(PreTrainedModel, GenerationMixin):
         if pixel_values is not None:
             mask = (input_ids == self.config.image_token_id).unsqueeze(-1)
             conditioned = any(map(_is_conditioned, self.config.vision_configs))
-            condition = self._mean_word(input_ids, embeds) if conditioned else None
+            condition = self.words_condition(input_ids, embeds) if conditioned else None
             embeds = embeds.masked_scatter(mask, self.encode_images(pixel_values, condition).to(embeds.dtype))
         if state is not None:
             mask = (input_ids == self.config.state_token_id).unsqueeze(-1)

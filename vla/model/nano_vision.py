@@ -8,7 +8,8 @@ strides are large because, on a CPU, elementwise operations on large feature map
 The residual blocks can be conditioned on a vector by feature-wise linear modulation (FiLM; Perez et al., 2018,
 arXiv:1709.07871), as in RT-1 (arXiv:2212.06817) and OpenVLA-OFT+ (arXiv:2502.19645). The vector is the mean word
 embedding of the instruction. With it, a policy trained from scratch learned to select the object in the instruction
-from a tenth of the data that attention alone needed. It does not know cameras, words or actions.
+from a tenth of the data that attention alone needed. A second vector can encode the order of the words, which tells
+"red on blue" from "blue on red". It does not know cameras, words or actions.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class NanoVisionConfig(PreTrainedConfig):
         merge: `merge` x `merge` cells become one token.
         hidden_size: width of the output tokens.
         condition_size: width of the conditioning vector; None disables conditioning.
+        order_size: width of a second conditioning vector, the order of the words; None: none.
         keypoints: number of keypoints (spatial softmax), whose coordinates are added to every token; 0: none.
         grid: if False, an image has one token, made of its keypoints.
     """
@@ -48,6 +50,7 @@ class NanoVisionConfig(PreTrainedConfig):
     merge: int = 3
     hidden_size: int = 256
     condition_size: int | None = None
+    order_size: int | None = None
     keypoints: int = 0
     grid: bool = True
 
@@ -65,19 +68,32 @@ class NanoVisionConfig(PreTrainedConfig):
 class _Residual(nn.Module):
     """x + conv(relu(conv(FiLM(norm(x))))), where FiLM(h) = h * (1 + scale) + shift, per channel."""
 
-    def __init__(self, channels: int, condition_size: int | None) -> None:
+    def __init__(self, channels: int, condition_size: int | None, order_size: int | None) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(8, channels)
         self.film = nn.Linear(condition_size, 2 * channels) if condition_size else None
+        self.film_order = _zero_linear(order_size, 2 * channels) if order_size else None
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: torch.Tensor, condition: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, condition: torch.Tensor | None, order: torch.Tensor | None = None
+    ) -> torch.Tensor:
         hidden = self.norm(x)
         if self.film is not None:
-            scale, shift = self.film(condition)[..., None, None].chunk(2, dim=1)
+            film = self.film(condition)
+            if self.film_order is not None:
+                film = film + self.film_order(order)
+            scale, shift = film[..., None, None].chunk(2, dim=1)
             hidden = hidden * (1 + scale) + shift
         return x + self.conv2(nn.functional.relu(self.conv1(hidden)))
+
+
+def _zero_linear(width: int, out: int) -> nn.Linear:
+    """A linear map whose output is 0 until it is trained."""
+    layer = nn.Linear(width, out, bias=False)
+    nn.init.zeros_(layer.weight)
+    return layer
 
 
 class Keypoints(nn.Module):
@@ -100,8 +116,8 @@ class Keypoints(nn.Module):
 
 
 class NanoVisionModel(PreTrainedModel):
-    """pixel_values [B, 3, S, S], condition [B, condition_size] -> last_hidden_state [B, (S / patch_size)^2,
-    hidden_size]."""
+    """pixel_values [B, 3, S, S], condition [B, condition_size + order_size] -> last_hidden_state
+    [B, (S / patch_size)^2, hidden_size]."""
 
     config_class = NanoVisionConfig
     base_model_prefix = "nano_vision"
@@ -116,7 +132,10 @@ class NanoVisionModel(PreTrainedModel):
             nn.Conv2d(first, second, 3, stride=2, padding=1),
         )
         self.condition_norm = nn.LayerNorm(config.condition_size) if config.condition_size else None
-        self.blocks = nn.ModuleList(_Residual(second, config.condition_size) for _ in range(config.blocks))
+        self.order_norm = nn.LayerNorm(config.order_size) if config.order_size else None
+        self.blocks = nn.ModuleList(
+            _Residual(second, config.condition_size, config.order_size) for _ in range(config.blocks)
+        )
         self.keypoints = Keypoints(second, config.keypoints, config.hidden_size) if config.keypoints else None
         self.merge = nn.Conv2d(second, config.hidden_size, config.merge, stride=config.merge) if config.grid else None
         self.position_embedding = nn.Parameter(
@@ -132,6 +151,16 @@ class NanoVisionModel(PreTrainedModel):
             # learn to locate a single red object.
             nn.init.normal_(module.position_embedding, std=1.0)
 
+    def add_order(self) -> None:
+        """Condition an existing tower on the order of the words, too. Until it is trained, this changes nothing."""
+        width = self.config.condition_size
+        assert width is not None and self.order_norm is None
+        self.config.order_size = width
+        self.order_norm = nn.LayerNorm(width)
+        for block in cast("list[Any]", self.blocks):
+            block.film_order = _zero_linear(width, block.film.out_features)
+        self.to(self.position_embedding)
+
     @torch.no_grad()
     def condition_on(self, width: int, typical: torch.Tensor) -> None:
         """Replace the conditioning by an untrained one for vectors of another width. Until the tower is trained, every
@@ -144,15 +173,22 @@ class NanoVisionModel(PreTrainedModel):
             block.film.weight.zero_()
             block.film.bias.copy_(trained(typical))
         self.condition_norm = nn.LayerNorm(width)
-        self.config.condition_size = width
+        self.config.condition_size, self.config.order_size, self.order_norm = width, None, None
+        for block in cast("list[Any]", self.blocks):
+            block.film_order = None
 
     @can_return_tuple
     def forward(self, pixel_values: torch.Tensor, condition: torch.Tensor | None = None) -> BaseModelOutput:
         x = self.stem(pixel_values.contiguous(memory_format=torch.channels_last))
+        order = None
+        if self.order_norm is not None:
+            assert condition is not None
+            condition, order = condition.split([self.config.condition_size, self.config.order_size], dim=-1)
+            order = self.order_norm(order)
         if self.condition_norm is not None:
             condition = self.condition_norm(condition)
         for block in self.blocks:
-            x = block(x, condition)
+            x = block(x, condition, order)
         tokens = self.position_embedding
         if self.merge is not None:
             tokens = tokens + self.merge(x).flatten(2).transpose(1, 2)
