@@ -463,6 +463,10 @@ def test_invalid_arguments_are_rejected_before_writing(demos, unbroken, tmp_path
         train(bad)
     with pytest.raises(ConfigError, match=r"state_mask.*this policy does not use the state"):
         train(small(data=[demos], out=tmp_path / "x", augment={"state_mask": 0.5}, model={"use_state": False}))
+    for frozen in ({"method": "lora"}, {"method": "full", "model": {"freeze_vision": True}}):
+        with pytest.raises(ConfigError, match=r"word_order has no effect, because the vision tower is not trained"):
+            model = {"backbone": "nano-init", "word_order": True} | frozen.pop("model", {})
+            train(small(data=[demos], out=tmp_path / "x", model=model, **frozen))
     with pytest.raises(ConfigError, match=r"order_dropout has no effect without word_order"):
         train(small(data=[demos], out=tmp_path / "x", augment={"order_dropout": 0.5}))
     with pytest.raises(ConfigError, match=r"label_sigma needs a tokenizer .* not 'fast'"):

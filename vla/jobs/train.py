@@ -121,6 +121,12 @@ def _prepare(cfg: TrainConfig, quiet: bool = False) -> tuple[trainer.VLATrainer,
             "augment.order_dropout has no effect without word_order. Set it to 0, or set model.word_order."
         )
     network.order_dropout = cfg.augment.order_dropout
+    trains_vision = cfg.lora.train_vision if cfg.method == "lora" else not cfg.model.freeze_vision
+    if cfg.model.word_order and not trains_vision:
+        raise ConfigError(
+            "word_order has no effect, because the vision tower is not trained. Set lora.train_vision (method 'lora') "
+            "or freeze_vision false (method 'full'), or omit word_order, which a trained policy keeps."
+        )
     if (cfg.augment.state_mask or cfg.augment.state_noise) and not network.config.use_state:
         raise ConfigError(
             "augment.state_mask and augment.state_noise have no effect, because this policy does not use the state "
