@@ -23,12 +23,14 @@ _TASKS: dict[str, tuple[str, int]] = {
 _QUESTIONS: dict[str, tuple[str, int]] = {
     name: ("point", 1) for name in ("Point", "PointZone", "PointButton", "PointDrawer")
 }
+#: A task with two equally good ways to solve it.
+_AMBIGUOUS: dict[str, tuple[str, int]] = {"PickEither": ("pick_either", 70)}
 ENV_IDS: tuple[str, ...] = tuple(f"vla/{name}-v0" for name in _TASKS)
 
 
 def register_all() -> None:
     """Register every task as `vla/<Task>-v0`; repeated calls have no effect."""
-    for name, (module, steps) in (_TASKS | _QUESTIONS).items():
+    for name, (module, steps) in (_TASKS | _QUESTIONS | _AMBIGUOUS).items():
         env_id = f"vla/{name}-v0"
         if env_id not in gym.registry:
             gym.register(env_id, entry_point=f"envs.tasks.{module}:{name}", max_episode_steps=steps)

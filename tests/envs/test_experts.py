@@ -55,6 +55,25 @@ def test_the_expert_picks_an_object_up_again() -> None:
     assert any(env.step(expert.act())[2] for _ in range(50))
 
 
+def test_either_of_two_identical_objects_may_be_picked() -> None:
+    env = gym.make("vla/PickEither-v0", cameras=()).unwrapped
+    first, second = (run_expert("vla/PickEither-v0", range(8), noise=noise) for noise in (0.0, 1.0))
+    assert first.successes == 8 and second.successes >= 7
+    for target in (0, 1):
+        observation, info = env.reset(seed=3, options={"target": target})
+        start, words = observation["agent_pos"][1], info["instruction"]
+        expert, over = env.make_expert(), False
+        while not over:
+            observation, _, over, _, info = env.step(expert.act())
+        assert info["is_success"] and info["reached"] == target
+        assert abs(start) < 0.02 and (observation["agent_pos"][1] > 0.03) == (target == 0)
+        env.scene["target"] = 1 - target  # the object in the hand is not put back
+        assert env.step(env.make_expert().act())[4]["is_success"]
+    left, right = env.scene["objects"]
+    assert (left["color"], left["shape"]) == (right["color"], right["shape"])
+    assert env.reset(seed=3, options={"target": 0})[1]["instruction"] == words
+
+
 def test_noise_is_repeatable_and_checked() -> None:
     env = gym.make("vla/Reach-v0", cameras=()).unwrapped
     env.reset(seed=0)
