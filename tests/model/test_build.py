@@ -221,6 +221,19 @@ def test_special_tokens_outside_the_embedding(parts, facts, observations, tmp_pa
     np.testing.assert_array_equal(Policy.from_pretrained(str(tmp_path)).predict(observations(2), words).ids, ids)
 
 
+def test_a_language_model_reserves_as_many_action_ids_as_there_are_bins(parts, facts, observations, tmp_path):
+    network, processor = compose(parts, facts, tokenizer="fast", bins=300)
+    assert network.config.n_action_rows == 300 and network.config.action_token_begin == 640 - 300
+    words = ["reach", "open"]
+    ids = Policy(network, processor).predict(observations(2), words).ids
+    checkpoint.save(network, processor, tmp_path / "policy")
+    np.testing.assert_array_equal(Policy.from_pretrained(str(tmp_path)).predict(observations(2), words).ids, ids)
+    with pytest.raises(ConfigError, match="bins is 300, but 'nano-init' has 256 ids"):
+        build_policy(ModelConfig(backbone="nano-init", bins=300), facts)
+    with pytest.raises(ConfigError, match="a vocabulary of 640 has no room for 639 action rows"):
+        compose(parts, facts, bins=639)
+
+
 def test_words_outside_the_embedding_are_dropped(parts, facts, observations):
     add_token(parts / "llm", "pad_token", "[NEW]")
     network, processor = compose(parts, facts)

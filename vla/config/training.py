@@ -102,7 +102,8 @@ class ModelConfig(Strict):
         use_state: whether `agent_pos` is an input of the policy; true by default.
         horizon: actions per chunk, H; 8 by default.
         n_action_steps: actions executed before the next chunk is predicted; half the horizon by default.
-        bins: bins per action dimension; 255 by default (256 for the tokenizer "openvla").
+        bins: bins per action dimension; 255 by default (256 for the tokenizer "openvla"). For "fast", the number of
+            ids; 256 by default. More than 256 need a language model as backbone.
         tokenizer: action tokenizer (docs/tokenizers.md): "uniform" (the default), "quantile", "openvla", "digits",
             "fast", "spline", "pca", or a tokenizer registered by a plugin.
         normalization: "q01_q99" (the default), "min_max" or "mean_std".

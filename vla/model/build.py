@@ -13,7 +13,7 @@ import numpy as np
 
 from vla.config import ModelConfig
 from vla.errors import ConfigError, unknown
-from vla.model.configuration import N_ACTION_ROWS, VLAConfig
+from vla.model.configuration import VLAConfig
 from vla.model.modeling import VLAForActionPrediction
 from vla.model.processing import VLAProcessor
 from vla.model.sources import checkpoint, gguf, idefics3, llava, openvla, untrained  # noqa: F401  (they register themselves)
@@ -142,8 +142,11 @@ def _set_policy(config: VLAConfig, model: ModelConfig, facts: DataFacts, robot: 
     active = np.flatnonzero(~constant).tolist()
     normalized = np.concatenate([normalizers[key].normalize(actions) for key, actions in facts.actions.items()])
     name = model.tokenizer or before.get("name", "uniform")
-    if model.bins is not None and model.bins > N_ACTION_ROWS:
-        raise ConfigError(f"bins must be between 2 and the {N_ACTION_ROWS} action rows, got {model.bins}.")
+    if model.bins is not None and model.bins > config.n_action_rows:
+        raise ConfigError(
+            f"bins is {model.bins}, but {model.backbone!r} has {config.n_action_rows} ids for action tokens. Only a "
+            "language model as backbone reserves more."
+        )
     bins = model.bins or (before.get("n_bins") if name == before.get("name") else None)
     config.action_tokenizer = TOKENIZERS.get(name).fit(normalized, config.horizon, bins, active).to_dict()
     config.check_policy()

@@ -22,7 +22,7 @@ from vla.transforms.tokenizers.base import ActionTokenizer, build
 STATE_LIMIT = 3.0  # normalised states are clipped at 3, not 1, because they may leave the range of the data
 LAYOUTS = ("instruction_first", "image_first")
 LATENTS = ("none", "token", "chunk", "episode")
-N_ACTION_ROWS = 256  # number of ids that a new policy reserves for action tokens
+N_ACTION_ROWS = 256  # number of ids that a new policy reserves for action tokens, at least
 
 
 @strict

@@ -69,7 +69,8 @@ class Composed(Source):
 
     def config(self) -> VLAConfig:
         means, stds = zip(*(tower.statistics() for tower in self._towers), strict=True)
-        begin = _action_rows(self._text.vocab_size, self._tokenizer.all_special_ids)
+        rows = max(N_ACTION_ROWS, self.model.bins or 0)
+        begin = _action_rows(rows, self._text.vocab_size, self._tokenizer.all_special_ids)
         config = VLAConfig(
             text_config=self._text.to_dict(),
             vision_configs=[tower.config.to_dict() for tower in self._towers],
@@ -80,7 +81,7 @@ class Composed(Source):
             projector_layers=2 if len(self._towers) == 1 else 3,
             layout="image_first",
             action_token_begin=begin,
-            n_action_rows=N_ACTION_ROWS,
+            n_action_rows=rows,
             image_token_id=begin - 1,
             state_token_id=begin - 2,
         )
@@ -127,12 +128,12 @@ def untied(decoder: Any) -> Any:
     return decoder
 
 
-def _action_rows(vocab_size: int, special: list[int]) -> int:
+def _action_rows(rows: int, vocab_size: int, special: list[int]) -> int:
     """First id of the action rows. They are as close to the end of the vocabulary as its special tokens allow, and the
     two placeholders directly precede them."""
-    begin = vocab_size - N_ACTION_ROWS
-    while inside := [i for i in special if begin - 2 <= i < begin + N_ACTION_ROWS]:
-        begin = min(inside) - N_ACTION_ROWS
+    begin = vocab_size - rows
+    while inside := [i for i in special if begin - 2 <= i < begin + rows]:
+        begin = min(inside) - rows
     if begin < 8:
-        raise ConfigError(f"a vocabulary of {vocab_size} has no room for {N_ACTION_ROWS} action rows.")
+        raise ConfigError(f"a vocabulary of {vocab_size} has no room for {rows} action rows.")
     return begin
