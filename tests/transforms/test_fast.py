@@ -1,12 +1,21 @@
 """FAST: the published transform, and valid sequences."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
+from tokenizers.decoders import ByteLevel
 
+from tests.fast_files import publish, texts
+from vla.config import ModelConfig
 from vla.errors import ConfigError
+from vla.model.build import build_policy
+from vla.model.sources.fast_files import load_fast
+from vla.policy import Policy, checkpoint
 from vla.transforms.tokenizers.base import TOKENIZERS, build
 from vla.transforms.tokenizers.fast import Fast, dct_matrix
 
@@ -91,3 +100,57 @@ def test_invalid_arguments():
             build(values | change)
     with pytest.raises(ConfigError, match=r"at least 144 ids .* for chunks of 50 actions, got 100"):
         TOKENIZERS.get("fast").fit(np.zeros((100, 2)), 50, 100)
+
+
+# Published files ------------------------------------------------------------------------------------------------------
+
+
+def test_a_published_tokenizer_splits_chunks_into_the_same_pieces(tmp_path):
+    rng = np.random.default_rng(4)
+    published = publish(tmp_path / "fast", smooth(rng, 2000, 16))
+    ours, chunks = load_fast(str(tmp_path / "fast"), 16, 3, 2048), smooth(rng, 100, 16)
+    assert_allclose(ours.decode(ours.encode(chunks)), chunks, atol=0.15)
+    same = 0
+    for text, ids in zip(texts(chunks, -354), ours.encode(chunks), strict=True):
+        pieces = [ByteLevel().decode([token]) for token in published.encode(text).tokens]
+        if not any("\ufffd" in piece for piece in pieces):
+            expected = [[ord(character) - 354 for character in piece] for piece in pieces]
+            own = [[code + ours._lowest for code in ours._pieces[id]] for id in ids if id != ours.end]
+            assert own == expected
+            same += 1
+    assert same > 60
+    few = load_fast(str(tmp_path / "fast"), 16, 3, 100)
+    assert few.vocab_size == 100 and few.merges == ours.merges[: len(few.merges)]
+    rebuilt = build(json.loads(json.dumps(ours.to_dict())))
+    assert_array_equal(rebuilt.encode(chunks), ours.encode(chunks))
+
+
+def test_published_files_that_are_missing_or_damaged(tmp_path):
+    folder = tmp_path / "fast"
+    publish(folder, smooth(np.random.default_rng(5), 100, 8), vocab_size=300)
+    with pytest.raises(ConfigError, match="needs at least 60 ids"):
+        load_fast(str(folder), 8, 3, 59)
+    with pytest.raises(ConfigError, match=r"no action tokenizer .*fist.*Did you mean .*fast"):
+        load_fast(str(tmp_path / "fist"), 8, 3, 256)
+    (folder / "processor_config.json").write_text('{"scale": 10}')
+    with pytest.raises(ConfigError, match=r"processor_config\.json has no min_token"):
+        load_fast(str(folder), 8, 3, 256)
+    (folder / "tokenizer.json").write_text('{"model": {}')
+    (folder / "processor_config.json").write_text('{"min_token": -354}')
+    with pytest.raises(ConfigError, match="is not a FAST tokenizer"):
+        load_fast(str(folder), 8, 3, 256)
+    (folder / "processor_config.json").unlink()
+    with pytest.raises(ConfigError, match="is not a FAST tokenizer"):
+        load_fast(str(folder), 8, 3, 256)
+
+
+@pytest.mark.parametrize("backbone", ["nano-init", "nano"])
+def test_a_policy_with_a_published_tokenizer(backbone, facts, observations, tmp_path):
+    publish(tmp_path / "fast", smooth(np.random.default_rng(6), 500, 8))
+    network, processor = build_policy(ModelConfig(backbone=backbone, tokenizer=str(tmp_path / "fast")), facts)
+    checkpoint.save(network, processor, tmp_path / "policy")
+    shutil.rmtree(tmp_path / "fast")  # the checkpoint is complete
+    policy = Policy.from_pretrained(str(tmp_path / "policy"), device="cpu")
+    assert policy.processor.action_tokenizer.vocab_size == 256
+    ids = policy.predict(observations(2), ["reach", "open"]).ids
+    np.testing.assert_array_equal(ids, Policy(network, processor).predict(observations(2), ["reach", "open"]).ids)

@@ -105,7 +105,8 @@ class ModelConfig(Strict):
         bins: bins per action dimension; 255 by default (256 for the tokenizer "openvla"). For "fast", the number of
             ids; 256 by default. More than 256 need a language model as backbone.
         tokenizer: action tokenizer (docs/tokenizers.md): "uniform" (the default), "quantile", "openvla", "digits",
-            "fast", "spline", "pca", or a tokenizer registered by a plugin.
+            "fast", "spline", "pca", a tokenizer registered by a plugin, or the folder or hub id of a published FAST
+            tokenizer ("physical-intelligence/fast").
         normalization: "q01_q99" (the default), "min_max" or "mean_std".
         prompt: prompt template (see `vla.transforms.prompt`); "plain" by default.
         latent: train a Free Transformer (docs/free_transformer.md) with one latent per "token", "chunk" or "episode";

@@ -19,8 +19,9 @@ from vla.model.processing import VLAProcessor
 from vla.model.sources import checkpoint, gguf, idefics3, llava, openvla, untrained  # noqa: F401  (they register themselves)
 from vla.model.sources.base import SOURCES
 from vla.model.sources.composed import Composed
+from vla.model.sources.fast_files import is_published, load_fast
 from vla.spec import RobotSpec
-from vla.transforms.tokenizers.base import TOKENIZERS
+from vla.transforms.tokenizers.base import TOKENIZERS, ActionTokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,8 +148,13 @@ def _set_policy(config: VLAConfig, model: ModelConfig, facts: DataFacts, robot: 
             f"bins is {model.bins}, but {model.backbone!r} has {config.n_action_rows} ids for action tokens. Only a "
             "language model as backbone reserves more."
         )
-    bins = model.bins or (before.get("n_bins") if name == before.get("name") else None)
-    config.action_tokenizer = TOKENIZERS.get(name).fit(normalized, config.horizon, bins, active).to_dict()
+    if is_published(name):
+        rows = model.bins or config.n_action_rows
+        tokenizer: ActionTokenizer = load_fast(name, config.horizon, robot.action_dim, rows, active)
+    else:
+        bins = model.bins or (before.get("n_bins") if name == before.get("name") else None)
+        tokenizer = TOKENIZERS.get(name).fit(normalized, config.horizon, bins, active)
+    config.action_tokenizer = tokenizer.to_dict()
     config.check_policy()
 
 

@@ -26,6 +26,7 @@ from vla.transforms.tokenizers.base import TOKENIZERS, ActionTokenizer
 SCALE = 10.0  # coefficients are rounded to multiples of 1 / SCALE
 ROWS = 256  # default number of ids
 CHUNKS = 20_000  # maximum number of chunks used to fit a vocabulary
+Coefficients = tuple[int, ...]
 _FIRST = 0x4E00  # code point of the lowest coefficient; this range has no special characters
 
 
@@ -76,11 +77,8 @@ class Fast(ActionTokenizer):
         cls, actions: np.ndarray, horizon: int, n_bins: int | None = None, active: Sequence[int] | None = None
     ) -> Self:
         """Fit the vocabulary to the most frequent sequences of coefficients. `n_bins` is the number of ids."""
-        rows, fewest = n_bins or ROWS, 2 * _highest(horizon, SCALE) + 2
-        if rows < fewest:
-            raise ConfigError(
-                f"tokenizer 'fast' needs at least {fewest} ids (`bins`) for chunks of {horizon} actions, got {rows}."
-            )
+        rows = n_bins or ROWS
+        _check_ids(rows, horizon, SCALE)
         plain = cls(horizon, actions.shape[-1], SCALE, [], active)
         # These include a few chunks that span two episodes.
         last = max(len(actions) - horizon, 0)
@@ -92,7 +90,40 @@ class Fast(ActionTokenizer):
         bpe.train_from_iterator(
             texts, BpeTrainer(vocab_size=rows - 1, initial_alphabet=alphabet, show_progress=False, min_frequency=2)
         )
-        return cls(horizon, actions.shape[-1], SCALE, _merges(bpe, alphabet), active)
+        merges = [
+            tuple(tuple(ord(character) - _FIRST + plain._lowest for character in text) for text in pair)
+            for pair in json.loads(bpe.to_str())["model"]["merges"]
+        ]
+        return cls.from_pieces(horizon, actions.shape[-1], SCALE, merges, rows, active)
+
+    @classmethod
+    def from_pieces(
+        cls,
+        horizon: int,
+        action_dim: int,
+        scale: float,
+        merges: Sequence[Sequence[Coefficients]],
+        n_ids: int,
+        active: Sequence[int] | None = None,
+    ) -> Self:
+        """A tokenizer with a given vocabulary.
+
+        Args:
+            merges: the coefficients of the two parts of each merge, in the order of BPE. Merges of coefficients that do
+                not occur with this horizon, or of parts that are no pieces, are skipped.
+            n_ids: number of ids; the last merges are omitted if they are more.
+        Raises:
+            ConfigError: `n_ids` is too small for the single coefficients and the end.
+        """
+        highest = _highest(horizon, scale)
+        _check_ids(n_ids, horizon, scale)
+        known: dict[Coefficients, int] = {(code - highest,): code for code in range(2 * highest + 1)}
+        chosen: list[tuple[int, int]] = []
+        for first, second in merges:
+            if len(known) < n_ids - 1 and first in known and second in known and first + second not in known:
+                chosen.append((known[first], known[second]))
+                known[first + second] = len(known)
+        return cls(horizon, action_dim, scale, chosen, active)
 
     def to_dict(self) -> dict[str, Any]:
         return super().to_dict() | {"scale": self.scale, "merges": [list(pair) for pair in self.merges]}
@@ -138,12 +169,10 @@ def _highest(horizon: int, scale: float) -> int:
     return math.ceil(scale * math.sqrt(horizon))
 
 
-def _merges(bpe: Tokenizer, alphabet: list[str]) -> list[tuple[int, int]]:
-    """The merges of a trained BPE, as pairs of ids. The id of a single character is its index in `alphabet`."""
-    known = {text: id for id, text in enumerate(alphabet)}
-    merges = []
-    for first, second in json.loads(bpe.to_str())["model"]["merges"]:
-        if first + second not in known:
-            merges.append((known[first], known[second]))
-            known[first + second] = len(known)
-    return merges
+def _check_ids(n_ids: int, horizon: int, scale: float) -> None:
+    """Raise ConfigError if `n_ids` is too small for all single coefficients and the end."""
+    fewest = 2 * _highest(horizon, scale) + 2
+    if n_ids < fewest:
+        raise ConfigError(
+            f"tokenizer 'fast' needs at least {fewest} ids (`bins`) for chunks of {horizon} actions, got {n_ids}."
+        )
