@@ -38,8 +38,6 @@ class Grammar:
     heldout: tuple[str, ...]
 
 
-# Keep "a orange handle" until the built-in backbone is retrained. With this phrase, the backbone closes the target
-# drawer in 80 of 80 scenes. With "an orange handle" it does so in 51, because "an" does not occur in its training data.
 NOUNS: dict[str, dict[str, tuple[str, ...]]] = {
     "object": {
         "train": ("the {color} {shape}", "the {shape} that is {color}", "the {color} one", "the {color} object"),
@@ -57,10 +55,10 @@ NOUNS: dict[str, dict[str, tuple[str, ...]]] = {
         "train": (
             "the drawer with the {color} handle",
             "the {color} drawer",
-            "the drawer that has a {color} handle",
+            "the drawer that has {a_color} handle",
             "the one with the {color} handle",
         ),
-        "heldout": ("the drawer with a {color} handle", "the one that has a {color} handle"),
+        "heldout": ("the drawer with {a_color} handle", "the one that has {a_color} handle"),
     },
 }
 POLITENESS = {
@@ -170,7 +168,9 @@ def corpus(phrasing: str = "train", tasks: tuple[str, ...] | None = None, limit:
 
 
 def _nouns(thing: Thing, split: str) -> tuple[str, ...]:
-    return tuple(form.format(color=thing.color, shape=thing.shape) for form in NOUNS[thing.kind][split])
+    a_color = f"{'an' if thing.color[0] in 'aeiou' else 'a'} {thing.color}"
+    forms = NOUNS[thing.kind][split]
+    return tuple(form.format(color=thing.color, a_color=a_color, shape=thing.shape) for form in forms)
 
 
 def _named(names: list[str] | tuple[str, ...]) -> dict[str, str]:

@@ -163,19 +163,19 @@ class NanoVisionModel(PreTrainedModel):
 
     @torch.no_grad()
     def condition_on(self, width: int, typical: torch.Tensor) -> None:
-        """Replace the conditioning by an untrained one for vectors of another width. Until the tower is trained, every
-        vector acts like `typical`, [condition_size]."""
+        """Replace the conditioning by an untrained one for vectors of another width, without the order of the words.
+        Until the tower is trained, every vector acts like `typical`, [condition_size], with an order of zeros."""
         assert self.condition_norm is not None
         typical = self.condition_norm(typical)
         for block in cast("list[Any]", self.blocks):
-            trained = block.film
-            block.film = nn.Linear(width, trained.out_features)
+            bias = block.film(typical)
+            if self.order_norm is not None:
+                bias = bias + block.film_order(self.order_norm(torch.zeros_like(typical)))
+            block.film, block.film_order = nn.Linear(width, len(bias)), None
             block.film.weight.zero_()
-            block.film.bias.copy_(trained(typical))
-        self.condition_norm = nn.LayerNorm(width)
-        self.config.condition_size, self.config.order_size, self.order_norm = width, None, None
-        for block in cast("list[Any]", self.blocks):
-            block.film_order = None
+            block.film.bias.copy_(bias)
+        self.condition_norm, self.order_norm = nn.LayerNorm(width), None
+        self.config.condition_size, self.config.order_size = width, None
 
     @can_return_tuple
     def forward(self, pixel_values: torch.Tensor, condition: torch.Tensor | None = None) -> BaseModelOutput:

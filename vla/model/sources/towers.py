@@ -112,13 +112,14 @@ class NanoTower(TowerSource):
     """The vision tower of the built-in backbone.
 
     It is conditioned on word embeddings of the built-in language model. With another language model, it ignores the
-    instruction until it is trained (`lora.train_vision`, or method "full").
+    instruction until it is trained (`lora.train_vision`, or method "full"). It sees the order of the words only with
+    `word_order`.
     """
 
     def __init__(self, text: PreTrainedConfig) -> None:
         self._embedded = read_config(NANO)
         self.config = copy.deepcopy(self._embedded.vision_configs[0])
-        self.config.condition_size = text.hidden_size
+        self.config.condition_size, self.config.order_size = text.hidden_size, None
 
     def statistics(self) -> tuple[list[float], list[float]]:
         mean, std = self._embedded.image_mean, self._embedded.image_std
