@@ -154,3 +154,10 @@ def test_a_policy_with_a_published_tokenizer(backbone, facts, observations, tmp_
     assert policy.processor.action_tokenizer.vocab_size == 256
     ids = policy.predict(observations(2), ["reach", "open"]).ids
     np.testing.assert_array_equal(ids, Policy(network, processor).predict(observations(2), ["reach", "open"]).ids)
+
+
+def test_a_folder_named_like_a_tokenizer_is_not_read(facts, tmp_path, monkeypatch):
+    (tmp_path / "fast").mkdir()
+    monkeypatch.chdir(tmp_path)
+    _, processor = build_policy(ModelConfig(backbone="nano-init", tokenizer="fast"), facts)
+    assert isinstance(processor.action_tokenizer, Fast)

@@ -148,7 +148,7 @@ def _set_policy(config: VLAConfig, model: ModelConfig, facts: DataFacts, robot: 
             f"bins is {model.bins}, but {model.backbone!r} has {config.n_action_rows} ids for action tokens. Only a "
             "language model as backbone reserves more."
         )
-    if is_published(name):
+    if name not in TOKENIZERS and is_published(name):
         rows = model.bins or config.n_action_rows
         tokenizer: ActionTokenizer = load_fast(name, config.horizon, robot.action_dim, rows, active)
     else:
