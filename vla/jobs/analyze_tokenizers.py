@@ -155,16 +155,12 @@ def _draw(rows: list[dict[str, Any]]) -> Figure:
     horizons = sorted({row["horizon"] for row in rows})
     figure = Figure(figsize=(4.2 * len(horizons), 3.6), layout="constrained")
     for axis, horizon in zip(figure.subplots(1, len(horizons), squeeze=False)[0], horizons, strict=True):
+        names: dict[tuple[float, float], list[str]] = {}
         for row in (row for row in rows if row["horizon"] == horizon):
-            axis.plot(row["tokens"], row["mse"] ** 0.5, "o", color=INK, ms=4)
-            axis.annotate(
-                row["tokenizer"],
-                (row["tokens"], row["mse"] ** 0.5),
-                (5, 4),
-                textcoords="offset points",
-                fontsize=8,
-                color=SOFT,
-            )
+            names.setdefault((row["tokens"], row["mse"] ** 0.5), []).append(row["tokenizer"])
+        for point, same in names.items():
+            axis.plot(*point, "o", color=INK, ms=4)
+            axis.annotate(", ".join(same), point, (5, 4), textcoords="offset points", fontsize=8, color=SOFT)
         axis.set_xlim(0, 1.3 * axis.get_xlim()[1])
         axis.set_yscale("log")
         dress(axis, f"chunks of {horizon} actions", "tokens per chunk", "RMS error (normalised)")
