@@ -121,14 +121,14 @@ def test_a_process_killed_twice_is_a_fault_of_its_episode(tmp_path):
 
 def test_an_environment_that_hangs_is_terminated():
     adapter = AdapterConfig(module="tests.rollout_env", kwargs={"hang_on": 7})
-    with Pool(1, adapter, patience_s=20) as pool:
+    with Pool(1, adapter, patience_s=5) as pool:
         pool.exchange({0: ("reset", "toy/Slide-v0", 7, False)})
         pool._patience_s = 0.5
         start = time.monotonic()
         reply = pool.exchange({0: ("run", np.zeros((4, 1)))})[0]
         assert isinstance(reply, Fault)
         assert "did not respond in time" in reply.message
-        assert time.monotonic() - start < 20
+        assert time.monotonic() - start < 5
         pool._patience_s = 20
         assert pool.exchange({0: ("reset", "toy/Slide-v0", 8, False)})[0].instruction == "slide to the column"
 

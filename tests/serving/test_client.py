@@ -201,13 +201,11 @@ def test_the_timeout_applies_if_the_server_stops_reading(serving, observations, 
 
         threading.Thread(target=pass_on_the_handshake_only, daemon=True).start()
         remote = RemotePolicy(f"ws://127.0.0.1:{listener.getsockname()[1]}", deadline_s=0.5)
-        closing = threading.Timer(30.0, stack.close)  # finally, the connection is closed
-        stack.callback(closing.cancel)
-        closing.start()
+        threading.Timer(5.0, stack.close).start()  # finally, the connection is closed
         begun = time.monotonic()
         with pytest.raises(ServerError, match=r"did not reply within 0\.5 s|cannot be reached"):
             remote.predict_chunk(large, "go")
-        assert time.monotonic() - begun < 15
+        assert time.monotonic() - begun < 3
 
 
 # The control loop over a bad network ----------------------------------------------------------------------------------

@@ -68,7 +68,7 @@ def test_a_busy_worker_does_not_delay_the_end():
         workers.exchange({0: ("reset", SLIDE, 7, False)})
         workers.submit(0, ("run", np.zeros((1, 1))))
         start = time.monotonic()
-    assert time.monotonic() - start < 20 and not multiprocessing.active_children()
+    assert time.monotonic() - start < 1 and not multiprocessing.active_children()
 
 
 def test_experts_are_imported_from_the_callers_folder(tmp_path):
